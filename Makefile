@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all the set-up: a virtual environment in .venv with pinned versions.
+PYTHON ?= python3
+# Where torch's CPU wheel comes from if PyPI's is too large: TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := constraints/py$(shell $(PYTHON) -c 'import sys; print(f"{sys.version_info.major}{sys.version_info.minor}")').txt
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test lint bench figures
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml $(PINS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q $(TORCH_INDEX) $$(grep '^torch==' $(PINS))
+	$(BIN)/pip install -q -c $(PINS) -e '.[dev,plot,probe]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.quickstart
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.bench_eager
+
+figures: $(STAMP)
+	$(BIN)/python -m docs.figures

@@ -1,0 +1,105 @@
+"""The linear-Gaussian latent-variable model, where everything is known exactly.
+
+    z_n ~ Normal(0, I_k),     x_n | z_n ~ Normal(W z_n + μ, σ² I_d)
+
+With M = WᵀW + σ²I: the posterior is Normal(M⁻¹Wᵀ(x - μ), σ²M⁻¹), so the best linear encoder is the ridge
+pseudo-inverse M⁻¹Wᵀ; log p(x) = log Normal(x; μ, WWᵀ + σ²I); a mean-field guide loses exactly
+½(Σ log M_ii - log|M|) nats per datum. Tipping, Bishop (1999), Probabilistic principal component analysis.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from pyro.distributions import constraints
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LinearGaussian:
+    """The model with known parameters; calling it is the Pyro program.
+
+    Attributes:
+        weight: W, shape (d, k).
+        mean: μ, shape (d,).
+        noise: σ, a positive number.
+    """
+
+    weight: Float[Tensor, "d k"]
+    mean: Float[Tensor, " d"]
+    noise: float
+
+    def __call__(self, x: Float[Tensor, "n d"]) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.mean.new_zeros(self.weight.shape[1]), 1.0).to_event(1))
+            loc = z @ self.weight.T + self.mean
+            pyro.sample("x", dist.Normal(loc, self.noise).to_event(1), obs=x)
+
+    @property
+    def precision(self) -> Float[Tensor, "k k"]:
+        """M = WᵀW + σ²I: σ² times the posterior precision."""
+        k = self.weight.shape[1]
+        return self.weight.T @ self.weight + self.noise**2 * torch.eye(k, dtype=self.weight.dtype)
+
+    @property
+    def encoder(self) -> Float[Tensor, "k d"]:
+        """M⁻¹Wᵀ: the map from x - μ to the posterior mean."""
+        return torch.linalg.solve(self.precision, self.weight.T)
+
+    @property
+    def covariance(self) -> Float[Tensor, "k k"]:
+        """σ²M⁻¹: the posterior covariance, the same for every datum."""
+        return self.noise**2 * torch.linalg.inv(self.precision)
+
+    @property
+    def mean_field_gap(self) -> Tensor:
+        """½(Σ log M_ii - log|M|): nats per datum that the best diagonal guide stays below log p(x)."""
+        return 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision))
+
+    def log_evidence(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Log p(x_n) in nats."""
+        eye = torch.eye(len(self.mean), dtype=self.mean.dtype)
+        cov = self.weight @ self.weight.T + self.noise**2 * eye
+        return dist.MultivariateNormal(self.mean, cov).log_prob(x)
+
+    def exact_guide(self) -> Callable[[Tensor], Tensor]:
+        """The exact posterior as a guide."""
+
+        def guide(x: Float[Tensor, "n d"]) -> Tensor:
+            with pyro.plate("data", len(x)):
+                loc = (x - self.mean) @ self.encoder.T
+                return pyro.sample("z", dist.MultivariateNormal(loc, self.covariance))
+
+        return guide
+
+
+def simulate(n: int, d: int = 6, k: int = 3, noise: float = 0.7, seed: int = 0) -> tuple[LinearGaussian, Tensor]:
+    """Draw parameters and n data in double precision."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    model = LinearGaussian(normal(d, k), normal(d), noise)
+    return model, normal(n, k) @ model.weight.T + model.mean + noise * normal(n, d)
+
+
+class LinearGuide(PyroModule):
+    """q(z | x) = Normal(A x + b, LLᵀ): a linear encoder with full or diagonal covariance."""
+
+    def __init__(self, d: int, k: int, full: bool = True) -> None:
+        super().__init__()
+        self.full = full
+        self.linear = nn.Linear(d, k, dtype=torch.float64)
+        if full:
+            self.scale = PyroParam(torch.eye(k, dtype=torch.float64), constraints.lower_cholesky)
+        else:
+            self.scale = PyroParam(torch.ones(k, dtype=torch.float64), constraints.positive)
+
+    def forward(self, x: Float[Tensor, "n d"]) -> Tensor:
+        with pyro.plate("data", len(x)):
+            loc = self.linear(x)
+            if self.full:
+                return pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=self.scale))
+            return pyro.sample("z", dist.Normal(loc, self.scale).to_event(1))

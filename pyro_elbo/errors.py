@@ -1,0 +1,50 @@
+"""The errors of the library: one base class, a few children, and the words that they share."""
+
+import torch
+from torch import Tensor
+
+
+class PyroElboError(ValueError):
+    """Base class of every error that this library raises on its own account."""
+
+
+class ArgumentError(PyroElboError):
+    """An argument has a value that the call cannot use."""
+
+
+class SiteError(PyroElboError):
+    """A site of the model or of the guide is missing, superfluous or of the wrong shape."""
+
+
+class NonFiniteError(PyroElboError):
+    """Data or a term of the bound holds NaN or infinity."""
+
+
+class GuideError(PyroElboError):
+    """A guide cannot do what is asked: it is not initialised yet, or it has no density."""
+
+
+class DataError(PyroElboError):
+    """Training or validation data cannot be used."""
+
+
+class CheckpointError(PyroElboError):
+    """A checkpoint or a results folder cannot be read or written."""
+
+
+class WeightsError(PyroElboError):
+    """Importance weights carry no information, or too little."""
+
+
+def count_nonfinite(x: Tensor) -> str:
+    """Say how many entries of ``x`` are not finite, e.g. ``"3 of 640 values are nan"``.
+
+    Example:
+        >>> count_nonfinite(torch.tensor([1.0, float("nan"), float("inf")]))
+        '2 of 3 values are not finite (1 nan, 1 inf); the first is at index (1,)'
+    """
+    bad = ~torch.isfinite(x)
+    nan = int(torch.isnan(x).sum())
+    first = tuple(bad.nonzero()[0].tolist()) if x.dim() else ()
+    kinds = f"{nan} nan, {int(bad.sum()) - nan} inf"
+    return f"{int(bad.sum())} of {x.numel()} values are not finite ({kinds}); the first is at index {first}"

@@ -1,0 +1,325 @@
+"""Run a model and a guide, and turn Pyro's messages into typed records.
+
+This is the only module that reads the messages of a Pyro trace. Everything above it sees :class:`Site` values.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+from torch.distributions import Distribution, constraints, transform_to
+
+from pyro_elbo.errors import GuideError, NonFiniteError, PyroElboError, SiteError, count_nonfinite
+
+Program = Callable[..., Any]
+Role = Literal["latent", "observed", "factor", "auxiliary", "deterministic"]
+
+_PARTICLES = "num_particles_vectorized"
+
+
+class Plate(NamedTuple):
+    """A vectorised plate: its name, its dimension counted from the right, and its rows here and in the data."""
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One sample statement of one run.
+
+    Attributes:
+        role: ``latent`` (of the model, or the guide's site of that name), ``observed``, ``factor``
+            (``pyro.factor``), ``auxiliary`` (in the guide alone) or ``deterministic``.
+        fn: the distribution, without its mask.
+        plates: the vectorised plates around the site, outermost first, without the particles' plate.
+        scale: the factor by which Pyro multiplies the log density (subsampling, ``poutine.scale``).
+        mask: which entries count; None for all.
+    """
+
+    name: str
+    role: Role
+    fn: Distribution
+    value: Tensor
+    plates: tuple[Plate, ...]
+    scale: float | Tensor
+    mask: Tensor | bool | None
+
+    @property
+    def event_dim(self) -> int:
+        """How many dimensions on the right of the value belong to one event."""
+        return len(self.fn.event_shape)
+
+    def log_prob(self) -> Tensor:
+        """Log density at the value in nats: unscaled, masked, batch dimensions aligned with the plates."""
+        return masked(self._evaluate(self.fn.log_prob), self.mask)
+
+    def score_parts(self) -> ScoreParts:
+        """Pyro's three parts of the gradient estimator, unscaled; log density and entropy term masked."""
+        return self._evaluate(self.fn.score_parts).scale_and_mask(1.0, self.mask)
+
+    def _evaluate(self, function: Callable[[Tensor], Any]) -> Any:
+        try:
+            return function(self.value)
+        except (ValueError, RuntimeError) as error:
+            if self.value.is_floating_point() and not torch.isfinite(self.value).all():
+                raise NonFiniteError(
+                    f"Site '{self.name}': {count_nonfinite(self.value)}. Remove them, or mark them as missing with "
+                    "pyro.poutine.mask or obs_mask."
+                ) from error
+            raise SiteError(
+                f"Site '{self.name}': expected a value of shape {tuple(self.fn.batch_shape + self.fn.event_shape)} "
+                f"in the support of {type(self.fn).__name__}, got shape {tuple(self.value.shape)}: {error}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """The sites of one guide run and of the model replayed against it, in program order."""
+
+    model: dict[str, Site]
+    guide: dict[str, Site]
+    particle_dim: int | None
+
+
+def masked(x: Tensor, mask: Tensor | bool | None) -> Tensor:
+    """Put zero where ``mask`` is false (gradients there are zero as well)."""
+    if mask is None or mask is True:
+        return x
+    if mask is False:
+        return torch.zeros_like(x)
+    return torch.where(mask, x, x.new_zeros(()))
+
+
+def run(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_particles: int = 1,
+    max_plate_nesting: int = 0,
+) -> Run:
+    """Run the guide, replay the model against it, and check one against the other.
+
+    With ``num_particles > 1`` both run once inside a plate on the left of ``max_plate_nesting``.
+
+    Raises:
+        SiteError: the sites, shapes or plates of model and guide do not fit.
+        NonFiniteError: a program failed and its arguments hold NaN or infinity.
+    """
+    unwrapped = poutine.unwrap(guide)
+    if isinstance(unwrapped, poutine.messenger.Messenger):
+        with _explain_failure(args, kwargs):
+            _in_particles(guide, num_particles, max_plate_nesting)(*args, **kwargs)
+            model_trace, guide_trace = unwrapped.get_traces()
+    else:
+        guide_trace = _trace(_in_particles(guide, num_particles, max_plate_nesting), args, kwargs)
+        replayed = poutine.replay(_in_particles(model, num_particles, max_plate_nesting), trace=guide_trace)
+        model_trace = _trace(replayed, args, kwargs)
+    model_sites = {site.name: site for site in _read(model_trace, "latent")}
+    guide_sites = {site.name: site for site in _read(guide_trace, "auxiliary", model_sites)}
+    _check_pair(model_sites, guide_sites)
+    return Run(model_sites, guide_sites, -(max_plate_nesting + 1) if num_particles > 1 else None)
+
+
+def trace_program(
+    program: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    replay: Mapping[str, Tensor] | None = None,
+    num_particles: int = 1,
+    max_plate_nesting: int = 0,
+) -> dict[str, Site]:
+    """Run one program alone; sites named in ``replay`` take the values given there and stay latent."""
+    program = _in_particles(program, num_particles, max_plate_nesting)
+    if replay is not None:
+        program = poutine.condition(program, data=dict(replay))
+    sites = _read(_trace(program, args, kwargs), "latent")
+    given = replay or {}
+    return {s.name: _with_role(s, "latent") if s.name in given else s for s in sites}
+
+
+def guess_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Run both programs once and return how many batch dimensions their plates use."""
+    with poutine.block(), torch.no_grad():
+        pair = run(model, guide, args, kwargs)
+    dims = [p.dim for sites in (pair.model, pair.guide) for s in sites.values() for p in s.plates]
+    return -min(dims, default=0)
+
+
+def uninitialised(module: object) -> list[str]:
+    """Names of the AutoGuides inside ``module`` that have never run and so have no parameters yet."""
+    if not isinstance(module, torch.nn.Module):
+        return []
+    return [
+        f"{name or 'guide'} ({type(part).__name__})"
+        for name, part in module.named_modules()
+        if isinstance(part, AutoGuide) and part.prototype_trace is None
+    ]
+
+
+def check_initialised(guide: object) -> None:
+    """Raise GuideError where an AutoGuide is asked for its parameters or its posterior before its first run."""
+    if names := uninitialised(guide):
+        raise GuideError(
+            f"Not initialised yet: {', '.join(names)}. An AutoGuide makes its parameters when it first sees data: "
+            "call guide(*args) once, or train it, before this."
+        )
+
+
+def _in_particles(program: Program, num_particles: int, max_plate_nesting: int) -> Program:
+    if num_particles == 1:
+        return program
+    return pyro.plate(_PARTICLES, num_particles, dim=-(max_plate_nesting + 1))(program)
+
+
+def _trace(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> poutine.Trace:
+    with _explain_failure(args, kwargs):
+        return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+@contextmanager
+def _explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Say that the data hold NaN, or that plates do not fit, where a program fails because of it."""
+    try:
+        yield
+    except PyroElboError:
+        raise
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        for name, x in {**dict(enumerate(args)), **kwargs}.items():
+            if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
+                raise NonFiniteError(
+                    f"Argument {name} of the program: {count_nonfinite(x)}, and the program failed on it: {error} "
+                    "Remove them, or fill them in before they reach an encoder and mask the observed site."
+                ) from error
+        if "plate" in str(error).lower():
+            raise SiteError(
+                f"The program's plates do not fit: {error} Give every plate the size of the dimension that it "
+                "stands for, and the same size in model and guide."
+            ) from error
+        raise
+
+
+def _read(trace: poutine.Trace, otherwise: Role, model: Mapping[str, Site] | None = None) -> Iterator[Site]:
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, message in nodes.items():
+        if message["type"] == "sample" and type(message["fn"]).__name__ != "_Subsample":
+            yield _read_site(name, message, otherwise, model)
+
+
+def _read_site(name: str, message: Any, otherwise: Role, model: Mapping[str, Site] | None) -> Site:
+    fn, mask = _unmask(message["fn"], message["mask"])
+    value = message["value"]
+    if isinstance(mask, Tensor) and value.is_floating_point() and message["is_observed"]:
+        value = _fill_masked(fn, value, mask)
+    frames = [f for f in message["cond_indep_stack"] if f.dim is not None]
+    plates = tuple(
+        Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames if f.name != _PARTICLES
+    )
+    role = otherwise
+    if message["infer"].get("_deterministic"):
+        role = "deterministic"
+    elif model is not None:
+        role = "latent" if name in model else "auxiliary"
+    elif isinstance(fn, Unit):
+        role = "factor"
+    elif message["is_observed"]:
+        role = "observed"
+    site = Site(name, role, fn, value, plates, message["scale"], mask)
+    if role == "auxiliary" and not (message["infer"].get("is_auxiliary") or message["is_observed"]):
+        raise SiteError(
+            f"Site '{name}' is in the guide but not in the model. Sample it in the model too, or, if it is an "
+            "auxiliary variable of the guide, mark it with infer={'is_auxiliary': True}."
+        )
+    _check_batch_shape(site, {f.dim: f.size for f in frames})
+    return site
+
+
+def _with_role(site: Site, role: Role) -> Site:
+    return Site(site.name, role, site.fn, site.value, site.plates, site.scale, site.mask)
+
+
+def _unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool | None]:
+    """Move the masks of ``fn.mask(...)`` to where ``poutine.mask`` puts them."""
+    while isinstance(fn, MaskedDistribution):
+        inner = fn._mask
+        mask = inner if mask is None or mask is True else mask & inner
+        fn = fn.base_dist
+    return fn, mask
+
+
+def _fill_masked(fn: Distribution, value: Tensor, mask: Tensor) -> Tensor:
+    """Replace what is masked and not finite by a point of the support: 0 * NaN is NaN in the gradient."""
+    missing = ~mask.reshape(mask.shape + (1,) * len(fn.event_shape)) & ~torch.isfinite(value)
+    if not missing.any():
+        return value
+    support = fn.support
+    if constraints.is_dependent(support) or support.is_discrete:
+        inside = torch.zeros_like(value)
+    else:
+        transform = transform_to(support)
+        inside = transform(value.new_zeros(transform.inverse_shape(value.shape)))
+    return torch.where(missing, inside, value)
+
+
+def _check_batch_shape(site: Site, sizes: Mapping[int, int]) -> None:
+    """Every batch dimension must belong to a plate, otherwise it is summed without anyone having said so."""
+    for plate in site.plates:
+        if plate.size == 0:
+            raise SiteError(
+                f"Site '{site.name}': plate '{plate.name}' is empty, expected at least one row. Skip empty batches."
+            )
+    value_batch = site.value.shape[: site.value.dim() - site.event_dim]
+    for shape in (site.fn.batch_shape, value_batch):
+        if any(n not in (1, sizes.get(d - len(shape), 1)) for d, n in enumerate(shape)):
+            expected = tuple(sizes.get(d, 1) for d in range(min(sizes, default=0), 0))
+            raise SiteError(
+                f"Site '{site.name}': expected batch shape {expected} from its plates "
+                f"{[p.name for p in site.plates]}, got {tuple(shape)}. Put the extra dimensions into a pyro.plate, or "
+                "declare them part of one event with .to_event(n)."
+            )
+
+
+def _check_pair(model: Mapping[str, Site], guide: Mapping[str, Site]) -> None:
+    for name, site in model.items():
+        if site.role == "latent":
+            if name not in guide:
+                raise SiteError(
+                    f"Latent site '{name}' of the model has no site in the guide, which samples {list(guide)}. Add "
+                    f"pyro.sample('{name}', ...) to the guide, or observe the site."
+                )
+            _check_shapes(site, guide[name])
+        elif site.role == "observed" and name in guide and guide[name].role != "deterministic":
+            raise SiteError(
+                f"Site '{name}' is observed in the model and sampled in the guide. Remove it from the guide, or do "
+                "not condition the model on it."
+            )
+
+
+def _check_shapes(model: Site, guide: Site) -> None:
+    sizes = {p.name: p.size for p in guide.plates}
+    for plate in model.plates:
+        if sizes.get(plate.name, plate.size) != plate.size:
+            raise SiteError(
+                f"Site '{model.name}': plate '{plate.name}' has size {plate.size} in the model and "
+                f"{sizes[plate.name]} in the guide. Give both programs the same data."
+            )
+    expected, got = model.fn.event_shape, guide.fn.event_shape
+    if expected != got or math.prod(model.fn.batch_shape) != math.prod(guide.fn.batch_shape):
+        raise SiteError(
+            f"Site '{model.name}': the model expects batch shape {tuple(model.fn.batch_shape)} and event shape "
+            f"{tuple(expected)}, the guide gives {tuple(guide.fn.batch_shape)} and {tuple(got)}. Use the same plates "
+            "and the same .to_event(n) in both."
+        )

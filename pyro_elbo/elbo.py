@@ -115,7 +115,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
         """-objective, differentiable; a backward through it followed by an optimiser's step counts as a step."""
-        return self._count_step(-self.terms(model, guide, *args, **kwargs).objective)
+        return self.count_step(-self.terms(model, guide, *args, **kwargs).objective)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """-objective as a number, after a backward through it."""
@@ -154,7 +154,8 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> None:
         raise NotImplementedError("The terms of the bound replace Pyro's pair of traces: call .terms(...).")
 
-    def _count_step(self, loss: Tensor) -> Tensor:
+    def count_step(self, loss: Float[Tensor, "*"]) -> Float[Tensor, "*"]:
+        """Return ``loss``, marked so that the optimiser's step after its backward counts as one step."""
         if loss.requires_grad:
             loss.register_hook(lambda _: _await_optimiser(self))
         return loss

@@ -159,6 +159,13 @@ def guess_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Map
     return -min(dims, default=0)
 
 
+def parameters(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run both programs once and return every parameter that they ask for: its unconstrained leaf tensor."""
+    with torch.no_grad(), poutine.trace(param_only=True) as capture:
+        run(model, guide, args, kwargs)
+    return {name: message["value"].unconstrained() for name, message in capture.trace.nodes.items()}
+
+
 def uninitialised(module: object) -> list[str]:
     """Names of the AutoGuides inside ``module`` that have never run and so have no parameters yet."""
     if not isinstance(module, torch.nn.Module):

@@ -296,11 +296,16 @@ class Terms:
         return {name: self._sum([t]) for name, t in self.sites.items() if t.is_kl}
 
     @property
-    def num_data(self) -> int:
-        """Rows of the full data: the outermost plate that all observed sites share, 1 without one."""
+    def data_plate(self) -> Plate | None:
+        """The outermost plate that all observed sites share: one row of it is a datum."""
         observed = [t for t in self.sites.values() if t.kind == "likelihood"]
         shared = [p for p in (observed[0].plates if observed else ()) if all(p in t.plates for t in observed)]
-        return shared[0].full_size if shared else 1
+        return shared[0] if shared else None
+
+    @property
+    def num_data(self) -> int:
+        """Rows of the full data by which totals are divided for a figure per datum; 1 without a data plate."""
+        return self.data_plate.full_size if self.data_plate else 1
 
     def to_dataset(self) -> "xarray.Dataset":
         """All terms as labelled arrays: dimensions are named after the plates.

@@ -8,7 +8,9 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook("pyro_elbo", "beartype.beartype")
+import tests.typecheck  # noqa: F401  (the hook looks it up as an attribute)
+
+install_import_hook("pyro_elbo", "tests.typecheck.typechecker")
 
 torch.set_num_threads(1)
 

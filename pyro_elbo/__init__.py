@@ -2,6 +2,10 @@
 
 from pyro_elbo.elbo import TraceBeta_ELBO
 from pyro_elbo.errors import PyroElboError
+from pyro_elbo.evidence import ParetoK, loo, pareto_k
+from pyro_elbo.export import to_arviz
+from pyro_elbo.fit import FitResult, fit
+from pyro_elbo.plots import plot_history
 from pyro_elbo.schedules import Capacity, Constant, Cyclical, LinearWarmup, Schedule, SigmoidWarmup
 from pyro_elbo.terms import Terms
 
@@ -11,10 +15,17 @@ __all__ = [
     "Capacity",
     "Constant",
     "Cyclical",
+    "FitResult",
     "LinearWarmup",
+    "ParetoK",
     "PyroElboError",
     "Schedule",
     "SigmoidWarmup",
     "Terms",
     "TraceBeta_ELBO",
+    "fit",
+    "loo",
+    "pareto_k",
+    "plot_history",
+    "to_arviz",
 ]

@@ -98,7 +98,7 @@ def _term(site: Site, kind: Kind, nats: Tensor, **more: Any) -> Term:
 
 
 def _latent_term(p: Site, q: Site, exact: bool) -> Term:
-    if exact and not _is_point(q.fn) and _same(p.scale, q.scale) and _same(p.mask, q.mask):
+    if exact and not is_point(q.fn) and _same(p.scale, q.scale) and _same(p.mask, q.mask):
         analytic = _analytic_kl(q.fn, p.fn)
         if analytic is not None:
             nats, by_dim = analytic
@@ -144,7 +144,8 @@ def _univariate(fn: Distribution) -> Distribution | None:
     return fn if not fn.event_shape else None
 
 
-def _is_point(fn: Distribution) -> bool:
+def is_point(fn: Distribution) -> bool:
+    """Whether a distribution puts all its mass on one value."""
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return isinstance(fn, Delta)
@@ -153,7 +154,7 @@ def _is_point(fn: Distribution) -> bool:
 def _factorises(p: Site, q: Site) -> bool:
     return bool(
         p.event_dim
-        and not _is_point(q.fn)
+        and not is_point(q.fn)
         and _same(p.scale, q.scale)
         and _univariate(p.fn) is not None
         and _univariate(q.fn) is not None
@@ -298,9 +299,7 @@ class Terms:
     @property
     def data_plate(self) -> Plate | None:
         """The outermost plate that all observed sites share: one row of it is a datum."""
-        observed = [t for t in self.sites.values() if t.kind == "likelihood"]
-        shared = [p for p in (observed[0].plates if observed else ()) if all(p in t.plates for t in observed)]
-        return shared[0] if shared else None
+        return shared_plate(t.plates for t in self.sites.values() if t.kind == "likelihood")
 
     @property
     def num_data(self) -> int:
@@ -359,6 +358,12 @@ class Terms:
     def _dims(self, name: str, values: Tensor) -> tuple[str, ...]:
         plates = tuple(p.name for p in self.plates[name])
         return plates + tuple(f"{name}_dim_{i}" for i in range(values.dim() - len(plates)))
+
+
+def shared_plate(stacks: Iterable[tuple[Plate, ...]]) -> Plate | None:
+    """The outermost plate that all stacks of plates hold."""
+    first, *others = list(stacks) or [()]
+    return next((p for p in first if all(p in stack for stack in others)), None)
 
 
 def scaled_sum(term: Term, x: Tensor, particle_dim: int | None) -> Tensor:

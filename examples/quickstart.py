@@ -51,14 +51,15 @@ def draw(result: pe.FitResult, images: torch.Tensor, path: Path) -> None:
     left, right = bottom.subfigures(1, 2)
     with torch.no_grad():
         locs, scales = result.guide.encode(images)
-        grids = [images[:8].reshape(-1, 8, 8), 16 * torch.sigmoid(result.model.decoder(locs[:8])).reshape(-1, 8, 8)]
+        means = 16 * torch.sigmoid(result.model.decoder(locs[:16]))
+        grids = [x.reshape(-1, 8, 8) for i in (0, 8) for x in (images[i : i + 8], means[i : i + 8])]
         busiest = locs.var(0).argsort(descending=True)[:4]
         steps = torch.linspace(-2.5, 2.5, 8)
         walks = torch.zeros(4, 8, Z_DIM)
         for row, dim in enumerate(busiest):
             walks[row, :, dim] = steps
         walked = 16 * torch.sigmoid(result.model.decoder(walks)).reshape(4, 8, 8, 8)
-    show(left, grids, ["image", "mean"], "held-out images and their reconstructions")
+    show(left, grids, ["image", "mean"] * 2, "held-out images and their reconstructions")
     show(right, list(walked), [f"z[{d}]" for d in busiest.tolist()], "latent walks, -2.5 to 2.5")
     figure.savefig(path, dpi=120)
     plt.close(figure)

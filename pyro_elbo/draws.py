@@ -53,7 +53,7 @@ class Draws:
 
     @property
     def log_weight(self) -> Tensor:
-        """log p(x, z) - log q(z): the log importance weight of each draw."""
+        """Log p(x, z) - log q(z): the log importance weight of each draw."""
         return self.log_p - self.log_q
 
     @property

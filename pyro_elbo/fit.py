@@ -24,7 +24,6 @@ from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
     import xarray
-    from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass(frozen=True)

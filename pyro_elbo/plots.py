@@ -40,5 +40,5 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
     weight.plot(history.epoch, history.beta.mean("latent"), color="#b3452c", lw=1, ls="--")
     weight.set(ylim=(0, None))
     weight.set_ylabel("β", color="#b3452c")
-    kl.legend(frameon=False)
+    kl.legend(frameon=False, loc="center right")
     return axes

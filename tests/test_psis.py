@@ -94,9 +94,7 @@ def test_frozen_reference_numbers() -> None:
     result = psis(log_weights)
     expected = torch.tensor([0.4103202088048, 12.9129659647168], dtype=torch.float64)
     torch.testing.assert_close(result.pareto_k, expected, rtol=0.0, atol=1e-10)
-    largest = torch.tensor(
-        [[-4.79383333404, -4.37543487176], [-1.82659576726, -1.82659576726]], dtype=torch.float64
-    )
+    largest = torch.tensor([[-4.79383333404, -4.37543487176], [-1.82659576726, -1.82659576726]], dtype=torch.float64)
     torch.testing.assert_close(result.log_weights[:, -2:], largest, rtol=0.0, atol=1e-8)
 
 

@@ -28,7 +28,9 @@ def _clean_pyro():
 
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
-    """The folder of real data that PYRO_ELBO_DATA names; tests skip where it is unset."""
+    """The folder of real data that PYRO_ELBO_DATA names; tests skip where it is unset and fail where it is wrong."""
     if "PYRO_ELBO_DATA" not in os.environ:
         pytest.skip("PYRO_ELBO_DATA is not set")
-    return pathlib.Path(os.environ["PYRO_ELBO_DATA"])
+    folder = pathlib.Path(os.environ["PYRO_ELBO_DATA"])
+    assert folder.is_dir(), f"PYRO_ELBO_DATA names {folder}, which is not a folder"
+    return folder

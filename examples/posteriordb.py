@@ -63,7 +63,7 @@ def columns(posterior: Posterior, data: object) -> np.ndarray:
 def judge(posterior: Posterior, args: tuple, kind: str, mean: np.ndarray, sd: np.ndarray) -> Row:
     """Fit, export twice (as drawn, and resampled) and compare both means with the reference."""
     guide = fit_guide(posterior, args, kind)
-    options = {"num_samples": DRAWS, "seed": 1, "prior": False}
+    options = {"num_samples": DRAWS, "seed": 1, "prior": False, "predictive": False}
     plain = pe.to_arviz(posterior.model, guide, *args, **options)
     resampled = pe.to_arviz(posterior.model, guide, *args, resample="psis", **options)
     error, resampled_error = (np.abs(columns(posterior, d).mean(0) - mean) / sd for d in (plain, resampled))
@@ -86,7 +86,9 @@ def main(folder: Path | None) -> list[Row]:
     if folder is None:
         posterior, means = POSTERIORS[SCHOOLS], SCHOOLS_REFERENCE
         guide = fit_guide(posterior, SCHOOLS_DATA, "AutoMultivariateNormal")
-        data = pe.to_arviz(posterior.model, guide, *SCHOOLS_DATA, num_samples=DRAWS, resample="psis", seed=1)
+        data = pe.to_arviz(
+            posterior.model, guide, *SCHOOLS_DATA, num_samples=DRAWS, resample="psis", seed=1, predictive=False
+        )
         for site, (mean, sd) in means.items():
             found = float(data["posterior"][site].mean())
             print(f"{site}: {found:.2f}; reference {mean:.2f} ± {sd:.2f}")

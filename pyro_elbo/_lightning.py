@@ -64,10 +64,10 @@ def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def loader(dataset: Dataset, batch_size: int, shuffle: bool, seed: int, rank: int, world: int) -> DataLoader:
-    """A loader whose order depends on the seed and the epoch alone."""
+    """A loader whose order depends on the seed and the epoch alone (Lightning tells the sampler the epoch)."""
     sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
-    collate = {"collate_fn": _identity} if isinstance(dataset, Rows) else {}
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **collate)
+    collate = _identity if isinstance(dataset, Rows) else None
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
 
 
 def _identity(batch: Any) -> Any:
@@ -87,7 +87,7 @@ class Programs(lightning.LightningModule):
         module: TermsModule,
         store: Mapping[str, nn.Parameter],
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
-        loaders: Callable[[str, int, int], Any],
+        loaders: Callable[..., Any],
         seed: int,
         progress: bool,
     ) -> None:
@@ -112,9 +112,13 @@ class Programs(lightning.LightningModule):
         return self.loaders("valid", self.global_rank, self.trainer.world_size)
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's random stream."""
-        pyro.set_rng_seed(_mix(self.seed, self.current_epoch, self.global_rank))
+        """Start the epoch's mean."""
         self.mean = Mean()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start the epoch's random stream, after loaders have taken what they need from the global one."""
+        if batch_idx == 0:
+            pyro.set_rng_seed(_mix(self.seed, self.current_epoch, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss per datum."""
@@ -174,7 +178,7 @@ class StopAfterWarmup(EarlyStopping):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Check, unless a schedule still moves."""
-        elbo = pl_module.module.elbo
+        elbo: Any = pl_module.module.elbo
         if elbo.step >= elbo.settled:
             super().on_train_epoch_end(trainer, pl_module)
 

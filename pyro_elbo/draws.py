@@ -59,7 +59,9 @@ class Draws:
     @property
     def local_log_weight(self) -> Tensor | None:
         """The log importance weight per draw and row of the data plate, where all latents are local."""
-        return None if self.local_log_p is None else self.local_log_p - self.local_log_q
+        if self.local_log_p is None or self.local_log_q is None:
+            return None
+        return self.local_log_p - self.local_log_q
 
     def smooth(self) -> PSIS:
         """Pareto-smoothed weights: per row where all latents are local (rows first), joint otherwise.
@@ -69,8 +71,8 @@ class Draws:
         """
         if self.point:
             raise GuideError(
-                "The guide is a point estimate (all its sites are Delta): its importance weights are constant, and k-hat "
-                "and PSIS say nothing about it. Use a guide with a density, e.g. AutoNormal."
+                "The guide is a point estimate (all its sites are Delta): its importance weights are constant, and "
+                "k-hat and PSIS say nothing about it. Use a guide with a density, e.g. AutoNormal."
             )
         local = self.local_log_weight
         return psis(self.log_weight if local is None else local.T)
@@ -80,7 +82,7 @@ class Draws:
         weights = self.smooth().log_weights.exp()
         count = len(self.log_p)
         index = torch.multinomial(weights, count, replacement=True, generator=generator)
-        if self.data_plate is None or self.local_log_p is None:
+        if self.data_plate is None or self.local_log_p is None or self.local_log_q is None:
             return replace(self._take(lambda x, _: x[index]), resampled=True)
         name = self.data_plate.name
         rows = index.T
@@ -207,10 +209,7 @@ def _vectorised(
     """Draw in chunks inside a plate; None where the programs do not take a dimension on the left."""
     sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
     try:
-        return [
-            _collect(run(model, guide, args, kwargs, n, nesting) if n > 1 else run(model, guide, args, kwargs), shapes, n, nesting)
-            for n in sizes
-        ]  # fmt: skip
+        return [_collect(run(model, guide, args, kwargs, n, nesting), shapes, n, nesting) for n in sizes]
     except (PyroElboError, RuntimeError, ValueError, IndexError, NotImplementedError):
         return None
 
@@ -270,16 +269,17 @@ def _concatenate(runs: list[dict[str, Any]], shapes: Run) -> Draws:
     def join(name: str) -> Arrays:
         return {site: torch.cat([r[name][site] for r in runs]) for site in runs[0][name]}
 
-    def join_weights(name: str) -> Tensor | None:
+    def join_weights(name: str) -> Any:
         return None if runs[0][name] is None else torch.cat([r[name] for r in runs]).to(runs[0]["dtype"])
 
     latents = [shapes.guide[n] for n, s in shapes.model.items() if s.role == "latent"]
     auxiliary = [s for s in shapes.guide.values() if s.role == "auxiliary"]
-    observed = {n: _drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "observed"}
+    groups = {n: join(n) for n in ("latents", "unconstrained", "deterministics", "log_likelihood", "log_prior")}
+    weights = {n: join_weights(n) for n in ("log_p", "log_q", "local_log_p", "local_log_q")}
+    fields: dict[str, Any] = groups | weights
     return Draws(
-        **{n: join(n) for n in ("latents", "unconstrained", "deterministics", "log_likelihood", "log_prior")},
-        **{n: join_weights(n) for n in ("log_p", "log_q", "local_log_p", "local_log_q")},
-        observed=observed,
+        **fields,
+        observed={n: _drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "observed"},
         plates={n: _sorted(s.plates) for n, s in shapes.model.items()},
         data_plate=runs[0]["plate"],
         point=bool(latents) and not auxiliary and all(is_point(s.fn) for s in latents),

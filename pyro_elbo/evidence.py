@@ -1,7 +1,7 @@
 """Draws -> what they say about the evidence and about the guide's fit: k-hat, leave-one-out."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,6 @@ from pyro_elbo.draws import draw
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.psis import describe_k, pareto_k_threshold, psis
 from pyro_elbo.sites import Program
-
-if TYPE_CHECKING:
-    from arviz_stats.utils import ELPDData
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class ParetoK:
             "repair those rows. A richer guide or longer training may."
         )
         return (
-            f"k-hat per row of '{self.plate}': median {middle:.2f}, worst {worst:.2f}; {high} of {len(self.k)} rows at or "
-            f"above {limit:.2f}. {verdict}"
+            f"k-hat per row of '{self.plate}': median {middle:.2f}, worst {worst:.2f}; {high} of {len(self.k)} rows at "
+            f"or above {limit:.2f}. {verdict}"
         )
 
 
@@ -80,7 +77,7 @@ def pareto_k(
     return ParetoK(smoothed.pareto_k, smoothed.ess, num_samples, draws.data_plate.name if local else None)
 
 
-def loo(data: Any, var_name: str | None = None) -> "ELPDData":
+def loo(data: Any, var_name: str | None = None) -> Any:
     r"""Leave-one-out predictive density of an exported fit, corrected for the variational posterior.
 
     The ratio of datum i is :math:`p(x_{-i}, z) / q(z)`, that is the draw's weight divided by p(x_i | z), smoothed by

@@ -86,7 +86,8 @@ def to_container(groups: Groups, major: int | None = None) -> Any:
     import xarray
 
     major = int(arviz.__version__.split(".")[0]) if major is None else major
-    return arviz.InferenceData(**groups) if major == 0 else xarray.DataTree.from_dict(groups)
+    wrapped: dict[str, Any] = dict(groups)
+    return arviz.InferenceData(**wrapped) if major == 0 else xarray.DataTree.from_dict(groups)
 
 
 def build_groups(
@@ -143,7 +144,7 @@ def _restarts(model: Any, guide: Any) -> list[tuple[Program, Program]]:
         for p in g.parameters() if isinstance(g, nn.Module) else ():
             if seen.setdefault(id(p), i) != i:
                 raise ArgumentError(
-                    f"guides {seen[id(p)]} and {i} share their parameters, so they are one restart and not two. Fit each "
+                    f"guides {seen[id(p)]} and {i} share their parameters, so they are one restart, not two. Fit each "
                     "with its own guide under pyro.settings.set(module_local_params=True)."
                 )
     if len(guides) > 1 and not all(isinstance(g, nn.Module) for g in guides):

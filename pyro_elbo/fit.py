@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_elbo import history as histories
-from pyro_elbo.elbo import TraceBeta_ELBO
+from pyro_elbo.elbo import TermsModule, TraceBeta_ELBO
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError
-from pyro_elbo.sites import Program, parameters
+from pyro_elbo.sites import Program, captured_parameters
 from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
@@ -121,10 +121,9 @@ def fit(
             )
         args, kwargs = _lightning.arguments(first)
         pyro.set_rng_seed(seed)
-        store = _create_parameters(model, guide, args, kwargs)
         module = loss(model, guide)
-        with torch.no_grad():
-            _check_minibatches(module.terms(*args, **kwargs), batches, loaders.rows)
+        terms, store = _first_run(module, args, kwargs)
+        _check_minibatches(terms, batches, loaders.rows)
         make = optimizer if optimizer is not None else (lambda params: torch.optim.Adam(params, lr=lr))
         programs = _lightning.Programs(module, store, make, loaders, seed, progress)
         folder = _writable(Path(dir)) if dir is not None else Path(scratch)
@@ -218,16 +217,19 @@ def _as_dataset(split: str, data: Any) -> Any:
     return Rows(tuple(data) if isinstance(data, list) else data)
 
 
-def _create_parameters(model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> dict[str, nn.Parameter]:
-    """Run both programs once so that lazy parameters exist; return those that belong to no module.
+def _first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tuple[Terms, dict[str, nn.Parameter]]:
+    """Run both programs once so that lazy parameters exist; return the terms and the parameters of no module.
 
     Tensors of Pyro's store become nn.Parameters in place: optimiser, checkpoint and DDP then see what Pyro sees.
     """
-    modules = [p for p in (model, guide) if isinstance(p, nn.Module)]
+    modules = list(module.children())
     store = pyro.get_param_store()
     before = {id(p): name for name, p in store.named_parameters()}
     own = {id(p) for m in modules for p in m.parameters()}
-    used = parameters(model, guide, args, kwargs)
+    module.eval()  # buffers such as batch-norm statistics must not see the batch twice
+    with torch.no_grad(), captured_parameters() as used:
+        terms = module.terms(*args, **kwargs)
+    module.train()
     owned = {id(p) for m in modules for p in m.parameters()}
     if adopted := [before[i] for i in owned - own if i in before]:
         raise GuideError(
@@ -236,12 +238,13 @@ def _create_parameters(model: Program, guide: Program, args: tuple, kwargs: dict
             "pyro.settings.set(module_local_params=True)."
         )
     state = store.get_state()
-    loose = {name: p for name, p in used.items() if id(p) not in owned}
-    for name, p in loose.items():
-        if not isinstance(p, nn.Parameter):
-            loose[name] = state["params"][name] = nn.Parameter(p.detach())
+    loose = {}
+    for name, p in used.items():
+        if id(p) not in owned:
+            loose[name] = p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach())
+            state["params"][name] = loose[name]
     store.set_state(state)
-    return loose
+    return terms, loose
 
 
 def _check_minibatches(terms: Terms, batches: int, rows: int) -> None:
@@ -293,17 +296,9 @@ def _trainer(
     if patience is not None:
         callbacks.append(StopAfterWarmup(monitor, patience=patience, mode="max", check_on_train_epoch_end=True))
     if folder is not None:
-        callbacks.append(
-            ModelCheckpoint(
-                folder,
-                "best",
-                monitor,
-                save_last=True,
-                mode="max",
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
-            )
-        )
+        always: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+        callbacks.append(ModelCheckpoint(folder, "best", monitor, mode="max", **always))
+        callbacks.append(ModelCheckpoint(folder, "last", **always))
     return lightning.Trainer(
         accelerator="cpu" if devices > 1 else "auto",
         devices=devices,
@@ -328,8 +323,8 @@ def _checked_checkpoint(path: Path, programs: nn.Module) -> str:
     if shapes != expected:
         differing = {n: (expected.get(n), shapes.get(n)) for n in expected | shapes if expected.get(n) != shapes.get(n)}
         raise CheckpointError(
-            f"{path} belongs to other programs; shapes (expected, got): {differing}. Use the model and guide that wrote "
-            "it, or another dir."
+            f"{path} belongs to other programs; shapes (expected, got): {differing}. Use the model and guide that "
+            "wrote it, or another dir."
         )
     return str(path)
 
@@ -341,7 +336,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or damaged, or holds more than tensors and plain values.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of damage that the exceptions below report
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: nothing to resume. Train with the same dir first.") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:

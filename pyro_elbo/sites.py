@@ -159,11 +159,18 @@ def guess_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Map
     return -min(dims, default=0)
 
 
-def parameters(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Run both programs once and return every parameter that they ask for: its unconstrained leaf tensor."""
-    with torch.no_grad(), poutine.trace(param_only=True) as capture:
-        run(model, guide, args, kwargs)
-    return {name: message["value"].unconstrained() for name, message in capture.trace.nodes.items()}
+@contextmanager
+def captured_parameters() -> Iterator[dict[str, Tensor]]:
+    """Collect every parameter that programs ask for inside the block: name -> unconstrained leaf tensor.
+
+    The dictionary is filled when the block ends.
+    """
+    found: dict[str, Tensor] = {}
+    with poutine.trace(param_only=True) as capture:
+        yield found
+    for name, message in capture.trace.nodes.items():
+        value = message["value"]
+        found[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 def uninitialised(module: object) -> list[str]:

@@ -212,12 +212,17 @@ def _explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     except PyroElboError:
         raise
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0]
         for name, x in {**dict(enumerate(args)), **kwargs}.items():
             if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
                 raise NonFiniteError(
-                    f"Argument {name} of the program: {count_nonfinite(x)}, and the program failed on it: {error} "
+                    f"Argument {name} of the program: {count_nonfinite(x)}, and the program failed on it: {reason} "
                     "Remove them, or fill them in before they reach an encoder and mask the observed site."
                 ) from error
+        if isinstance(error, ZeroDivisionError):
+            raise SiteError(
+                f"A plate of the program is empty ({reason}), expected at least one row. Skip empty batches."
+            ) from error
         if "plate" in str(error).lower():
             raise SiteError(
                 f"The program's plates do not fit: {error} Give every plate the size of the dimension that it "
@@ -307,7 +312,10 @@ def _check_batch_shape(site: Site, sizes: Mapping[int, int]) -> None:
 
 
 def _check_pair(model: Mapping[str, Site], guide: Mapping[str, Site]) -> None:
+    plates = {p.name: p for site in guide.values() for p in site.plates}
     for name, site in model.items():
+        for plate in site.plates:
+            _check_plate(site, plate, plates.get(plate.name, plate))
         if site.role == "latent":
             if name not in guide:
                 raise SiteError(
@@ -322,14 +330,16 @@ def _check_pair(model: Mapping[str, Site], guide: Mapping[str, Site]) -> None:
             )
 
 
+def _check_plate(site: Site, model: Plate, guide: Plate) -> None:
+    """Pyro replays the rows of a guide's plate: another size would pass for a subsample, at a wrong scale."""
+    if (model.size, model.full_size) != (guide.size, guide.full_size):
+        raise SiteError(
+            f"Site '{site.name}': plate '{model.name}' has {model.full_size} rows in the model and "
+            f"{guide.full_size} in the guide (in this run {model.size} and {guide.size}). Give both programs the same data and plate sizes."
+        )
+
+
 def _check_shapes(model: Site, guide: Site) -> None:
-    sizes = {p.name: p.size for p in guide.plates}
-    for plate in model.plates:
-        if sizes.get(plate.name, plate.size) != plate.size:
-            raise SiteError(
-                f"Site '{model.name}': plate '{plate.name}' has size {plate.size} in the model and "
-                f"{sizes[plate.name]} in the guide. Give both programs the same data."
-            )
     expected, got = model.fn.event_shape, guide.fn.event_shape
     if expected != got or math.prod(model.fn.batch_shape) != math.prod(guide.fn.batch_shape):
         raise SiteError(

@@ -42,7 +42,8 @@ def test_ranks_draw_their_own_noise_and_share_parameters(tmp_path):
                 file.write(f"{(z - loc).item()} {loc.item()}\n")
 
     pe.fit(model, guide, torch.arange(8.0), batch_size=4, max_epochs=5, devices=2, lr=0.1, progress=False)
-    rows = [[tuple(map(float, line.split())) for line in (tmp_path / f"rank{r}").open()] for r in (0, 1)]
+    lines = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)]
+    rows = [[tuple(map(float, line.split())) for line in of_rank] for of_rank in lines]
     assert len(rows[0]) == len(rows[1]) == 5
     assert all(a[0] != b[0] for a, b in zip(*rows, strict=True))
     assert all(a[1] == b[1] for a, b in zip(*rows, strict=True))

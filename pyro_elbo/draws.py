@@ -10,13 +10,22 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_elbo.errors import ArgumentError, GuideError, PyroElboError
 from pyro_elbo.psis import PSIS, psis
-from pyro_elbo.sites import Plate, Program, Run, Site, check_initialised, guess_plate_nesting, run, trace_program
+from pyro_elbo.sites import (
+    Plate,
+    Program,
+    Run,
+    Site,
+    Unobserve,
+    check_initialised,
+    guess_plate_nesting,
+    run,
+    trace_program,
+)
 from pyro_elbo.terms import is_one, is_point, shared_plate
 
 Arrays = dict[str, Tensor]
@@ -168,7 +177,7 @@ def predict(
     Raises:
         NotImplementedError: a distribution cannot be sampled (``ImproperUniform``, flat priors).
     """
-    program = poutine.uncondition(model)
+    program = Unobserve()(model)
     latents = draws.latents if draws is not None else {}
 
     def given(i: int) -> Arrays:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
@@ -43,7 +44,7 @@ def to_arviz(
 
     Args:
         model, guide: the programs, or lists of them: several restarts, which become chains. Give every restart its own
-            guide; guides that are modules are run with their own parameters, not with those of Pyro's store.
+            guide, a module with its own parameters; those are used, whatever Pyro's store holds under their names.
         args, kwargs: arguments of both programs.
         num_samples: draws per chain.
         resample: ``"psis"`` draws again in proportion to the Pareto-smoothed importance weights.
@@ -109,8 +110,8 @@ def build_groups(
     chains = _restarts(model, guide)
     attributes: dict[str, Any] = {"inference_library": "pyro_elbo", "sampling": "variational"}
     parts: list[dict[str, tuple[Arrays, Plates]]] = []
-    with pyro.settings.context(module_local_params=len(chains) > 1 or _local()):
-        for i, (p, q) in enumerate(chains):
+    for i, (p, q) in enumerate(chains):
+        with _own_parameters(chains):
             drawn = draw(p, q, args, kwargs, num_samples, seed=seed + i)
             if resample:
                 drawn = drawn.resample(torch.Generator().manual_seed(seed + i))
@@ -129,8 +130,15 @@ def build_groups(
     return groups | ({"training": history} if history is not None else {})
 
 
-def _local() -> bool:
-    return bool(pyro.settings.get("module_local_params"))
+def _own_parameters(chains: list[tuple[Program, Program]]) -> AbstractContextManager:
+    """Run a restart with its own parameters: Pyro's store keeps one value per name, that of the last restart."""
+    if len(chains) == 1:
+        return nullcontext()
+    owned = {id(x) for pair in chains for m in pair if isinstance(m, nn.Module) for x in m.parameters()}
+    store = pyro.get_param_store()
+    state = store.get_state()
+    kept = {name: x for name, x in state["params"].items() if id(x) not in owned}
+    return store.scope({"params": kept, "constraints": {name: state["constraints"][name] for name in kept}})
 
 
 def _restarts(model: Any, guide: Any) -> list[tuple[Program, Program]]:
@@ -145,7 +153,7 @@ def _restarts(model: Any, guide: Any) -> list[tuple[Program, Program]]:
             if seen.setdefault(id(p), i) != i:
                 raise ArgumentError(
                     f"guides {seen[id(p)]} and {i} share their parameters, so they are one restart, not two. Fit each "
-                    "with its own guide under pyro.settings.set(module_local_params=True)."
+                    "with its own guide, after pyro.clear_param_store()."
                 )
     if len(guides) > 1 and not all(isinstance(g, nn.Module) for g in guides):
         raise ArgumentError(

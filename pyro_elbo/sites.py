@@ -159,6 +159,14 @@ def guess_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Map
     return -min(dims, default=0)
 
 
+class Unobserve(poutine.messenger.Messenger):
+    """Draw observed sites anew inside the block; deterministic values and factors stay what they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not msg["infer"].get("_deterministic") and not isinstance(msg["fn"], Unit):
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
 @contextmanager
 def captured_parameters() -> Iterator[dict[str, Tensor]]:
     """Collect every parameter that programs ask for inside the block: name -> unconstrained leaf tensor.
@@ -335,7 +343,8 @@ def _check_plate(site: Site, model: Plate, guide: Plate) -> None:
     if (model.size, model.full_size) != (guide.size, guide.full_size):
         raise SiteError(
             f"Site '{site.name}': plate '{model.name}' has {model.full_size} rows in the model and "
-            f"{guide.full_size} in the guide (in this run {model.size} and {guide.size}). Give both programs the same data and plate sizes."
+            f"{guide.full_size} in the guide (in this run {model.size} and {guide.size}). Give both programs the "
+            "same data and plate sizes."
         )
 
 

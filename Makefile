@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PINS := constraints/py$(shell $(PYTHON) -c 'import sys; print(f"{sys.version_info.major}{sys.version_info.minor}")').txt
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench figures
+.PHONY: install demo test lint bench
 
 install: $(STAMP)
 
@@ -32,5 +32,3 @@ test: lint
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_eager
 
-figures: $(STAMP)
-	$(BIN)/python -m docs.figures

@@ -1,0 +1,63 @@
+"""The examples run as a user runs them; each ends in a claim that it checks itself."""
+
+import arviz as az
+import numpy as np
+import pytest
+import xarray
+
+import examples.posteriordb as reference
+from examples import quickstart, svi_script
+from models.posteriordb import POSTERIORS
+
+
+def test_quickstart(tmp_path, capsys):
+    quickstart.main(tmp_path)
+    printed = capsys.readouterr().out
+    assert "active units: " in printed
+    assert "k-hat per row of 'data'" in printed
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    data = az.from_netcdf(str(tmp_path / "posterior.nc"))
+    assert dict(data["posterior"].sizes) == {"chain": 1, "draw": 400, "data": 297, "z_dim_0": 8}
+    with xarray.open_dataset(tmp_path / "history.nc", engine="h5netcdf") as history:
+        assert np.isfinite(history.elbo).all()
+    assert {"best.ckpt", "last.ckpt"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_svi_script(capsys):
+    svi_script.main()
+    assert "KL in nats" in capsys.readouterr().out
+
+
+def test_posteriordb_on_its_embedded_data(capsys):
+    reference.main(None)
+    assert "tau: " in capsys.readouterr().out
+
+
+def judged(data_dir, name, guide):
+    posterior = POSTERIORS[name]
+    folder = data_dir / "posteriordb"
+    _, draws = posterior.reference(folder)
+    return reference.judge(posterior, posterior.load(folder), guide, draws.mean(0), draws.std(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "guide"),
+    [
+        ("kidiq-kidscore_momiq", "AutoMultivariateNormal"),
+        ("low_dim_gauss_mix-low_dim_gauss_mix", "AutoNormal"),
+        ("arK-arK", "AutoNormal"),
+    ],
+)
+def test_good_k_hat_means_good_resampled_means(data_dir, name, guide):
+    row = judged(data_dir, name, guide)
+    assert row.error < 0.3
+    assert row.k >= 0.7 or row.resampled_error < 0.1
+    if name == "arK-arK":  # a mean-field guide under strong correlations: only the tail of the weights can tell
+        assert row.k > 0.8
+
+
+def test_a_bad_fit_shows_in_k_hat(data_dir, monkeypatch):
+    monkeypatch.setattr(reference, "STEPS", 20)
+    row = judged(data_dir, "nes1972-nes", "AutoMultivariateNormal")
+    assert row.error > 0.3
+    assert row.k > 0.7

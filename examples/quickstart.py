@@ -70,7 +70,7 @@ def show(figure: "matplotlib.figure.SubFigure", rows: list, labels: list[str], t
     axes = figure.subplots(len(rows), len(rows[0]))
     for images, label, line in zip(rows, labels, axes, strict=True):
         for image, ax in zip(images, line, strict=True):
-            ax.imshow(image, cmap="gray_r", vmin=0, vmax=16)
+            ax.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=16)
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(label)
     figure.suptitle(title)

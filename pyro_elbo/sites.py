@@ -19,12 +19,11 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.distributions import Distribution, constraints, transform_to
 
-from pyro_elbo.errors import GuideError, NonFiniteError, PyroElboError, SiteError, count_nonfinite
+from pyro_elbo.errors import GuideError, NonFiniteError, SiteError, count_nonfinite
+from pyro_elbo.failures import PARTICLES, explain_failure
 
 Program = Callable[..., Any]
 Role = Literal["latent", "observed", "factor", "auxiliary", "deterministic"]
-
-_PARTICLES = "num_particles_vectorized"
 
 
 class Plate(NamedTuple):
@@ -79,10 +78,22 @@ class Site:
                     f"Site '{self.name}': {count_nonfinite(self.value)}. Remove them, or mark them as missing with "
                     "pyro.poutine.mask or obs_mask."
                 ) from error
-            raise SiteError(
-                f"Site '{self.name}': expected a value of shape {tuple(self.fn.batch_shape + self.fn.event_shape)} "
-                f"in the support of {type(self.fn).__name__}, got shape {tuple(self.value.shape)}: {error}"
-            ) from error
+            raise SiteError(self._misfit(error)) from error
+
+    def _misfit(self, error: Exception) -> str:
+        """Say whether the value has the wrong shape or lies outside of the support, and what to do."""
+        expected, got = tuple(self.fn.batch_shape + self.fn.event_shape), tuple(self.value.shape)
+        kind, reason = type(self.fn).__name__, str(error).splitlines()[0]
+        if "support" in reason:
+            return (
+                f"Site '{self.name}': the value lies outside of the support of {kind}: {reason} Choose a distribution "
+                "whose support holds the data, or transform them."
+            )
+        return (
+            f"Site '{self.name}': expected a value of shape {expected} for {kind}, got {got}: {reason} Give the "
+            f"value the event shape {tuple(self.fn.event_shape)} (.to_event(n) sets it), and a plate to every other "
+            "dimension."
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ def run(
     """
     unwrapped = poutine.unwrap(guide)
     if isinstance(unwrapped, poutine.messenger.Messenger):
-        with _explain_failure(args, kwargs):
+        with explain_failure(args, kwargs):
             _in_particles(guide, num_particles, max_plate_nesting)(*args, **kwargs)
             model_trace, guide_trace = unwrapped.get_traces()
     else:
@@ -176,7 +187,8 @@ def captured_parameters() -> Iterator[dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
     with poutine.trace(param_only=True) as capture:
         yield found
-    for name, message in capture.trace.nodes.items():
+    nodes: dict[str, Any] = dict(capture.trace.nodes)
+    for name, message in nodes.items():
         value = message["value"]
         found[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
 
@@ -204,39 +216,12 @@ def check_initialised(guide: object) -> None:
 def _in_particles(program: Program, num_particles: int, max_plate_nesting: int) -> Program:
     if num_particles == 1:
         return program
-    return pyro.plate(_PARTICLES, num_particles, dim=-(max_plate_nesting + 1))(program)
+    return pyro.plate(PARTICLES, num_particles, dim=-(max_plate_nesting + 1))(program)
 
 
 def _trace(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> poutine.Trace:
-    with _explain_failure(args, kwargs):
+    with explain_failure(args, kwargs):
         return poutine.trace(program).get_trace(*args, **kwargs)
-
-
-@contextmanager
-def _explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Say that the data hold NaN, or that plates do not fit, where a program fails because of it."""
-    try:
-        yield
-    except PyroElboError:
-        raise
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        reason = str(error).splitlines()[0]
-        for name, x in {**dict(enumerate(args)), **kwargs}.items():
-            if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
-                raise NonFiniteError(
-                    f"Argument {name} of the program: {count_nonfinite(x)}, and the program failed on it: {reason} "
-                    "Remove them, or fill them in before they reach an encoder and mask the observed site."
-                ) from error
-        if isinstance(error, ZeroDivisionError):
-            raise SiteError(
-                f"A plate of the program is empty ({reason}), expected at least one row. Skip empty batches."
-            ) from error
-        if "plate" in str(error).lower():
-            raise SiteError(
-                f"The program's plates do not fit: {error} Give every plate the size of the dimension that it "
-                "stands for, and the same size in model and guide."
-            ) from error
-        raise
 
 
 def _read(trace: poutine.Trace, otherwise: Role, model: Mapping[str, Site] | None = None) -> Iterator[Site]:
@@ -252,9 +237,7 @@ def _read_site(name: str, message: Any, otherwise: Role, model: Mapping[str, Sit
     if isinstance(mask, Tensor) and value.is_floating_point() and message["is_observed"]:
         value = _fill_masked(fn, value, mask)
     frames = [f for f in message["cond_indep_stack"] if f.dim is not None]
-    plates = tuple(
-        Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames if f.name != _PARTICLES
-    )
+    plates = tuple(Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames if f.name != PARTICLES)
     role = otherwise
     if message["infer"].get("_deterministic"):
         role = "deterministic"

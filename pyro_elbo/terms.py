@@ -94,7 +94,8 @@ def _analytic_is_exact(run: Run) -> frozenset[str]:
 
 
 def _term(site: Site, kind: Kind, nats: Tensor, **more: Any) -> Term:
-    return Term(site.name, kind, site.plates, site.scale, site.mask, site.fn.event_shape, nats, **more)
+    event_shape = torch.Size(site.fn.event_shape)
+    return Term(site.name, kind, site.plates, site.scale, site.mask, event_shape, nats, **more)
 
 
 def _latent_term(p: Site, q: Site, exact: bool) -> Term:
@@ -330,8 +331,9 @@ class Terms:
         for name, term in self.sites.items():
             if not torch.isfinite(term.nats).all():
                 what = "log q - log p" if term.is_kl else "log-likelihood"
+                per_row = self._by_plate(term, term.nats)
                 raise NonFiniteError(
-                    f"Site '{name}': {what}: {count_nonfinite(term.nats)}. Look for data outside the support, NaN in "
+                    f"Site '{name}': {what}: {count_nonfinite(per_row)}. Look for data outside the support, NaN in "
                     "the data or a diverged parameter; missing values belong under pyro.poutine.mask."
                 )
         if not torch.isfinite(self.objective):

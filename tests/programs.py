@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import autoguide
 
 X = torch.tensor([0.3, -1.2, 0.8, 1.9], dtype=torch.float64)
@@ -39,6 +40,7 @@ class Program:
         mean_field: Pyro's TraceMeanField_ELBO is valid for the pair.
         vectorizes: the pair runs with particles on the left.
         evidence: log p(x) where the guide is the exact posterior.
+        pyro_agrees: Pyro's Trace_ELBO has the gradient of the bound.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Program:
     mean_field: bool = False
     vectorizes: bool = True
     evidence: Callable[[], torch.Tensor] | None = None
+    pyro_agrees: bool = True
 
 
 def plain(guide: Callable[..., Any]) -> Callable[..., Any]:
@@ -293,6 +296,102 @@ def sequential_guide(x):
         pyro.sample(f"z_{i}", dist.Normal(loc(f"loc_{i}"), scale(f"scale_{i}")))
 
 
+def row_model(x):
+    """One Bernoulli a row: small enough to sum out."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(num(0.3)))
+        pyro.sample("x", dist.Normal(2 * z - 1, num(1.0)), obs=x)
+
+
+def row_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=loc("logit", 4)))
+
+
+def log_joint_rows(x):
+    """Log p(z, x) of row_model for z = 0 and z = 1, a column each."""
+    return torch.stack([dist.Normal(2 * z - 1.0, 1.0).log_prob(x) + num(p).log() for z, p in ((0, 0.7), (1, 0.3))], -1)
+
+
+def row_exact(x):
+    joint = log_joint_rows(x)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=joint[:, 1] - joint[:, 0]))
+
+
+def local_exact(x):
+    """x = z_0 + z_1 + noise, all N(0, 1): mean x/3 each, covariance I - 1/3."""
+    with pyro.plate("data", len(x)):
+        mean = (x / 3).unsqueeze(-1).expand(len(x), 2)
+        pyro.sample("z", dist.MultivariateNormal(mean, torch.eye(2, dtype=torch.float64) - 1 / 3))
+
+
+def masked_row_model(x):
+    """The latent is masked, what depends on it is not: it still needs its score function."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(num(0.3)).mask(MASK))
+        pyro.sample("x", dist.Normal(2 * z - 1, num(1.0)), obs=x)
+
+
+def masked_row_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=loc("logit", 4)).mask(MASK))
+
+
+def discrete_auxiliary_guide(x):
+    b = pyro.sample("b", dist.Bernoulli(logits=loc("b_logit")), infer={"is_auxiliary": True})
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Bernoulli(logits=loc("u_logit", 4)), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Bernoulli(logits=loc("logit", 4) + u + b))
+
+
+def mixed_model(x):
+    k = pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)))
+    z = pyro.sample("z", dist.Normal(k - 1.0, num(1.0)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, num(1.0)), obs=x)
+
+
+def mixed_guide(x):
+    k = pyro.sample("k", dist.Categorical(logits=loc("logits", 3)))
+    pyro.sample("z", dist.Normal(loc("means", 3)[k], scale("scales", 3)[k]))
+
+
+def chain_model(x):
+    a = pyro.sample("a", dist.Normal(num(0.0), num(1.0)))
+    with pyro.plate("data", len(x)):
+        b = pyro.sample("b", dist.Normal(a, num(1.0)))
+        pyro.sample("x", dist.Normal(b, num(1.0)), obs=x)
+
+
+def chain_guide(x):
+    """Continuous, analytic KL, and yet without pathwise gradient."""
+    pyro.sample("a", NonreparameterizedNormal(loc("a_loc"), scale("a_scale")))
+    with pyro.plate("data", len(x)):
+        pyro.sample("b", NonreparameterizedNormal(loc("b_loc", 4), scale("b_scale", 4)))
+
+
+def two_plates_model(x):
+    """Plates side by side on one dimension, of different sizes, and a factor in one of them."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(num(0.3)))
+        pyro.factor("bonus", z * x)
+    with pyro.plate("other", 3):
+        w = pyro.sample("w", dist.Bernoulli(0.2 + 0.5 * z.mean(-1, keepdim=True)))
+        pyro.sample("y", dist.Normal(w, num(1.0)), obs=torch.zeros(3, dtype=torch.float64))
+
+
+def two_plates_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=loc("z_logit", 4)))
+    with pyro.plate("other", 3):
+        pyro.sample("w", dist.Bernoulli(logits=loc("w_logit", 3)))
+
+
+def auto_subsampled(model):
+    return autoguide.AutoNormal(model, create_plates=lambda x, index: pyro.plate("data", len(x), subsample=index))
+
+
 INDEX = torch.tensor([0, 2])
 
 PROGRAMS = [
@@ -327,4 +426,27 @@ PROGRAMS = [
         (X, INDEX),
     ),
     Program("sequential plate", sequential_model, plain(sequential_guide), mean_field=True),
+    Program(
+        "exact posterior, local",
+        local_model,
+        plain(local_exact),
+        evidence=lambda: dist.Normal(num(0.0), num(3.0).sqrt()).log_prob(X).sum(),
+    ),
+    Program(
+        "exact posterior, discrete",
+        row_model,
+        plain(row_exact),
+        evidence=lambda: log_joint_rows(X).logsumexp(-1).sum(),
+    ),
+    Program("scale in the model alone", poutine.scale(local_model, 3.0), plain(local_guide)),
+    Program("mask in the model alone", poutine.mask(local_model, mask=MASK), plain(local_guide)),
+    Program("mask in the guide alone", local_model, plain(poutine.mask(local_guide, mask=MASK))),
+    Program("discrete, scale in the model alone", poutine.scale(row_model, 3.0), plain(row_guide)),
+    Program("discrete, scale in the guide alone", row_model, plain(poutine.scale(row_guide, 3.0))),
+    Program("discrete, masked", masked_row_model, plain(masked_row_guide)),
+    Program("discrete auxiliary", row_model, plain(discrete_auxiliary_guide), pyro_agrees=False),
+    Program("discrete and continuous", mixed_model, plain(mixed_guide)),
+    Program("without pathwise gradient", chain_model, plain(chain_guide)),
+    Program("two plates, factor", two_plates_model, plain(two_plates_guide)),
+    Program("AutoNormal, subsampled", subsampled_model, auto_subsampled, (X, INDEX), mean_field=True),
 ]

@@ -44,7 +44,6 @@ def judged(data_dir, name, guide):
     ("name", "guide"),
     [
         ("kidiq-kidscore_momiq", "AutoMultivariateNormal"),
-        ("low_dim_gauss_mix-low_dim_gauss_mix", "AutoNormal"),
         ("arK-arK", "AutoNormal"),
     ],
 )

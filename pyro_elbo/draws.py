@@ -4,16 +4,18 @@ Draws come in chunks, vectorised where the programs allow it and one by one wher
 ordinary run decide what every array looks like: draws first, then the site's plates, then its event.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_elbo.errors import ArgumentError, GuideError, PyroElboError
+from pyro_elbo.errors import ArgumentError, GuideError, SiteError
 from pyro_elbo.psis import PSIS, psis
 from pyro_elbo.sites import (
     Plate,
@@ -26,9 +28,24 @@ from pyro_elbo.sites import (
     run,
     trace_program,
 )
-from pyro_elbo.terms import is_one, is_point, shared_plate
+from pyro_elbo.terms import is_point, shared_plate
 
 Arrays = dict[str, Tensor]
+
+
+class Programs(NamedTuple):
+    """A model, its guide and the arguments of both."""
+
+    model: Program
+    guide: Program
+    args: tuple
+    kwargs: Mapping[str, Any]
+
+
+POINT_ESTIMATE = (
+    "The guide is a point estimate (all its sites are Delta): its importance weights are constant, and k-hat, PSIS and "
+    "leave-one-out say nothing about it. Use a guide with a density, e.g. AutoNormal."
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,9 @@ class Draws:
         observed: the observed values.
         plates: the plates of each site, in the order of its dimensions.
         point: whether the guide is a point estimate, whose weights are constant and mean nothing.
+        vectorised: whether the programs took all draws at once; if not they ran once a draw.
+        nesting: batch dimensions that the plates use.
+        rows: the rows that subsampled plates used, the same for every draw.
     """
 
     latents: Arrays
@@ -58,6 +78,9 @@ class Draws:
     plates: dict[str, tuple[Plate, ...]]
     data_plate: Plate | None
     point: bool
+    vectorised: bool
+    nesting: int
+    rows: Arrays
     resampled: bool = False
 
     @property
@@ -79,50 +102,9 @@ class Draws:
             GuideError: the guide is a point estimate.
         """
         if self.point:
-            raise GuideError(
-                "The guide is a point estimate (all its sites are Delta): its importance weights are constant, and "
-                "k-hat and PSIS say nothing about it. Use a guide with a density, e.g. AutoNormal."
-            )
+            raise GuideError(POINT_ESTIMATE)
         local = self.local_log_weight
         return psis(self.log_weight if local is None else local.T)
-
-    def resample(self, generator: torch.Generator) -> "Draws":
-        """Draw with replacement in proportion to the smoothed weights; what is returned has uniform weights."""
-        weights = self.smooth().log_weights.exp()
-        count = len(self.log_p)
-        index = torch.multinomial(weights, count, replacement=True, generator=generator)
-        if self.data_plate is None or self.local_log_p is None or self.local_log_q is None:
-            return replace(self._take(lambda x, _: x[index]), resampled=True)
-        name = self.data_plate.name
-        rows = index.T
-
-        def by_row(x: Tensor, plates: tuple[Plate, ...]) -> Tensor:
-            dim = 1 + [p.name for p in plates].index(name) if name in (p.name for p in plates) else None
-            if dim is None:
-                return x
-            shape = [1] * x.dim()
-            shape[0], shape[dim] = rows.shape
-            return x.gather(0, rows.reshape(shape).expand_as(x))
-
-        taken = self._take(by_row)
-        local_p, local_q = self.local_log_p.gather(0, rows), self.local_log_q.gather(0, rows)
-        scale = self.data_plate.full_size / self.data_plate.size
-        return replace(
-            taken,
-            log_p=local_p.sum(1) * scale,
-            log_q=local_q.sum(1) * scale,
-            local_log_p=local_p,
-            local_log_q=local_q,
-            resampled=True,
-        )
-
-    def _take(self, pick: Callable[[Tensor, tuple[Plate, ...]], Tensor]) -> "Draws":
-        def every(arrays: Arrays) -> Arrays:
-            return {name: pick(x, self.plates[name]) for name, x in arrays.items()}
-
-        names = ("latents", "unconstrained", "deterministics", "log_likelihood", "log_prior")
-        fields: dict[str, Any] = {name: every(getattr(self, name)) for name in names}
-        return replace(self, **fields, log_p=pick(self.log_p, ()), log_q=pick(self.log_q, ()))
 
 
 def draw(
@@ -133,8 +115,11 @@ def draw(
     num_samples: int,
     chunk_size: int = 250,
     seed: int | None = None,
+    rows: Arrays | None = None,
 ) -> Draws:
     """Draw from the guide and evaluate both programs at the draws, without gradients.
+
+    Plates that take a random subsample take the same one in every draw: ``rows`` if given.
 
     Raises:
         ArgumentError: ``num_samples`` is not positive.
@@ -144,13 +129,28 @@ def draw(
     if num_samples < 1:
         raise ArgumentError(f"num_samples must be at least 1, got {num_samples}.")
     check_initialised(guide)
+    programs = Programs(model, guide, args, kwargs)
     with torch.no_grad(), seeded(seed):
-        shapes = run(model, guide, args, kwargs)
-        nesting = guess_plate_nesting(model, guide, args, kwargs)
-        runs = _vectorised(model, guide, args, kwargs, shapes, num_samples, chunk_size, nesting)
+        rows = _fixed_rows(programs) if rows is None else rows
+        if rows:  # every draw sees the same rows: values per datum would otherwise belong to different data
+            programs = Programs(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
+        shapes = run(*programs)
+        nesting = guess_plate_nesting(*programs)
+        runs = _vectorised(programs, shapes, num_samples, chunk_size, nesting)
+        vectorised = runs is not None
         if runs is None:
-            runs = [_collect(run(model, guide, args, kwargs), shapes, 1, nesting) for _ in range(num_samples)]
-    return _concatenate(runs, shapes)
+            runs = [_collect(run(*programs), shapes, 1, nesting) for _ in range(num_samples)]
+    return _concatenate(runs, shapes, vectorised, nesting, rows)
+
+
+def _fixed_rows(programs: Programs) -> Arrays:
+    """The rows of one random subsample, by plate."""
+    model, guide, args, kwargs = programs
+    trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
+    nodes: dict[str, Any] = dict(trace.nodes) | dict(replayed.nodes)
+    subsamples = {n: node for n, node in nodes.items() if type(node.get("fn")).__name__ == "_Subsample"}
+    return {n: node["value"] for n, node in subsamples.items() if len(node["value"]) < node["fn"].size}
 
 
 class seeded:  # noqa: N801  (used as a statement)
@@ -170,35 +170,49 @@ class seeded:  # noqa: N801  (used as a statement)
 
 
 def predict(
-    model: Program, args: tuple, kwargs: Mapping[str, Any], draws: Draws | None, num_samples: int, seed: int
+    model: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    draws: Draws,
+    seed: int,
+    prior: bool = False,
+    chunk_size: int = 250,
 ) -> tuple[Arrays, dict[str, tuple[Plate, ...]]]:
-    """Draw every site of the model anew, its latents from ``draws`` if given: predictive or prior draws.
+    """Draw every site of the model anew, its latents from ``draws`` unless ``prior``: one draw for each of ``draws``.
 
     Raises:
         NotImplementedError: a distribution cannot be sampled (``ImproperUniform``, flat priors).
     """
     program = Unobserve()(model)
-    latents = draws.latents if draws is not None else {}
+    if draws.rows:
+        program = poutine.condition(program, data=draws.rows)
+    latents = {} if prior else draws.latents
+    step = chunk_size if draws.vectorised else 1
 
-    def given(i: int) -> Arrays:
-        return {name: _with_gaps(x[i], draws.plates[name]) for name, x in latents.items()}
+    def given(start: int, count: int) -> Arrays | None:
+        chunk = {
+            n: _with_gaps(x[start : start + count], draws.plates[n], count, draws.nesting) for n, x in latents.items()
+        }
+        return chunk or None
 
+    parts = []
     with torch.no_grad(), seeded(seed):
-        shapes = trace_program(program, args, kwargs, given(0) if draws else None)
-        rows = []
-        for i in range(num_samples):
-            sites = trace_program(program, args, kwargs, given(i) if draws else None)
-            rows.append({n: s.value for n, s in sites.items() if s.role != "factor"})
-    plates = {name: _sorted(s.plates) for name, s in shapes.items() if name in rows[0]}
-    arrays = {name: torch.stack([_drop_gaps(r[name], shapes[name]) for r in rows]) for name in plates}
-    return arrays, plates
+        shapes = trace_program(program, args, kwargs, given(0, 1))
+        shapes = {name: site for name, site in shapes.items() if site.role != "factor"}
+        for start in range(0, len(draws.log_p), step):
+            count = min(step, len(draws.log_p) - start)
+            sites = trace_program(program, args, kwargs, given(start, count), count, draws.nesting)
+            parts.append({n: _lead(sites[n].value, s.value.shape, count, s) for n, s in shapes.items()})
+    arrays = {name: torch.cat([part[name] for part in parts]) for name in shapes}
+    return arrays, {name: _sorted(s.plates) for name, s in shapes.items()}
 
 
-def _with_gaps(x: Tensor, plates: tuple[Plate, ...]) -> Tensor:
-    """Put back the size-one batch dimensions between plates."""
+def _with_gaps(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -> Tensor:
+    """Put back the size-one batch dimensions, as the programs see ``count`` draws at once (a single one without)."""
     sizes = {p.dim: p.size for p in plates}
-    batch = [sizes.get(d, 1) for d in range(min(sizes, default=0), 0)]
-    return x.reshape((*batch, *x.shape[len(plates) :]))
+    depth = nesting if count > 1 else -min(sizes, default=0)
+    batch = [sizes.get(d, 1) for d in range(-depth, 0)]
+    return x.reshape((*([count] if count > 1 else []), *batch, *x.shape[1 + len(plates) :]))
 
 
 def _sorted(plates: tuple[Plate, ...]) -> tuple[Plate, ...]:
@@ -206,21 +220,52 @@ def _sorted(plates: tuple[Plate, ...]) -> tuple[Plate, ...]:
 
 
 def _vectorised(
-    model: Program,
-    guide: Program,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    shapes: Run,
-    num_samples: int,
-    chunk_size: int,
-    nesting: int,
+    programs: Programs, shapes: Run, num_samples: int, chunk_size: int, nesting: int
 ) -> list[dict[str, Any]] | None:
-    """Draw in chunks inside a plate; None where the programs do not take a dimension on the left."""
+    """Draw in chunks inside a plate; None where the programs do not take a dimension on the left.
+
+    Some programs fail under it, others mix the draws without a word (``z.mean()``): one draw of the first chunk runs
+    again alone, and must have the same densities.
+    """
     sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
     try:
-        return [_collect(run(model, guide, args, kwargs, n, nesting), shapes, n, nesting) for n in sizes]
-    except (PyroElboError, RuntimeError, ValueError, IndexError, NotImplementedError):
+        pairs = [run(*programs, sizes[0], nesting)]
+        if sizes[0] > 1 and not _same_alone(programs, pairs[0], shapes, sizes[0], nesting):
+            return None
+        rest = (run(*programs, n, nesting) for n in sizes[1:])
+        return [_collect(r, shapes, n, nesting) for r, n in zip(itertools.chain(pairs, rest), sizes, strict=True)]
+    except Exception:  # whatever it was: the loop of single runs raises it again if it is the program's own
         return None
+
+
+def _same_alone(programs: Programs, pair: Run, shapes: Run, count: int, nesting: int) -> bool:
+    """Whether the last draw of a vectorised run has the densities and deterministics of a run of its own."""
+
+    def last(site: Site, like: Site) -> Tensor:
+        x = _lead(site.value, like.value.shape, count, like)[-1:]
+        return _with_gaps(x, _sorted(like.plates), 1, nesting)
+
+    model, guide, args, kwargs = programs
+    latents = {n: last(s, shapes.model[n]) for n, s in pair.model.items() if s.role == "latent"}
+    # A point site of a guide is a function of its other sites: it must be computed anew, not given.
+    own = [n for n, s in pair.guide.items() if s.role in ("latent", "auxiliary") and not is_point(s.fn)]
+    alone = (
+        trace_program(model, args, kwargs, latents),
+        trace_program(guide, args, kwargs, {n: last(pair.guide[n], shapes.guide[n]) for n in own}),
+    )
+    return all(
+        _is_close(site, single[name], count, nesting)
+        for together, single in zip((pair.model, pair.guide), alone, strict=True)
+        for name, site in together.items()
+    )
+
+
+def _is_close(site: Site, alone: Site, count: int, nesting: int) -> bool:
+    nats = (_per_plate(x.log_prob(), site.plates, n, nesting)[-1] for x, n in ((site, count), (alone, 1)))
+    both = [tuple(nats)]
+    if site.role == "deterministic":
+        both.append((_lead(site.value, alone.value.shape, count, alone)[-1], alone.value))
+    return all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in both)
 
 
 def _collect(pair: Run, shapes: Run, count: int, nesting: int) -> dict[str, Any]:
@@ -229,9 +274,12 @@ def _collect(pair: Run, shapes: Run, count: int, nesting: int) -> dict[str, Any]
     def value(site: Site, like: Site) -> Tensor:
         return _lead(site.value, like.value.shape, count, like)
 
-    model = {name: site for name, site in pair.model.items() if name in shapes.model}
+    model = pair.model
     if model.keys() != shapes.model.keys():
-        raise RuntimeError("the sites of the model change from run to run")
+        raise SiteError(
+            f"The sites of the model change from run to run: {sorted(model.keys() ^ shapes.model.keys())}. Draws can "
+            "be put into one array only if every run has the same sites."
+        )
     groups: dict[str, Arrays] = {"latents": {}, "unconstrained": {}, "deterministics": {}}
     densities: dict[str, Arrays] = {"log_likelihood": {}, "log_prior": {}}
     for name, site in model.items():
@@ -259,7 +307,7 @@ def _weights(pair: Run, count: int, nesting: int) -> dict[str, Any]:
         result = torch.zeros(count, *([keep.size] if keep else []), dtype=torch.float64)
         for s in sites:
             x = s.log_prob().double()
-            scale = 1.0 if keep or is_one(s.scale) else s.scale
+            scale = s.scale if keep is None else s.scale * (keep.size / keep.full_size)
             x = _aligned(x * scale, count, nesting)
             dims = [d for d in range(-nesting, 0) if keep is None or d != keep.dim]
             result = result + (x.sum(dims) if dims else x)
@@ -274,7 +322,7 @@ def _weights(pair: Run, count: int, nesting: int) -> dict[str, Any]:
     }
 
 
-def _concatenate(runs: list[dict[str, Any]], shapes: Run) -> Draws:
+def _concatenate(runs: list[dict[str, Any]], shapes: Run, vectorised: bool, nesting: int, rows: Arrays) -> Draws:
     def join(name: str) -> Arrays:
         return {site: torch.cat([r[name][site] for r in runs]) for site in runs[0][name]}
 
@@ -291,7 +339,10 @@ def _concatenate(runs: list[dict[str, Any]], shapes: Run) -> Draws:
         observed={n: _drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "observed"},
         plates={n: _sorted(s.plates) for n, s in shapes.model.items()},
         data_plate=runs[0]["plate"],
-        point=bool(latents) and not auxiliary and all(is_point(s.fn) for s in latents),
+        point=bool(latents) and all(is_point(s.fn) for s in latents + auxiliary),
+        vectorised=vectorised,
+        nesting=nesting,
+        rows=rows,
     )
 
 
@@ -311,9 +362,10 @@ def _lead(x: Tensor, shape: torch.Size, count: int, like: Site) -> Tensor:
     an ordinary run says what belongs to the site.
     """
     if x.numel() == count * shape.numel():
-        return torch.stack([_drop_gaps(row, like) for row in x.reshape((count, *shape))])
+        return x.reshape((count, *_drop_gaps(x.new_empty(shape), like).shape))
     if x.numel() == shape.numel():
-        return _drop_gaps(x.reshape(shape), like).expand(count, *_drop_gaps(x.reshape(shape), like).shape)
+        alone = _drop_gaps(x.reshape(shape), like)
+        return alone.expand(count, *alone.shape)
     raise RuntimeError(f"site '{like.name}' has shape {tuple(x.shape)} for {count} draws of shape {tuple(shape)}")
 
 

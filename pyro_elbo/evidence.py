@@ -1,15 +1,18 @@
 """Draws -> what they say about the evidence and about the guide's fit: k-hat, leave-one-out."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_elbo.draws import draw
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.draws import POINT_ESTIMATE, Draws, draw
+from pyro_elbo.errors import ArgumentError, GuideError
 from pyro_elbo.psis import describe_k, pareto_k_threshold, psis
-from pyro_elbo.sites import Program
+from pyro_elbo.sites import Plate, Program
+
+SAMPLE_DIMS = ("chain", "draw")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,43 @@ def pareto_k(
     return ParetoK(smoothed.pareto_k, smoothed.ess, num_samples, draws.data_plate.name if local else None)
 
 
+def resample(draws: Draws, generator: torch.Generator) -> Draws:
+    """Draw with replacement in proportion to the smoothed weights; what is returned has uniform weights.
+
+    Where all latents are local every row of the data plate is drawn on its own.
+
+    Raises:
+        GuideError: the guide is a point estimate.
+    """
+    weights = draws.smooth().log_weights.exp()
+    index = torch.multinomial(weights, len(draws.log_p), replacement=True, generator=generator)
+    if draws.data_plate is None or draws.local_log_p is None or draws.local_log_q is None:
+        return _pick(draws, lambda x, _: x[index], draws.log_p[index], draws.log_q[index])
+    name, rows = draws.data_plate.name, index.T
+
+    def by_row(x: Tensor, plates: tuple[Plate, ...]) -> Tensor:
+        names = [p.name for p in plates]
+        dim = 1 + names.index(name) if name in names else x.dim()
+        if x.dim() <= dim or x.shape[dim] != rows.shape[1]:
+            return x  # the same for every row, as a deterministic may be
+        shape = [1] * x.dim()
+        shape[0], shape[dim] = rows.shape
+        return x.gather(0, rows.reshape(shape).expand_as(x))
+
+    local = draws.local_log_p.gather(0, rows), draws.local_log_q.gather(0, rows)
+    scale = draws.data_plate.full_size / draws.data_plate.size
+    picked = _pick(draws, by_row, *(x.sum(1) * scale for x in local))
+    return replace(picked, local_log_p=local[0], local_log_q=local[1])
+
+
+def _pick(draws: Draws, pick: Callable[[Tensor, tuple[Plate, ...]], Tensor], log_p: Tensor, log_q: Tensor) -> Draws:
+    names = ("latents", "unconstrained", "deterministics", "log_likelihood", "log_prior")
+    fields: dict[str, Any] = {
+        name: {site: pick(x, draws.plates[site]) for site, x in getattr(draws, name).items()} for name in names
+    }
+    return replace(draws, **fields, log_p=log_p, log_q=log_q, resampled=True)
+
+
 def loo(data: Any, var_name: str | None = None) -> Any:
     r"""Leave-one-out predictive density of an exported fit, corrected for the variational posterior.
 
@@ -92,6 +132,7 @@ def loo(data: Any, var_name: str | None = None) -> Any:
 
     Raises:
         ArgumentError: several observed sites and no ``var_name``, or no log likelihood.
+        GuideError: the fit is a point estimate.
 
     References:
         Magnusson, Andersen, Jonasson, Vehtari (2019), Bayesian leave-one-out cross-validation for large data,
@@ -106,12 +147,24 @@ def loo(data: Any, var_name: str | None = None) -> Any:
         var_name = names[0]
     if var_name not in names:
         raise ArgumentError(f"var_name must be one of the observed sites {names}, got {var_name!r}.")
-    likelihood = tree["log_likelihood"][var_name]
+    likelihood: Any = tree["log_likelihood"][var_name]
     stats = tree["sample_stats"]
+    if stats.attrs.get("point_estimate"):
+        raise GuideError(POINT_ESTIMATE)
     local = stats.data_vars.get("log_weight_local")
     weight = stats["log_weight"] if local is None or not set(local.dims) <= set(likelihood.dims) else local
-    ratio = (weight - likelihood).stack(sample=("chain", "draw")).transpose(..., "sample")
-    smoothed = psis(torch.tensor(ratio.values))
-    log_weights = ratio.copy(data=smoothed.log_weights.numpy()).unstack("sample").transpose(*likelihood.dims)
-    k = ratio.isel(sample=0, drop=True).copy(data=smoothed.pareto_k.numpy())
-    return arviz_stats.loo(tree, pointwise=True, var_name=var_name, log_weights=log_weights, pareto_k=k)
+    log_weights, k = _smooth(weight - likelihood, likelihood.dims)
+    result = arviz_stats.loo(tree, pointwise=True, var_name=var_name, log_weights=log_weights, pareto_k=k)
+    # arviz-stats takes the draws as they are for the density with the datum left in; here they have weights as well.
+    full, _ = _smooth(weight.broadcast_like(likelihood), likelihood.dims)
+    inside = torch.tensor((full + likelihood).stack(sample=SAMPLE_DIMS).transpose(..., "sample").values).logsumexp(-1)
+    result.p = float(inside.sum()) - float(result.elpd)
+    return result
+
+
+def _smooth(ratio: Any, dims: tuple[str, ...]) -> tuple[Any, Any]:
+    """Smoothed log weights and k-hat of log ratios that are DataArrays over draws and data."""
+    flat = ratio.stack(sample=SAMPLE_DIMS).transpose(..., "sample")
+    smoothed = psis(torch.tensor(flat.values))
+    log_weights = flat.copy(data=smoothed.log_weights.numpy()).unstack("sample").transpose(*dims)
+    return log_weights, flat.isel(sample=0, drop=True).copy(data=smoothed.pareto_k.numpy())

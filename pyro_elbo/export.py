@@ -1,17 +1,22 @@
 """Draws -> ArviZ: InferenceData on ArviZ 0.x, xarray.DataTree from 1 on. One builder makes the groups of both."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_elbo.draws import Arrays, Draws, draw, predict
+from pyro_elbo.draws import Arrays, Draws, draw, predict, seeded
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.sites import Plate, Program
+from pyro_elbo.evidence import resample
+from pyro_elbo.psis import MIN_DRAWS
+from pyro_elbo.sites import Plate, Program, check_initialised
 
 if TYPE_CHECKING:
     import xarray
@@ -22,43 +27,67 @@ Plates = Mapping[str, tuple[Plate, ...]]
 SAMPLE_DIMS = ("chain", "draw")
 
 
+class Options(NamedTuple):
+    """The options of :func:`to_arviz`."""
+
+    num_samples: int = 1000
+    resample: str | None = None
+    predictive: bool = True
+    prior: bool = True
+    history: Any = None
+    coords: Mapping[str, Sequence[Any]] = {}
+    seed: int = 0
+    dims: Mapping[str, Sequence[str]] = {}
+
+
+class _Names(NamedTuple):
+    """The names of all variables, which no dimension may have, and the names that the user gave to event dimensions."""
+
+    taken: set[str]
+    given: Mapping[str, Sequence[str]]
+
+
 def to_arviz(
     model: Program | Sequence[Program],
     guide: Program | Sequence[Program],
     *args: Any,
     num_samples: int = 1000,
-    resample: Literal["psis"] | None = None,
+    resample: str | None = None,
     predictive: bool = True,
     prior: bool = True,
-    history: "xarray.Dataset | None" = None,
+    history: Any = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     **kwargs: Any,
 ) -> Any:
     r"""Export a fitted posterior, with what its diagnostics need, to ArviZ.
 
     Groups: ``posterior`` (latents and deterministics), ``unconstrained_posterior``, ``sample_stats`` (``lp``,
-    ``lp_approx``, ``log_weight``, and ``log_weight_local`` per row where all latents are local), ``log_likelihood``,
+    ``lp_approx``, ``log_weight``, and ``log_weight_local`` per row where all latents are local; k-hat in its attribute
+    ``pareto_k``, one number a chain, the worst row where latents are local), ``log_likelihood``,
     ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``, ``constant_data`` and
     ``training``. Dimensions are ``chain``, ``draw``, the plates' names, and ``<site>_dim_0`` ... for events.
 
     Args:
         model, guide: the programs, or lists of them: several restarts, which become chains. Give every restart its own
-            guide, a module with its own parameters; those are used, whatever Pyro's store holds under their names.
+            guide, an AutoGuide or a PyroModule: these run with their own parameters, not with those of Pyro's store.
         args, kwargs: arguments of both programs.
         num_samples: draws per chain.
         resample: ``"psis"`` draws again in proportion to the Pareto-smoothed importance weights.
         predictive, prior: whether to add the groups of predictive and of prior draws. Flat priors cannot be sampled;
             the prior is then left out and ``posterior.attrs["prior_skipped"]`` says why.
-        history: ``FitResult.history``.
+        history: what ``fit`` returned, or its ``history``.
         coords: labels of dimensions.
+        dims: names of a site's event dimensions, in place of ``<site>_dim_0`` ...
         seed: of all draws.
 
     Returns:
         ``arviz.InferenceData`` on ArviZ 0.x, ``xarray.DataTree`` on ArviZ 1 and later; densities in nats.
 
     Raises:
-        ArgumentError: lists of different length, or guides that share their parameters.
+        ArgumentError: lists of different length, guides that share their parameters, ``coords`` or ``dims`` that do
+            not fit.
         GuideError: a guide that has never run, or ``resample`` with a point estimate.
 
     Example:
@@ -75,10 +104,8 @@ def to_arviz(
         >>> dict(data["log_likelihood"]["x"].sizes)
         {'chain': 1, 'draw': 50, 'data': 20}
     """
-    groups = build_groups(
-        model, guide, args, kwargs, num_samples, resample, predictive, prior, history, coords or {}, seed
-    )
-    return to_container(groups)
+    options = Options(num_samples, resample, predictive, prior, history, coords or {}, seed, dims or {})
+    return to_container(_build(model, guide, args, kwargs, options))
 
 
 def to_container(groups: Groups, major: int | None = None) -> Any:
@@ -96,49 +123,76 @@ def build_groups(
     guide: Program | Sequence[Program],
     args: tuple,
     kwargs: Mapping[str, Any],
-    num_samples: int,
-    resample: Literal["psis"] | None,
-    predictive: bool,
-    prior: bool,
-    history: "xarray.Dataset | None",
-    coords: Mapping[str, Sequence[Any]],
-    seed: int,
+    *options: Any,
 ) -> Groups:
-    """Make all groups as Datasets: see :func:`to_arviz`."""
-    if resample not in (None, "psis"):
-        raise ArgumentError(f"resample must be None or 'psis', got {resample!r}.")
+    """Make all groups as Datasets: see :func:`to_arviz`; ``options`` are the fields of :class:`Options` in order."""
+    return _build(model, guide, args, kwargs, Options(*options))
+
+
+def _build(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], options: Options) -> Groups:
+    if options.resample not in (None, "psis"):
+        raise ArgumentError(f"resample must be None or 'psis', got {options.resample!r}.")
     chains = _restarts(model, guide)
-    attributes: dict[str, Any] = {"inference_library": "pyro_elbo", "sampling": "variational"}
-    parts: list[dict[str, tuple[Arrays, Plates]]] = []
+    attributes: dict[str, Any] = {
+        "inference_library": "pyro_elbo",
+        "inference_library_version": version("pyro-elbo"),
+        "sampling": "variational",
+    }
+    parts: list[tuple[Draws, dict[str, tuple[Arrays, Plates]]]] = []
+    owners: dict[int, int] = {}
+    ks: list[float] = []
     for i, (p, q) in enumerate(chains):
-        with _own_parameters(chains):
-            drawn = draw(p, q, args, kwargs, num_samples, seed=seed + i)
-            if resample:
-                drawn = drawn.resample(torch.Generator().manual_seed(seed + i))
-            part = _posterior_groups(drawn)
-            names = drawn.observed.keys()
-            if predictive and names:
-                arrays, plates = predict(p, args, kwargs, drawn, num_samples, seed + i)
-                part["posterior_predictive"] = ({n: arrays[n] for n in names}, plates)
-            if prior:
-                part |= _prior_groups(p, args, kwargs, names, num_samples, seed + i, attributes)
-            parts.append(part)
-    taken = {n for part in parts for arrays, _ in part.values() for n in arrays}
-    groups = {name: _stack_chains([part[name] for part in parts], taken) for name in parts[0]}
-    groups |= _data_groups(drawn, chains[0][0], args, kwargs, taken)
-    groups = {name: _labelled(ds, coords, attributes) for name, ds in groups.items() if ds.data_vars}
+        with _own_parameters(chains, i):
+            if len(chains) > 1:
+                _check_not_shared(q, args, kwargs, i, owners)
+            rows = parts[0][0].rows if parts else None  # all chains speak of the same data
+            drawn = draw(p, q, args, kwargs, options.num_samples, seed=options.seed + i, rows=rows)
+            if not drawn.point and options.num_samples >= MIN_DRAWS:
+                ks.append(float(drawn.smooth().pareto_k.max()))
+            parts.append(_chain(p, drawn, args, kwargs, options, options.seed + i, attributes))
+    drawn, arrays = parts[-1][0], [part for _, part in parts]
+    names = _Names({n for part in arrays for group, _ in part.values() for n in group}, options.dims)
+    shared = [g for g in arrays[0] if all(g in part for part in arrays)]
+    if unknown := options.dims.keys() - names.taken:
+        raise ArgumentError(f"dims: {sorted(unknown)} are not among the variables {sorted(names.taken)}.")
+    groups = {group: _stack_chains([part[group] for part in arrays], _names_in(group, names)) for group in shared}
+    groups |= _data_groups(drawn, chains[0][0], args, kwargs, names)
+    groups = {name: ds.assign_attrs(attributes) for name, ds in groups.items() if ds.data_vars}
+    stats: dict[str, Any] = {"point_estimate": 1} if any(d.point for d, _ in parts) else {}
+    if ks:
+        stats["pareto_k"] = ks if len(ks) > 1 else ks[0]  # a file gives back a list of one number as the number
+    groups["sample_stats"] = groups["sample_stats"].assign_attrs(stats)
+    groups = _labelled(groups, options.coords)
+    history = getattr(options.history, "history", options.history)
     return groups | ({"training": history} if history is not None else {})
 
 
-def _own_parameters(chains: list[tuple[Program, Program]]) -> AbstractContextManager:
-    """Run a restart with its own parameters: Pyro's store keeps one value per name, that of the last restart."""
-    if len(chains) == 1:
-        return nullcontext()
-    owned = {id(x) for pair in chains for m in pair if isinstance(m, nn.Module) for x in m.parameters()}
-    store = pyro.get_param_store()
-    state = store.get_state()
-    kept = {name: x for name, x in state["params"].items() if id(x) not in owned}
-    return store.scope({"params": kept, "constraints": {name: state["constraints"][name] for name in kept}})
+def _names_in(group: str, names: _Names) -> _Names:
+    """Densities carry the site's name but have no event dimensions to name."""
+    return names._replace(given={}) if group in ("log_prior", "log_likelihood") else names
+
+
+def _chain(
+    model: Program,
+    drawn: Draws,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    options: Options,
+    seed: int,
+    attributes: dict[str, Any],
+) -> tuple[Draws, dict[str, tuple[Arrays, Plates]]]:
+    """The draws of one restart, resampled if wanted, and its groups."""
+    if options.resample:
+        drawn = resample(drawn, torch.Generator().manual_seed(seed))
+        attributes["resampled"] = options.resample
+    part = _posterior_groups(drawn)
+    observed = drawn.observed.keys()
+    if options.predictive and observed:
+        arrays, plates = predict(model, args, kwargs, drawn, seed)
+        part["posterior_predictive"] = ({n: arrays[n] for n in observed}, plates)
+    if options.prior:
+        part |= _prior_groups(model, args, kwargs, drawn, seed, attributes)
+    return drawn, part
 
 
 def _restarts(model: Any, guide: Any) -> list[tuple[Program, Program]]:
@@ -147,20 +201,52 @@ def _restarts(model: Any, guide: Any) -> list[tuple[Program, Program]]:
     models = list(model) if isinstance(model, list | tuple) else [model] * len(guides)
     if len(models) != len(guides):
         raise ArgumentError(f"expected as many models as guides, got {len(models)} and {len(guides)}.")
-    seen: dict[int, int] = {}
-    for i, g in enumerate(guides):
-        for p in g.parameters() if isinstance(g, nn.Module) else ():
-            if seen.setdefault(id(p), i) != i:
-                raise ArgumentError(
-                    f"guides {seen[id(p)]} and {i} share their parameters, so they are one restart, not two. Fit each "
-                    "with its own guide, after pyro.clear_param_store()."
-                )
-    if len(guides) > 1 and not all(isinstance(g, nn.Module) for g in guides):
+    if len(guides) > 1 and not all(isinstance(g, PyroModule) for g in guides):
         raise ArgumentError(
             "several guides as chains must be modules with parameters of their own (AutoGuides or PyroModules): "
             "functions share Pyro's parameter store."
         )
     return list(zip(models, guides, strict=True))
+
+
+@contextmanager
+def _own_parameters(chains: list[tuple[Program, Program]], index: int) -> Iterator[None]:
+    """Let the modules of one of several chains use their own parameters.
+
+    Pyro's store would give all modules that ask for a name the same tensor. Modules that were made under
+    ``module_local_params`` have a store each; for others the names of modules are taken out of the store, and they
+    register themselves again.
+    """
+    modules = [m for pair in chains for m in pair if isinstance(m, PyroModule)]
+    if len(chains) == 1:
+        yield
+    elif all(hasattr(m._pyro_context, "param_state") for m in chains[index] if isinstance(m, PyroModule)):
+        with pyro.settings.context(module_local_params=True):
+            yield
+    else:
+        store = pyro.get_param_store()
+        paths = [f"{m._pyro_name}.{n}".strip(".") for m in modules for n, _ in m.named_parameters()]
+        names = {path.removesuffix("_unconstrained") for path in paths}
+        state: Any = {part: {n: x for n, x in d.items() if n not in names} for part, d in store.get_state().items()}
+        with pyro.settings.context(module_local_params=False), store.scope(state):
+            yield
+
+
+def _check_not_shared(
+    guide: Program, args: tuple, kwargs: Mapping[str, Any], index: int, owners: dict[int, int]
+) -> None:
+    """Refuse a guide that reads a parameter of a previous one: they are one restart, not two."""
+    check_initialised(guide)
+    with torch.no_grad(), seeded(0):
+        trace = poutine.trace(guide, param_only=True).get_trace(*args, **kwargs)
+    used = [node["value"].unconstrained() for node in trace.nodes.values() if node["type"] == "param"]
+    for p in [*used, *(guide.parameters() if isinstance(guide, nn.Module) else ())]:
+        if owners.setdefault(id(p), index) != index:
+            raise ArgumentError(
+                f"guides {owners[id(p)]} and {index} share their parameters, so they are one restart, not two. Make "
+                "and fit each guide under pyro.settings.context(module_local_params=True), or clear the parameter "
+                "store before each fit."
+            )
 
 
 def _posterior_groups(drawn: Draws) -> dict[str, tuple[Arrays, Plates]]:
@@ -182,64 +268,74 @@ def _posterior_groups(drawn: Draws) -> dict[str, tuple[Arrays, Plates]]:
 
 
 def _prior_groups(
-    model: Program,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    observed: Iterable[str],
-    num_samples: int,
-    seed: int,
-    attributes: dict[str, Any],
+    model: Program, args: tuple, kwargs: Mapping[str, Any], drawn: Draws, seed: int, attributes: dict[str, Any]
 ) -> dict[str, tuple[Arrays, Plates]]:
     try:
-        arrays, plates = predict(model, args, kwargs, None, num_samples, seed)
-    except NotImplementedError as error:
-        attributes["prior_skipped"] = f"a prior cannot be sampled ({error or 'improper'})"
+        arrays, plates = predict(model, args, kwargs, drawn, seed, prior=True)
+    except (NotImplementedError, ValueError) as error:
+        # The program ran with draws from the guide: what fails here is a prior that is flat, or overflows.
+        attributes["prior_skipped"] = f"the prior cannot be sampled ({error or 'improper'})"
         return {}
-    names = set(observed)
     return {
-        "prior": ({n: x for n, x in arrays.items() if n not in names}, plates),
-        "prior_predictive": ({n: x for n, x in arrays.items() if n in names}, plates),
+        "prior": ({n: x for n, x in arrays.items() if n not in drawn.observed}, plates),
+        "prior_predictive": ({n: x for n, x in arrays.items() if n in drawn.observed}, plates),
     }
 
 
-def _stack_chains(parts: list[tuple[Arrays, Plates]], taken: set[str]) -> "xarray.Dataset":
+def _stack_chains(parts: list[tuple[Arrays, Plates]], names: _Names) -> "xarray.Dataset":
     import xarray
 
     variables = {}
     for name in parts[0][0]:
         values = torch.stack([arrays[name] for arrays, _ in parts])
-        variables[name] = (
-            SAMPLE_DIMS + _dims(name, values.shape[2:], parts[0][1].get(name, ()), taken),
-            _numpy(values),
-        )
+        dims, shape = _dims(name, values.shape[2:], parts[0][1].get(name, ()), names)
+        variables[name] = (SAMPLE_DIMS + dims, _numpy(values.reshape((*values.shape[:2], *shape))))
     return xarray.Dataset(variables)
 
 
-def _dims(name: str, shape: Sequence[int], plates: tuple[Plate, ...], taken: set[str]) -> tuple[str, ...]:
-    """Name dimensions after the plates, then ``<site>_dim_i``.
+def _dims(
+    name: str, shape: Sequence[int], plates: tuple[Plate, ...], names: _Names
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Name dimensions after the plates, then ``<site>_dim_i``; return names and shape.
 
-    A deterministic may count its plates as event: then the plates' sizes, from the right, tell them apart. A dimension
-    named like a variable would swallow it: it gets the suffix ``_dim``.
+    A deterministic counts its plates, and the gaps between them, as event: if the sizes on the left are those of the
+    plates, they are the plates. A dimension named like a variable would swallow it: it gets the suffix ``_dim``.
     """
-    plates = (
-        plates if all(p.size == n for p, n in zip(plates, shape, strict=False)) and len(plates) <= len(shape) else ()
-    )
-    named = tuple(f"{p.name}_dim" if p.name in taken else p.name for p in plates)
-    return named + tuple(f"{name}_dim_{i}" for i in range(len(shape) - len(named)))
+    sizes = {p.dim: p.size for p in plates}
+    batch = [sizes.get(d, 1) for d in range(min(sizes, default=0), 0)]
+    if len(shape) > len(plates) and list(shape[: len(batch)]) == batch:
+        shape = [p.size for p in plates] + list(shape[len(batch) :])
+    if list(shape[: len(plates)]) != [p.size for p in plates]:
+        plates = ()
+    named = [f"{p.name}_dim" if p.name in names.taken or p.name in SAMPLE_DIMS else p.name for p in plates]
+    event = list(names.given.get(name, [f"{name}_dim_{i}" for i in range(len(shape) - len(named))]))
+    if len(named) + len(event) != len(shape):
+        raise ArgumentError(
+            f"dims['{name}']: expected {len(shape) - len(named)} names of event dimensions, got {event}."
+        )
+    return (*named, *event), tuple(shape)
 
 
-def _data_groups(drawn: Draws, model: Program, args: tuple, kwargs: Mapping[str, Any], taken: set[str]) -> Groups:
+def _data_groups(drawn: Draws, model: Program, args: tuple, kwargs: Mapping[str, Any], names: _Names) -> Groups:
     import xarray
 
-    observed = {n: (_dims(n, x.shape, drawn.plates[n], taken), _numpy(x)) for n, x in drawn.observed.items()}
-    plates = {p.size: p for stack in drawn.plates.values() for p in stack}
+    def variable(name: str, x: Tensor, plates: tuple[Plate, ...]) -> tuple[tuple[str, ...], Any]:
+        dims, shape = _dims(name, x.shape, plates, names._replace(taken=names.taken | {name}))
+        return dims, _numpy(x.reshape(shape))
+
     constants = {}
+    every = {p for stack in drawn.plates.values() for p in stack}
     for name, x in _tensors(model, args, kwargs).items():
-        if any(x.shape == o.shape and torch.equal(x.nan_to_num(), o.nan_to_num()) for o in drawn.observed.values()):
-            continue
-        stack = (plates[x.shape[0]],) if x.dim() and x.shape[0] in plates else ()
-        constants[name] = (_dims(name, x.shape, stack, taken | {name}), _numpy(x))
+        if not any(_same_values(x, o) for o in drawn.observed.values()):
+            rows = [p for p in every if x.dim() and p.size == x.shape[0]]
+            constants[name] = variable(name, x, tuple(rows) if len({p.name for p in rows}) == 1 else ())
+    observed = {n: variable(n, x, drawn.plates[n]) for n, x in drawn.observed.items()}
     return {"observed_data": xarray.Dataset(observed), "constant_data": xarray.Dataset(constants)}
+
+
+def _same_values(x: Tensor, observed: Tensor) -> bool:
+    """Whether an argument is what a site observes, in which what was missing has been filled in."""
+    return x.shape == observed.shape and bool(((x == observed) | x.isnan()).all())
 
 
 def _tensors(model: Program, args: tuple, kwargs: Mapping[str, Any]) -> Arrays:
@@ -249,12 +345,16 @@ def _tensors(model: Program, args: tuple, kwargs: Mapping[str, Any]) -> Arrays:
     return {name: x for name, x in bound.items() if isinstance(x, Tensor)}
 
 
-def _labelled(
-    ds: "xarray.Dataset", coords: Mapping[str, Sequence[Any]], attributes: Mapping[str, Any]
-) -> "xarray.Dataset":
-    labels = {name: list(values) for name, values in coords.items() if name in ds.dims}
-    counted = {name: range(size) for name, size in ds.sizes.items() if name not in labels}
-    return ds.assign_coords(counted | labels).assign_attrs(attributes)
+def _labelled(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> Groups:
+    sizes = {name: size for ds in groups.values() for name, size in ds.sizes.items()}
+    for name, values in coords.items():
+        if len(values) != sizes.get(name):
+            raise ArgumentError(
+                f"coords['{name}']: got {len(values)} labels, expected "
+                f"{sizes[name] if name in sizes else f'one of the dimensions {sorted(map(str, sizes))}'}."
+            )
+    labels = {name: list(coords.get(str(name), range(size))) for name, size in sizes.items()}
+    return {group: ds.assign_coords({n: labels[n] for n in ds.sizes}) for group, ds in groups.items()}
 
 
 def _numpy(x: Tensor) -> Any:

@@ -25,6 +25,7 @@ from pyro_elbo.sites import (
     Unobserve,
     check_initialised,
     guess_plate_nesting,
+    random_rows,
     run,
     trace_program,
 )
@@ -131,7 +132,7 @@ def draw(
     check_initialised(guide)
     programs = Programs(model, guide, args, kwargs)
     with torch.no_grad(), seeded(seed):
-        rows = _fixed_rows(programs) if rows is None else rows
+        rows = random_rows(*programs) if rows is None else rows
         if rows:  # every draw sees the same rows: values per datum would otherwise belong to different data
             programs = Programs(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
         shapes = run(*programs)
@@ -141,16 +142,6 @@ def draw(
         if runs is None:
             runs = [_collect(run(*programs), shapes, 1, nesting) for _ in range(num_samples)]
     return _concatenate(runs, shapes, vectorised, nesting, rows)
-
-
-def _fixed_rows(programs: Programs) -> Arrays:
-    """The rows of one random subsample, by plate."""
-    model, guide, args, kwargs = programs
-    trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
-    nodes: dict[str, Any] = dict(trace.nodes) | dict(replayed.nodes)
-    subsamples = {n: node for n, node in nodes.items() if type(node.get("fn")).__name__ == "_Subsample"}
-    return {n: node["value"] for n, node in subsamples.items() if len(node["value"]) < node["fn"].size}
 
 
 class seeded:  # noqa: N801  (used as a statement)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from pyro_elbo.draws import Arrays, Draws, draw, predict, seeded
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.evidence import resample
 from pyro_elbo.psis import MIN_DRAWS
-from pyro_elbo.sites import Plate, Program, check_initialised
+from pyro_elbo.sites import Plate, Program, captured_parameters, check_initialised
 
 if TYPE_CHECKING:
     import xarray
@@ -105,7 +104,7 @@ def to_arviz(
         {'chain': 1, 'draw': 50, 'data': 20}
     """
     options = Options(num_samples, resample, predictive, prior, history, coords or {}, seed, dims or {})
-    return to_container(_build(model, guide, args, kwargs, options))
+    return to_container(build_groups(model, guide, args, kwargs, options))
 
 
 def to_container(groups: Groups, major: int | None = None) -> Any:
@@ -118,18 +117,8 @@ def to_container(groups: Groups, major: int | None = None) -> Any:
     return arviz.InferenceData(**wrapped) if major == 0 else xarray.DataTree.from_dict(groups)
 
 
-def build_groups(
-    model: Program | Sequence[Program],
-    guide: Program | Sequence[Program],
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    *options: Any,
-) -> Groups:
-    """Make all groups as Datasets: see :func:`to_arviz`; ``options`` are the fields of :class:`Options` in order."""
-    return _build(model, guide, args, kwargs, Options(*options))
-
-
-def _build(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], options: Options) -> Groups:
+def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], options: Options) -> Groups:
+    """Make all groups as Datasets: see :func:`to_arviz`."""
     if options.resample not in (None, "psis"):
         raise ArgumentError(f"resample must be None or 'psis', got {options.resample!r}.")
     chains = _restarts(model, guide)
@@ -237,10 +226,9 @@ def _check_not_shared(
 ) -> None:
     """Refuse a guide that reads a parameter of a previous one: they are one restart, not two."""
     check_initialised(guide)
-    with torch.no_grad(), seeded(0):
-        trace = poutine.trace(guide, param_only=True).get_trace(*args, **kwargs)
-    used = [node["value"].unconstrained() for node in trace.nodes.values() if node["type"] == "param"]
-    for p in [*used, *(guide.parameters() if isinstance(guide, nn.Module) else ())]:
+    with torch.no_grad(), seeded(0), captured_parameters() as used:
+        guide(*args, **kwargs)
+    for p in [*used.values(), *(guide.parameters() if isinstance(guide, nn.Module) else ())]:
         if owners.setdefault(id(p), index) != index:
             raise ArgumentError(
                 f"guides {owners[id(p)]} and {index} share their parameters, so they are one restart, not two. Make "

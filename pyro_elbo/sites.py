@@ -170,6 +170,15 @@ def guess_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Map
     return -min(dims, default=0)
 
 
+def random_rows(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The rows that one run takes of each plate which takes a random subsample, by plate."""
+    trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
+    nodes: dict[str, Any] = dict(trace.nodes) | dict(replayed.nodes)
+    subsamples = {n: node for n, node in nodes.items() if type(node.get("fn")).__name__ == "_Subsample"}
+    return {n: node["value"] for n, node in subsamples.items() if len(node["value"]) < node["fn"].size}
+
+
 class Unobserve(poutine.messenger.Messenger):
     """Draw observed sites anew inside the block; deterministic values and factors stay what they are."""
 

@@ -61,7 +61,7 @@ def program(request):
 @pytest.fixture
 def groups(program):
     model, guide, args = program
-    return build_groups(model, guide, args, {}, *Options(num_samples=200, history=training()))
+    return build_groups(model, guide, args, {}, Options(num_samples=200, history=training()))
 
 
 def check_same(groups, read):

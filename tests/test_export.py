@@ -1,13 +1,10 @@
 """to_arviz: groups, dimensions, restarts, resampling, and what other libraries read from it."""
 
-import arviz as az
-import matplotlib
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-import xarray
 from pyro.infer import SVI, autoguide
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
@@ -15,7 +12,6 @@ import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.draws import draw
 from pyro_elbo.errors import ArgumentError, GuideError
-from pyro_elbo.export import build_groups, to_container
 from tests.programs import X2, bernoulli_guide, bernoulli_model, nested_guide, nested_model
 
 SIGMA = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64)
@@ -224,62 +220,3 @@ def test_history_becomes_a_group(full_rank):
     result = pe.fit(bernoulli_model, bernoulli_guide, torch.zeros(4, dtype=torch.float64), max_epochs=2, progress=False)
     data = pe.to_arviz(schools, full_rank, SIGMA, Y, num_samples=10, history=result.history, prior=False)
     assert dict(data["training"].sizes) == {"epoch": 2, "split": 2, "latent": 1}
-
-
-# --- what others read -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")  # that is what k-hat is for
-def test_loo_is_corrected_for_the_variational_posterior(full_rank):
-    """NUTS gives -30.75; naive LOO on the guide's draws is about two nats off, with bad k at every school.
-
-    Four seeds of 4000 draws: the corrected value lies within 0.3 of NUTS, the naive one does not.
-    """
-    corrected, naive = [], []
-    for seed in range(4):
-        data = pe.to_arviz(schools, full_rank, SIGMA, Y, num_samples=4000, seed=seed, prior=False, predictive=False)
-        corrected.append(pe.loo(data).elpd)
-        flat = data.copy()
-        flat["sample_stats"]["log_weight"] = 0 * flat["sample_stats"]["log_weight"]
-        naive.append(pe.loo(flat).elpd)
-    assert np.mean(corrected) == pytest.approx(-30.75, abs=0.3)
-    assert abs(np.mean(naive) + 30.75) > abs(np.mean(corrected) + 30.75)
-    resampled = pe.to_arviz(
-        schools, full_rank, SIGMA, Y, num_samples=4000, resample="psis", prior=False, predictive=False
-    )
-    assert pe.loo(resampled).elpd == pytest.approx(-30.75, abs=0.4)
-    with pytest.raises(ArgumentError, match=r"\['y'\]"):
-        pe.loo(resampled, "nothing")
-
-
-@pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")  # that is what k-hat is for
-def test_netcdf_round_trip_and_arviz(full_rank, tmp_path):
-    matplotlib.use("Agg")
-    data = pe.to_arviz(schools, full_rank, SIGMA, Y, num_samples=200, coords={"school": list("ABCDEFGH")})
-    data.to_netcdf(str(tmp_path / "fit.nc"))
-    back = az.from_netcdf(str(tmp_path / "fit.nc"))
-    xarray.testing.assert_allclose(back["posterior"], data["posterior"])
-    assert list(back["posterior"]["school"].values) == list("ABCDEFGH")
-    summary = az.summary(back, kind="stats")
-    assert "theta[A]" in summary.index
-    assert np.isfinite(az.loo(back).elpd_loo)
-    assert np.isfinite(pe.loo(back).elpd)
-    az.plot_trace(back, var_names=["mu", "tau"])
-    az.plot_ppc(back, num_pp_samples=20)
-    matplotlib.pyplot.close("all")
-
-
-@pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning")  # that is what k-hat is for
-def test_datatree_round_trip_and_arviz_stats(full_rank, tmp_path):
-    import arviz_stats
-
-    groups = build_groups(schools, full_rank, (SIGMA, Y), {}, 200, None, True, True, None, {}, 0)
-    tree = to_container(groups, major=1)
-    tree.to_netcdf(tmp_path / "fit.nc", engine="h5netcdf")
-    back = xarray.open_datatree(tmp_path / "fit.nc", engine="h5netcdf")
-    assert set(back.children) == GROUPS
-    summary = arviz_stats.summary(back, var_names=["mu", "tau"], kind="stats")
-    assert list(summary.index) == ["mu", "tau"]
-    assert np.isfinite(arviz_stats.loo(back).elpd)
-    assert np.isfinite(pe.loo(back).elpd)
-    back.close()

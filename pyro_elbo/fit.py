@@ -2,20 +2,19 @@
 
 import logging
 import os
-import pickle
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_elbo import errors
 from pyro_elbo import history as histories
 from pyro_elbo.elbo import TermsModule, TraceBeta_ELBO
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError
@@ -33,7 +32,8 @@ class FitResult:
     Attributes:
         model, guide, loss: as given; the parameters are trained in place.
         history: Dataset over ``epoch`` x ``split`` (x ``latent``), nats per datum.
-        best_epoch: the epoch with the highest validation ELBO at β = 1 (training ELBO without validation data).
+        best_epoch: the epoch after warm-up with the highest validation ELBO at β = 1 (training ELBO without
+            validation data).
         stopped_early: whether patience ran out before ``max_epochs``.
         best_path, last_path: checkpoints, None without ``dir``.
     """
@@ -83,17 +83,20 @@ def fit(
         patience: stop after so many epochs without a better validation ELBO, counted after warm-up, and go back to
             the best epoch's parameters. Without it the last epoch's stay.
         dir: folder for ``best.ckpt``, ``last.ckpt`` and ``history.nc``.
-        resume: continue from ``dir/last.ckpt``, exactly as if training had not stopped.
+        resume: continue from ``dir/last.ckpt``, exactly as if training had not stopped (unless a DataLoader draws
+            from a generator of its own). ``max_epochs`` counts from the start.
         seed: repeats a run bit for bit on a CPU. The caller's random state is left as it was.
         devices: processes on this machine; gradients are averaged, every process draws its own noise.
         grad_clip: largest norm of the gradient.
         progress: whether to show the progress bar.
 
     Raises:
-        ArgumentError: a schedule outlasts the training, or arguments do not go together.
+        ArgumentError: a schedule outlasts the training, arguments do not go together, or ``optimizer`` makes no torch
+            optimiser.
         DataError: no data, tensors of different length, or minibatches of a model that does not know of them.
         CheckpointError: the folder cannot be written, or a checkpoint is damaged or of other programs.
-        GuideError: the parameter store already holds parameters of another guide of the same name.
+        GuideError: the parameter store already holds parameters of another guide of the same name, or there is
+            nothing to train.
         SiteError, NonFiniteError: from the terms.
 
     Example:
@@ -108,37 +111,62 @@ def fit(
         2
     """
     loss = TraceBeta_ELBO() if loss is None else loss
-    _check_arguments(valid, patience, dir, resume)
+    _check_arguments(valid, patience, dir, resume, max_epochs=max_epochs, devices=devices, batch_size=batch_size)
     with _undisturbed(), tempfile.TemporaryDirectory() as scratch:
         from pyro_elbo import _lightning
 
-        loaders, batches, first = _prepare_data(train, valid, batch_size, seed)
-        if loss.settled > max_epochs * batches:
-            raise ArgumentError(
-                f"The schedule settles after {loss.settled} optimisation steps, but {max_epochs} epochs of {batches} "
-                "batches take only {0}: training would end at another β than you asked for. Shorten the schedule or "
-                "raise max_epochs.".format(max_epochs * batches)
-            )
+        loaders, first = _lightning.prepare_data(train, valid, batch_size, seed)
+        batches = -(-len(loaders("train")) // devices)  # a process takes every devices-th row
+        _check_schedule(loss, 0 if resume else loss.step, max_epochs, batches)
         args, kwargs = _lightning.arguments(first)
         pyro.set_rng_seed(seed)
         module = loss(model, guide)
         terms, store = _first_run(module, args, kwargs)
-        _check_minibatches(terms, batches, loaders.rows)
+        _check_minibatches(terms, batches * devices, loaders.rows)
         make = optimizer if optimizer is not None else (lambda params: torch.optim.Adam(params, lr=lr))
         programs = _lightning.Programs(module, store, make, loaders, seed, progress)
+        optimiser = programs.configure_optimizers()  # one that cannot work is refused before anything is written
         folder = _writable(Path(dir)) if dir is not None else Path(scratch)
         keep = dir is not None or patience is not None or devices > 1
-        trainer = _trainer(programs, folder if keep else None, valid, max_epochs, patience, devices, grad_clip)
-        checkpoint = _checked_checkpoint(folder / "last.ckpt", programs) if resume else None
-        trainer.fit(programs, ckpt_path=checkpoint, weights_only=True)
+        trainer = _lightning.make_trainer(folder if keep else None, max_epochs, patience, devices, grad_clip, progress)
+        last = folder / "last.ckpt"
+        checkpoint = _checked_checkpoint(last, programs, optimiser, max_epochs) if resume else None
+        with _errors_of_processes():
+            trainer.fit(programs, ckpt_path=checkpoint, weights_only=True)
         return _finish(programs, trainer, folder, dir is not None, patience, devices)
 
 
-def _check_arguments(valid: Any, patience: int | None, dir: Any, resume: bool) -> None:
+def _check_arguments(valid: Any, patience: int | None, dir: Any, resume: bool, **counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ArgumentError(f"{name} must be at least 1, got {count}.")
     if patience is not None and valid is None:
         raise ArgumentError("patience needs validation data: pass valid=..., or leave patience out.")
     if resume and dir is None:
         raise ArgumentError("resume=True needs dir=..., the folder with last.ckpt.")
+
+
+def _check_schedule(loss: TraceBeta_ELBO, taken: int, max_epochs: int, batches: int) -> None:
+    end = taken + max_epochs * batches
+    if loss.settled > end:
+        raise ArgumentError(
+            f"The schedule settles after {loss.settled} optimisation steps, but {max_epochs} epochs of {batches} "
+            f"batches a process end at step {end}: training would end at another β than you asked for. Shorten the "
+            "schedule or raise max_epochs."
+        )
+
+
+@contextmanager
+def _errors_of_processes() -> Iterator[None]:
+    """Let an error of this library leave a process as itself: torch hands over its text alone."""
+    try:
+        yield
+    except torch.multiprocessing.ProcessRaisedException as error:
+        _, found, text = str(error).rpartition("\npyro_elbo.errors.")
+        if not found:
+            raise
+        kind, _, message = text.partition(": ")
+        raise getattr(errors, kind)(message.strip()) from error
 
 
 @contextmanager
@@ -164,93 +192,53 @@ def _undisturbed() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@dataclass(frozen=True)
-class _Loaders:
-    """Makes the loader of a split for a process."""
-
-    train: Any
-    valid: Any
-    batch_size: int | None
-    seed: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the training data."""
-        return len(self.train.dataset if hasattr(self.train, "sampler") else self.train)
-
-    def __call__(self, split: str, rank: int = 0, world: int = 1) -> Any:
-        from torch.utils.data import DataLoader
-
-        from pyro_elbo._lightning import loader
-
-        data = self.train if split == "train" else self.valid
-        if data is None or isinstance(data, DataLoader):
-            return data if data is not None else []
-        size = len(data) if self.batch_size is None else self.batch_size
-        return loader(data, size, split == "train" and size < len(data), self.seed, rank, world)
-
-
-def _prepare_data(train: Any, valid: Any, batch_size: int | None, seed: int) -> tuple[_Loaders, int, Any]:
-    """Check the data of both splits; return the loaders, batches per epoch and the first batch."""
-    if batch_size is not None and batch_size < 1:
-        raise ArgumentError(f"batch_size must be at least 1, or None for all rows, got {batch_size}.")
-    loaders = _Loaders(_as_dataset("train", train), _as_dataset("valid", valid), batch_size, seed)
-    for split, data in (("train", train), ("valid", valid)):
-        if data is not None:
-            first = next(iter(loaders(split)), None)
-            if first is None:
-                raise DataError(f"{split}: the loader yields nothing; expected at least one batch.")
-    return loaders, len(loaders("train")), next(iter(loaders("train")))
-
-
-def _as_dataset(split: str, data: Any) -> Any:
-    from pyro_elbo._lightning import Rows
-
-    if not isinstance(data, Tensor | tuple | list | Mapping):
-        return data
-    named = data if isinstance(data, Mapping) else dict(enumerate((data,) if isinstance(data, Tensor) else data))
-    lengths = {name: len(x) if isinstance(x, Tensor) and x.dim() else None for name, x in named.items()}
-    if not lengths or None in lengths.values() or len(set(lengths.values())) > 1:
-        raise DataError(f"{split}: expected tensors with the same number of rows, got {lengths}.")
-    if 0 in lengths.values():
-        raise DataError(f"{split}: the data have no rows.")
-    return Rows(tuple(data) if isinstance(data, list) else data)
-
-
 def _first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tuple[Terms, dict[str, nn.Parameter]]:
     """Run both programs once so that lazy parameters exist; return the terms and the parameters of no module.
 
     Tensors of Pyro's store become nn.Parameters in place: optimiser, checkpoint and DDP then see what Pyro sees.
     """
-    modules = list(module.children())
     store = pyro.get_param_store()
-    before = {id(p): name for name, p in store.named_parameters()}
-    own = {id(p) for m in modules for p in m.parameters()}
     module.eval()  # buffers such as batch-norm statistics must not see the batch twice
-    with torch.no_grad(), captured_parameters() as used:
-        terms = module.terms(*args, **kwargs)
+    with torch.no_grad():
+        displaced = _displaced_parameters(module, args, kwargs)
+        with captured_parameters() as used:
+            terms = module.terms(*args, **kwargs)
     module.train()
-    owned = {id(p) for m in modules for p in m.parameters()}
-    if adopted := [before[i] for i in owned - own if i in before]:
+    owned = {id(p) for part in module.children() for p in part.parameters()}
+    if adopted := [name for name, p in displaced.items() if id(p) not in owned]:
         raise GuideError(
-            f"The parameter store already holds {adopted}, made by another program of the same name, and this one "
-            "would go on training it. Call pyro.clear_param_store() first, or keep parameters apart with "
-            "pyro.settings.set(module_local_params=True)."
+            f"The parameter store already holds {adopted}, made by another program of the same name, and would "
+            "train those instead. Call pyro.clear_param_store() and make the programs anew, or keep parameters of "
+            "PyroModules apart with pyro.settings.set(module_local_params=True)."
         )
     state = store.get_state()
+    state["params"].update(displaced)  # the store follows the modules that are trained now
     loose = {}
     for name, p in used.items():
-        if id(p) not in owned:
+        if name not in displaced and id(p) not in owned:
             loose[name] = p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach())
             state["params"][name] = loose[name]
     store.set_state(state)
     return terms, loose
 
 
+def _displaced_parameters(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, nn.Parameter]:
+    """Parameters of modules in the programs whose names in the store belong to other modules.
+
+    Pyro would silently use the store's. An empty store shows which ones the programs bring themselves.
+    """
+    store = pyro.get_param_store()
+    known = dict(store.named_parameters())
+    if not known:
+        return {}
+    with store.scope():
+        module.terms(*args, **kwargs)
+        own = {name: p for name, p in store.named_parameters() if isinstance(p, nn.Parameter)}
+    return {name: p for name, p in own.items() if name in known and known[name] is not p}
+
+
 def _check_minibatches(terms: Terms, batches: int, rows: int) -> None:
-    """Refuse minibatches where the KL of a global latent would be counted once per batch."""
-    if batches == 1:
-        return
+    """Refuse minibatches where the KL of a global latent would be counted once per batch, and wrong full sizes."""
     plate = terms.data_plate
     subsampled = plate is not None and plate.full_size != plate.size
     if subsampled and plate.full_size != rows:
@@ -258,13 +246,15 @@ def _check_minibatches(terms: Terms, batches: int, rows: int) -> None:
             f"Plate '{plate.name}' declares {plate.full_size} rows, the training data have {rows}. Give the plate the "
             "size of the training data."
         )
+    if batches == 1:
+        return
     shared = [n for n, t in terms.sites.items() if t.is_kl and (plate is None or plate not in t.plates)]
     if shared and not subsampled:
         name = plate.name if plate else "data"
         raise DataError(
             f"Site '{shared[0]}' is shared by all data, but the model does not know that it sees {batches} minibatches "
             f"of {rows} rows: its KL would count {batches} times. Declare the full size, pyro.plate('{name}', {rows}, "
-            "subsample_size=len(x)), in model and guide, or pass batch_size=None."
+            "subsample_size=len(x)), in model and guide, or pass batch_size=None and devices=1."
         )
 
 
@@ -277,54 +267,28 @@ def _writable(folder: Path) -> Path:
         raise CheckpointError(f"The results folder {folder} cannot be written: {error}. Choose another dir.") from error
 
 
-def _trainer(
-    programs: Any,
-    folder: Path | None,
-    valid: Any,
-    max_epochs: int,
-    patience: int | None,
-    devices: int,
-    grad_clip: float | None,
-) -> Any:
-    import lightning
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    from pyro_elbo._lightning import StopAfterWarmup, strategy
-
-    monitor = "train_elbo" if valid is None else "valid_elbo"
-    callbacks = []
-    if patience is not None:
-        callbacks.append(StopAfterWarmup(monitor, patience=patience, mode="max", check_on_train_epoch_end=True))
-    if folder is not None:
-        always: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-        callbacks.append(ModelCheckpoint(folder, "best", monitor, mode="max", **always))
-        callbacks.append(ModelCheckpoint(folder, "last", **always))
-    return lightning.Trainer(
-        accelerator="cpu" if devices > 1 else "auto",
-        devices=devices,
-        strategy=strategy(devices),
-        max_epochs=max_epochs,
-        callbacks=callbacks,
-        gradient_clip_val=grad_clip,
-        logger=False,
-        enable_checkpointing=folder is not None,
-        enable_progress_bar=programs.progress,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
-    )
-
-
-def _checked_checkpoint(path: Path, programs: nn.Module) -> str:
-    """Read a checkpoint without running code, and compare it with the programs."""
-    state = load_checkpoint(path)["state_dict"]
-    shapes = {name: tuple(x.shape) for name, x in state.items() if isinstance(x, Tensor)}
+def _checked_checkpoint(path: Path, programs: Any, optimiser: torch.optim.Optimizer, max_epochs: int) -> str:
+    """Read a checkpoint without running code, and compare it with the programs and the plan."""
+    checkpoint = load_checkpoint(path)
+    shapes = {name: tuple(x.shape) for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
     expected = {name: tuple(x.shape) for name, x in programs.state_dict().items() if isinstance(x, Tensor)}
     if shapes != expected:
         differing = {n: (expected.get(n), shapes.get(n)) for n in expected | shapes if expected.get(n) != shapes.get(n)}
         raise CheckpointError(
             f"{path} belongs to other programs; shapes (expected, got): {differing}. Use the model and guide that "
             "wrote it, or another dir."
+        )
+    ours, theirs = optimiser.state_dict(), checkpoint["optimizer_states"][0]
+    options = [[sorted(group) for group in state["param_groups"]] for state in (ours, theirs)]
+    if options[0] != options[1]:
+        raise CheckpointError(
+            f"{path} was written with another optimiser; options (expected, got): {options}. Pass the optimizer that "
+            "wrote it, or another dir."
+        )
+    if checkpoint["epoch"] >= max_epochs:
+        raise ArgumentError(
+            f"{path} holds {checkpoint['epoch'] + 1} epochs and max_epochs={max_epochs}. It counts from the start of "
+            "training: raise it."
         )
     return str(path)
 
@@ -341,12 +305,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: nothing to resume. Train with the same dir first.") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # on damaged bytes the unpickler raises whatever it stumbles over
         raise CheckpointError(
             f"{path} is damaged or is no checkpoint of pe.fit: {error} Delete it, or resume from a copy."
         ) from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "history"} <= checkpoint.keys():
-        raise CheckpointError(f"{path} is no checkpoint of pe.fit: it holds no state_dict and history.")
+    parts = {"state_dict", "history", "optimizer_states", "loops", "epoch", "pytorch-lightning_version"}
+    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
+        missing = sorted(parts - checkpoint.keys()) if isinstance(checkpoint, dict) else sorted(parts)
+        raise CheckpointError(
+            f"{path} is no checkpoint of pe.fit: it lacks {missing}. Delete it, or choose another dir."
+        )
     return checkpoint
 
 
@@ -364,13 +332,12 @@ def _finish(programs: Any, trainer: Any, folder: Path, keep: bool, patience: int
     history = histories.to_dataset(programs.records)
     if keep:
         histories.save(history, folder / "history.nc")
-    split = "valid" if bool(history.elbo.sel(split="valid").notnull().any()) else "train"
     return FitResult(
         programs.module.model,
         programs.module.guide,
         programs.module.elbo,
         history,
-        best_epoch=int(history.epoch[int(np.nanargmax(history.elbo.sel(split=split)))]),
+        best_epoch=histories.best(programs.records)["epoch"],
         stopped_early=epochs < trainer.max_epochs,
         best_path=best if keep else None,
         last_path=last if keep else None,

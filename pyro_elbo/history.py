@@ -45,11 +45,21 @@ class Mean:
 
     def reduce(self) -> dict[str, float]:
         """The means, over all processes where there are several."""
-        packed = torch.stack([*self.sums.values(), torch.tensor(float(self.rows))])
+        sums = list(self.sums.values())
+        packed = torch.stack([*sums, torch.full_like(sums[0], self.rows)])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(packed)
         means = (packed[:-1] / packed[-1]).tolist()
         return dict(zip(self.sums, means, strict=True))
+
+
+def best(records: list[Record]) -> Record:
+    """The record with the highest bound at β = 1: of validation where there is one, of epochs after the warm-up.
+
+    While β moves, the bound at β = 1 may be high for weights that nobody asked for.
+    """
+    validated = [r for r in records if r["split"] == "valid"] or records
+    return max([r for r in validated if r["settled"]] or validated, key=lambda r: r["values"]["elbo"])
 
 
 def to_dataset(records: list[Record]) -> "xarray.Dataset":

@@ -1,7 +1,9 @@
 """pe.fit: history, early stopping, checkpoints, exact resume, seeds, and errors before anything is lost."""
 
 import pickle
+import re
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,15 +12,18 @@ import xarray
 from pyro.infer import autoguide
 from pyro.nn import PyroModule
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyro_elbo as pe
 from models.linear_gaussian import LinearGuide, simulate
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError, NonFiniteError
+from pyro_elbo.fit import load_checkpoint
 
 QUIET = {"progress": False}
-COUNTS = torch.distributions.Binomial(16, torch.linspace(0.1, 0.9, 12)).sample((60,))
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    COUNTS = torch.distributions.Binomial(16, torch.linspace(0.1, 0.9, 12)).sample((60,))
 
 
 def programs():
@@ -145,6 +150,81 @@ def test_early_stopping_waits_for_the_warm_up_and_restores_the_best_epoch(tmp_pa
     assert result.best_epoch == int(result.history.elbo.sel(split="valid").argmax("epoch"))
 
 
+def test_the_best_epoch_is_one_of_those_after_the_warm_up():
+    """As β grows from 1 to 50 the bound at β = 1 falls: its best epoch has weights that nobody asked for."""
+    model, guide = programs()
+    clusters = torch.tensor([0.3, 0.7]).repeat(30).unsqueeze(-1).expand(60, 12)  # one bit a row, worth some 10 nats
+    x = torch.distributions.Binomial(16, clusters).sample()
+    data = {"batch_size": 20, "lr": 3e-2, **QUIET}
+    pe.fit(model, guide, x[:40], max_epochs=60, **data)
+    loss = pe.TraceBeta_ELBO(pe.LinearWarmup(1.0, 50.0, steps=20))
+    result = pe.fit(model, guide, x[:40], x[40:], loss=loss, max_epochs=30, patience=3, **data)
+    first_settled = 9  # 2 steps an epoch
+    assert int(result.history.elbo.sel(split="valid").argmax("epoch")) < first_settled
+    assert result.best_epoch >= first_settled
+
+
+class Corrupted(Dataset):
+    """Rows with noise that the dataset draws itself."""
+
+    def __len__(self):
+        return len(COUNTS)
+
+    def __getitem__(self, index):
+        return torch.clamp(COUNTS[index] + torch.randint(0, 2, (12,)), max=16)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact_for_loaders_that_draw_random_numbers(tmp_path, workers):
+    def train(folder, epochs, **more):
+        pyro.clear_param_store()
+        model, guide = programs()
+        loader = DataLoader(Corrupted(), batch_size=16, shuffle=True, num_workers=workers)
+        pe.fit(model, guide, loader, max_epochs=epochs, dir=tmp_path / folder, **QUIET, **more)
+        return weights(model, guide)
+
+    whole = train("whole", 4)
+    train("parts", 2)
+    assert all(torch.equal(a, b) for a, b in zip(whole, train("parts", 4, resume=True), strict=True))
+
+
+def test_resume_in_a_folder_that_has_moved_keeps_the_best_epoch(tmp_path):
+    def train(folder, epochs, **more):
+        pyro.clear_param_store()
+        worse = {"optimizer": lambda params: torch.optim.SGD(params, lr=1e-2, maximize=True)}
+        return pe.fit(*programs(), COUNTS, max_epochs=epochs, dir=folder, **worse, **QUIET, **more)
+
+    train(tmp_path / "a", 2)
+    (tmp_path / "a").rename(tmp_path / "b")
+    result = train(tmp_path / "b", 4, resume=True)
+    assert result.best_epoch == 0
+    assert torch.load(result.best_path, weights_only=True)["epoch"] == 0
+
+
+def test_progress_bar_shows_the_bound_and_the_loss(capsys):
+    pe.fit(*programs(), COUNTS[:40], COUNTS[40:], max_epochs=1, batch_size=40)
+    shown = " ".join(capsys.readouterr().out.split())  # the bar wraps where the terminal ends
+    assert re.search(r"\belbo: -\d+\.\d+", shown)
+    assert "loss:" in shown
+    assert "valid_elbo:" in shown
+
+
+def test_a_second_fit_continues_the_schedule():
+    model, guide = programs()
+    loss = pe.TraceBeta_ELBO(pe.LinearWarmup(0.0, 1.0, steps=5))
+    pe.fit(model, guide, COUNTS, loss=loss, max_epochs=5, **QUIET)
+    assert pe.fit(model, guide, COUNTS, loss=loss, max_epochs=1, **QUIET).history.beta.item() == 1.0
+
+
+def test_parameters_may_be_called_like_methods_of_a_dictionary():
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("values", torch.tensor(0.0)), pyro.param("a.items", torch.tensor(1.0))))
+
+    pe.fit(function_model, guide, torch.ones(10), max_epochs=2, **QUIET)
+    assert pyro.param("values") != 0.0
+    assert pyro.param("a.items") != 1.0
+
+
 def test_functions_train_through_the_parameter_store():
     x = 2.0 + torch.randn(200, generator=torch.Generator().manual_seed(0))
     loss = pe.TraceBeta_ELBO(num_particles=10, vectorize_particles=True)
@@ -219,12 +299,28 @@ def test_schedule_longer_than_training():
 def test_patience_and_resume_need_their_arguments():
     expect(ArgumentError, "valid", *programs(), COUNTS, patience=3)
     expect(ArgumentError, "dir", *programs(), COUNTS, resume=True)
-    expect(ArgumentError, "batch_size", *programs(), COUNTS, batch_size=0)
+    for name in ("batch_size", "max_epochs", "devices"):
+        expect(ArgumentError, f"{name} must be at least 1, got 0", *programs(), COUNTS, **{name: 0})
+
+
+def test_optimisers_that_would_train_nothing():
+    wrong = pyro.optim.Adam({"lr": 0.1})
+    expect(ArgumentError, "torch.optim.Optimizer, got NoneType", *programs(), COUNTS, optimizer=wrong)
+    without = lambda x: pyro.sample("z", dist.Normal(0.0, 1.0))  # noqa: E731
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    expect(GuideError, "nor guide has a parameter", model, without, torch.ones(5))
 
 
 def test_unusable_data():
     expect(DataError, "yields nothing", *programs(), DataLoader(TensorDataset(torch.zeros(0, 12))))
+    expect(DataError, "yields nothing", *programs(), TensorDataset(torch.zeros(0, 12)), batch_size=None)
     expect(DataError, "no rows", *programs(), torch.zeros(0, 12))
+    expect(DataError, "known length, got generator", *programs(), (row for row in COUNTS))
     expect(DataError, "same number of rows.*60.*59", *programs(), (COUNTS, COUNTS[1:]))
     bad = COUNTS.clone()
     bad[3, 4] = float("nan")
@@ -241,7 +337,8 @@ def test_minibatches_of_a_model_with_global_latents():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     guide = autoguide.AutoNormal(wrong_size, create_plates=lambda x: pyro.plate("data", 1000, subsample_size=len(x)))
-    expect(DataError, "declares 1000 rows.*64", wrong_size, guide, x, batch_size=16)
+    for size in (16, None):
+        expect(DataError, "declares 1000 rows.*64", wrong_size, guide, x, batch_size=size)
 
 
 def test_parameters_of_another_guide_of_the_same_name():
@@ -260,6 +357,38 @@ def test_folder_that_cannot_be_written(tmp_path):
     expect(CheckpointError, "cannot be written", *programs(), COUNTS, dir=file / "below")
 
 
+def counts_with(decoder, encoder):
+    """Functions in Pyro's older style: the store, not a module, holds their parameters."""
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Binomial(16, logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 0.5).to_event(1))
+
+    return model, guide
+
+
+def test_modules_of_the_same_name_are_never_left_untrained():
+    """Pyro's store would hand the optimiser the first decoder, while the second one runs."""
+    first = nn.Linear(2, 12), nn.Linear(12, 2)
+    for _ in range(2):  # training the same modules again is fine
+        before = first[0].weight.clone()
+        pe.fit(*counts_with(*first), COUNTS, max_epochs=1, **QUIET)
+        assert not torch.equal(before, first[0].weight)
+    second = nn.Linear(2, 12), nn.Linear(12, 2)
+    expect(GuideError, "decoder.*weight.*clear_param_store", *counts_with(*second), COUNTS, max_epochs=1)
+    for _ in range(2):  # modules that bring their parameters along replace the store's
+        model, guide = programs()
+        pe.fit(model, guide, COUNTS, max_epochs=1, **QUIET)
+        assert pyro.get_param_store().get_state()["params"]["decoder$$$0.weight"] is model.decoder[0].weight
+
+
 class Malice:
     def __reduce__(self):
         return (open, ("executed", "w"))
@@ -275,7 +404,7 @@ def test_checkpoints_that_cannot_be_trusted(tmp_path, monkeypatch):
     expect(CheckpointError, "damaged", *programs(), COUNTS, **options)
     assert not (tmp_path / "executed").exists()
     pyro.clear_param_store()
-    pe.fit(*programs(), COUNTS, dir=tmp_path, max_epochs=1, **QUIET)
+    pe.fit(*programs(), COUNTS, dir=tmp_path, max_epochs=2, **QUIET)
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
     pyro.clear_param_store()
@@ -284,6 +413,26 @@ def test_checkpoints_that_cannot_be_trusted(tmp_path, monkeypatch):
     pyro.clear_param_store()
     other = VAEModel(12, 2, 9), VAEGuide(12, 2, 9)
     expect(CheckpointError, r"other programs.*decoder", *other, COUNTS, **options)
+    pyro.clear_param_store()
+    expect(ArgumentError, r"holds 2 epochs and max_epochs=1", *programs(), COUNTS, **options | {"max_epochs": 1})
+    other = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)}
+    expect(CheckpointError, "another optimiser", *programs(), COUNTS, **options, **other)
     torch.save({"state_dict": {}}, last)
     pyro.clear_param_store()
-    expect(CheckpointError, "no checkpoint of pe.fit", *programs(), COUNTS, **options)
+    expect(CheckpointError, r"no checkpoint of pe.fit.*optimizer_states", *programs(), COUNTS, **options)
+
+
+def test_damage_anywhere_in_a_checkpoint_is_reported_as_such(tmp_path):
+    pe.fit(*programs(), COUNTS, dir=tmp_path, max_epochs=1, **QUIET)
+    whole, file = (tmp_path / "last.ckpt").read_bytes(), tmp_path / "damaged.ckpt"
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for at in random.integers(6000, size=3):  # the pickled structure comes first
+            damaged[at] = random.integers(256)
+        file.write_bytes(damaged)
+        try:
+            load_checkpoint(file)  # bytes of a weight may change unnoticed; nothing but a CheckpointError may escape
+        except CheckpointError as error:
+            refused += "damaged.ckpt" in str(error)
+    assert refused > 150

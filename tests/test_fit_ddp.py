@@ -2,11 +2,14 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo._lightning import _mix
+from pyro_elbo.errors import ArgumentError, DataError, NonFiniteError
 
 
 def test_two_processes_train_one_model(tmp_path):
@@ -49,6 +52,34 @@ def test_ranks_draw_their_own_noise_and_share_parameters(tmp_path):
     assert all(a[1] == b[1] for a, b in zip(*rows, strict=True))
     assert rows[0][-1][1] > 0.2
     assert pyro.param("loc") > rows[0][-1][1]
+
+
+def test_processes_that_share_the_data_are_checked_as_such():
+    """A process takes half of the steps, and sees half of the rows even where batch_size=None."""
+    x = torch.arange(8.0)
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    with pytest.raises(DataError, match=r"Site 'z'.*2 minibatches of 8.*devices=1"):
+        pe.fit(model, guide, x, batch_size=None, devices=2, progress=False)
+    loss = pe.TraceBeta_ELBO(pe.LinearWarmup(0.0, 1.0, steps=4))
+    with pytest.raises(ArgumentError, match=r"4 optimisation steps.*1 batches a process end at step 3"):
+        pe.fit(model, guide, x, loss=loss, batch_size=4, max_epochs=3, devices=2, progress=False)
+
+
+def test_an_error_inside_a_process_keeps_its_type():
+    x = torch.zeros(8, 12)
+    x[-1, 3] = float("nan")
+    torch.manual_seed(0)
+    programs = VAEModel(12, 2, 8), VAEGuide(12, 2, 8)
+    with pytest.raises(NonFiniteError, match="1 of 12 values are not finite"):
+        pe.fit(*programs, TensorDataset(x), batch_size=1, devices=2, max_epochs=1, progress=False)
 
 
 def test_streams_differ_by_seed_epoch_and_rank():

@@ -23,6 +23,7 @@ from pyro_elbo.sites import (
     Run,
     Site,
     Unobserve,
+    by_dim,
     check_initialised,
     guess_plate_nesting,
     random_rows,
@@ -195,7 +196,7 @@ def predict(
             sites = trace_program(program, args, kwargs, given(start, count), count, draws.nesting)
             parts.append({n: _lead(sites[n].value, s.value.shape, count, s) for n, s in shapes.items()})
     arrays = {name: torch.cat([part[name] for part in parts]) for name in shapes}
-    return arrays, {name: _sorted(s.plates) for name, s in shapes.items()}
+    return arrays, {name: by_dim(s.plates) for name, s in shapes.items()}
 
 
 def _with_gaps(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -> Tensor:
@@ -204,10 +205,6 @@ def _with_gaps(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -
     depth = nesting if count > 1 else -min(sizes, default=0)
     batch = [sizes.get(d, 1) for d in range(-depth, 0)]
     return x.reshape((*([count] if count > 1 else []), *batch, *x.shape[1 + len(plates) :]))
-
-
-def _sorted(plates: tuple[Plate, ...]) -> tuple[Plate, ...]:
-    return tuple(sorted(plates, key=lambda p: p.dim))
 
 
 def _vectorised(
@@ -234,7 +231,7 @@ def _same_alone(programs: Programs, pair: Run, shapes: Run, count: int, nesting:
 
     def last(site: Site, like: Site) -> Tensor:
         x = _lead(site.value, like.value.shape, count, like)[-1:]
-        return _with_gaps(x, _sorted(like.plates), 1, nesting)
+        return _with_gaps(x, by_dim(like.plates), 1, nesting)
 
     model, guide, args, kwargs = programs
     latents = {n: last(s, shapes.model[n]) for n, s in pair.model.items() if s.role == "latent"}
@@ -328,7 +325,7 @@ def _concatenate(runs: list[dict[str, Any]], shapes: Run, vectorised: bool, nest
     return Draws(
         **fields,
         observed={n: _drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "observed"},
-        plates={n: _sorted(s.plates) for n, s in shapes.model.items()},
+        plates={n: by_dim(s.plates) for n, s in shapes.model.items()},
         data_plate=runs[0]["plate"],
         point=bool(latents) and all(is_point(s.fn) for s in latents + auxiliary),
         vectorised=vectorised,
@@ -378,4 +375,4 @@ def _aligned(x: Tensor, count: int, nesting: int) -> Tensor:
 
 
 def _per_plate(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -> Tensor:
-    return _aligned(x, count, nesting).reshape((count, *(p.size for p in _sorted(plates))))
+    return _aligned(x, count, nesting).reshape((count, *(p.size for p in by_dim(plates))))

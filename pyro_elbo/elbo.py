@@ -101,8 +101,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
             NonFiniteError: data or a term hold NaN or infinity.
         """
         sites, particle_dim = self._sites(model, guide, args, kwargs)
-        terms = Terms(sites, particle_dim, torch.zeros(()))
-        weighted, constant = self.weighting(sites, particle_dim, terms.num_data, self.step)
+        weighted, constant = self.weighting(sites, particle_dim, self.step)
         terms = Terms(sites, particle_dim, surrogate(sites, weighted, constant, particle_dim))
         if not torch.isfinite(terms.objective):
             terms.check_finite()
@@ -157,7 +156,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def count_step(self, loss: Float[Tensor, "*"]) -> Float[Tensor, "*"]:
         """Return ``loss``, marked so that the optimiser's step after its backward counts as one step."""
         if loss.requires_grad:
-            loss.register_hook(lambda _: _await_optimiser(self))
+            loss.register_hook(lambda _: _awaiting.add(self))
         return loss
 
 
@@ -189,10 +188,6 @@ class TermsModule(ELBOModule):
 
 
 _awaiting: "weakref.WeakSet[TraceBeta_ELBO]" = weakref.WeakSet()
-
-
-def _await_optimiser(objective: TraceBeta_ELBO) -> None:
-    _awaiting.add(objective)
 
 
 def _advance(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -4,9 +4,9 @@ This is the only module that reads the messages of a Pyro trace. Everything abov
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import pyro
@@ -114,6 +114,16 @@ def masked(x: Tensor, mask: Tensor | bool | None) -> Tensor:
     return torch.where(mask, x, x.new_zeros(()))
 
 
+def over_event(mask: Tensor, event_dim: int) -> Tensor:
+    """A mask over batches as one that broadcasts over the elements of an event."""
+    return mask.reshape(mask.shape + (1,) * event_dim)
+
+
+def by_dim(plates: Iterable[Plate]) -> tuple[Plate, ...]:
+    """Plates in the order of a tensor's dimensions, from left to right."""
+    return tuple(sorted(plates, key=lambda p: p.dim))
+
+
 def run(
     model: Program,
     guide: Program,
@@ -130,15 +140,7 @@ def run(
         SiteError: the sites, shapes or plates of model and guide do not fit.
         NonFiniteError: a program failed and its arguments hold NaN or infinity.
     """
-    unwrapped = poutine.unwrap(guide)
-    if isinstance(unwrapped, poutine.messenger.Messenger):
-        with explain_failure(args, kwargs):
-            _in_particles(guide, num_particles, max_plate_nesting)(*args, **kwargs)
-            model_trace, guide_trace = unwrapped.get_traces()
-    else:
-        guide_trace = _trace(_in_particles(guide, num_particles, max_plate_nesting), args, kwargs)
-        replayed = poutine.replay(_in_particles(model, num_particles, max_plate_nesting), trace=guide_trace)
-        model_trace = _trace(replayed, args, kwargs)
+    model_trace, guide_trace = _traces(model, guide, args, kwargs, num_particles, max_plate_nesting)
     model_sites = {site.name: site for site in _read(model_trace, "latent")}
     guide_sites = {site.name: site for site in _read(guide_trace, "auxiliary", model_sites)}
     _check_pair(model_sites, guide_sites)
@@ -159,7 +161,7 @@ def trace_program(
         program = poutine.condition(program, data=dict(replay))
     sites = _read(_trace(program, args, kwargs), "latent")
     given = replay or {}
-    return {s.name: _with_role(s, "latent") if s.name in given else s for s in sites}
+    return {s.name: replace(s, role="latent") if s.name in given else s for s in sites}
 
 
 def guess_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> int:
@@ -172,10 +174,9 @@ def guess_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Map
 
 def random_rows(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The rows that one run takes of each plate which takes a random subsample, by plate."""
-    trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args, **kwargs)
-    nodes: dict[str, Any] = dict(trace.nodes) | dict(replayed.nodes)
-    subsamples = {n: node for n, node in nodes.items() if type(node.get("fn")).__name__ == "_Subsample"}
+    model_trace, guide_trace = _traces(model, guide, args, kwargs)
+    nodes: dict[str, Any] = dict(guide_trace.nodes) | dict(model_trace.nodes)
+    subsamples = {n: node for n, node in nodes.items() if _is_subsample(node)}
     return {n: node["value"] for n, node in subsamples.items() if len(node["value"]) < node["fn"].size}
 
 
@@ -233,10 +234,34 @@ def _trace(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> poutine.
         return poutine.trace(program).get_trace(*args, **kwargs)
 
 
+def _traces(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_particles: int = 1,
+    max_plate_nesting: int = 0,
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Trace the guide, and the model replayed against it (a guide that is a handler runs both by itself)."""
+    model, program = (_in_particles(p, num_particles, max_plate_nesting) for p in (model, guide))
+    unwrapped = poutine.unwrap(guide)
+    if isinstance(unwrapped, poutine.messenger.Messenger):
+        with explain_failure(args, kwargs):
+            program(*args, **kwargs)
+            return unwrapped.get_traces()
+    guide_trace = _trace(program, args, kwargs)
+    return _trace(poutine.replay(model, trace=guide_trace), args, kwargs), guide_trace
+
+
+def _is_subsample(message: Any) -> bool:
+    """Whether a message is a plate's choice of rows."""
+    return type(message.get("fn")).__name__ == "_Subsample"
+
+
 def _read(trace: poutine.Trace, otherwise: Role, model: Mapping[str, Site] | None = None) -> Iterator[Site]:
     nodes: dict[str, Any] = dict(trace.nodes)
     for name, message in nodes.items():
-        if message["type"] == "sample" and type(message["fn"]).__name__ != "_Subsample":
+        if message["type"] == "sample" and not _is_subsample(message):
             yield _read_site(name, message, otherwise, model)
 
 
@@ -266,10 +291,6 @@ def _read_site(name: str, message: Any, otherwise: Role, model: Mapping[str, Sit
     return site
 
 
-def _with_role(site: Site, role: Role) -> Site:
-    return Site(site.name, role, site.fn, site.value, site.plates, site.scale, site.mask)
-
-
 def _unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool | None]:
     """Move the masks of ``fn.mask(...)`` to where ``poutine.mask`` puts them."""
     while isinstance(fn, MaskedDistribution):
@@ -281,7 +302,7 @@ def _unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution,
 
 def _fill_masked(fn: Distribution, value: Tensor, mask: Tensor) -> Tensor:
     """Replace what is masked and not finite by a point of the support: 0 * NaN is NaN in the gradient."""
-    missing = ~mask.reshape(mask.shape + (1,) * len(fn.event_shape)) & ~torch.isfinite(value)
+    missing = ~over_event(mask, len(fn.event_shape)) & ~torch.isfinite(value)
     if not missing.any():
         return value
     support = fn.support

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
 from pyro_elbo.errors import NonFiniteError, count_nonfinite
-from pyro_elbo.sites import Plate, Run, Site, masked
+from pyro_elbo.sites import Plate, Run, Site, by_dim, masked, over_event
 
 if TYPE_CHECKING:
     import xarray
@@ -102,10 +102,9 @@ def _latent_term(p: Site, q: Site, exact: bool) -> Term:
     if exact and not is_point(q.fn) and _same(p.scale, q.scale) and _same(p.mask, q.mask):
         analytic = _analytic_kl(q.fn, p.fn)
         if analytic is not None:
-            nats, by_dim = analytic
+            nats, by_event = analytic
             score = None if q.fn.has_rsample else _log_q(q)[1]
-            mask = _expand_mask(p.mask, p.event_dim)
-            per_dim = None if by_dim is None else lambda: masked(by_dim, mask)
+            per_dim = None if by_event is None else lambda: _masked_event(by_event, p)
             return _term(p, "latent", masked(nats, p.mask), is_analytic=True, score=score, per_dim=per_dim)
     log_q, score = _log_q(q)
     if not _same(p.scale, q.scale):
@@ -163,14 +162,14 @@ def _factorises(p: Site, q: Site) -> bool:
 
 
 def _sampled_per_dim(p: Site, q: Site) -> Tensor:
-    n = p.event_dim
-    log_q = masked(_univariate(q.fn).log_prob(q.value), _expand_mask(q.mask, n))
-    log_p = masked(_univariate(p.fn).log_prob(p.value), _expand_mask(p.mask, n))
+    log_q, log_p = (_masked_event(_univariate(s.fn).log_prob(s.value), s) for s in (q, p))
     return log_q - log_p
 
 
-def _expand_mask(mask: Tensor | bool | None, event_dim: int) -> Tensor | bool | None:
-    return mask.reshape(mask.shape + (1,) * event_dim) if isinstance(mask, Tensor) else mask
+def _masked_event(x: Tensor, site: Site) -> Tensor:
+    """Mask values per element of the event by the site's mask over batches."""
+    mask = site.mask
+    return masked(x, over_event(mask, site.event_dim) if isinstance(mask, Tensor) else mask)
 
 
 def _same(a: Tensor | float | None, b: Tensor | float | None) -> bool:
@@ -290,7 +289,7 @@ class Terms:
     @cached_property
     def plates(self) -> dict[str, tuple[Plate, ...]]:
         """The plates of each site, in the order of its tensor's dimensions."""
-        return {name: _sorted(t.plates) for name, t in self.sites.items()}
+        return {name: by_dim(t.plates) for name, t in self.sites.items()}
 
     @cached_property
     def kl_total(self) -> dict[str, Tensor]:
@@ -300,12 +299,12 @@ class Terms:
     @property
     def data_plate(self) -> Plate | None:
         """The outermost plate that all observed sites share: one row of it is a datum."""
-        return shared_plate(t.plates for t in self.sites.values() if t.kind == "likelihood")
+        return data_plate(self.sites)
 
     @property
     def num_data(self) -> int:
         """Rows of the full data by which totals are divided for a figure per datum; 1 without a data plate."""
-        return self.data_plate.full_size if self.data_plate else 1
+        return num_data(self.sites)
 
     def to_dataset(self) -> "xarray.Dataset":
         """All terms as labelled arrays: dimensions are named after the plates.
@@ -354,7 +353,7 @@ class Terms:
         for d in range(event_dim - x.dim(), 0):
             if d not in dims:
                 x = x.squeeze(d - event_dim)
-        shape = torch.Size(p.size for p in _sorted(term.plates))
+        shape = torch.Size(p.size for p in by_dim(term.plates))
         return x.expand(shape + x.shape[x.dim() - event_dim :])
 
     def _dims(self, name: str, values: Tensor) -> tuple[str, ...]:
@@ -368,6 +367,17 @@ def shared_plate(stacks: Iterable[tuple[Plate, ...]]) -> Plate | None:
     return next((p for p in first if all(p in stack for stack in others)), None)
 
 
+def data_plate(sites: Mapping[str, Term]) -> Plate | None:
+    """The outermost plate that all observed sites share."""
+    return shared_plate(t.plates for t in sites.values() if t.kind == "likelihood")
+
+
+def num_data(sites: Mapping[str, Term]) -> int:
+    """Rows of the full data: those of the data plate, 1 without one."""
+    plate = data_plate(sites)
+    return plate.full_size if plate else 1
+
+
 def scaled_sum(term: Term, x: Tensor, particle_dim: int | None) -> Tensor:
     """Sum over data, scaled to the full data, averaged over particles."""
     total = (x if is_one(term.scale) else x * term.scale).sum()
@@ -379,7 +389,3 @@ def scaled_sum(term: Term, x: Tensor, particle_dim: int | None) -> Tensor:
 def is_one(scale: float | Tensor) -> bool:
     """Whether a scale is the plain number one."""
     return not isinstance(scale, Tensor) and scale == 1
-
-
-def _sorted(plates: tuple[Plate, ...]) -> tuple[Plate, ...]:
-    return tuple(sorted(plates, key=lambda p: p.dim))

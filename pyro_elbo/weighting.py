@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.schedules import Capacity, Schedule
-from pyro_elbo.terms import Term, scaled_sum
+from pyro_elbo.sites import masked, over_event
+from pyro_elbo.terms import Term, num_data, scaled_sum
 
 Weight = float | Tensor | Schedule
 Beta = Weight | Mapping[str, Weight]
@@ -62,7 +63,7 @@ class KLWeighting:
         return {name: float(torch.as_tensor(_resolve(self._of(name), step)).mean()) for name in sites}
 
     def __call__(
-        self, sites: Mapping[str, Term], particle_dim: int | None, num_data: int, step: int
+        self, sites: Mapping[str, Term], particle_dim: int | None, step: int
     ) -> tuple[dict[str, Tensor], float | Tensor]:
         """Return what the objective pays per site, shaped like the term's nats, and a constant.
 
@@ -73,7 +74,7 @@ class KLWeighting:
         if self.is_identity():
             return {name: t.nats for name, t in terms.items()}, 0.0
         self._check_names(terms)
-        gates, constant = self._capacity(terms, particle_dim, num_data, step)
+        gates, constant = self._capacity(sites, particle_dim, step)
         weighted = {}
         for name, term in terms.items():
             weight = gates[name] if name in gates else _resolve(self._of(name), step)
@@ -87,18 +88,18 @@ class KLWeighting:
         return self._schedules.get(name, self._schedules.get(None, 1.0))
 
     def _capacity(
-        self, terms: Mapping[str, Term], particle_dim: int | None, num_data: int, step: int
+        self, sites: Mapping[str, Term], particle_dim: int | None, step: int
     ) -> tuple[dict[str, float | Tensor], float | Tensor]:
         """γ|KL - C| as a multiplier ±γ on the KL of each site and a constant, one target per schedule."""
         groups: dict[Capacity, list[str]] = {}
-        for name in terms:
+        for name, term in sites.items():
             weight = self._of(name)
-            if isinstance(weight, Capacity):
+            if term.is_kl and isinstance(weight, Capacity):
                 groups.setdefault(weight, []).append(name)
         gates, constant = {}, 0.0
         for capacity, names in groups.items():
-            total = torch.stack([scaled_sum(terms[n], terms[n].nats.detach(), particle_dim) for n in names]).sum()
-            target = capacity(step) * num_data
+            total = torch.stack([scaled_sum(sites[n], sites[n].nats.detach(), particle_dim) for n in names]).sum()
+            target = capacity(step) * num_data(sites)
             sign = torch.sign(total - target) * capacity.gamma
             gates |= dict.fromkeys(names, sign)
             constant = constant - sign * target
@@ -112,8 +113,7 @@ class KLWeighting:
         mean = _mean_over_data(nats.detach(), term, events)
         floored = torch.where(mean > self.free_bits, nats, nats.new_tensor(self.free_bits))
         if isinstance(term.mask, Tensor):
-            mask = term.mask.reshape(term.mask.shape + (1,) * events)
-            floored = torch.where(mask, floored, floored.new_zeros(()))
+            floored = masked(floored, over_event(term.mask, events))
         return floored.flatten(floored.dim() - events).sum(-1) if events else floored
 
     def _check_names(self, terms: Mapping[str, Term]) -> None:

@@ -7,11 +7,13 @@ from pyro_elbo.export import to_arviz
 from pyro_elbo.fit import FitResult, fit
 from pyro_elbo.plots import plot_history
 from pyro_elbo.schedules import Capacity, Constant, Cyclical, LinearWarmup, Schedule, SigmoidWarmup
+from pyro_elbo.svi import SVI
 from pyro_elbo.terms import Terms
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SVI",
     "Capacity",
     "Constant",
     "Cyclical",

@@ -21,9 +21,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.estimators import surrogate
+from pyro_elbo.schedules import Schedule
 from pyro_elbo.sites import Program, check_initialised, guess_plate_nesting, run
 from pyro_elbo.terms import KLForm, Term, Terms, evaluate, stack_particles
-from pyro_elbo.weighting import Beta, KLWeighting
+from pyro_elbo.weighting import Beta, KLWeighting, ScheduleValue
 
 
 class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
@@ -100,12 +101,18 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
             SiteError: model and guide do not fit each other.
             NonFiniteError: data or a term hold NaN or infinity.
         """
-        sites, particle_dim = self._sites(model, guide, args, kwargs)
-        weighted, constant = self.weighting(sites, particle_dim, self.step)
-        terms = Terms(sites, particle_dim, surrogate(sites, weighted, constant, particle_dim))
+        terms = self.evaluate(model, guide, args, kwargs, lambda schedule: schedule(self.step))
         if not torch.isfinite(terms.objective):
             terms.check_finite()
         return terms
+
+    def evaluate(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
+    ) -> Terms:
+        """:meth:`terms` as a function of what the schedules say, without looking at any number."""
+        sites, particle_dim = self._sites(model, guide, args, kwargs)
+        weighted, constant = self.weighting(sites, particle_dim, value)
+        return Terms(sites, particle_dim, surrogate(sites, weighted, constant, particle_dim))
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """-objective as a number, without gradients; no step is counted."""
@@ -127,6 +134,11 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def settled(self) -> int:
         """The step from which no schedule changes any more; 0 for constant weights."""
         return self.weighting.settled
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The different schedules that the objective asks."""
+        return self.weighting.schedules
 
     def beta_at(self, step: int, sites: Iterable[str]) -> dict[str, float]:
         """β of each site at a step, averaged over data; a ``Capacity`` gives its target in nats."""

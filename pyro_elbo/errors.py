@@ -32,6 +32,10 @@ class CheckpointError(PyroElboError):
     """A checkpoint or a results folder cannot be read or written."""
 
 
+class CompileError(PyroElboError):
+    """A program, an optimiser or an argument cannot become part of one compiled graph."""
+
+
 class WeightsError(PyroElboError):
     """Importance weights carry no information, or too little."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.errors import NonFiniteError, PyroElboError, SiteError, count_nonfinite
+from pyro_elbo.tracing import is_capturing
 
 PARTICLES = "num_particles_vectorized"
 """The name of the plate in which particles are drawn."""
@@ -24,6 +25,8 @@ def explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     except PyroElboError:
         raise
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        if is_capturing():
+            raise
         reason = str(error).splitlines()[0]
         for name, x in {**dict(enumerate(args)), **kwargs}.items():
             if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
@@ -50,13 +53,13 @@ def _explained(error: Exception, reason: str) -> Exception:
         )
     if reason.startswith("Expected parameter") and "nan" in str(error):
         return NonFiniteError(
-            f"{_failed_line(error)}: a distribution got NaN although the data are finite: {reason} A parameter has "
+            f"{failed_line(error)}: a distribution got NaN although the data are finite: {reason} A parameter has "
             "diverged, or the program computes 0/0: look at that line, lower the learning rate, or clip the gradient."
         )
     return error
 
 
-def _failed_line(error: Exception) -> str:
+def failed_line(error: Exception) -> str:
     """The site, or else the line of the program, that raised ``error``."""
     libraries = ("pyro/", "torch/", "pyro_elbo/", "contextlib.py")
     frames = [f for f in extract_tb(error.__traceback__) if not any(name in f.filename for name in libraries)]

@@ -21,6 +21,7 @@ from torch.distributions import Distribution, constraints, transform_to
 
 from pyro_elbo.errors import GuideError, NonFiniteError, SiteError, count_nonfinite
 from pyro_elbo.failures import PARTICLES, explain_failure
+from pyro_elbo.tracing import assume, is_capturing
 
 Program = Callable[..., Any]
 Role = Literal["latent", "observed", "factor", "auxiliary", "deterministic"]
@@ -63,6 +64,8 @@ class Site:
 
     def log_prob(self) -> Tensor:
         """Log density at the value in nats: unscaled, masked, batch dimensions aligned with the plates."""
+        if self.role == "observed":
+            assume(lambda: masked(~self.fn.support.check(self.value), self.mask).logical_not().all())
         return masked(self._evaluate(self.fn.log_prob), self.mask)
 
     def score_parts(self) -> ScoreParts:
@@ -73,6 +76,8 @@ class Site:
         try:
             return function(self.value)
         except (ValueError, RuntimeError) as error:
+            if is_capturing():
+                raise
             if self.value.is_floating_point() and not torch.isfinite(self.value).all():
                 raise NonFiniteError(
                     f"Site '{self.name}': {count_nonfinite(self.value)}. Remove them, or mark them as missing with "
@@ -303,8 +308,6 @@ def _unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution,
 def _fill_masked(fn: Distribution, value: Tensor, mask: Tensor) -> Tensor:
     """Replace what is masked and not finite by a point of the support: 0 * NaN is NaN in the gradient."""
     missing = ~over_event(mask, len(fn.event_shape)) & ~torch.isfinite(value)
-    if not missing.any():
-        return value
     support = fn.support
     if constraints.is_dependent(support) or support.is_discrete:
         inside = torch.zeros_like(value)

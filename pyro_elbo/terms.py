@@ -21,6 +21,7 @@ from torch.distributions import Distribution, Independent, kl_divergence
 
 from pyro_elbo.errors import NonFiniteError, count_nonfinite
 from pyro_elbo.sites import Plate, Run, Site, by_dim, masked, over_event
+from pyro_elbo.tracing import holds
 
 if TYPE_CHECKING:
     import xarray
@@ -176,7 +177,7 @@ def _same(a: Tensor | float | None, b: Tensor | float | None) -> bool:
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and bool((a == b).all())
+        return a.shape == b.shape and holds((a == b).all())
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 

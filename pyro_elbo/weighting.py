@@ -6,7 +6,7 @@ A weighting never touches the terms: it returns, site by site, what the objectiv
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from pyro_elbo.terms import Term, num_data, scaled_sum
 
 Weight = float | Tensor | Schedule
 Beta = Weight | Mapping[str, Weight]
+ScheduleValue = Callable[[Schedule], float | Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,24 @@ class KLWeighting:
 
     def at(self, step: int, sites: Iterable[str]) -> dict[str, float]:
         """β of each site at a step, averaged over data (for a Capacity, its target in nats)."""
-        return {name: float(torch.as_tensor(_resolve(self._of(name), step)).mean()) for name in sites}
+        weights = {name: self._of(name) for name in sites}
+        values = {n: w(step) if isinstance(w, Schedule) else w for n, w in weights.items()}
+        return {name: float(torch.as_tensor(w).mean()) for name, w in values.items()}
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The different schedules among the weights."""
+        return tuple(dict.fromkeys(w for w in self._schedules.values() if isinstance(w, Schedule)))
 
     def __call__(
-        self, sites: Mapping[str, Term], particle_dim: int | None, step: int
+        self, sites: Mapping[str, Term], particle_dim: int | None, value: ScheduleValue
     ) -> tuple[dict[str, Tensor], float | Tensor]:
         """Return what the objective pays per site, shaped like the term's nats, and a constant.
+
+        Args:
+            sites: the terms of the bound.
+            particle_dim: the batch dimension of the particles, if any.
+            value: gives what a schedule says at this step.
 
         Raises:
             ArgumentError: a weight names no KL site, or a tensor does not broadcast against the plates.
@@ -74,11 +87,13 @@ class KLWeighting:
         if self.is_identity():
             return {name: t.nats for name, t in terms.items()}, 0.0
         self._check_names(terms)
-        gates, constant = self._capacity(sites, particle_dim, step)
+        gates, constant = self._capacity(sites, particle_dim, value)
         weighted = {}
         for name, term in terms.items():
-            weight = gates[name] if name in gates else _resolve(self._of(name), step)
-            if isinstance(weight, Tensor):
+            weight = gates[name] if name in gates else self._of(name)
+            if isinstance(weight, Schedule):
+                weight = value(weight)
+            elif isinstance(weight, Tensor):
                 _check_broadcast(term, weight)
             nats = self._free(term, particle_dim) if self.free_bits else term.nats
             weighted[name] = nats * weight
@@ -88,7 +103,7 @@ class KLWeighting:
         return self._schedules.get(name, self._schedules.get(None, 1.0))
 
     def _capacity(
-        self, sites: Mapping[str, Term], particle_dim: int | None, step: int
+        self, sites: Mapping[str, Term], particle_dim: int | None, value: ScheduleValue
     ) -> tuple[dict[str, float | Tensor], float | Tensor]:
         """γ|KL - C| as a multiplier ±γ on the KL of each site and a constant, one target per schedule."""
         groups: dict[Capacity, list[str]] = {}
@@ -99,7 +114,7 @@ class KLWeighting:
         gates, constant = {}, 0.0
         for capacity, names in groups.items():
             total = torch.stack([scaled_sum(sites[n], sites[n].nats.detach(), particle_dim) for n in names]).sum()
-            target = capacity(step) * num_data(sites)
+            target = value(capacity) * num_data(sites)
             sign = torch.sign(total - target) * capacity.gamma
             gates |= dict.fromkeys(names, sign)
             constant = constant - sign * target
@@ -145,10 +160,6 @@ def _check_broadcast(term: Term, weight: Tensor) -> None:
             f"Site '{term.name}': expected a beta that broadcasts against its plates {plates}, got shape "
             f"{tuple(weight.shape)}."
         )
-
-
-def _resolve(weight: Weight, step: int) -> float | Tensor:
-    return weight(step) if isinstance(weight, Schedule) else weight
 
 
 def _mean_over_data(x: Tensor, term: Term, event_dim: int) -> Tensor:

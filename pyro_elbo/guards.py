@@ -1,0 +1,243 @@
+"""What a captured program took from Python: watched, so that a change is noticed before a stale graph runs.
+
+A graph holds tensors by identity and Python values as constants. Whatever the programs' code names and can reach is
+watched: globals, cells of closures, attributes of objects and classes, entries of containers, parameters, buffers and
+parts of modules, Pyro's settings. Of objects that belong to libraries only plain values and tensors are: the rest is
+their own bookkeeping, which they renew as they like.
+"""
+
+import functools
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from operator import is_, itemgetter
+from typing import Any
+
+import numpy as np
+import pyro
+from torch import Tensor, nn
+
+_LIBRARIES = frozenset(("torch", "pyro", "pyro_elbo", "numpy", "lightning")) | sys.stdlib_module_names - {"__main__"}
+_VALUES = (bool, int, float, complex, str, bytes, type(None), Tensor, np.generic)
+_GRADIENT = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter
+_SMALL = 1000  # elements of a NumPy array up to which its contents are compared
+
+
+class Guard:
+    """Watched entries of mappings, attributes and containers, and the values that they had."""
+
+    def __init__(self, *programs: Any) -> None:
+        self.generators: list[Any] = []
+        self.refused: list[str] = []  # what cannot be watched
+        self._mappings: list[tuple[Callable[[Any], tuple], Mapping, tuple, tuple]] = []
+        self._absent: list[tuple[Mapping, frozenset[str]]] = []
+        self._attributes: list[tuple[Any, str, Any, str]] = []
+        self._containers: list[tuple[Collection, tuple]] = []
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
+        self._seen: dict[int, Any] = {}  # kept alive: an id is unique among the living only
+        self._named = {"forward", "__call__"}  # every name that occurs in the code of the programs
+        self._owned: list[Mapping[str, Any]] = []  # attributes of the user's objects and classes
+        self._visit_all(programs)
+        self._visit_named()
+        for module, path, _ in pyro.settings._REGISTRY.values():
+            *owners, name = path.split(".")
+            self.watch(vars(functools.reduce(getattr, owners, sys.modules[module])), [name])
+
+    def watch(self, holder: Mapping, keys: Iterable) -> None:
+        """Watch the entries of ``holder`` under ``keys``."""
+        keys = tuple(keys)
+        if keys:
+            get = itemgetter(*keys, keys[0])  # of two keys or more, so that it gives a tuple
+            self._mappings.append((get, holder, keys, get(holder)))
+
+    def watch_container(self, container: Collection) -> None:
+        """Watch which items a list, set or dictionary (its keys) holds."""
+        self._containers.append((container, tuple(container)))
+
+    def broken(self) -> str | None:
+        """The name of something watched that has changed, or None."""
+        for get, holder, keys, values in self._mappings:
+            try:
+                found = get(holder)
+            except KeyError as missing:
+                return str(missing.args[0])
+            if not all(map(is_, found, values)):
+                for key, new, old in zip(keys, found, values, strict=False):
+                    if not _same(new, old):
+                        return key if isinstance(key, str) else f"the state of {type(key).__name__}"
+        for owner, attribute, value, name in self._attributes:
+            if not _same(getattr(owner, attribute, None), value):
+                return name
+        for holder, names in self._absent:
+            if not names.isdisjoint(holder):
+                return next(iter(names & holder.keys()))
+        for container, items in self._containers:
+            if len(container) != len(items) or not all(map(is_, container, items)):
+                return f"a {type(container).__name__} of length {len(items)}"
+        return next((f"an array of shape {x.shape}" for x, old in self._arrays if not np.array_equal(x, old)), None)
+
+    def restore(self) -> None:
+        """Put back what has changed in dictionaries and lists."""
+        for _, holder, keys, values in self._mappings:
+            if isinstance(holder, dict):
+                holder.update(zip(keys, values, strict=False))
+        for container, items in self._containers:
+            if isinstance(container, list):
+                container[:] = items
+            elif isinstance(container, dict):
+                for key in container.keys() - set(items):
+                    del container[key]
+
+    def visit(self, x: Any) -> None:
+        """Watch everything that can be reached from ``x``."""
+        if id(x) in self._seen or isinstance(x, _VALUES):
+            return
+        self._seen[id(x)] = x
+        for kinds, visit in self._visitors():
+            if isinstance(x, kinds):
+                visit(x)
+                return
+        if hasattr(x, "__next__"):
+            self.refused.append(
+                f"a {type(x).__name__}, which gives another value each time: pass its values as arguments"
+            )
+        elif hasattr(x, "__dict__"):
+            self._visit_object(x)
+        elif not _is_library(type(x)):
+            for name in getattr(type(x), "__slots__", ()):
+                self._attributes.append((x, name, getattr(x, name, None), name))
+                self.visit(getattr(x, name, None))
+
+    def _visitors(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+        yield nn.Module, self._visit_module
+        yield types.MethodType, lambda x: self._visit_all((x.__self__, x.__func__))
+        yield functools.partial, lambda x: self._visit_all((x.func, x.args, x.keywords))
+        yield types.FunctionType, self._visit_function
+        yield property, lambda x: self._visit_all((x.fget,))
+        yield staticmethod | classmethod, lambda x: self.visit(x.__func__)
+        yield type, self._visit_class
+        yield types.ModuleType | pyro.params.param_store.ParamStoreDict, lambda x: None
+        yield dict, self._visit_dict
+        yield list | tuple | set | frozenset | deque, self._visit_container
+        yield np.ndarray, self._visit_array
+        yield np.random.Generator | np.random.RandomState | random.Random, self.generators.append
+
+    def _visit_all(self, parts: Iterable) -> None:
+        for part in parts:
+            self.visit(part)
+
+    def _visit_dict(self, x: dict) -> None:
+        self.watch_container(x)
+        self.watch(x, x)
+        self._visit_all(list(x.values()))
+
+    def _visit_container(self, x: Collection) -> None:
+        if not isinstance(x, tuple):
+            self.watch_container(x)
+        self._visit_all(tuple(x))
+
+    def _visit_array(self, x: np.ndarray) -> None:
+        if x.size <= _SMALL:
+            self._arrays.append((x, x.copy()))
+        else:
+            self.refused.append(f"a NumPy array of shape {x.shape}: make it a tensor (torch.as_tensor)")
+
+    def _visit_object(self, x: Any) -> None:
+        self._visit_attributes(vars(x), type(x))
+        if _is_library(type(x)):
+            self._visit_all(list(vars(x).values()))
+
+    def _visit_attributes(self, entries: dict, kind: type) -> None:
+        if _is_library(kind):
+            self.watch(entries, (k for k, v in entries.items() if _is_plain(v)))
+        else:
+            self._owned.append(entries)
+            self.visit(kind)
+
+    def _visit_module(self, module: nn.Module) -> None:
+        for part in module.modules():
+            self._seen[id(part)] = part
+            for entries in (part._parameters, part._buffers, part._modules):
+                self.watch_container(entries)
+                self.watch(entries, entries)
+            for hooks in (part._forward_hooks, part._forward_pre_hooks):
+                self.watch_container(hooks)
+            for p in part._parameters.values():
+                if p is not None:
+                    self._attributes += [(p, name, getattr(p, name), name) for name in _GRADIENT]
+            self._absent.append((vars(part), frozenset(["forward"]) - vars(part).keys()))
+            self._visit_attributes(vars(part), type(part))
+
+    def _visit_class(self, x: type) -> None:
+        if not _is_library(x):
+            self._owned.append(vars(x))
+            self._visit_all(x.__mro__[1:])
+
+    def _visit_named(self) -> None:
+        """Follow the attributes that the code names, which may lead to more code, and watch them in the end."""
+        followed: set[tuple[int, str]] = set()
+        while todo := [x for x in self._used() if (id(x[0]), x[1]) not in followed]:
+            for entries, name in todo:
+                followed.add((id(entries), name))
+                self.visit(entries[name])
+        attributes = {name for entries in self._owned for name in entries} & self._named
+        for entries in self._owned:
+            self.watch(entries, [name for owner, name in self._used() if owner is entries])
+            if isinstance(entries, dict):  # of an instance, which may come to hide what its class has
+                self._absent.append((entries, frozenset(attributes - entries.keys())))
+
+    def _used(self) -> list[tuple[Mapping[str, Any], str]]:
+        every = not self._named.isdisjoint(("getattr", "vars", "__dict__"))
+        return [
+            (entries, name)
+            for entries in self._owned
+            for name, value in entries.items()
+            if every or name in self._named or (name.startswith("__") and callable(value))
+        ]
+
+    def _visit_function(self, x: types.FunctionType) -> None:
+        for name, cell in zip(x.__code__.co_freevars, x.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not assigned yet
+                continue
+            self._attributes.append((cell, "cell_contents", value, name))
+            self.visit(value)
+        if _is_library(x):
+            return
+        for attribute in ("__defaults__", "__kwdefaults__", "__code__"):
+            self._attributes.append((x, attribute, getattr(x, attribute), x.__name__))
+        self._visit_all((x.__defaults__, x.__kwdefaults__))
+        names = set(_names(x.__code__))
+        self._named |= names
+        self._visit_names(x.__globals__, names)
+        for used in [v for n in sorted(names) if isinstance(v := x.__globals__.get(n), types.ModuleType)]:
+            if used.__name__.partition(".")[0] not in _LIBRARIES:
+                self._visit_names(vars(used), names)
+
+    def _visit_names(self, holder: dict, names: Iterable[str]) -> None:
+        used = [n for n in sorted(names) if n in holder]
+        self.watch(holder, used)
+        self._visit_all(holder[n] for n in used)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _is_library(x: Any) -> bool:
+    return (x.__module__ or "").partition(".")[0] in _LIBRARIES
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, _VALUES) or (isinstance(x, tuple) and all(isinstance(part, _VALUES) for part in x))
+
+
+def _same(a: Any, b: Any) -> bool:
+    plain = isinstance(a, _VALUES) and not isinstance(a, Tensor)
+    return a is b or (plain and type(a) is type(b) and a == b)

@@ -1,0 +1,88 @@
+"""How a program sees its tensors while it is captured: fake, each standing for a real one by identity.
+
+No operator ever gets a real tensor, so none can change it or have its value frozen into the graph; whatever wants to
+look at a value fails, with the program's own line in the traceback.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.overrides import TorchFunctionMode
+
+aten = torch.ops.aten
+
+
+class Lifting(TorchFunctionMode):
+    """Replaces real tensors by fake ones, and rewrites what only seems to look at values."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._mode = mode
+        self._fakes: dict[
+            int, tuple[Tensor, FakeTensor]
+        ] = {}  # the real ones kept alive: ids are unique among the living
+        self._integers: dict[int, tuple[Tensor, Any]] = {}  # fake tensors whose values the program itself fixes
+
+    @property
+    def lifted(self) -> dict[int, Tensor]:
+        """The real tensor of each fake one, by its id."""
+        return {id(fake): real for real, fake in self._fakes.values()}
+
+    def lift(self, x: Tensor) -> Tensor:
+        """The fake tensor that stands for ``x``."""
+        if isinstance(x, FakeTensor):
+            return x
+        if id(x) not in self._fakes:
+            with disable_proxy_modes_tracing():  # making a fake view of a fake base is no step of the program
+                self._fakes[id(x)] = x, self._mode.from_tensor(x)
+        return self._fakes[id(x)][1]
+
+    def _lift_all(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return self.lift(x)
+        if type(x) in (list, tuple):
+            return type(x)(self._lift_all(part) for part in x)
+        if type(x) is dict:
+            return {key: self._lift_all(part) for key, part in x.items()}
+        if isinstance(x, slice) and any(isinstance(end, Tensor) for end in (x.start, x.stop, x.step)):
+            raise DataDependentOutputException(aten._local_scalar_dense.default)
+        return x
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        args, kwargs = self._lift_all(args), self._lift_all(kwargs or {})
+        integers = self._integers.get(id(args[0]), (None, None))[1] if args else None
+        if integers is not None and function in (Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__index__):
+            return integers
+        if function is Tensor.__setitem__ and _is_masked_fill(*args):
+            return args[0].copy_(torch.where(args[1], args[2], args[0]))
+        if function is Tensor.__getitem__ and (indices := _scalar_indices(*args)) is not None:
+            return aten.index.Tensor(args[0], indices)
+        if function is torch.nn.functional.one_hot and (classes := [*args[1:], *kwargs.values()]):
+            return (args[0].unsqueeze(-1) == torch.arange(classes[0], device=args[0].device)).long()
+        result = function(*args, **kwargs)
+        if function is torch.arange and all(isinstance(x, int) for x in args):
+            self._fix(result, list(range(*args)))
+        elif integers is not None and function is Tensor.unbind:
+            for part, value in zip(result, integers, strict=True):
+                self._fix(part, value)
+        return result
+
+    def _fix(self, x: Tensor, value: Any) -> None:
+        self._integers[id(x)] = x, value
+
+
+def _is_masked_fill(x: Tensor, index: Any, value: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype is torch.bool and isinstance(value, bool | int | float)
+
+
+def _scalar_indices(x: Tensor, index: Any) -> list[Tensor | None] | None:
+    """The indices of ``x[k]``, ``x[..., k]`` and the like for integer scalars k, at whose value Python would look."""
+    parts = index if isinstance(index, tuple) else (index,)
+    scalars = [i for i in parts if isinstance(i, Tensor) and i.dim() == 0 and i.dtype not in (torch.bool, torch.uint8)]
+    if not scalars or not all(isinstance(i, Tensor) or i is Ellipsis or i == slice(None) for i in parts):
+        return None
+    rest = [None] * (x.dim() - sum(i is not Ellipsis for i in parts))
+    return [j for i in parts for j in (rest if i is Ellipsis else [i if isinstance(i, Tensor) else None])]

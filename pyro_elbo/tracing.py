@@ -1,0 +1,43 @@
+"""What the core must know while a step is captured as a graph: values cannot be looked at then."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+_assumptions: ContextVar[list[Tensor] | None] = ContextVar("assumptions", default=None)
+_validating: ContextVar[bool] = ContextVar("validating", default=False)
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a scalar condition is true; while capturing, assume so and let every step check it."""
+    assumed = _assumptions.get()
+    if assumed is None:
+        return bool(condition)
+    assumed.append(condition)
+    return True
+
+
+def assume(condition: Callable[[], Tensor]) -> None:
+    """While capturing, have every step check a condition that an uncaptured run checks elsewhere."""
+    assumed = _assumptions.get()
+    if assumed is not None and _validating.get():
+        assumed.append(condition())
+
+
+def is_capturing() -> bool:
+    """Whether a step is being captured."""
+    return _assumptions.get() is not None
+
+
+@contextmanager
+def capturing(validate: bool) -> Iterator[list[Tensor]]:
+    """Collect the conditions that the captured program takes for granted; with ``validate`` those on the data too."""
+    assumed: list[Tensor] = []
+    tokens = _assumptions.set(assumed), _validating.set(validate)
+    try:
+        yield assumed
+    finally:
+        _assumptions.reset(tokens[0])
+        _validating.reset(tokens[1])

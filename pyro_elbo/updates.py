@@ -1,0 +1,276 @@
+"""The step of an optimiser, taken in Python or captured as part of a graph.
+
+``torch.optim`` is not written again: its own ``step`` runs while the graph is captured, on aliases of the parameters
+and of its state. The few Python numbers that change from step to step (learning rates) are inputs of the graph.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from pyro_elbo.errors import ArgumentError, CompileError
+from pyro_elbo.guards import Guard
+
+
+class Update(ABC):
+    """How parameters follow their gradients."""
+
+    @abstractmethod
+    def __call__(self, parameters: Mapping[str, Tensor]) -> None:
+        """Step once in Python, by the gradients in ``.grad``."""
+
+    @abstractmethod
+    def optimisers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
+        """The torch optimisers that train ``parameters``."""
+
+    @abstractmethod
+    def clip(self, parameters: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
+        """Clip the gradients of ``aliases`` of ``parameters`` in place."""
+
+
+class TorchUpdate(Update):
+    """A ``torch.optim`` optimiser over parameters that exist already."""
+
+    def __init__(self, optimiser: Optimizer, grad_clip: float | None = None) -> None:
+        self.optimiser, self.grad_clip = optimiser, grad_clip
+
+    def __call__(self, parameters: Mapping[str, Tensor]) -> None:
+        """Step once in Python, by the gradients in ``.grad``."""
+        self.optimisers(parameters)
+        self.clip((), [p for p in parameters.values() if p.grad is not None])
+        self.optimiser.step()
+
+    def optimisers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
+        """The optimiser.
+
+        Raises:
+            ArgumentError: it does not hold some of the parameters.
+        """
+        held = {id(p) for group in self.optimiser.param_groups for p in group["params"]}
+        if missing := [name for name, p in parameters.items() if id(p) not in held and p.requires_grad]:
+            raise ArgumentError(
+                f"The optimiser does not hold the parameters {missing} and would never train them. Run guide(*args) "
+                "once so that all parameters exist, then build the optimiser from them, or use a pyro.optim one."
+            )
+        return [self.optimiser]
+
+    def clip(self, parameters: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
+        """Scale all gradients so that their joint norm is at most ``grad_clip``."""
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(aliases, self.grad_clip, foreach=False)
+
+
+class PyroUpdate(Update):
+    """A ``pyro.optim`` wrapper: one torch optimiser per parameter, made when the parameter is first seen."""
+
+    def __init__(self, wrapper: pyro.optim.PyroOptim, grad_clip: float | None = None) -> None:
+        self.wrapper, self.grad_clip = wrapper, grad_clip
+
+    def __call__(self, parameters: Mapping[str, Tensor]) -> None:
+        """Step once in Python, by the gradients in ``.grad``."""
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(parameters.values()), self.grad_clip, foreach=False)
+        self.wrapper(list(parameters.values()))
+
+    def optimisers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
+        """One optimiser per parameter; those inside of schedulers are unwrapped."""
+        made = [self.wrapper.optim_objs[p] for p in parameters.values() if p in self.wrapper.optim_objs]
+        return [o if isinstance(o, Optimizer) else o.optimizer for o in made]
+
+    def clip(self, parameters: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
+        """Clip as ``grad_clip`` and the wrapper's ``clip_args`` say."""
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(aliases, self.grad_clip, foreach=False)
+        for p, alias in zip(parameters, aliases, strict=True):
+            if (function := self.wrapper.grad_clip.get(p)) is not None:
+                function(alias)
+
+
+def check_traceable(optimisers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:
+    """Raise CompileError for hooks, which a graph would leave out."""
+    for optimiser in optimisers:
+        if optimiser._optimizer_step_pre_hooks or optimiser._optimizer_step_post_hooks:
+            raise CompileError(
+                f"{type(optimiser).__name__} has step hooks, which a compiled step cannot run. Remove them, or use "
+                "compile=False."
+            )
+    for name, p in parameters.items():
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise CompileError(
+                f"The parameter '{name}' has hooks on its gradient, which a compiled step cannot run. Remove them "
+                "(grad_clip=... clips gradients), or use compile=False."
+            )
+
+
+def numbers(optimisers: Iterable[Optimizer], ahead: int = 0) -> list[float]:
+    """The Python numbers that the step after ``ahead`` more steps uses, in the order of :func:`trace_update`."""
+    values: list[float] = []
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            if isinstance(optimiser, ClippedAdam):
+                taken = max((s["step"] for p in group["params"] if (s := optimiser.state.get(p))), default=0)
+                values += [group["lr"] * group["lrd"] ** (ahead + 1), float(taken + ahead + 1)]
+            elif isinstance(group.get("lr"), float | int):
+                values.append(float(group["lr"]))
+    return values
+
+
+def counts_in_python(optimisers: Iterable[Optimizer]) -> bool:
+    """Whether :func:`numbers` change from step to step by themselves."""
+    return any(isinstance(optimiser, ClippedAdam) for optimiser in optimisers)
+
+
+def advance(optimisers: Iterable[Optimizer], steps: int) -> None:
+    """Bring the Python numbers that optimisers keep to where ``steps`` captured steps have led."""
+    for optimiser in optimisers:
+        if isinstance(optimiser, ClippedAdam):
+            for group in optimiser.param_groups:
+                group["lr"] *= group["lrd"] ** steps
+                for p in group["params"]:
+                    if p in optimiser.state:
+                        optimiser.state[p]["step"] += steps
+
+
+def watch(guard: Guard, optimisers: Iterable[Optimizer]) -> None:
+    """Watch the state tensors and the settings that a captured update holds."""
+    for optimiser in optimisers:
+        guard.watch(vars(optimiser), ("state", "param_groups"))  # load_state_dict makes new ones
+        guard.watch_container(optimiser._optimizer_step_pre_hooks)
+        guard.watch_container(optimiser._optimizer_step_post_hooks)
+        guard.watch_container(optimiser.param_groups)
+        for group in optimiser.param_groups:
+            guard.watch_container(group["params"])
+            settings = {"params", "initial_lr"} | ({"lr"} if not isinstance(group.get("lr"), Tensor) else set())
+            guard.watch(group, (k for k in group if k not in settings))
+            for p in group["params"]:
+                if p in optimiser.state:
+                    guard.watch(optimiser.state, [p])
+                    guard.watch(optimiser.state[p], (k for k, v in optimiser.state[p].items() if isinstance(v, Tensor)))
+
+
+def trace_update(
+    update: Update, optimisers: Iterable[Optimizer], gradients: Mapping[Tensor, Tensor], values: Iterator[Tensor]
+) -> None:
+    """Step parameters and state in place while a graph is being captured.
+
+    Args:
+        update: clips the gradients.
+        optimisers: of the parameters.
+        gradients: of each parameter that has one.
+        values: what :func:`numbers` gives, as tensors.
+    """
+    aliases = {p: p.detach() for p in gradients}
+    for p, alias in aliases.items():
+        alias.grad = gradients[p].clone()  # autograd may give two parameters the same tensor
+    update.clip(list(aliases), list(aliases.values()))
+    with _tensors_as_numbers():
+        for optimiser in optimisers:
+            name = type(optimiser).__name__
+            try:
+                _trace_step(optimiser, aliases, values)
+            except CompileError:
+                raise
+            except Exception as error:
+                raise CompileError(f"{name} {_UNTRACEABLE}") from error
+
+
+_UNTRACEABLE = (
+    "keeps its counts as Python numbers or branches on values, which a graph would freeze. Use torch.optim.Adam, AdamW "
+    "or SGD, the pyro.optim wrappers of them, or compile=False."
+)
+
+
+def _trace_step(optimiser: Optimizer, aliases: Mapping[Tensor, Tensor], values: Iterator[Tensor]) -> None:
+    if isinstance(optimiser, ClippedAdam):
+        for group in optimiser.param_groups:
+            held = {aliases[p]: optimiser.state[p] for p in group["params"] if p in aliases}
+            _clipped_adam(group, held, next(values), next(values))
+        return
+    clone = copy.copy(optimiser)
+    clone.param_groups, clone.state = [], defaultdict(dict)
+    for group in optimiser.param_groups:
+        changes: dict[str, Any] = {"params": [aliases[p] for p in group["params"] if p in aliases]}
+        changes |= {k: False for k in ("foreach", "fused", "capturable") if k in group}
+        if isinstance(group.get("lr"), float | int):
+            changes["lr"] = next(values)
+        clone.param_groups.append(group | changes)
+    given = {p: {k: _taken(k, v) for k, v in optimiser.state[p].items()} for p in aliases if p in optimiser.state}
+    settings = [dict(group) for group in clone.param_groups]
+    for p, state in given.items():
+        clone.state[aliases[p]] = dict(state)
+    type(clone).step.__wrapped__(clone)  # without hooks: no step is taken now
+    if any(new[k] is not old[k] for new, old in zip(clone.param_groups, settings, strict=True) for k in old):
+        raise CompileError(f"{type(optimiser).__name__} {_UNTRACEABLE}")
+    for p, alias in aliases.items():
+        _write_back(optimiser, optimiser.state.get(p, {}), given.get(p, {}), clone.state[alias])
+
+
+def _taken(key: str, value: Any) -> Any:
+    """What a captured step gets of the state: counts in double precision (1 - 0.999 ** step loses digits in single)."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(torch.float64, copy=True) if key == "step" else value.detach()
+
+
+def _write_back(optimiser: Optimizer, old: dict[str, Any], given: dict[str, Any], new: dict[str, Any]) -> None:
+    """Let the real state follow what the step did other than in place."""
+    for key, value in new.items():
+        if not isinstance(value, Tensor):
+            if key not in given or value is not given[key]:
+                raise CompileError(f"{type(optimiser).__name__} {_UNTRACEABLE}")
+        elif key not in old:
+            raise CompileError(f"{type(optimiser).__name__} makes new state ('{key}') in a step that is captured.")
+        elif key == "step" or value is not given[key]:
+            old[key].copy_(value)
+
+
+def _clipped_adam(group: Mapping[str, Any], held: Mapping[Tensor, Mapping[str, Any]], lr: Tensor, step: Tensor) -> None:
+    """The step of pyro.optim.ClippedAdam, which counts in Python, with its count and rate as tensors."""
+    beta1, beta2 = group["betas"]
+    size = lr * (1 - beta2**step).sqrt() / (1 - beta1**step)
+    for alias, state in held.items():
+        grad = alias.grad.clamp(-group["clip_norm"], group["clip_norm"])
+        if group["weight_decay"] != 0:
+            grad = grad.add(alias, alpha=group["weight_decay"])
+        mean = state["exp_avg"].mul_(beta1).add_(grad, alpha=1 - beta1)
+        deviation = grad - mean if group["centered_variance"] else grad
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(deviation, deviation, value=1 - beta2)
+        alias.sub_(size * mean / (square.sqrt() + group["eps"]))
+
+
+class _TensorScalars(TorchFunctionMode):
+    """Lets torch's optimisers compute with tensors where an operator takes a Python number only."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        name = getattr(function, "__name__", "")
+        if isinstance(options.get("alpha"), Tensor) and name in ("add", "add_", "sub", "sub_"):
+            return function(args[0], args[1] * options["alpha"])
+        if isinstance(options.get("value"), Tensor) and name in ("addcdiv_", "addcmul_"):
+            pair = args[1] / args[2] if name == "addcdiv_" else args[1] * args[2]
+            return args[0].add_(pair * options["value"])
+        return function(*args, **options)
+
+
+@contextmanager
+def _tensors_as_numbers() -> Iterator[None]:
+    """Have torch's optimisers keep counts and rates as tensors, as they do under torch.compile."""
+    compiling = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        with torch.no_grad(), _TensorScalars():
+            yield
+    finally:
+        torch.compiler._is_compiling_flag = compiling

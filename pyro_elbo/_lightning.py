@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from pyro_elbo.compile import Steps
 from pyro_elbo.elbo import TermsModule
 from pyro_elbo.errors import ArgumentError, DataError, GuideError
 from pyro_elbo.history import Mean, Record, best, per_datum
 from pyro_elbo.terms import Terms
+from pyro_elbo.updates import TorchUpdate
 
 Batch = Tensor | tuple | list | dict
 
@@ -154,8 +156,12 @@ class Programs(lightning.LightningModule):
         loaders: Callable[..., Any],
         seed: int,
         progress: bool,
+        compile: bool,
+        grad_clip: float | None,
     ) -> None:
         super().__init__()
+        self.automatic_optimization = not compile
+        self.grad_clip, self.steps = grad_clip, None
         self.module = module
         # "@" keeps names such as "values" apart from the dictionary's own methods
         self.store = nn.ParameterDict({f"@{name.replace('.', '|')}": p for name, p in store.items()})
@@ -206,13 +212,45 @@ class Programs(lightning.LightningModule):
         if batch_idx == 0:
             pyro.set_rng_seed(_mix(self.seed, self.current_epoch, self.global_rank))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss per datum."""
+    def on_fit_start(self) -> None:
+        """Prepare compiled steps, now that parameters and optimiser are where they stay."""
+        if not self.automatic_optimization:
+            update = TorchUpdate(self.optimizers(use_pl_optimizer=False), self.grad_clip)
+            programs = self.module.model, self.module.guide, self.module.elbo
+            # the program's own stream: runs repeat and resume with the noise of uncompiled ones
+            self.steps = Steps(*programs, update, per_datum=True, fallback_random=True)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """The loss per datum; a compiled step has already followed its gradient."""
+        if self.steps is not None:
+            self._show(self._compiled_step(batch))
+            return None
         terms, values = self._evaluate(batch, self.mean)
+        self._show(values)
+        return self.module.elbo.count_step(-terms.objective / terms.num_data)
+
+    def _compiled_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Take the step where Lightning expects the gradient: without one, its own step moves nothing."""
+        optimizer: Any = self.optimizers()
+        record: list[Any] = []
+
+        def closure() -> None:
+            record.append(self.steps.train(*arguments(batch)))
+            optimizer.zero_grad()
+
+        optimizer.step(closure=closure)
+        return self._count(record[0], batch, self.mean)
+
+    def _count(self, record: Any, batch: Batch, mean: Mean) -> dict[str, Tensor]:
+        names, ((*numbers,),) = record[0], record[1].tolist()
+        values = {n: torch.tensor(x) for n, x in zip(names, numbers, strict=True) if not n.startswith("log_likelihood")}
+        mean.add(values, num_rows(batch))
+        return values
+
+    def _show(self, values: dict[str, Tensor]) -> None:
         if self.progress:
             self.log("elbo", values["elbo"], prog_bar=True, batch_size=1)
             self.log("loss", values["loss"], prog_bar=True, batch_size=1)
-        return self.module.elbo.count_step(-terms.objective / terms.num_data)
 
     def on_validation_epoch_start(self) -> None:
         """Switch to the noise of validation."""
@@ -222,7 +260,10 @@ class Programs(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the terms of a validation batch."""
-        self._evaluate(batch, self.valid_mean)
+        if self.steps is not None:
+            self._count(self.steps.evaluate(*arguments(batch)), batch, self.valid_mean)
+        else:
+            self._evaluate(batch, self.valid_mean)
 
     def on_validation_epoch_end(self) -> None:
         """Record the epoch's validation terms and return to the training's noise."""

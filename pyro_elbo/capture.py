@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.compile_utils import fx_graph_cse, rand_ops
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.lowering import lowerings, make_fallback
@@ -19,6 +19,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pyro_elbo.errors import CompileError
@@ -97,13 +98,14 @@ def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: 
     functional = functionalize(raw, remove="mutations")
     graph = make_fx(functional, _decompositions(lift_noise), "fake")(*everything)
     _remove_identities(graph.graph)
+    _write_out_alpha(graph.graph)
     written = _keep_if(graph.graph, len(everything) - kept)
     _check_writes(everything[: len(everything) - kept], written, len(externals))
     noise = _lift_noise(graph.graph) if lift_noise else ()
     graph.graph.eliminate_dead_code()
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor's disk cache wants one
     rows = [torch.empty(n.size, dtype=n.dtype, device=inputs[-1].device) for n in noise]
-    fakes = tuple(mode.from_tensor(x) for x in (*everything, *rows))
+    fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in (*everything, *rows))
     return Graph(_optimise(graph, mode, fakes), tuple(externals), noise, fakes)
 
 
@@ -153,6 +155,15 @@ def _remove_identities(graph: fx.Graph) -> None:
         elif node.target is aten.copy.default and _same_kind(node.args[0], node.args[1]):
             node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
+
+
+def _write_out_alpha(graph: fx.Graph) -> None:
+    """Turn x + alpha y into x + (alpha y): Inductor (torch 2.13) forgets alpha where y or x is a matrix product."""
+    for node in list(graph.nodes):
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) != 1:
+            with graph.inserting_before(node):
+                scaled = graph.call_function(aten.mul.Tensor, (node.args[1], node.kwargs["alpha"]))
+            node.args, node.kwargs = (node.args[0], scaled), {}
 
 
 def _same_kind(a: fx.Node, b: Any) -> bool:
@@ -244,4 +255,8 @@ def _optimise(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[Fake
     FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
     with V.set_fake_mode(mode):
         joint_graph_passes(module)
+    targets = {node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    draws = {op for op in targets if torch.Tag.nondeterministic_seeded in op.tags}
+    if any(op.overloadpacket not in rand_ops for op in draws):  # two draws that look alike would become one
+        return module
     return fx.GraphModule(module, fx_graph_cse(module.graph))

@@ -48,6 +48,7 @@ class _Step:
 
     parameters: dict[str, Tensor]
     optimisers: list[Optimizer]
+    gradients: dict[Tensor, Tensor]
     sites: tuple[str, ...]
     names: tuple[str, ...]
     guard: Guard
@@ -152,8 +153,10 @@ class Steps:
         records = [self._in_python(kind, args, kwargs)[1] for _ in range(steps)]
         return tuple(records[0]), np.array([[x.item() for x in record.values()] for record in records])
 
-    def _in_python(self, kind: Kind, args: tuple, kwargs: dict[str, Any]):
-        """Run a step as pyro.infer.SVI does."""
+    def _in_python(
+        self, kind: Kind, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Terms, dict[str, Tensor], dict[str, Tensor]]:
+        """Run a step as pyro.infer.SVI does; return its terms, what it records, and the parameters that it used."""
         with torch.set_grad_enabled(kind == "train"), captured_parameters() as parameters:
             terms = self.loss.terms(self.model, self.guide, *args, **kwargs)
         loss = self._loss(terms)
@@ -172,9 +175,11 @@ class Steps:
         guard.watch(vars(self.loss), (name for name in vars(self.loss) if name != "step"))
         watch(guard, optimisers)
         store = pyro.get_param_store()
-        guard.watch(vars(store), ["_params"])  # clearing makes a new one
-        guard.watch(store._params, (name for name in parameters if name in store._params))
-        step = _Step(parameters, optimisers, tuple(terms.sites), tuple(record), guard)
+        guard.watch(lambda: store._params, (name for name in parameters if name in store._params))
+        held = [p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
+        guard.watch_attributes("grad", [p for p in held if id(p) not in map(id, parameters.values())])
+        gradients = {p: p.grad for p in held if p.grad is not None}
+        step = _Step(parameters, optimisers, gradients, tuple(terms.sites), tuple(record), guard)
         return step, (step.names, np.array([[x.item() for x in record.values()]]))
 
     def _capture(self, step: _Step, kind: Kind, leaves: list[Any], spec: Any) -> None:
@@ -256,12 +261,11 @@ class Steps:
 
 
 def _gradients(loss: Tensor, step: _Step) -> dict[Tensor, Tensor]:
-    """The gradient of every parameter that the optimisers would move: zero where it once was one, as in Pyro."""
+    """The gradient of every parameter that the optimisers move; those that this step gives none keep what they hold."""
     trained = [p for p in step.parameters.values() if p.requires_grad]
     found = zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True)
     gradients = {p: g for p, g in found if g is not None}
-    held = [p for optimiser in step.optimisers for group in optimiser.param_groups for p in group["params"]]
-    return gradients | {p: torch.zeros_like(p) for p in held if p not in gradients and p.grad is not None}
+    return {p: g for p, g in step.gradients.items() if p not in gradients} | gradients
 
 
 def _check_reachable(guard: Guard) -> None:
@@ -364,8 +368,8 @@ def _explain_capture(generators: list[Any]) -> Iterator[None]:
 
 
 def _states(generators: list[Any]) -> list[str]:
-    """The states of random generators outside of torch: Python's, NumPy's, and those that the programs hold."""
-    states = [random.getstate(), np.random.get_state(legacy=False)]
+    """The states of random generators outside of torch that the programs can reach: Python's and NumPy's."""
+    states = []
     for generator in generators:
         if isinstance(generator, random.Random):
             states.append(generator.getstate())

@@ -200,7 +200,11 @@ class Executable:
 
 def _compile(graph: Graph, on_cpu: bool) -> Any:
     context = TracingContext(detect_fake_mode(graph.fakes))
-    options = {"size_asserts": not on_cpu, "aot_inductor.allow_stack_allocation": True}
+    options = {
+        "size_asserts": not on_cpu,  # externals are checked by fits(), data by their key
+        "aot_inductor.allow_stack_allocation": True,
+        "cpp.min_chunk_size": 2**14,  # a second thread costs more than it saves on smaller loops
+    }
     with config.patch(options), torch.no_grad(), tracing(context), _quiet():
         try:
             return compile_fx_inner(

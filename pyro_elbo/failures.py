@@ -61,7 +61,7 @@ def _explained(error: Exception, reason: str) -> Exception:
 
 def failed_line(error: Exception) -> str:
     """The site, or else the line of the program, that raised ``error``."""
-    libraries = ("pyro/", "torch/", "pyro_elbo/", "contextlib.py")
+    libraries = ("pyro/", "torch/", "pyro_elbo/", "contextlib.py", "jaxtyping/", "beartype")
     frames = [f for f in extract_tb(error.__traceback__) if not any(name in f.filename for name in libraries)]
     line = frames[-1].line or "" if frames else ""
     named = re.search(r"(?:sample|factor)\(\s*f?['\"]([^'\"]+)", line)

@@ -65,6 +65,7 @@ def fit(
     seed: int = 0,
     devices: int = 1,
     grad_clip: float | None = None,
+    compile: bool = False,
     progress: bool = True,
 ) -> FitResult:
     r"""Train model and guide: epochs, validation, early stopping, checkpoints, on Lightning's Trainer.
@@ -88,6 +89,7 @@ def fit(
         seed: repeats a run bit for bit on a CPU. The caller's random state is left as it was.
         devices: processes on this machine; gradients are averaged, every process draws its own noise.
         grad_clip: largest norm of the gradient.
+        compile: whether to run steps that come again as one compiled graph (see :class:`SVI`), on one device.
         progress: whether to show the progress bar.
 
     Raises:
@@ -111,7 +113,9 @@ def fit(
         2
     """
     loss = TraceBeta_ELBO() if loss is None else loss
-    _check_arguments(valid, patience, dir, resume, max_epochs=max_epochs, devices=devices, batch_size=batch_size)
+    _check_arguments(
+        valid, patience, dir, resume, compile, max_epochs=max_epochs, devices=devices, batch_size=batch_size
+    )
     with _undisturbed(), tempfile.TemporaryDirectory() as scratch:
         from pyro_elbo import _lightning
 
@@ -124,11 +128,12 @@ def fit(
         terms, store = _first_run(module, args, kwargs)
         _check_minibatches(terms, batches * devices, loaders.rows)
         make = optimizer if optimizer is not None else (lambda params: torch.optim.Adam(params, lr=lr))
-        programs = _lightning.Programs(module, store, make, loaders, seed, progress)
+        programs = _lightning.Programs(module, store, make, loaders, seed, progress, compile, grad_clip)
         optimiser = programs.configure_optimizers()  # one that cannot work is refused before anything is written
         folder = _writable(Path(dir)) if dir is not None else Path(scratch)
         keep = dir is not None or patience is not None or devices > 1
-        trainer = _lightning.make_trainer(folder if keep else None, max_epochs, patience, devices, grad_clip, progress)
+        clip = None if compile else grad_clip  # a compiled step clips by itself
+        trainer = _lightning.make_trainer(folder if keep else None, max_epochs, patience, devices, clip, progress)
         last = folder / "last.ckpt"
         checkpoint = _checked_checkpoint(last, programs, optimiser, max_epochs) if resume else None
         with _errors_of_processes():
@@ -136,12 +141,16 @@ def fit(
         return _finish(programs, trainer, folder, dir is not None, patience, devices)
 
 
-def _check_arguments(valid: Any, patience: int | None, dir: Any, resume: bool, **counts: int | None) -> None:
+def _check_arguments(
+    valid: Any, patience: int | None, dir: Any, resume: bool, compile: bool, **counts: int | None
+) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ArgumentError(f"{name} must be at least 1, got {count}.")
     if patience is not None and valid is None:
         raise ArgumentError("patience needs validation data: pass valid=..., or leave patience out.")
+    if compile and counts["devices"] != 1:
+        raise ArgumentError("compile=True trains on one device: set devices=1, or compile=False.")
     if resume and dir is None:
         raise ArgumentError("resume=True needs dir=..., the folder with last.ckpt.")
 

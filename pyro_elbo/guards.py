@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 _LIBRARIES = frozenset(("torch", "pyro", "pyro_elbo", "numpy", "lightning")) | sys.stdlib_module_names - {"__main__"}
 _VALUES = (bool, int, float, complex, str, bytes, type(None), Tensor, np.generic)
+_MAKING = ("__init__", "__new__", "__repr__", "__init_subclass__", "__getstate__", "__setstate__", "__deepcopy__")
 _GRADIENT = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter
 _SMALL = 1000  # elements of a NumPy array up to which its contents are compared
 
@@ -31,7 +32,7 @@ class Guard:
     def __init__(self, *programs: Any) -> None:
         self.generators: list[Any] = []
         self.refused: list[str] = []  # what cannot be watched
-        self._mappings: list[tuple[Callable[[Any], tuple], Mapping, tuple, tuple]] = []
+        self._mappings: list[tuple[Callable[[Any], tuple], Any, tuple, tuple]] = []
         self._absent: list[tuple[Mapping, frozenset[str]]] = []
         self._attributes: list[tuple[Any, str, Any, str]] = []
         self._containers: list[tuple[Collection, tuple]] = []
@@ -45,22 +46,26 @@ class Guard:
             *owners, name = path.split(".")
             self.watch(vars(functools.reduce(getattr, owners, sys.modules[module])), [name])
 
-    def watch(self, holder: Mapping, keys: Iterable) -> None:
-        """Watch the entries of ``holder`` under ``keys``."""
+    def watch(self, holder: Mapping | Callable[[], Mapping], keys: Iterable) -> None:
+        """Watch the entries of ``holder``, or of the mapping that it returns, under ``keys``."""
         keys = tuple(keys)
         if keys:
             get = itemgetter(*keys, keys[0])  # of two keys or more, so that it gives a tuple
-            self._mappings.append((get, holder, keys, get(holder)))
+            self._mappings.append((get, holder, keys, get(holder() if callable(holder) else holder)))
 
     def watch_container(self, container: Collection) -> None:
         """Watch which items a list, set or dictionary (its keys) holds."""
         self._containers.append((container, tuple(container)))
 
+    def watch_attributes(self, name: str, owners: Iterable[Any]) -> None:
+        """Watch one attribute of several objects."""
+        self._attributes += [(owner, name, getattr(owner, name), name) for owner in owners]
+
     def broken(self) -> str | None:
         """The name of something watched that has changed, or None."""
         for get, holder, keys, values in self._mappings:
             try:
-                found = get(holder)
+                found = get(holder() if callable(holder) else holder)
             except KeyError as missing:
                 return str(missing.args[0])
             if not all(map(is_, found, values)):
@@ -103,26 +108,31 @@ class Guard:
             self.refused.append(
                 f"a {type(x).__name__}, which gives another value each time: pass its values as arguments"
             )
-        elif hasattr(x, "__dict__"):
+        else:
             self._visit_object(x)
-        elif not _is_library(type(x)):
-            for name in getattr(type(x), "__slots__", ()):
-                self._attributes.append((x, name, getattr(x, name, None), name))
-                self.visit(getattr(x, name, None))
 
     def _visitors(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
         yield nn.Module, self._visit_module
+        yield types.BuiltinMethodType, lambda x: self.visit(x.__self__)
         yield types.MethodType, lambda x: self._visit_all((x.__self__, x.__func__))
         yield functools.partial, lambda x: self._visit_all((x.func, x.args, x.keywords))
         yield types.FunctionType, self._visit_function
         yield property, lambda x: self._visit_all((x.fget,))
         yield staticmethod | classmethod, lambda x: self.visit(x.__func__)
         yield type, self._visit_class
-        yield types.ModuleType | pyro.params.param_store.ParamStoreDict, lambda x: None
+        yield types.ModuleType, self._visit_library
+        yield pyro.params.param_store.ParamStoreDict, lambda x: None
         yield dict, self._visit_dict
         yield list | tuple | set | frozenset | deque, self._visit_container
         yield np.ndarray, self._visit_array
         yield np.random.Generator | np.random.RandomState | random.Random, self.generators.append
+
+    def _visit_library(self, x: types.ModuleType) -> None:
+        """Note the generators behind the functions of ``random`` and ``numpy.random``."""
+        if x.__name__ == "random":
+            self.generators.append(random.random.__self__)
+        elif x.__name__ in ("numpy", "numpy.random"):
+            self.generators.append(np.random.mtrand._rand)
 
     def _visit_all(self, parts: Iterable) -> None:
         for part in parts:
@@ -145,13 +155,19 @@ class Guard:
             self.refused.append(f"a NumPy array of shape {x.shape}: make it a tensor (torch.as_tensor)")
 
     def _visit_object(self, x: Any) -> None:
-        self._visit_attributes(vars(x), type(x))
-        if _is_library(type(x)):
-            self._visit_all(list(vars(x).values()))
+        own, entries = not _is_library(type(x)), getattr(x, "__dict__", None)
+        slots = getattr(type(x), "__slots__", ()) if own else ()
+        for name in (slots,) if isinstance(slots, str) else set(slots) - {"__dict__", "__weakref__"}:
+            self._attributes.append((x, name, getattr(x, name, None), name))
+            self.visit(getattr(x, name, None))
+        if type(entries) is dict:
+            self._visit_attributes(entries, type(x))
+            if not own:
+                self._visit_all(list(entries.values()))
 
     def _visit_attributes(self, entries: dict, kind: type) -> None:
         if _is_library(kind):
-            self.watch(entries, (k for k, v in entries.items() if _is_plain(v)))
+            self.watch(entries, (k for k, v in entries.items() if _is_plain(v) and not k.startswith("_")))
         else:
             self._owned.append(entries)
             self.visit(kind)
@@ -165,8 +181,8 @@ class Guard:
             for hooks in (part._forward_hooks, part._forward_pre_hooks):
                 self.watch_container(hooks)
             for p in part._parameters.values():
-                if p is not None:
-                    self._attributes += [(p, name, getattr(p, name), name) for name in _GRADIENT]
+                for name in _GRADIENT if p is not None else ():
+                    self.watch_attributes(name, [p])
             self._absent.append((vars(part), frozenset(["forward"]) - vars(part).keys()))
             self._visit_attributes(vars(part), type(part))
 
@@ -194,7 +210,7 @@ class Guard:
             (entries, name)
             for entries in self._owned
             for name, value in entries.items()
-            if every or name in self._named or (name.startswith("__") and callable(value))
+            if every or name in self._named or (name.startswith("__") and name not in _MAKING and callable(value))
         ]
 
     def _visit_function(self, x: types.FunctionType) -> None:

@@ -20,7 +20,7 @@ CHUNK = 1000  # steps between two looks at the progress bar
 
 
 class SVI:
-    r"""Stochastic variational inference: :class:`pyro.infer.SVI` for the objectives of this library, compiled on demand.
+    r"""Stochastic variational inference: :class:`pyro.infer.SVI` for the objectives of this library, compiled.
 
     With ``compile=True`` a whole step becomes one graph: program, objective, gradient and optimiser. The first step
     with data of a new shape runs as it is, the second is captured and compiled, and from then on the graph runs, as

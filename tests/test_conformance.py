@@ -424,3 +424,46 @@ def test_the_jacobian_of_an_autoguide_is_counted():
 
     assert value(pe.TraceBeta_ELBO()) == pytest.approx(value(Trace_ELBO()))
     assert abs(value(TraceMeanField_ELBO()) - value(Trace_ELBO())) > 0.1
+
+
+def trained(program, steps, compile, loss=None):
+    """Losses and parameters of a run on the draws of one seed; SGD, so that parameters are sums of gradients."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    guide = program.guide(program.model)
+    create_parameters(guide, program.args)
+    optim = pyro.optim.SGD({"lr": 1e-4, "momentum": 0.9})
+    svi = pe.SVI(program.model, guide, optim, loss or pe.TraceBeta_ELBO(), compile=compile, fallback_random=True)
+    pyro.set_rng_seed(5)
+    losses = svi.run(steps, *program.args, progress=False)
+    return losses, {name: p.detach().clone() for name, p in leaves().items()}
+
+
+def assert_compiled_equals_eager(program, steps, make_loss):
+    expected, parameters = trained(program, steps, False, make_loss())
+    losses, compiled = trained(program, steps, True, make_loss())
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-9)
+    assert compiled.keys() == parameters.keys()
+    for name, p in parameters.items():
+        torch.testing.assert_close(compiled[name], p, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@table
+def test_compiled_steps_equal_eager_ones(program):
+    assert_compiled_equals_eager(program, 200, pe.TraceBeta_ELBO)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.5, "num_particles": 3},
+        {"beta": pe.LinearWarmup(0.0, 1.0, steps=7), "num_particles": 3, "vectorize_particles": True},
+        {"beta": pe.Capacity(0.0, 2.0, steps=7, gamma=3.0)},
+        {"beta": {"mu": pe.Cyclical(0.1, 1.0, steps=12, cycles=3), "z": 0.3}, "free_bits": 0.2},
+        {"kl": "sampled", "beta": torch.tensor(0.4)},
+    ],
+    ids=lambda s: ", ".join(s),
+)
+def test_compiled_steps_equal_eager_ones_under_every_setting(settings):
+    program = next(p for p in PROGRAMS if p.name == "nested plates")
+    assert_compiled_equals_eager(program, 20, lambda: pe.TraceBeta_ELBO(**settings))

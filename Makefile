@@ -30,5 +30,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered
 
 bench: $(STAMP)
+	$(BIN)/pip install -q -c $(PINS) -e '.[bench]'
 	$(BIN)/python -m tests.benchmarks.bench_eager
+	$(BIN)/python -m tests.benchmarks.bench_svi
 

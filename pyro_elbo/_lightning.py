@@ -215,7 +215,8 @@ class Programs(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Prepare compiled steps, now that parameters and optimiser are where they stay."""
         if not self.automatic_optimization:
-            update = TorchUpdate(self.optimizers(use_pl_optimizer=False), self.grad_clip)
+            optimiser: Any = self.optimizers(use_pl_optimizer=False)
+            update = TorchUpdate(optimiser, self.grad_clip)
             programs = self.module.model, self.module.guide, self.module.elbo
             # the program's own stream: runs repeat and resume with the noise of uncompiled ones
             self.steps = Steps(*programs, update, per_datum=True, fallback_random=True)

@@ -240,8 +240,8 @@ def _location_scale(node: fx.Node) -> Iterator[tuple[Any, float]]:
     """What turns standard draws into those of the node: normal(mean, std) or uniform(from, to)."""
     if node.target is aten.normal_functional.default or node.target is aten.uniform.default:
         names = ("mean", "std") if node.target is aten.normal_functional.default else ("from", "to")
-        a, b = (*node.args[1:3], *(0.0, 1.0)[len(node.args) - 1 :])
-        a, b = node.kwargs.get(names[0], a), node.kwargs.get(names[1], b)
+        given: Any = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+        a, b = given.get(names[0], 0.0), given.get(names[1], 1.0)
         scale = b if names[0] == "mean" else b - a
         if scale != 1.0:
             yield aten.mul.Tensor, scale

@@ -39,6 +39,7 @@ Kind = Literal["train", "evaluate"]
 Key = tuple[Any, ...]
 Record = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names): loss and totals in nats
 
+_VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine")
 MAX_MISSES = 8  # steps in a row that no graph fits
 
 
@@ -184,6 +185,8 @@ class Steps:
 
     def _capture(self, step: _Step, kind: Kind, leaves: list[Any], spec: Any) -> None:
         """Make the graph of a step that comes the second time."""
+        if torch.__version__ < "2.13":  # make_fx and Inductor's interfaces move
+            raise CompileError(f"Compiled steps need torch 2.13 or later, this is {torch.__version__}: compile=False.")
         from torch._inductor.config import patch as inductor  # takes a second to import
 
         from pyro_elbo.capture import capture
@@ -218,7 +221,7 @@ class Steps:
         with _explain_capture(step.guard.generators), inductor(fallback_random=self.fallback_random), compiling():
             _check_reachable(step.guard)
             check_traceable(step.optimisers, step.parameters)
-            with _side_effects(step.guard), pyro.validation_enabled(False):
+            with _side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
                 graph = capture(function, inputs, kept=2, lift_noise=not self.fallback_random)
             step.execute = Executable(graph, row)
 
@@ -229,8 +232,9 @@ class Steps:
     def _execute(self, step: _Step, args: tuple, kwargs: dict[str, Any], data: list[Tensor], steps: int) -> Record:
         constant = self.loss.step >= self.loss.settled and not counts_in_python(step.optimisers)
         values = [self._scalars(step, ahead) for ahead in range(1 if constant else steps)] * (steps if constant else 1)
+        execute: Any = step.execute
         try:
-            record = step.execute(data, values)
+            record = execute(data, values)
         except RuntimeError:
             with torch.no_grad():
                 self.loss.terms(self.model, self.guide, *args, **kwargs)  # Pyro's and torch's own words for it

@@ -22,6 +22,9 @@ from pyro_elbo.errors import ArgumentError, CompileError
 from pyro_elbo.guards import Guard
 
 
+LONG = 1024  # elements of a parameter from which a loop over them is worth a scalar in memory
+
+
 class Update(ABC):
     """How parameters follow their gradients."""
 
@@ -254,7 +257,8 @@ class _TensorScalars(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        options = dict(kwargs or {})
+        options = {k: _computed_once(v, args[0]) for k, v in (kwargs or {}).items()}
+        args = (*args[:1], *(_computed_once(x, args[0]) for x in args[1:]))
         name = getattr(function, "__name__", "")
         if isinstance(options.get("alpha"), Tensor) and name in ("add", "add_", "sub", "sub_"):
             return function(args[0], args[1] * options["alpha"])
@@ -262,6 +266,15 @@ class _TensorScalars(TorchFunctionMode):
             pair = args[1] / args[2] if name == "addcdiv_" else args[1] * args[2]
             return args[0].add_(pair * options["value"])
         return function(*args, **options)
+
+
+def _computed_once(x: Any, beside: Any) -> Any:
+    """A scalar that Inductor computes before a long loop and not in it: beta ** step costs more than all the rest.
+
+    Only reductions are sure to get memory of their own. A maximum over equal numbers is exact.
+    """
+    scalar = isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.float64
+    return x.expand(16).amax() if scalar and isinstance(beside, Tensor) and beside.numel() >= LONG else x
 
 
 @contextmanager

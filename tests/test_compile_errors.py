@@ -13,15 +13,17 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
+from torch import nn, optim
 
 import pyro_elbo as pe
-from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, SiteError
+from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, PyroElboError, SiteError
 from tests.compiled import (  # noqa: F401  (fixtures work by name)
     X,
     _double,
     _graphs,
     _interpreted,
     adam,
+    exact_or_refused,
     guide,
     model,
     parameters,
@@ -225,3 +227,125 @@ def test_masks_that_differ_later_are_not_taken_for_equal(interpreted):
 def test_wrong_arguments_are_refused():
     with pytest.raises(ArgumentError, match="grad_clip"):
         pe.SVI(model, guide, adam(), sampled(), grad_clip=0.0)
+
+
+# --- programs that look simple: exact, or refused ---------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds; its gradient is three."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 3
+
+
+def with_noise(make_noise):
+    def program(x):
+        loc = pyro.param("loc", lambda: torch.tensor(0.6))
+        pyro.sample("z", dist.Normal(loc + 0.1 * make_noise(), 0.5))
+
+    return program
+
+
+def forked_noise():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return torch.randn(())
+
+
+def seeded_noise():
+    torch.manual_seed(1)
+    return torch.randn(())
+
+
+def on_network(act):
+    """A guide whose network is acted upon before it is used."""
+    net = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+
+    def program(x):
+        pyro.module("net", net)
+        pyro.sample("z", dist.Normal(act(net, x[:1, None]).squeeze(), 0.5))
+
+    return program
+
+
+def project(net, x):
+    net[0].weight.data = net[0].weight.data / net[0].weight.data.norm()
+    return net(x)
+
+
+def project_in_place(net, x):
+    with torch.no_grad():
+        net[0].weight.div_(net[0].weight.norm())
+    return net(x)
+
+
+def checkpointed(net, x):
+    return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+
+
+def with_its_gradient(net, x):
+    x = x.clone().requires_grad_()
+    out = net(x).squeeze()
+    return out + torch.autograd.grad(out, x, create_graph=True)[0].squeeze()
+
+
+def straight_through(x):
+    pyro.sample("z", dist.Normal(StraightThrough.apply(pyro.param("loc", lambda: torch.tensor(0.6))), 0.5))
+
+
+SUBTLE = {
+    "straight through": lambda: straight_through,
+    "torch.manual_seed": lambda: with_noise(seeded_noise),
+    "fork_rng": lambda: with_noise(forked_noise),
+    "a torch generator": lambda: with_noise(
+        functools.partial(torch.randn, (), generator=torch.Generator().manual_seed(1))
+    ),
+    "torch noise": lambda: with_noise(lambda: torch.randn(()) + torch.rand(()) + torch.randperm(4)[0]),
+    "data assigned": lambda: on_network(project),
+    "projection in place": lambda: on_network(project_in_place),
+    "checkpoint with dropout": lambda: on_network(checkpointed),
+    "gradient inside": lambda: on_network(with_its_gradient),
+}
+
+
+@pytest.mark.parametrize("name", SUBTLE)
+def test_subtle_programs_are_exact_or_refused(interpreted, name):
+    def scenario(svi_of):
+        svi = svi_of(model, SUBTLE[name](), pyro.optim.SGD({"lr": 0.01}), sampled())
+        return train(svi, 5, X), parameters()
+
+    message = exact_or_refused(scenario)
+    exact = ("straight through", "torch noise", "projection in place", "gradient inside")
+    assert not message or (name not in exact and "compile=False" in message)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_parameters_that_pyro_does_not_see_are_refused_or_trained_right(interpreted, compiled):
+    """A network in the optimiser without pyro.module: its gradients must not add up from step to step."""
+    net = nn.Linear(1, 1)
+    expected = copy.deepcopy(net)
+
+    def unregistered(x):
+        pyro.sample("z", dist.Normal(net(x[:1, None]).squeeze(), 0.5))
+
+    svi = pe.SVI(model, unregistered, optim.SGD(net.parameters(), 0.01), sampled(), compile=compiled)
+    pyro.set_rng_seed(1)
+    try:
+        train(svi, 3, X)
+    except PyroElboError as error:
+        assert "weight" in str(error) or "compile=False" in str(error)  # noqa: PT017
+        return
+    net, trained = expected, net
+    opt = optim.SGD(net.parameters(), 0.01)
+    pyro.set_rng_seed(1)
+    for _ in range(3):
+        opt.zero_grad()
+        sampled().loss_and_grads(model, unregistered, X)
+        opt.step()
+    torch.testing.assert_close(trained.state_dict(), net.state_dict())

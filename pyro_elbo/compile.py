@@ -40,7 +40,8 @@ Key = tuple[Any, ...]
 Record = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names): loss and totals in nats
 
 _VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine")
-MAX_MISSES = 8  # steps in a row that no graph fits
+MAX_MISSES = 8  # steps in a row for which something has changed
+MAX_SHAPES = 64  # kinds of data
 
 
 @dataclass
@@ -127,20 +128,21 @@ class Steps:
                 data = [x for x in leaves if isinstance(x, Tensor)]
                 return self._execute(step, args, kwargs, data, steps)
             changed = broken
-        self._check_misses(changed)
+        self._check_misses(changed if known else None)
         step, (names, first) = self._as_it_is(kind, args, kwargs)
         known[:] = [step, *known[: MAX_MISSES - 1]]
         if steps == 1:
             return names, first
         return names, np.concatenate([first, self._run(kind, args, kwargs, steps - 1)[1]])
 
-    def _check_misses(self, changed: str) -> None:
-        self._misses += 1
-        if self._misses > MAX_MISSES:
+    def _check_misses(self, changed: str | None) -> None:
+        """Refuse to make graphs for ever; ``changed`` is None where the shapes of the data are new."""
+        self._misses += changed is not None
+        if self._misses > MAX_MISSES or len(self._known) > MAX_SHAPES:
+            what = f"'{changed}' changes" if changed is not None else "the shapes of the data change"
             raise CompileError(
-                f"No step could be used twice in the last {MAX_MISSES}: '{changed}' or the shapes of the data change "
-                "at every step, and a graph is made for fixed ones. Pass what changes as a tensor argument, pad the "
-                "data, or use compile=False."
+                f"Too few steps can use the same graph: {what} again and again, and a graph is made for fixed ones. "
+                "Pass what changes as a tensor argument, pad the data, or use compile=False."
             )
 
     def _loss(self, terms: Terms) -> Tensor:
@@ -366,14 +368,14 @@ def _explain_capture(generators: list[Any]) -> Iterator[None]:
         ) from error
     if before != _states(generators):
         raise CompileError(
-            "The program draws from Python's or NumPy's random numbers, which a graph would freeze. Draw from "
-            "pyro.sample or torch, pass the numbers as tensors, or use compile=False."
+            "The program seeds torch, or draws from Python's or NumPy's random numbers, which a graph would freeze. "
+            "Draw from pyro.sample or torch, pass the numbers as tensors, or use compile=False."
         )
 
 
 def _states(generators: list[Any]) -> list[str]:
-    """The states of random generators outside of torch that the programs can reach: Python's and NumPy's."""
-    states = []
+    """The states of torch's random generator, and of those of Python and NumPy that the programs can reach."""
+    states: list[Any] = [torch.get_rng_state().tolist()]  # fake draws leave it alone, seeding does not
     for generator in generators:
         if isinstance(generator, random.Random):
             states.append(generator.getstate())

@@ -19,7 +19,8 @@ import numpy as np
 import pyro
 from torch import Tensor, nn
 
-_LIBRARIES = frozenset(("torch", "pyro", "pyro_elbo", "numpy", "lightning")) | sys.stdlib_module_names - {"__main__"}
+_STDLIB = sys.stdlib_module_names - {"__main__", "types", "argparse"}  # namespaces are the user's own
+_LIBRARIES = frozenset(("torch", "pyro", "pyro_elbo", "numpy", "lightning")) | _STDLIB
 _VALUES = (bool, int, float, complex, str, bytes, type(None), Tensor, np.generic)
 _MAKING = ("__init__", "__new__", "__repr__", "__init_subclass__", "__getstate__", "__setstate__", "__deepcopy__")
 _GRADIENT = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter
@@ -104,7 +105,7 @@ class Guard:
             if isinstance(x, kinds):
                 visit(x)
                 return
-        if hasattr(x, "__next__"):
+        if hasattr(type(x), "__next__"):
             self.refused.append(
                 f"a {type(x).__name__}, which gives another value each time: pass its values as arguments"
             )
@@ -178,7 +179,13 @@ class Guard:
             for entries in (part._parameters, part._buffers, part._modules):
                 self.watch_container(entries)
                 self.watch(entries, entries)
-            for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            hooks_of_part = (
+                part._forward_hooks,
+                part._forward_pre_hooks,
+                part._backward_hooks,
+                part._backward_pre_hooks,
+            )
+            for hooks in hooks_of_part:
                 self.watch_container(hooks)
             for p in part._parameters.values():
                 for name in _GRADIENT if p is not None else ():

@@ -26,6 +26,18 @@ class Lifting(TorchFunctionMode):
         ] = {}  # the real ones kept alive: ids are unique among the living
         self._integers: dict[int, tuple[Tensor, Any]] = {}  # fake tensors whose values the program itself fixes
 
+    def __enter__(self) -> "Lifting":
+        """Lift what goes into custom autograd functions too, which are no operators of torch."""
+        self._apply, apply = torch.autograd.Function.__dict__["apply"], torch.autograd.Function.apply.__func__
+        lifted = lambda cls, *args, **kwargs: apply(cls, *self._lift_all(args), **self._lift_all(kwargs))  # noqa: E731
+        torch.autograd.Function.apply = classmethod(lifted)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave torch as it was."""
+        torch.autograd.Function.apply = self._apply
+        super().__exit__(*error)
+
     @property
     def lifted(self) -> dict[int, Tensor]:
         """The real tensor of each fake one, by its id."""
@@ -56,6 +68,8 @@ class Lifting(TorchFunctionMode):
         integers = self._integers.get(id(args[0]), (None, None))[1] if args else None
         if integers is not None and function in (Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__index__):
             return integers
+        if function is Tensor.data.__set__:
+            return args[0].detach().copy_(args[1])
         if function is Tensor.__setitem__ and _is_masked_fill(*args):
             return args[0].copy_(torch.where(args[1], args[2], args[0]))
         if function is Tensor.__getitem__ and (indices := _scalar_indices(*args)) is not None:

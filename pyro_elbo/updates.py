@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from pyro_elbo.errors import ArgumentError, CompileError
 from pyro_elbo.guards import Guard
 
-
 LONG = 1024  # elements of a parameter from which a loop over them is worth a scalar in memory
 
 

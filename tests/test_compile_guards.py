@@ -29,6 +29,7 @@ from tests.compiled import (  # noqa: F401  (fixtures work by name)
     model,
     parameters,
     sampled,
+    train,
     widths,
 )
 
@@ -169,6 +170,17 @@ def test_settings_of_pyro_and_torch(interpreted):
         torch.set_default_dtype(torch.float64)
         pyro.enable_validation(True)
         return [*losses, svi.step(X)], parameters()
+
+    assert_same(scenario)
+
+
+def test_steps_under_no_grad_train(interpreted):
+    def scenario(svi_of):
+        svi = svi_of(model, guide, adam(), sampled())
+        with torch.no_grad():
+            losses = train(svi, 3, X)
+        assert parameters()["loc"] != 0.1
+        return [*losses, *train(svi, 3, X)], parameters()
 
     assert_same(scenario)
 

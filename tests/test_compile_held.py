@@ -3,12 +3,17 @@
 import collections
 import copy
 import functools
+import logging
+import re
+import threading
 import types
 
+import beartype
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from tqdm import tqdm
 
 import pyro_elbo as pe
 from pyro_elbo.errors import CompileError
@@ -246,3 +251,42 @@ def test_a_number_that_changes_at_every_step_is_refused(interpreted, graphs):
     with pytest.raises(CompileError, match="list|width|count"):
         train(svi, 40, X)
     assert len(graphs) <= 2
+
+
+def logs():
+    logging.getLogger(__name__).debug("not shown")
+    return 1.0
+
+
+@beartype.beartype
+def checked(width: float = 1.0) -> float:
+    return width
+
+
+def nest(depth):
+    inner = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+DEEP = nest(3000)
+BAR = tqdm(total=1, disable=True)
+HARMLESS = {
+    "logging": logs,
+    "a checked function": checked,
+    "deep nesting": lambda: float(len(DEEP)),
+    "a progress bar": lambda: float(BAR.total),
+    "a compiled pattern": lambda: float(len(re.findall("a", "a"))),
+    "a lock": lambda: 1.0 if threading.Lock() else 2.0,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_objects_of_others_do_not_get_in_the_way(interpreted, graphs, name):
+    def scenario(svi_of):
+        svi = svi_of(widths(HARMLESS[name]), guide, adam(), sampled())
+        return train(svi, 5, X)
+
+    assert_same(scenario)
+    assert len(graphs) == 1

@@ -66,7 +66,7 @@ class _Step:
 def totals(terms: Terms) -> dict[str, Tensor]:
     """The totals of a step, scaled to the full data, in nats: bound, rate, distortion, and the share of every site."""
     sites = {f"kl/{n}": x for n, x in terms.kl_total.items()}
-    sites |= {f"log_likelihood/{n}": terms._sum([t]) for n, t in terms.sites.items() if not t.is_kl}
+    sites |= {f"log_likelihood/{n}": x for n, x in terms.log_likelihood_total.items()}
     return {"elbo": terms.elbo, "rate": terms.rate, "distortion": terms.distortion} | sites
 
 
@@ -162,7 +162,7 @@ class Steps:
         """Run a step as pyro.infer.SVI does; return its terms, what it records, and the parameters that it used."""
         with torch.set_grad_enabled(kind == "train"), captured_parameters() as parameters:
             terms = self.loss.terms(self.model, self.guide, *args, **kwargs)
-        loss = self._loss(terms)
+            loss = self._loss(terms)
         if kind == "train" and loss.requires_grad:
             self.loss.count_step(loss).backward()
             self.update(parameters)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 _STDLIB = sys.stdlib_module_names - {"__main__", "types", "argparse"}  # namespaces are the user's own
 _LIBRARIES = frozenset(("torch", "pyro", "pyro_elbo", "numpy", "lightning")) | _STDLIB
+_FOLLOWED = ("torch", "pyro", "pyro_elbo")  # libraries whose objects hold the user's
 _VALUES = (bool, int, float, complex, str, bytes, type(None), Tensor, np.generic)
 _MAKING = ("__init__", "__new__", "__repr__", "__init_subclass__", "__getstate__", "__setstate__", "__deepcopy__")
 _GRADIENT = ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")  # of a parameter
@@ -41,7 +42,9 @@ class Guard:
         self._seen: dict[int, Any] = {}  # kept alive: an id is unique among the living only
         self._named = {"forward", "__call__"}  # every name that occurs in the code of the programs
         self._owned: list[Mapping[str, Any]] = []  # attributes of the user's objects and classes
+        self._todo: list[Any] = []
         self._visit_all(programs)
+        self._drain()
         self._visit_named()
         for module, path, _ in pyro.settings._REGISTRY.values():
             *owners, name = path.split(".")
@@ -97,20 +100,25 @@ class Guard:
                     del container[key]
 
     def visit(self, x: Any) -> None:
-        """Watch everything that can be reached from ``x``."""
-        if id(x) in self._seen or isinstance(x, _VALUES):
-            return
-        self._seen[id(x)] = x
-        for kinds, visit in self._visitors():
-            if isinstance(x, kinds):
+        """Remember to watch everything that can be reached from ``x``."""
+        if id(x) not in self._seen and not isinstance(x, _VALUES):
+            self._seen[id(x)] = x
+            self._todo.append(x)
+
+    def _drain(self) -> None:
+        while self._todo:
+            x = self._todo.pop()
+            visit = next((visit for kinds, visit in self._visitors() if isinstance(x, kinds)), None)
+            if visit is not None:
                 visit(x)
-                return
-        if hasattr(type(x), "__next__"):
-            self.refused.append(
-                f"a {type(x).__name__}, which gives another value each time: pass its values as arguments"
-            )
-        else:
-            self._visit_object(x)
+            elif hasattr(type(x), "__next__"):
+                self.refused.append(
+                    f"a {type(x).__name__}, which gives another value each time: pass its values as arguments"
+                )
+            else:
+                self._visit_object(x)
+            if isinstance(x, dict | list) and type(x) not in (dict, list):
+                self._visit_object(x)  # subclasses may have attributes
 
     def _visitors(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
         yield nn.Module, self._visit_module
@@ -163,7 +171,7 @@ class Guard:
             self.visit(getattr(x, name, None))
         if type(entries) is dict:
             self._visit_attributes(entries, type(x))
-            if not own:
+            if type(x).__module__.partition(".")[0] in _FOLLOWED:
                 self._visit_all(list(entries.values()))
 
     def _visit_attributes(self, entries: dict, kind: type) -> None:
@@ -205,6 +213,7 @@ class Guard:
             for entries, name in todo:
                 followed.add((id(entries), name))
                 self.visit(entries[name])
+            self._drain()
         attributes = {name for entries in self._owned for name in entries} & self._named
         for entries in self._owned:
             self.watch(entries, [name for owner, name in self._used() if owner is entries])
@@ -230,6 +239,7 @@ class Guard:
             self.visit(value)
         if _is_library(x):
             return
+        self._owned.append(vars(x))
         for attribute in ("__defaults__", "__kwdefaults__", "__code__"):
             self._attributes.append((x, attribute, getattr(x, attribute), x.__name__))
         self._visit_all((x.__defaults__, x.__kwdefaults__))
@@ -237,7 +247,7 @@ class Guard:
         self._named |= names
         self._visit_names(x.__globals__, names)
         for used in [v for n in sorted(names) if isinstance(v := x.__globals__.get(n), types.ModuleType)]:
-            if used.__name__.partition(".")[0] not in _LIBRARIES:
+            if not _is_installed(used.__name__.partition(".")[0]):
                 self._visit_names(vars(used), names)
 
     def _visit_names(self, holder: dict, names: Iterable[str]) -> None:
@@ -254,7 +264,14 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _is_library(x: Any) -> bool:
-    return (x.__module__ or "").partition(".")[0] in _LIBRARIES
+    return _is_installed((x.__module__ or "").partition(".")[0])
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    """Whether a top-level package is the standard library's or was installed, rather than being the user's own."""
+    path = getattr(sys.modules.get(package), "__file__", None) or ""
+    return package in _LIBRARIES or "site-packages" in path
 
 
 def _is_plain(x: Any) -> bool:

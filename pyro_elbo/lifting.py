@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 
+from pyro_elbo.errors import CompileError
+
 aten = torch.ops.aten
 
 
@@ -31,11 +33,12 @@ class Lifting(TorchFunctionMode):
         self._apply, apply = torch.autograd.Function.__dict__["apply"], torch.autograd.Function.apply.__func__
         lifted = lambda cls, *args, **kwargs: apply(cls, *self._lift_all(args), **self._lift_all(kwargs))  # noqa: E731
         torch.autograd.Function.apply = classmethod(lifted)
+        self._fork_rng, torch.random.fork_rng = torch.random.fork_rng, _refuse_fork
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         """Leave torch as it was."""
-        torch.autograd.Function.apply = self._apply
+        torch.autograd.Function.apply, torch.random.fork_rng = self._apply, self._fork_rng
         super().__exit__(*error)
 
     @property
@@ -68,8 +71,11 @@ class Lifting(TorchFunctionMode):
         integers = self._integers.get(id(args[0]), (None, None))[1] if args else None
         if integers is not None and function in (Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__index__):
             return integers
-        if function is Tensor.data.__set__:
-            return args[0].detach().copy_(args[1])
+        if function == Tensor.data.__set__:
+            raise CompileError(
+                "The programs assign to .data of a tensor, which a compiled step cannot follow. Write "
+                "tensor.copy_(...) under torch.no_grad(), or use compile=False."
+            )
         if function is Tensor.__setitem__ and _is_masked_fill(*args):
             return args[0].copy_(torch.where(args[1], args[2], args[0]))
         if function is Tensor.__getitem__ and (indices := _scalar_indices(*args)) is not None:
@@ -86,6 +92,13 @@ class Lifting(TorchFunctionMode):
 
     def _fix(self, x: Tensor, value: Any) -> None:
         self._integers[id(x)] = x, value
+
+
+def _refuse_fork(*args: Any, **kwargs: Any) -> None:
+    raise CompileError(
+        "The programs fork torch's random generator (torch.utils.checkpoint does), which a graph cannot. Leave out the "
+        "checkpoint (preserve_rng_state=False where nothing in it is random), or use compile=False."
+    )
 
 
 def _is_masked_fill(x: Tensor, index: Any, value: Any) -> bool:

@@ -297,6 +297,11 @@ class Terms:
         """Each site's share of ``rate``: a scalar, scaled to the full data."""
         return {name: self._sum([t]) for name, t in self.sites.items() if t.is_kl}
 
+    @cached_property
+    def log_likelihood_total(self) -> dict[str, Tensor]:
+        """Each observed site's and factor's share of ``-distortion``: a scalar, scaled to the full data."""
+        return {name: self._sum([t]) for name, t in self.sites.items() if not t.is_kl}
+
     @property
     def data_plate(self) -> Plate | None:
         """The outermost plate that all observed sites share: one row of it is a datum."""

@@ -49,8 +49,18 @@ class TorchUpdate(Update):
     def __call__(self, parameters: Mapping[str, Tensor]) -> None:
         """Step once in Python, by the gradients in ``.grad``."""
         self.optimisers(parameters)
+        self._check_seen(parameters)
         self.clip((), [p for p in parameters.values() if p.grad is not None])
         self.optimiser.step()
+
+    def _check_seen(self, parameters: Mapping[str, Tensor]) -> None:
+        seen = set(map(id, parameters.values()))
+        held = [p for group in self.optimiser.param_groups for p in group["params"]]
+        if unseen := [tuple(p.shape) for p in held if id(p) not in seen and p.grad is not None]:
+            raise ArgumentError(
+                f"The optimiser holds parameters of shapes {unseen} that have a gradient but are unknown to Pyro, so "
+                "that it would add up from step to step. Register the modules: pyro.module('name', module)."
+            )
 
     def optimisers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
         """The optimiser.

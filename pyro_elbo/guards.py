@@ -209,22 +209,22 @@ class Guard:
     def _visit_named(self) -> None:
         """Follow the attributes that the code names, which may lead to more code, and watch them in the end."""
         followed: set[tuple[int, str]] = set()
-        while todo := [x for x in self._used() if (id(x[0]), x[1]) not in followed]:
+        while todo := [(e, name) for e in self._owned for name in self._used(e) if (id(e), name) not in followed]:
             for entries, name in todo:
                 followed.add((id(entries), name))
                 self.visit(entries[name])
             self._drain()
         attributes = {name for entries in self._owned for name in entries} & self._named
         for entries in self._owned:
-            self.watch(entries, [name for owner, name in self._used() if owner is entries])
+            self.watch(entries, self._used(entries))
             if isinstance(entries, dict):  # of an instance, which may come to hide what its class has
                 self._absent.append((entries, frozenset(attributes - entries.keys())))
 
-    def _used(self) -> list[tuple[Mapping[str, Any], str]]:
+    def _used(self, entries: Mapping[str, Any]) -> list[str]:
+        """The names among ``entries`` that the code of the programs may ask for."""
         every = not self._named.isdisjoint(("getattr", "vars", "__dict__"))
         return [
-            (entries, name)
-            for entries in self._owned
+            name
             for name, value in entries.items()
             if every or name in self._named or (name.startswith("__") and name not in _MAKING and callable(value))
         ]

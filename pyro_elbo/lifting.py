@@ -23,9 +23,8 @@ class Lifting(TorchFunctionMode):
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
         self._mode = mode
-        self._fakes: dict[
-            int, tuple[Tensor, FakeTensor]
-        ] = {}  # the real ones kept alive: ids are unique among the living
+        # the real ones kept alive: ids are unique among the living
+        self._fakes: dict[int, tuple[Tensor, FakeTensor]] = {}
         self._integers: dict[int, tuple[Tensor, Any]] = {}  # fake tensors whose values the program itself fixes
 
     def __enter__(self) -> "Lifting":

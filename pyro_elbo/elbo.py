@@ -10,7 +10,8 @@ too) advances it, once. Evaluation never does.
 import math
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from pyro_elbo.estimators import surrogate
 from pyro_elbo.schedules import Schedule
 from pyro_elbo.sites import Program, check_initialised, guess_plate_nesting, run
 from pyro_elbo.terms import KLForm, Term, Terms, evaluate, stack_particles
+from pyro_elbo.timestep import Normalize, divisor, over_time
 from pyro_elbo.weighting import Beta, KLWeighting, ScheduleValue
 
 
@@ -170,6 +172,62 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         if loss.requires_grad:
             loss.register_hook(lambda _: _awaiting.add(self))
         return loss
+
+
+class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
+    r"""The bound of a sequence model, step by step.
+
+    .. math:: \sum_t E_q[\log p(x_t \mid z_{\le t}, x_{<t})]
+        - \sum_t \beta_t\, E_q[KL(q(z_t \mid z_{<t}, x) \,\|\, p(z_t \mid z_{<t}, x_{<t}))]
+
+    Terms have a dimension ``time``: those of :func:`pyro_elbo.scan`, and those of loops over ``z_0, z_1, ...``, which
+    become one term ``z``. The guide may filter (q(z_t | x_{\le t})) or smooth (q(z_t | x_{1:T})).
+
+    Args:
+        beta: as in :class:`TraceBeta_ELBO`; a tensor of shape (T,) is a β per step.
+        normalize: what the objective is divided by: ``"total"`` by nothing, ``"sequence"`` by the number of sequences,
+            ``"frame"`` by the number of real frames (lengths and masks), ``"step"`` by T. The other numbers of the
+            terms stay totals.
+        options: those of :class:`TraceBeta_ELBO`.
+
+    Raises:
+        SiteError: the numbered sites of a loop differ in their plates.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     z = torch.tensor(0.0)
+        ...     for t in range(len(x)):
+        ...         z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+        ...         pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
+        >>> def guide(x):
+        ...     for t in range(len(x)):
+        ...         pyro.sample(f"z_{t}", dist.Normal(x[t], 0.7))
+        >>> TraceTimestep_ELBO().terms(model, guide, torch.zeros(5)).kl["z"].shape
+        torch.Size([5])
+
+    References:
+        Chung et al. (2015), arXiv:1506.02216; Krishnan, Shalit, Sontag (2017), arXiv:1609.09869.
+    """
+
+    def __init__(self, beta: Beta = 1.0, *, normalize: Normalize = "total", **options: Any) -> None:
+        if normalize not in get_args(Normalize):
+            raise ArgumentError(f"normalize must be one of {get_args(Normalize)}, got {normalize!r}.")
+        super().__init__(beta, **options)
+        self.normalize: Normalize = normalize
+
+    def evaluate(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
+    ) -> Terms:
+        """:meth:`terms` as a function of what the schedules say, without looking at any number."""
+        terms = super().evaluate(model, guide, args, kwargs, value)
+        return replace(terms, objective=terms.objective / divisor(terms.sites, self.normalize))
+
+    def _sites(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Term], int | None]:
+        sites, particle_dim = super()._sites(model, guide, args, kwargs)
+        return over_time(sites), particle_dim
 
 
 class TermsModule(ELBOModule):

@@ -14,13 +14,13 @@ import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
-from torch.distributions import Distribution, constraints, transform_to
+from torch.distributions import Distribution
 
 from pyro_elbo.errors import GuideError, NonFiniteError, SiteError, count_nonfinite
 from pyro_elbo.failures import PARTICLES, explain_failure
+from pyro_elbo.over_time import OverTime, fill_masked, masked, unmask
 from pyro_elbo.tracing import assume, is_capturing
 
 Program = Callable[..., Any]
@@ -72,6 +72,18 @@ class Site:
         """Pyro's three parts of the gradient estimator, unscaled; log density and entropy term masked."""
         return self._evaluate(self.fn.score_parts).scale_and_mask(1.0, self.mask)
 
+    def stepwise(self) -> "Site":
+        """A site of a scan with time as the innermost plate, where shapes are concerned: steps are not independent."""
+        fn, mask, scale = self.fn, self.mask, self.scale
+        assert isinstance(fn, OverTime)
+        mask, scale = (x.unsqueeze(-1) if isinstance(x, Tensor) else x for x in (mask, scale))
+        if fn.mask is not None and fn.mask is not True:
+            mask = fn.mask if mask is None or mask is True else mask & fn.mask
+        size = fn.event_shape[0]
+        plates = tuple(p._replace(dim=p.dim - 1) for p in self.plates) + (Plate(fn.run.time, -1, size, size),)
+        value = fill_masked(fn.steps, self.value, mask) if self.role == "observed" else self.value
+        return replace(self, fn=fn.steps, value=value, plates=plates, scale=scale, mask=mask)
+
     def _evaluate(self, function: Callable[[Tensor], Any]) -> Any:
         try:
             return function(self.value)
@@ -108,20 +120,6 @@ class Run:
     model: dict[str, Site]
     guide: dict[str, Site]
     particle_dim: int | None
-
-
-def masked(x: Tensor, mask: Tensor | bool | None) -> Tensor:
-    """Put zero where ``mask`` is false (gradients there are zero as well)."""
-    if mask is None or mask is True:
-        return x
-    if mask is False:
-        return torch.zeros_like(x)
-    return torch.where(mask, x, x.new_zeros(()))
-
-
-def over_event(mask: Tensor, event_dim: int) -> Tensor:
-    """A mask over batches as one that broadcasts over the elements of an event."""
-    return mask.reshape(mask.shape + (1,) * event_dim)
 
 
 def by_dim(plates: Iterable[Plate]) -> tuple[Plate, ...]:
@@ -271,10 +269,10 @@ def _read(trace: poutine.Trace, otherwise: Role, model: Mapping[str, Site] | Non
 
 
 def _read_site(name: str, message: Any, otherwise: Role, model: Mapping[str, Site] | None) -> Site:
-    fn, mask = _unmask(message["fn"], message["mask"])
+    fn, mask = unmask(message["fn"], message["mask"])
     value = message["value"]
-    if isinstance(mask, Tensor) and value.is_floating_point() and message["is_observed"]:
-        value = _fill_masked(fn, value, mask)
+    if message["is_observed"]:
+        value = fill_masked(fn, value, mask)
     frames = [f for f in message["cond_indep_stack"] if f.dim is not None]
     plates = tuple(Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames if f.name != PARTICLES)
     role = otherwise
@@ -294,27 +292,6 @@ def _read_site(name: str, message: Any, otherwise: Role, model: Mapping[str, Sit
         )
     _check_batch_shape(site, {f.dim: f.size for f in frames})
     return site
-
-
-def _unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool | None]:
-    """Move the masks of ``fn.mask(...)`` to where ``poutine.mask`` puts them."""
-    while isinstance(fn, MaskedDistribution):
-        inner = fn._mask
-        mask = inner if mask is None or mask is True else mask & inner
-        fn = fn.base_dist
-    return fn, mask
-
-
-def _fill_masked(fn: Distribution, value: Tensor, mask: Tensor) -> Tensor:
-    """Replace what is masked and not finite by a point of the support: 0 * NaN is NaN in the gradient."""
-    missing = ~over_event(mask, len(fn.event_shape)) & ~torch.isfinite(value)
-    support = fn.support
-    if constraints.is_dependent(support) or support.is_discrete:
-        inside = torch.zeros_like(value)
-    else:
-        transform = transform_to(support)
-        inside = transform(value.new_zeros(transform.inverse_shape(value.shape)))
-    return torch.where(missing, inside, value)
 
 
 def _check_batch_shape(site: Site, sizes: Mapping[int, int]) -> None:

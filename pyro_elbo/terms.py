@@ -7,9 +7,10 @@ Everything downstream (weighting, penalties, importance bounds, history, diagnos
 any reduction; the properties of :class:`Terms` reduce them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,8 +20,9 @@ from pyro.distributions.util import is_identically_zero
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
-from pyro_elbo.errors import NonFiniteError, count_nonfinite
-from pyro_elbo.sites import Plate, Run, Site, by_dim, masked, over_event
+from pyro_elbo.errors import ArgumentError, NonFiniteError, count_nonfinite
+from pyro_elbo.over_time import OverTime, masked, over_event
+from pyro_elbo.sites import Plate, Run, Site, by_dim
 from pyro_elbo.tracing import holds
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class Term:
         score: log q of a site without pathwise gradient (times its reward it is the score-function
             estimator), otherwise None.
         per_dim: gives the KL per element of the event, where it factorises, otherwise None.
+        steps: the same term with time as the innermost plate, if the site has a dimension of time; ``nats`` is its
+            sum over time.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Term:
     is_analytic: bool = False
     score: Tensor | None = None
     per_dim: Callable[[], Tensor] | None = None
+    steps: "Term | None" = None
 
     @property
     def is_kl(self) -> bool:
@@ -69,10 +74,13 @@ def evaluate(run: Run, kl: KLForm) -> dict[str, Term]:
     terms = {}
     for name, site in run.model.items():
         if site.role == "latent":
-            terms[name] = _latent_term(site, run.guide[name], name in exact)
+            q = run.guide[name]
+            if isinstance(site.fn, OverTime) and isinstance(q.fn, OverTime):
+                terms[name] = over_time(site, _latent_term(site.stepwise(), q.stepwise(), name in exact))
+            else:
+                terms[name] = _latent_term(site, q, name in exact)
         elif site.role != "deterministic":
-            kind = "factor" if site.role == "factor" else "likelihood"
-            terms[name] = _term(site, kind, site.log_prob())
+            terms[name] = _likelihood(site, "factor" if site.role == "factor" else "likelihood")
     for site in run.guide.values():
         if site.role == "auxiliary":
             _add_auxiliary(terms, site)
@@ -84,19 +92,41 @@ def _analytic_is_exact(run: Run) -> frozenset[str]:
 
     E_q[log q(z|..) - log p(z|parents)] is E of the KL only while the parents do not depend on z under q.
     """
-    order = {name: i for i, name in enumerate(run.guide)}
-    exact, latest = set(), -1
-    for name, site in run.model.items():
-        if site.role == "latent":
-            if latest < order[name]:
-                exact.add(name)
-            latest = max(latest, order[name])
+    order = {draw: i for i, draw in enumerate(_draws(run.guide))}
+    exact, latest = {name for name, site in run.model.items() if site.role == "latent"}, -1
+    for name, t in _draws(run.model):
+        if run.model[name].role == "latent":
+            position = order.get((name, t), order.get((name, 0), len(order)))
+            if latest >= position:
+                exact.discard(name)
+            latest = max(latest, position)
     return frozenset(exact)
+
+
+def _draws(sites: Mapping[str, Site]) -> Iterator[tuple[str, int]]:
+    """Sites and steps in the order in which a program draws them; two steps of a scan show all that matters."""
+    runs = groupby(sites.items(), lambda item: item[1].fn.run if isinstance(item[1].fn, OverTime) else None)
+    for scan, members in runs:
+        names = [name for name, _ in members]
+        for t in (0,) if scan is None else (1, 0) if scan.reverse else (0, 1):
+            yield from ((name, t) for name in names)
 
 
 def _term(site: Site, kind: Kind, nats: Tensor, **more: Any) -> Term:
     event_shape = torch.Size(site.fn.event_shape)
     return Term(site.name, kind, site.plates, site.scale, site.mask, event_shape, nats, **more)
+
+
+def over_time(site: Site, steps: Term) -> Term:
+    """The term of a site with a dimension of time from the one with time as a plate."""
+    score = None if steps.score is None else steps.score.sum(-1)
+    return _term(site, steps.kind, steps.nats.sum(-1), is_analytic=steps.is_analytic, score=score, steps=steps)
+
+
+def _likelihood(site: Site, kind: Kind) -> Term:
+    if isinstance(site.fn, OverTime):
+        return over_time(site, _likelihood(site.stepwise(), kind))
+    return _term(site, kind, site.log_prob())
 
 
 def _latent_term(p: Site, q: Site, exact: bool) -> Term:
@@ -190,6 +220,10 @@ def _add_auxiliary(terms: dict[str, Term], site: Site) -> None:
     latent = terms.get(site.name.removesuffix("_unconstrained"))
     if latent is not None and latent.kind == "latent" and _same(latent.scale, site.scale) and latent.score is None:
         terms[latent.name] = replace(latent, nats=latent.nats + log_q, score=score)
+    elif isinstance(site.fn, OverTime):
+        steps = site.stepwise()
+        nats, score = _log_q(steps)
+        terms[site.name] = over_time(site, _term(steps, "auxiliary", nats, score=score))
     else:
         terms[site.name] = _term(site, "auxiliary", log_q, score=score)
 
@@ -202,30 +236,33 @@ def stack_particles(runs: list[dict[str, Term]]) -> tuple[dict[str, Term], int |
     if len(runs) == 1:
         return runs[0], None
     depth = max((t.nats.dim() for run in runs for t in run.values()), default=0)
+    union = {name: term for run in runs for name, term in run.items()}
+    merged = {name: _merge(term, [run.get(name) for run in runs], depth) for name, term in union.items()}
+    return merged, -(depth + 1)
+
+
+def _merge(term: Term, same: list[Term | None], depth: int) -> Term:
+    """One term of several runs' terms of a site, with particles at dimension -(depth + 1)."""
 
     def stack(tensors: list[Tensor | None], event_dim: int) -> Tensor:
         like = next(x for x in tensors if x is not None)
         parts = [torch.zeros_like(like) if x is None else x for x in tensors]
         return torch.stack([x.reshape((1,) * (depth + event_dim - x.dim()) + x.shape) for x in parts])
 
-    def merge(name: str, term: Term) -> Term:
-        same = [run.get(name) for run in runs]
-        score = None if term.score is None else stack([t and t.score for t in same], 0)
-        per_dim = None
-        if term.per_dim is not None:
-            per_dim = lambda: stack([t and t.per_dim and t.per_dim() for t in same], len(term.event_shape))  # noqa: E731
-        return replace(term, nats=stack([t and t.nats for t in same], 0), score=score, per_dim=per_dim)
-
-    union = {name: term for run in runs for name, term in run.items()}
-    return {name: merge(name, term) for name, term in union.items()}, -(depth + 1)
+    score = None if term.score is None else stack([t and t.score for t in same], 0)
+    per_dim = None
+    if term.per_dim is not None:
+        per_dim = lambda: stack([t and t.per_dim and t.per_dim() for t in same], len(term.event_shape))  # noqa: E731
+    steps = None if term.steps is None else _merge(term.steps, [t and t.steps for t in same], depth + 1)
+    return replace(term, nats=stack([t and t.nats for t in same], 0), score=score, per_dim=per_dim, steps=steps)
 
 
 @dataclass(frozen=True)
 class Terms:
     """Every term of the evidence lower bound, in nats.
 
-    Per-site tensors have the shape of the site's plates (outermost plate first by dimension), are unscaled
-    and averaged over particles. Totals are scaled to the full data.
+    Per-site tensors have the shape of the site's plates (outermost plate first by dimension), then of time where the
+    site has a dimension of time; they are unscaled and averaged over particles. Totals are scaled to the full data.
 
     Attributes:
         sites: the unreduced term of each site.
@@ -256,7 +293,7 @@ class Terms:
     @cached_property
     def log_likelihood(self) -> dict[str, Tensor]:
         """Log p(x | z) of each observed site and factor, shaped like its plates."""
-        return {name: self._by_plate(t, t.nats) for name, t in self.sites.items() if not t.is_kl}
+        return {name: self._by_plate(t) for name, t in self.sites.items() if not t.is_kl}
 
     @cached_property
     def kl(self) -> dict[str, Tensor]:
@@ -264,17 +301,18 @@ class Terms:
 
         A single-draw estimate (``is_analytic`` False) may be negative: that is noise, not an error.
         """
-        return {name: self._by_plate(t, t.nats) for name, t in self.sites.items() if t.is_kl}
+        return {name: self._by_plate(t) for name, t in self.sites.items() if t.is_kl}
 
     @cached_property
     def kl_per_dim(self) -> dict[str, Tensor]:
         """KL per latent dimension, shape plates + event, for the sites whose KL factorises."""
         result = {}
-        for name, term in self.sites.items():
+        for name, site in self.sites.items():
+            term = site.steps or site
             if term.kind == "latent" and not term.event_shape:
                 result[name] = self.kl[name]
             elif term.per_dim is not None:
-                result[name] = self._by_plate(term, term.per_dim(), len(term.event_shape))
+                result[name] = self._by_plate(site, per_dim=True)
         return result
 
     @cached_property
@@ -289,8 +327,8 @@ class Terms:
 
     @cached_property
     def plates(self) -> dict[str, tuple[Plate, ...]]:
-        """The plates of each site, in the order of its tensor's dimensions."""
-        return {name: by_dim(t.plates) for name, t in self.sites.items()}
+        """The plates of each site, in the order of its tensor's dimensions, and its time as if it were one."""
+        return {name: by_dim((t.steps or t).plates) for name, t in self.sites.items()}
 
     @cached_property
     def kl_total(self) -> dict[str, Tensor]:
@@ -306,6 +344,11 @@ class Terms:
     def data_plate(self) -> Plate | None:
         """The outermost plate that all observed sites share: one row of it is a datum."""
         return data_plate(self.sites)
+
+    @property
+    def num_frames(self) -> Float[Tensor, ""]:
+        """Real frames, scaled to the full data: steps of sequences that some observed site counts (lengths, masks)."""
+        return num_frames(self.sites)
 
     @property
     def num_data(self) -> int:
@@ -336,9 +379,10 @@ class Terms:
         for name, term in self.sites.items():
             if not torch.isfinite(term.nats).all():
                 what = "log q - log p" if term.is_kl else "log-likelihood"
-                per_row = self._by_plate(term, term.nats)
+                per_row = self._by_plate(term)
+                dims = ", ".join(p.name for p in self.plates[name])
                 raise NonFiniteError(
-                    f"Site '{name}': {what}: {count_nonfinite(per_row)}. Look for data outside the support, NaN in "
+                    f"Site '{name}': {what}: {count_nonfinite(per_row)}{dims and f' of ({dims})'}. Look for data outside the support, NaN in "
                     "the data or a diverged parameter; missing values belong under pyro.poutine.mask."
                 )
         if not torch.isfinite(self.objective):
@@ -351,10 +395,16 @@ class Terms:
         total = sum((scaled_sum(t, t.nats, self.particle_dim) for t in terms), start=0.0)
         return total if isinstance(total, Tensor) else self.objective.new_zeros(())
 
-    def _by_plate(self, term: Term, x: Tensor, event_dim: int = 0) -> Tensor:
-        """Average over particles and keep exactly the dimensions of the plates (and of the event)."""
-        if self.particle_dim is not None and x.dim() - event_dim >= -self.particle_dim:
-            x = x.mean(self.particle_dim - event_dim, keepdim=True)
+    def _by_plate(self, site: Term, per_dim: bool = False) -> Tensor:
+        """Average over particles and keep exactly the dimensions of the plates and of time (and of the event)."""
+        term, particles = site.steps or site, self.particle_dim
+        if particles is not None and site.steps is not None:
+            particles -= 1
+        x, event_dim = term.nats, 0
+        if per_dim and term.per_dim is not None:
+            x, event_dim = term.per_dim(), len(term.event_shape)
+        if particles is not None and x.dim() - event_dim >= -particles:
+            x = x.mean(particles - event_dim, keepdim=True)
         dims = {p.dim for p in term.plates}
         for d in range(event_dim - x.dim(), 0):
             if d not in dims:
@@ -382,6 +432,25 @@ def num_data(sites: Mapping[str, Term]) -> int:
     """Rows of the full data: those of the data plate, 1 without one."""
     plate = data_plate(sites)
     return plate.full_size if plate else 1
+
+
+def num_frames(sites: Mapping[str, Term]) -> Float[Tensor, ""]:
+    """Steps of sequences that some observed site counts, scaled to the full data."""
+    terms = [t for t in sites.values() if t.kind == "likelihood" and t.steps is not None]
+    if not terms:
+        raise ArgumentError("No observed site has a dimension of time: there are no frames to count.")
+    counted = sum(frames(t).to(torch.float64) for t in terms) > 0
+    return (counted * terms[0].scale).sum()
+
+
+def frames(term: Term) -> Tensor:
+    """Which steps of which sequences a term counts, with the dimensions of its plates and time."""
+    steps = term.steps or term
+    shape = [1] * -min(p.dim for p in steps.plates)
+    for plate in steps.plates:
+        shape[plate.dim] = plate.size
+    counted = torch.ones(shape, dtype=torch.bool, device=steps.nats.device)
+    return counted if steps.mask is None else counted & steps.mask
 
 
 def scaled_sum(term: Term, x: Tensor, particle_dim: int | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.schedules import Capacity, Schedule
-from pyro_elbo.sites import masked, over_event
+from pyro_elbo.over_time import masked, over_event
 from pyro_elbo.terms import Term, num_data, scaled_sum
 
 Weight = float | Tensor | Schedule
@@ -26,10 +26,11 @@ ScheduleValue = Callable[[Schedule], float | Tensor]
 class KLWeighting:
     r"""β for every site, and the nats per dimension that are free.
 
-    * a number, or a tensor that broadcasts against the site's plates (a β per datum): :math:`\beta\,KL`;
+    * a number, or a tensor that broadcasts against the site's plates (a β per datum), and time if the site has it
+      (shape (T,): a β per step): :math:`\beta\,KL`;
     * a schedule: the same with the β of the step; :class:`Capacity`: :math:`\gamma\,|KL - C|`;
     * free bits: per latent dimension where the KL factorises, per site otherwise,
-      :math:`\beta \max(\lambda, \overline{KL})` with the mean over the data of the run.
+      :math:`\beta \max(\lambda, \overline{KL})` with the mean over the data of the run, and over their real steps.
 
     References:
         Higgins et al. (2017), β-VAE, ICLR; Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling (2016),
@@ -93,11 +94,15 @@ class KLWeighting:
             weight = gates[name] if name in gates else self._of(name)
             if isinstance(weight, Schedule):
                 weight = value(weight)
-            elif isinstance(weight, Tensor):
-                _check_broadcast(term, weight)
-            nats = self._free(term, particle_dim) if self.free_bits else term.nats
-            weighted[name] = nats * weight
+            elif isinstance(weight, Tensor) and name not in gates:
+                _check_broadcast(term.steps or term, weight)
+            weighted[name] = self._pay(term, weight, per_step=isinstance(self._of(name), Tensor))
         return weighted, constant
+
+    def _pay(self, term: Term, weight: float | Tensor, per_step: bool) -> Tensor:
+        if term.steps is not None and (per_step or self.free_bits):
+            return self._pay(term.steps, weight, per_step).sum(-1)
+        return (self._free(term) if self.free_bits else term.nats) * weight
 
     def _of(self, name: str) -> Weight:
         return self._schedules.get(name, self._schedules.get(None, 1.0))
@@ -120,7 +125,7 @@ class KLWeighting:
             constant = constant - sign * target
         return gates, constant
 
-    def _free(self, term: Term, particle_dim: int | None) -> Tensor:
+    def _free(self, term: Term) -> Tensor:
         """Max(λ, mean KL) per dimension as a tensor per datum; below λ the gradient is zero."""
         events = len(term.event_shape)
         nats = term.per_dim() if term.per_dim is not None else term.nats

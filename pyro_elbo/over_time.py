@@ -1,0 +1,241 @@
+r"""The distribution of one site over all steps of a scan.
+
+.. math:: \log p(v_{1:T}) = \sum_t \log p_t(v_t)
+
+where each :math:`p_t` was conditioned, as the program ran, on what came before. Time is the first dimension of the
+event: steps are not independent, so they are no plate.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution
+from torch import Size, Tensor
+from torch.distributions import Distribution, constraints, kl, transform_to
+from torch.distributions.transforms import Transform
+
+from pyro_elbo.errors import SiteError
+
+
+def masked(x: Tensor, mask: Tensor | bool | None) -> Tensor:
+    """Put zero where ``mask`` is false (gradients there are zero as well)."""
+    if mask is None or mask is True:
+        return x
+    if mask is False:
+        return torch.zeros_like(x)
+    return torch.where(mask, x, x.new_zeros(()))
+
+
+def over_event(mask: Tensor, event_dim: int) -> Tensor:
+    """A mask over batches as one that broadcasts over the elements of an event."""
+    return mask.reshape(mask.shape + (1,) * event_dim)
+
+
+def fill_masked(fn: Distribution, value: Tensor, mask: Tensor | bool | None) -> Tensor:
+    """Replace what is masked and not finite by a point of the support: 0 * NaN is NaN in the gradient."""
+    if not isinstance(mask, Tensor) or not value.is_floating_point() or isinstance(fn, Recorded):
+        return value
+    missing = ~over_event(mask, len(fn.event_shape)) & ~torch.isfinite(value)
+    support: Any = fn.support
+    if constraints.is_dependent(support) or support.is_discrete:
+        inside = torch.zeros_like(value)
+    else:
+        transform = transform_to(support)
+        inside = transform(value.new_zeros(transform.inverse_shape(value.shape)))
+    return torch.where(missing, inside, value)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a scan, which its sites share: the name of its time, and whether it ran from the last step on."""
+
+    time: str
+    reverse: bool
+
+
+class OverTime(TorchDistribution):
+    """A site's distribution at all steps; a draw from it is what the scan drew.
+
+    Args:
+        steps: batch shape plates + (T,).
+        value: what the scan drew or was given, shape plates + (T,) + event.
+        mask: which steps count, broadcastable to plates + (T,); None or True for all.
+        run: the scan that made it.
+    """
+
+    arg_constraints = {}
+
+    def __init__(
+        self, steps: Distribution, value: Tensor, mask: Bool[Tensor, "..."] | bool | None, run: Run
+    ) -> None:
+        self.steps, self.value, self.mask, self.run = steps, value, mask, run
+        batch_shape = steps.batch_shape
+        super().__init__(batch_shape[:-1], batch_shape[-1:] + steps.event_shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether draws carry the pathwise gradient."""
+        return self.steps.has_rsample
+
+    @property
+    def support(self) -> Any:
+        """The support of the steps, over time."""
+        return constraints.independent(self.steps.support, 1)
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:
+        """What the scan drew: other draws need the program."""
+        if sample_shape:
+            raise SiteError("The sites of a scan are drawn by running it: one step depends on the one before.")
+        return self.value
+
+    rsample = sample
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Σ_t log p_t(value_t) over the steps that count, shape plates (nats)."""
+        return masked(self.steps.log_prob(fill_masked(self.steps, value, self.mask)), self.mask).sum(-1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "OverTime":
+        """The same steps for more rows."""
+        batch_shape = Size(batch_shape)
+        if batch_shape == self.batch_shape:
+            return self
+        steps = self.steps.expand(batch_shape + self.event_shape[:1])
+        return OverTime(steps, self.value.expand(batch_shape + self.event_shape), self.mask, self.run)
+
+
+def _kl_over_time(q: OverTime, p: OverTime) -> Tensor:
+    """Σ_t KL(q_t ‖ p_t): exact given the draws of earlier steps, if both run through time in the same direction."""
+    if q.run.reverse != p.run.reverse:
+        raise NotImplementedError
+    return masked(kl.kl_divergence(q.steps, p.steps), p.mask).sum(-1)
+
+
+kl.register_kl(OverTime, OverTime)(_kl_over_time)
+
+
+class Recorded(TorchDistribution):
+    """A distribution that is known by the log density of one value only.
+
+    It stands for what cannot be stacked over time, such as a flow whose transforms hold tensors.
+    """
+
+    arg_constraints = {}
+
+    def __init__(self, like: Distribution, value: Tensor, log_prob: Tensor) -> None:
+        self.value, self.density, self.like = value, log_prob, like
+        super().__init__(log_prob.shape, like.event_shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether the draw carries the pathwise gradient."""
+        return self.like.has_rsample
+
+    @property
+    def support(self) -> Any:
+        """The support of the distribution that it stands for."""
+        return self.like.support
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log density, of the recorded value only (nats)."""
+        if value is not self.value:
+            raise SiteError(f"A {type(self.like).__name__} inside of a scan knows the density of its own draws only.")
+        return self.density
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A distribution without its tensors.
+
+    Attributes:
+        parts: attribute -> the position of its tensor, the structure of a distribution inside, or a constant.
+        count: how many tensors the distribution has.
+    """
+
+    fn: Distribution
+    parts: Mapping[str, Any]
+    count: int
+
+    @property
+    def kind(self) -> type[Distribution]:
+        """The class of the distribution."""
+        return type(self.fn)
+
+    def matches(self, other: "Structure") -> bool:
+        """Whether two distributions differ in the values of their tensors only."""
+        return (
+            self.kind is other.kind
+            and self.fn.batch_shape == other.fn.batch_shape
+            and self.fn.event_shape == other.fn.event_shape
+            and self.parts.keys() == other.parts.keys()
+            and all(_same(x, other.parts[key]) for key, x in self.parts.items())
+        )
+
+    def put_together(self, tensors: Sequence[Tensor], position: int) -> Distribution:
+        """The distribution of tensors that have one more batch dimension, at ``position``."""
+        made, size = copy.copy(self.fn), tensors[0].shape[position]
+        shape = self.fn.batch_shape
+        vars(made)["_batch_shape"] = shape[:position] + (size,) + shape[position:]
+        for key, x in self.parts.items():
+            if isinstance(x, _Position):
+                vars(made)[key] = tensors[x]
+            elif isinstance(x, Structure):
+                vars(made)[key] = x.put_together(tensors, position)
+        return made
+
+
+class _Position(int):
+    """Where a tensor stands in a list."""
+
+
+def take_apart(fn: Distribution, tensors: list[Tensor]) -> Structure | None:
+    """Append the tensors that make up ``fn``, each with all batch dimensions on its left, and return the rest.
+
+    None for distributions that hold tensors in other ways, such as in the transforms of a flow.
+    """
+    try:
+        fn = fn.expand(fn.batch_shape)  # by contract every tensor gets all batch dimensions
+    except NotImplementedError:
+        return None
+    parts: dict[str, Any] = {}
+    for key, x in vars(fn).items():
+        if isinstance(x, Tensor):
+            known = [i for i, y in enumerate(tensors) if y is x]
+            parts[key] = _Position(known[0] if known else len(tensors))
+            tensors += [] if known else [x]
+        elif isinstance(x, Distribution):
+            parts[key] = take_apart(x, tensors)
+            if parts[key] is None:
+                return None
+        elif _holds_tensors(x):
+            return None
+        elif key != "_batch_shape":
+            parts[key] = x
+    return Structure(fn, parts, len(tensors)) if tensors else None
+
+
+def unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool | None]:
+    """Move the masks of ``fn.mask(...)`` to where ``poutine.mask`` puts them."""
+    while isinstance(fn, MaskedDistribution):
+        inner = fn._mask
+        mask = inner if mask is None or mask is True else mask & inner
+        fn = fn.base_dist
+    return fn, mask
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Structure):
+        return isinstance(b, Structure) and a.matches(b)
+    return type(a) is type(b) and (a is b or bool(a == b))
+
+
+def _holds_tensors(x: Any) -> bool:
+    if isinstance(x, list | tuple):
+        return any(map(_holds_tensors, x))
+    if isinstance(x, Transform):
+        return isinstance(x, torch.nn.Module) or any(map(_holds_tensors, vars(x).values()))
+    return isinstance(x, Tensor | torch.nn.Module)

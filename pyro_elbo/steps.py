@@ -12,9 +12,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
-from pyro_elbo.errors import ArgumentError, SiteError
+from pyro_elbo.errors import ArgumentError, CompileError, SiteError
 from pyro_elbo.over_time import OverTime, Recorded, Run, Structure, take_apart, unmask
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -191,6 +192,30 @@ class Steps:
         carry = _next_carry(carry, new, valid, self._rank(), t, grows=self._kept is None)
         self._kept = self._kept or now
         return carry, tensors + [x for x in leaves if isinstance(x, Tensor)]
+
+    def peek(self, carry: Any, x: Any, valid: Tensor | None) -> Any:
+        """Run a step outside of the graph that is being captured; return ``carry`` in the shapes that it gets."""
+        with disable_proxy_modes_tracing(), torch.no_grad():
+            new, _ = self.run(carry, x, valid, 0, self.given_at(0))
+        grow = lambda a, b: a.expand(b.shape) if isinstance(a, Tensor) else a  # noqa: E731
+        return pytree.tree_map(grow, carry, new)
+
+    def again(self, carry: Any, x: Any, valid: Tensor | None, given: Given) -> tuple[Any, list[Tensor]]:
+        """A step that stands for all of them."""
+        self._kept = None
+        return self.run(carry, x, valid, 0, given)
+
+    def given_over_time(self) -> dict[str, Tensor]:
+        """What handlers give for the sites, time first; known after a first step."""
+        assert self._kept is not None
+        result = {}
+        for name, site in self._kept.sites.items():
+            value = self.outside[name].value
+            if value is not None:
+                result[name] = value.movedim(value.dim() - len(site.fn.event_shape) - 1, 0)
+                if len(result[name]) < self.total:
+                    raise CompileError(f"Site '{name}' is given for its first steps only, which cannot be compiled.")
+        return result
 
     def _rank(self) -> int:
         """How many batch dimensions the plates use."""

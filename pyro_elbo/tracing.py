@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
 _assumptions: ContextVar[list[Tensor] | None] = ContextVar("assumptions", default=None)
 _validating: ContextVar[bool] = ContextVar("validating", default=False)
+_loop: ContextVar[Callable[..., Any] | None] = ContextVar("loop", default=None)
 
 
 def holds(condition: Tensor) -> bool:
@@ -31,13 +33,19 @@ def is_capturing() -> bool:
     return _assumptions.get() is not None
 
 
+def captured_loop() -> Callable[..., Any] | None:
+    """What runs the steps of a scan while a step is captured; None otherwise."""
+    return _loop.get()
+
+
 @contextmanager
-def capturing(validate: bool) -> Iterator[list[Tensor]]:
+def capturing(validate: bool, loop: Callable[..., Any] | None = None) -> Iterator[list[Tensor]]:
     """Collect the conditions that the captured program takes for granted; with ``validate`` those on the data too."""
     assumed: list[Tensor] = []
-    tokens = _assumptions.set(assumed), _validating.set(validate)
+    tokens = _assumptions.set(assumed), _validating.set(validate), _loop.set(loop)
     try:
         yield assumed
     finally:
         _assumptions.reset(tokens[0])
         _validating.reset(tokens[1])
+        _loop.reset(tokens[2])

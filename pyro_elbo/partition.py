@@ -1,0 +1,218 @@
+"""One step of a loop as a graph, taken apart by what depends on the step before.
+
+A step maps (constants, carry, inputs) to (next carry, outs); its backward maps gradients of the next carry and of the
+outs to those of carry, inputs and constants. In either direction only what the recurrence itself needs has to run step by
+step. The rest is evaluated for all steps at once: what does not depend on the carry before the loop, what the next carry
+does not need after it.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+# A view of a row may be none of all rows.
+_OVER_TIME = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+# Operators that are linear in their first argument: a sum over time passes through.
+_LINEAR = (
+    aten.t.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.neg.default,
+    aten.sum.dim_IntList,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice_backward.default,
+)
+_SAME = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """A functional graph of one step, forward and backward; its fields are nodes.
+
+    Attributes:
+        gradients: of the next carry and the outs, placeholders; None where there is no gradient.
+        carry_gradients, input_gradients, constant_gradients: what the backward makes; None where nothing needs it.
+    """
+
+    graph: fx.Graph
+    constants: tuple[fx.Node, ...]
+    carry: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    next_carry: tuple[fx.Node, ...]
+    outs: tuple[fx.Node, ...]
+    gradients: tuple[fx.Node | None, ...] = ()
+    carry_gradients: tuple[fx.Node | None, ...] = ()
+    input_gradients: tuple[fx.Node | None, ...] = ()
+    constant_gradients: tuple[fx.Node | None, ...] = ()
+
+    def between(self, targets: Iterable[fx.Node | None]) -> list[fx.Node]:
+        """The operations that the targets need, in order."""
+        needed = needed_for(targets)
+        return [n for n in self.graph.nodes if n.op == "call_function" and n in needed]
+
+
+def needed_for(targets: Iterable[fx.Node | None]) -> set[fx.Node]:
+    """The nodes from which the targets are computed, and the targets."""
+    found: set[fx.Node] = set()
+    waiting = [node for node in targets if node is not None]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def depending_on(sources: Iterable[fx.Node], among: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, in the order of the graph, that use a source; and the sources."""
+    found = set(sources)
+    for node in among:
+        if any(argument in found for argument in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+class Values:
+    """What nodes stand for: one value for all steps, or one per step with time on the left."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.constant: dict[fx.Node, Any] = {}
+        self.over_time: dict[fx.Node, Any] = {}
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self.constant or node in self.over_time
+
+    def stacked(self, node: fx.Node) -> Tensor:
+        """The value of every step."""
+        if node in self.over_time:
+            return self.over_time[node]
+        value = self.constant[node]
+        return value.expand(self.steps, *value.shape)
+
+    def evaluate(self, nodes: Iterable[fx.Node]) -> None:
+        """Compute nodes, given in the order of the graph, for all steps at once."""
+        batched = []
+        for node in nodes:
+            if node in self:
+                continue
+            if _is_random(node) or any(x in self.over_time or x in batched for x in node.all_input_nodes):
+                batched.append(node)
+            else:
+                self.constant[node] = _call(node, self.constant.__getitem__)
+        if not batched:
+            return
+        inside = set(batched)
+        inputs = list(dict.fromkeys(x for n in batched for x in n.all_input_nodes if x in self.over_time and x not in inside))
+
+        def function(index: Tensor, *values: Tensor) -> list[Any]:
+            local: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
+            for node in batched:
+                local[node] = _call(node, lambda x: local[x] if x in local else self.constant[x])
+            return [local[node] for node in batched]
+
+        index = torch.arange(self.steps, device=next(iter(self.over_time.values())).device)
+        results = torch.vmap(function, randomness="different")(index, *(self.over_time[x] for x in inputs))
+        self.over_time |= dict(zip(batched, results, strict=True))
+
+    def total(self, node: fx.Node) -> Tensor:
+        """The sum of a node over all steps, without a copy of a matrix per step where it can be avoided."""
+        if node in self.constant:
+            return self.constant[node] * self.steps
+        arguments = node.args
+        if node.target in (aten.add.Tensor,) and not node.kwargs and all(
+            isinstance(x, fx.Node) and _shape(x) == _shape(node) for x in arguments
+        ):
+            return self.total(arguments[0]) + self.total(arguments[1])
+        if node.target is aten.mm.default:
+            a, b = arguments
+            if a in self.over_time and b in self.over_time:
+                left, right = self.over_time[a], self.over_time[b]
+                return left.transpose(0, 1).flatten(1) @ right.flatten(0, 1)
+        if node.target in _LINEAR or node.target in _SAME:
+            target = _SAME.get(node.target, node.target)
+            return target(self.total(arguments[0]), *arguments[1:], **node.kwargs)
+        return self.over_time[node].sum(0)
+
+
+def _shape(node: fx.Node) -> Any:
+    return getattr(node.meta.get("val"), "shape", None)
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    target: Any = _OVER_TIME.get(node.target, node.target)
+    return target(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """What has to run step by step.
+
+    Attributes:
+        nodes: in the order of the graph.
+        carry: the placeholders of the state, and what becomes of them.
+        constants, inputs: what the nodes use from elsewhere.
+        exports: nodes whose values other parts use.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    carry: tuple[fx.Node, ...]
+    next_carry: tuple[fx.Node, ...]
+    constants: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    exports: tuple[fx.Node, ...]
+
+    def module(self) -> fx.GraphModule:
+        """A graph from constants, carry, inputs, and room for next carry and exports, which it fills."""
+        graph = fx.Graph()
+        new: dict[fx.Node, fx.Node] = {}
+        for i, node in enumerate((*self.constants, *self.carry, *self.inputs)):
+            new[node] = graph.placeholder(f"x_{i}")
+        targets = (*self.next_carry, *self.exports)
+        room = [graph.placeholder(f"room_{i}") for i in range(len(targets))]
+        for node in self.nodes:
+            new[node] = graph.node_copy(node, lambda x: new[x])
+        for place, node in zip(room, targets, strict=True):
+            graph.call_function(aten.copy_.default, (place, new[node]))
+        graph.output(())
+        return fx.GraphModule({}, graph)
+
+
+def recurrence(
+    nodes: Sequence[fx.Node], carry: Sequence[fx.Node], next_carry: Sequence[fx.Node], values: Values
+) -> Recurrence:
+    """The part of ``nodes`` that next carry needs and that depends on the carry.
+
+    Args:
+        nodes: in the order of the graph, not yet evaluated.
+        values: what is known of all steps.
+    """
+    inside = needed_for(next_carry)
+    inside |= {n for n in nodes if n.target is operator.getitem and n.args[0] in inside}  # no tuple leaves the loop
+    chosen = tuple(n for n in nodes if n in inside and n not in values and n not in carry)
+    arguments = dict.fromkeys(x for n in chosen for x in n.all_input_nodes) | dict.fromkeys(next_carry)
+    members, known = set(chosen), {*carry, *next_carry}
+    exports = (n for n in chosen if n not in known and any(user not in members for user in n.users))
+    outer = [x for x in arguments if x not in members and x not in carry]
+    return Recurrence(
+        chosen,
+        tuple(carry),
+        tuple(next_carry),
+        tuple(x for x in outer if x in values.constant),
+        tuple(x for x in outer if x in values.over_time),
+        tuple(n for n in exports if isinstance(n.meta.get("val"), Tensor)),
+    )

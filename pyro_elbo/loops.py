@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import rand_ops
+from torch._functorch.compile_utils import fx_graph_cse, rand_ops
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.func import functionalize
@@ -23,7 +23,8 @@ from pyro_elbo import capture
 from pyro_elbo.capture import Graph
 from pyro_elbo.errors import CompileError
 from pyro_elbo.executable import Handles, _compile, _driver, _entry
-from pyro_elbo.partition import StepGraph, Values, depending_on, recurrence
+from pyro_elbo.partition import StepGraph, Values, depending_on, drop_zeros, is_random, recurrence
+from pyro_elbo.recurring import Numbers, Ran, shared_states
 
 aten = torch.ops.aten
 Body = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
@@ -153,6 +154,9 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[f
     with torch.no_grad(), torch._C.DisableTorchFunction():  # nothing is left to lift
         module = make_fx(functionalize(raw, remove="mutations"))(*everything)
     capture._remove_identities(module.graph)
+    random = [n.target.overloadpacket for n in module.graph.nodes if is_random(n)]
+    if all(op in rand_ops for op in random):
+        module = fx.GraphModule(module, fx_graph_cse(module.graph))
     if any(n.target is aten.copy_.default for n in module.graph.nodes):
         raise CompileError(
             "A step of pe.scan changes a tensor in place that it did not make (a buffer, such as batch-norm statistics): "
@@ -165,56 +169,83 @@ def _fresh(x: Tensor, requires_grad: bool) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).requires_grad_(requires_grad and x.is_floating_point())
 
 
+@dataclass(frozen=True)
 class _Traced:
-    """A step with its gradient, ready to run over time."""
+    """One step as a graph, with what it uses and what it draws."""
 
-    def __init__(self, body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int) -> None:
-        self.steps, train, n = steps, torch.is_grad_enabled(), len(carry)
-        with disable_proxy_modes_tracing():
-            state = [_fresh(c, train) for c in carry]
-            rows = [_fresh(x[0], train and x.requires_grad) for x in inputs]
+    graph: StepGraph
+    constants: list[Tensor]
+    draws: list["_Draws"]
 
-            def forward(*leaves: Tensor) -> list[Tensor]:
-                new, outs = body(list(leaves[:n]), list(leaves[n:]))
-                return [*new, *outs]
 
-            shapes: list[Tensor] = []
-            module, constants = _trace(lambda *leaves: shapes.extend(forward(*leaves)) or shapes, [*state, *rows])
-            wanted = [x for x in (*state, *rows, *constants) if x.requires_grad]
-            seeded = [i for i, x in enumerate(shapes) if x.requires_grad]
-            seeds = [torch.empty(shapes[i].shape, dtype=shapes[i].dtype, device=shapes[i].device) for i in seeded]
+def _forward(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], results: list[Tensor]) -> _Traced:
+    """Trace one step; ``results`` gets what it returned, which tells shapes and what needs a gradient."""
+    n, train = len(carry), torch.is_grad_enabled()
+    leaves = [*(_fresh(c, train) for c in carry), *(_fresh(x[0], train and x.requires_grad) for x in inputs)]
 
-            def joint(*leaves: Tensor) -> list[Tensor | None]:
-                results = forward(*leaves[: len(leaves) - len(seeds)])
-                ends, gradients = [results[i] for i in seeded], leaves[len(leaves) - len(seeds) :]
-                return [*results, *torch.autograd.grad(ends, wanted, gradients, allow_unused=True)]
+    def function(*leaves: Tensor) -> list[Tensor]:
+        new, outs = body(list(leaves[:n]), list(leaves[n:]))
+        results[:] = [*new, *outs]
+        return results
 
-            if seeded:
-                module, constants = _trace(joint, [*state, *rows, *seeds])
-        self.constants, self.noise = constants, _lift_draws(module.graph)
-        self.graph = self._read(module, [*state, *rows], constants, wanted, seeded, n)
+    with disable_proxy_modes_tracing():
+        module, constants = _trace(function, leaves)
+    return _read(module, constants, n, len(leaves))
 
-    def _read(
-        self, module: fx.GraphModule, leaves: list[Tensor], constants: list[Tensor], wanted: list[Tensor], seeded: list[int], n: int
-    ) -> StepGraph:
-        places = [node for node in module.graph.nodes if node.op == "placeholder"]
-        (results,) = next(node for node in module.graph.nodes if node.op == "output").args
-        k, m = len(constants), len(leaves)
-        count = len(results) - (len(wanted) if seeded else 0)
-        gradients = dict(zip(map(id, wanted), results[count:], strict=False))
-        seeds = dict(zip(seeded, places[k + m :], strict=False))
-        return StepGraph(
-            module.graph,
-            constants=tuple(places[:k]),
-            carry=tuple(places[k : k + n]),
-            inputs=tuple(places[k + n : k + m]),
-            next_carry=tuple(results[:n]),
-            outs=tuple(results[n:count]),
-            gradients=tuple(seeds.get(i) for i in range(count)),
-            carry_gradients=tuple(gradients.get(id(x)) for x in leaves[:n]),
-            input_gradients=tuple(gradients.get(id(x)) for x in leaves[n:]),
-            constant_gradients=tuple(gradients.get(id(x)) for x in constants),
-        )
+
+def _with_gradient(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor]) -> _Traced:
+    """Trace one step, with its gradient if something in it needs one."""
+    results: list[Tensor] = []
+    step = _forward(body, carry, inputs, results)
+    seeded = [i for i, x in enumerate(results) if x.requires_grad]
+    if not seeded:
+        return step
+    n = len(carry)
+    with disable_proxy_modes_tracing():
+        leaves = [*(_fresh(c, True) for c in carry), *(_fresh(x[0], x.requires_grad) for x in inputs)]
+        seeds = [_fresh(results[i], False) for i in seeded]
+        wanted = [x for x in (*leaves, *step.constants) if x.requires_grad]
+
+        def joint(*arguments: Tensor) -> list[Tensor | None]:
+            given = arguments[: len(leaves)]
+            new, outs = body(list(given[:n]), list(given[n:]))
+            found = [*new, *outs]
+            ends = [found[i] for i in seeded]
+            return [*found, *torch.autograd.grad(ends, wanted, arguments[len(leaves) :], allow_unused=True)]
+
+        module, constants = _trace(joint, [*leaves, *seeds])
+    return _read(module, constants, n, len(leaves), seeded, [(id(x), x) for x in wanted], leaves)
+
+
+def _read(
+    module: fx.GraphModule,
+    constants: list[Tensor],
+    n: int,
+    m: int,
+    seeded: Sequence[int] = (),
+    wanted: Sequence[tuple[int, Tensor]] = (),
+    leaves: Sequence[Tensor] = (),
+) -> _Traced:
+    """Say what the inputs and outputs of a traced step are: n carries among m arguments, then seeds."""
+    draws = _lift_draws(module.graph)
+    places = [node for node in module.graph.nodes if node.op == "placeholder"]
+    (results,) = next(node for node in module.graph.nodes if node.op == "output").args
+    k, count = len(constants), len(results) - len(wanted)
+    gradients = {i: g for (i, _), g in zip(wanted, results[count:], strict=True)}
+    seeds = dict(zip(seeded, places[k + m :], strict=False))
+    graph = StepGraph(
+        module.graph,
+        constants=tuple(places[:k]),
+        carry=tuple(places[k : k + n]),
+        inputs=tuple(places[k + n : k + m]),
+        next_carry=tuple(results[:n]),
+        outs=tuple(results[n:count]),
+        gradients=tuple(seeds.get(i) for i in range(count)),
+        carry_gradients=tuple(gradients.get(id(x)) for x in leaves[:n]),
+        input_gradients=tuple(gradients.get(id(x)) for x in leaves[n:]),
+        constant_gradients=tuple(gradients.get(id(x)) for x in constants),
+    )
+    return _Traced(graph, constants, draws)
 
 
 @dataclass(frozen=True)
@@ -318,8 +349,8 @@ class _Scan(torch.autograd.Function):
 class _Bound:
     """A traced step with the tensors of one run."""
 
-    def __init__(self, step: _Traced, reverse: bool) -> None:
-        self.step, self.reverse, self.values = step, reverse, Values(step.steps)
+    def __init__(self, step: _Traced, steps: int, reverse: bool) -> None:
+        self.step, self.reverse, self.values = step, reverse, Values(steps)
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The last carry and the outs of all steps."""
@@ -327,33 +358,53 @@ class _Bound:
         k, n = len(graph.constants), len(graph.carry)
         values.constant |= dict(zip(graph.constants, tensors[:k], strict=True))
         values.over_time |= dict(zip(graph.inputs, tensors[k + n :], strict=True))
-        values.over_time |= _drawn(self.step.noise, values.steps, self.reverse)
+        values.over_time |= _drawn(self.step.draws, values.steps, self.reverse)
         nodes = graph.between([*graph.next_carry, *graph.outs])
         finals = _over_time(values, nodes, graph.carry, graph.next_carry, tensors[k : k + n], self.reverse)
         return [x.clone() for x in (*finals, *map(values.stacked, graph.outs))]
 
-    def backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def backward(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of constants, carry and inputs."""
         graph, values, n = self.step.graph, self.values, len(self.step.graph.carry)
-        carry, after, init = [], [], []
-        for i, (place, given) in enumerate(zip(graph.gradients, gradients, strict=True)):
-            if place is None:
-                continue
-            like = place.meta["val"]
-            if i >= n:
-                values.over_time[place] = _zeros(like, values.steps) if given is None else given
-            else:
-                carry.append(place)
-                after.append(graph.carry_gradients[i])
-                init.append(_zeros(like) if given is None else given)
-        targets = [*graph.carry_gradients, *graph.input_gradients, *graph.constant_gradients]
-        nodes = [x for x in graph.between(targets) if x not in values]
-        finals = dict(zip(carry, _over_time(values, nodes, carry, after, init, not self.reverse), strict=True))
+        seeds = dict(zip(graph.gradients, given, strict=True))
+        seeds.pop(None, None)
+        equal, carried = _without_zeros(graph, seeds)
+        known = lambda nodes: [x and equal.get(x, x) for x in nodes]  # noqa: E731
+        after = dict(zip(graph.gradients[:n], known(graph.carry_gradients), strict=True))
+        for place, x in seeds.items():
+            like, of_carry = place.meta["val"], place in graph.gradients[:n]
+            if not of_carry and place not in equal:
+                values.over_time[place] = x
+            elif of_carry and place not in equal and after[place] is None:
+                rest = _zeros(like, values.steps - 1)
+                values.over_time[place] = torch.cat([x.unsqueeze(0), rest] if self.reverse else [rest, x.unsqueeze(0)])
+        inputs, constants = known(graph.input_gradients), known(graph.constant_gradients)
+        nodes = [x for x in graph.between([*after.values(), *inputs, *constants]) if x not in values]
+        carry = [c for c in carried if after[c] is not None]
+        init = [_zeros(c.meta["val"]) if seeds[c] is None else seeds[c] for c in carry]
+        ends = _over_time(values, nodes, carry, [after[c] for c in carry], init, not self.reverse)
+        finals = dict(zip(carry, ends, strict=True))
         return [
-            *(x and values.total(x) for x in graph.constant_gradients),
+            *(x and values.total(x) for x in constants),
             *(place and finals.get(place) for place in graph.gradients[:n]),
-            *(x and values.stacked(x) for x in graph.input_gradients),
+            *(x and values.stacked(x) for x in inputs),
         ]
+
+
+def _without_zeros(
+    graph: StepGraph, seeds: dict[fx.Node, Tensor | None]
+) -> tuple[dict[fx.Node, fx.Node | None], list[fx.Node]]:
+    """What becomes of the backward where results have no gradient, and the carries that have one at some step."""
+    carried = [c for c in graph.gradients[: len(graph.carry)] if c is not None]
+    zero = {place for place, x in seeds.items() if x is None}
+    gradients = dict(zip(graph.gradients, graph.carry_gradients, strict=False))
+    nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
+    while True:
+        equal = drop_zeros(nodes, zero, replace=False)
+        wrong = {c for c in carried if c in zero and gradients[c] is not None and equal.get(gradients[c], c) is not None}
+        if not wrong:
+            return drop_zeros(nodes, zero, replace=True), [c for c in carried if c not in zero]
+        zero -= wrong
 
 
 def _zeros(like: Tensor, *left: int) -> Tensor:
@@ -381,14 +432,73 @@ def _drawn(draws: Sequence[_Draws], steps: int, reverse: bool) -> dict[fx.Node, 
     return result
 
 
-def captured(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool) -> Any:
-    """Run a step over time as part of the graph that is being captured.
+class Loops:
+    """Runs the scans of one captured step as parts of its graph."""
 
-    Args:
-        body: (carry, inputs of one step) -> (next carry, outs).
-        carry: of the shapes that the step makes.
-        inputs: time first.
-    """
-    step = _Traced(body, carry, inputs, steps)
-    results = _Scan.apply(_Bound(step, reverse), *step.constants, *carry, *inputs)
-    return list(results[: len(carry)]), list(results[len(carry) :])
+    def __init__(self) -> None:
+        self._numbers, self._ran = Numbers(), []
+
+    def __call__(
+        self, body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The last carry and the outs of all steps, time first.
+
+        Args:
+            body: (carry, inputs of one step) -> (next carry, outs).
+            carry: of the shapes that the step makes.
+            inputs: time first.
+            steps: how many.
+            reverse: run from the last step to the first.
+        """
+        known, other = self._known(body, carry, inputs, steps, reverse)
+        rest = [i for i in range(len(carry)) if i not in known]
+        extra = [] if other is None else [other.states[j] for j in known.values()]
+
+        def reduced(state: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            given = len(row) - len(extra)
+            whole = dict(zip(rest, state, strict=True)) | dict(zip(known, row[given:], strict=True))
+            new, outs = body([whole[i] for i in range(len(carry))], row[:given])
+            return [new[i] for i in rest], [*outs, *state]  # what the carry was may serve another loop
+
+        state, columns = [carry[i] for i in rest], [*inputs, *extra]
+        step = _with_gradient(reduced, state, columns)
+        results = list(_Scan.apply(_Bound(step, steps, reverse), *step.constants, *state, *columns))
+        finals, outs, states = results[: len(rest)], results[len(rest) : -len(rest) or None], results[-len(rest) or len(results) :]
+        if rest:
+            self._remember(step, state, columns, finals, outs, states, steps, reverse)
+        last = dict(zip(rest, finals, strict=True)) | {i: other.finals[j] for i, j in known.items() if other is not None}
+        return [last[i] for i in range(len(carry))], outs
+
+    def _known(
+        self, body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
+    ) -> tuple[dict[int, int], Ran | None]:
+        """Which parts of the carry a loop before has computed, and which loop."""
+        alike = [x for x in self._ran if (x.steps, x.reverse) == (steps, reverse)]
+        if not alike:
+            return {}, None
+        step = _forward(body, carry, inputs, [])
+        graph, numbers = step.graph, self._numbers
+        leaves = {p: ("constant", numbers(x)) for p, x in zip(graph.constants, step.constants, strict=True)}
+        leaves |= {p: ("over time", numbers(x)) for p, x in zip(graph.inputs, inputs, strict=True)}
+        for other in alike:
+            if known := shared_states(graph, leaves, [numbers(c) for c in carry], other):
+                return known, other
+        return {}, None
+
+    def _remember(
+        self,
+        step: _Traced,
+        carry: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        finals: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        steps: int,
+        reverse: bool,
+    ) -> None:
+        graph, numbers = step.graph, self._numbers
+        leaves = {("constant", numbers(x)): p for p, x in zip(graph.constants, step.constants, strict=True)}
+        leaves |= {("over time", numbers(x)): p for x, p in zip(outs, graph.outs, strict=False)}
+        leaves |= {("over time", numbers(x)): p for p, x in zip(graph.inputs, inputs, strict=True)}
+        starts = tuple(numbers(c) for c in carry)
+        self._ran.append(Ran(graph, steps, reverse, leaves, starts, tuple(states), tuple(finals)))

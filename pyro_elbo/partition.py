@@ -105,7 +105,7 @@ class Values:
         for node in nodes:
             if node in self:
                 continue
-            if _is_random(node) or any(x in self.over_time or x in batched for x in node.all_input_nodes):
+            if is_random(node) or any(x in self.over_time or x in batched for x in node.all_input_nodes):
                 batched.append(node)
             else:
                 self.constant[node] = _call(node, self.constant.__getitem__)
@@ -148,7 +148,7 @@ def _shape(node: fx.Node) -> Any:
     return getattr(node.meta.get("val"), "shape", None)
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
@@ -156,6 +156,35 @@ def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
     target: Any = _OVER_TIME.get(node.target, node.target)
     return target(*args, **kwargs)
+
+
+_ANY_ZERO = (aten.mul.Tensor, aten.mm.default, aten.bmm.default)
+_FIRST_ZERO = (*_LINEAR, *_SAME, aten.div.Tensor, aten.expand.default, aten.clone.default, aten.mul.Scalar)
+
+
+def drop_zeros(nodes: Iterable[fx.Node], zeros: set[fx.Node], *, replace: bool) -> dict[fx.Node, fx.Node | None]:
+    """Follow zeros through linear operators: what a node is equal to, None for a zero, where it is not itself.
+
+    With ``replace`` the graph uses the one in place of the other.
+    """
+    equal: dict[fx.Node, fx.Node | None] = dict.fromkeys(zeros)
+    for node in nodes:
+        zero = [equal.get(x, x) is None for x in node.args if isinstance(x, fx.Node)]
+        if not any(zero):
+            continue
+        if node.target in _ANY_ZERO or all(zero) and node.target in (aten.add.Tensor, aten.sub.Tensor):
+            equal[node] = None
+        elif node.target in _FIRST_ZERO and zero[0]:
+            equal[node] = None
+        elif node.target is aten.where.self and len(zero) == 3 and zero[1] and zero[2]:
+            equal[node] = None
+        elif node.target is aten.add.Tensor and len(zero) == 2:
+            (other,) = (x for x, z in zip(node.args, zero, strict=True) if not z)
+            if _shape(other) == _shape(node):
+                equal[node] = equal.get(other, other)
+                if replace:
+                    node.replace_all_uses_with(equal[node])
+    return equal
 
 
 @dataclass(frozen=True)

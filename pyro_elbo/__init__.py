@@ -1,6 +1,6 @@
 """The evidence lower bound of Pyro programs as terms that one can see and steer."""
 
-from pyro_elbo.elbo import TraceBeta_ELBO, TraceTimestep_ELBO
+from pyro_elbo.elbo import TraceBeta_ELBO, TraceIW_ELBO, TraceTimestep_ELBO
 from pyro_elbo.errors import PyroElboError
 from pyro_elbo.evidence import ParetoK, loo, pareto_k
 from pyro_elbo.export import to_arviz
@@ -26,6 +26,7 @@ __all__ = [
     "SigmoidWarmup",
     "Terms",
     "TraceBeta_ELBO",
+    "TraceIW_ELBO",
     "TraceTimestep_ELBO",
     "fit",
     "loo",

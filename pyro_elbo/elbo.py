@@ -20,12 +20,13 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from pyro_elbo.bounds import importance_weighted, shared_scale
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.estimators import surrogate
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.sites import Program, check_initialised, guess_plate_nesting, run
+from pyro_elbo.sites import Program, check_initialised, guess_plate_nesting, run, run_filter
 from pyro_elbo.terms import KLForm, Term, Terms, evaluate, stack_particles
-from pyro_elbo.timestep import Normalize, divisor, over_time
+from pyro_elbo.timestep import Normalize, SequenceBound, divisor, over_time
 from pyro_elbo.weighting import Beta, KLWeighting, ScheduleValue
 
 
@@ -114,7 +115,9 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         """:meth:`terms` as a function of what the schedules say, without looking at any number."""
         sites, particle_dim = self._sites(model, guide, args, kwargs)
         weighted, constant = self.weighting(sites, particle_dim, value)
-        return Terms(sites, particle_dim, surrogate(sites, weighted, constant, particle_dim))
+        return Terms(sites, particle_dim, self._bound(sites, weighted, constant, particle_dim))
+
+    _bound = staticmethod(surrogate)
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """-objective as a number, without gradients; no step is counted."""
@@ -158,11 +161,15 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Term], int | None]:
         if self.vectorize_particles and self.num_particles > 1:
-            if math.isinf(self.max_plate_nesting):
-                self.max_plate_nesting = guess_plate_nesting(model, guide, args, kwargs)
-            pair = run(model, guide, args, kwargs, self.num_particles, int(self.max_plate_nesting))
+            nesting = self._nesting(model, guide, args, kwargs)
+            pair = run(model, guide, args, kwargs, self.num_particles, nesting)
             return evaluate(pair, self.kl), pair.particle_dim
         return stack_particles([evaluate(run(model, guide, args, kwargs), self.kl) for _ in range(self.num_particles)])
+
+    def _nesting(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> int:
+        if math.isinf(self.max_plate_nesting):
+            self.max_plate_nesting = guess_plate_nesting(model, guide, args, kwargs)
+        return int(self.max_plate_nesting)
 
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> None:
         raise NotImplementedError("The terms of the bound replace Pyro's pair of traces: call .terms(...).")
@@ -172,6 +179,42 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         if loss.requires_grad:
             loss.register_hook(lambda _: _awaiting.add(self))
         return loss
+
+
+class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
+    r"""The importance-weighted bound, per row of the data.
+
+    .. math:: \sum_n s_n \log \frac1K \sum_k \frac{p(x_n, z_{nk})}{q(z_{nk} \mid x_n)}
+
+    A bound on log p(x) that grows with K, with subsampling too. Latents outside of the data's plate make one weight of
+    all rows, which needs the full data. ``terms.objective`` is the bound; ``terms.elbo`` stays the ELBO.
+
+    Args:
+        num_particles: K.
+        options: those of :class:`TraceBeta_ELBO`; β other than 1 gives an objective that is no bound on log p(x).
+
+    Raises:
+        SiteError: the data are subsampled and a latent lies outside of their plate; scales differ between sites.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> loss = TraceIW_ELBO(num_particles=16, vectorize_particles=True)
+        >>> round(loss.loss(model, guide, torch.tensor(1.0)), 4)  # the guide is the posterior: -log p(x)
+        1.5155
+
+    References:
+        Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519.
+    """
+
+    def __init__(self, num_particles: int = 2, *, beta: Beta = 1.0, **options: Any) -> None:
+        super().__init__(beta, kl="sampled", num_particles=num_particles, **options)
+
+    _bound = staticmethod(importance_weighted)
 
 
 class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
@@ -188,6 +231,11 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         normalize: what the objective is divided by: ``"total"`` by nothing, ``"sequence"`` by the number of sequences,
             ``"frame"`` by the number of real frames (lengths and masks), ``"step"`` by T. The other numbers of the
             terms stay totals.
+        bound: ``"elbo"``; ``"importance"``: the log of the mean weight of ``num_particles`` particles, per sequence;
+            ``"filtering"``: the same with resampling, which stays tight for long sequences (model and guide draw all
+            latents in one pe.scan each; ``terms.elbo`` is then an average over resampled particles, no bound).
+        resample: with ``"filtering"``, the part of the particles below which the effective sample size makes a sequence
+            resample; 1 resamples at every step, 0 never.
         options: those of :class:`TraceBeta_ELBO`.
 
     Raises:
@@ -207,21 +255,49 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         torch.Size([5])
 
     References:
-        Chung et al. (2015), arXiv:1506.02216; Krishnan, Shalit, Sontag (2017), arXiv:1609.09869.
+        Chung et al. (2015), arXiv:1506.02216; Krishnan, Shalit, Sontag (2017), arXiv:1609.09869; Maddison et al. (2017),
+        arXiv:1705.09279.
     """
 
-    def __init__(self, beta: Beta = 1.0, *, normalize: Normalize = "total", **options: Any) -> None:
-        if normalize not in get_args(Normalize):
-            raise ArgumentError(f"normalize must be one of {get_args(Normalize)}, got {normalize!r}.")
+    def __init__(
+        self,
+        beta: Beta = 1.0,
+        *,
+        normalize: Normalize = "total",
+        bound: SequenceBound = "elbo",
+        resample: float = 0.5,
+        **options: Any,
+    ) -> None:
+        for name, given, known in (("normalize", normalize, Normalize), ("bound", bound, SequenceBound)):
+            if given not in get_args(known):
+                raise ArgumentError(f"{name} must be one of {get_args(known)}, got {given!r}.")
+        if not 0 <= resample <= 1:
+            raise ArgumentError(f"resample must be between 0 and 1, got {resample}.")
+        options |= {} if bound == "elbo" else {"kl": "sampled"}
+        options |= {"vectorize_particles": True} if bound == "filtering" else {}
         super().__init__(beta, **options)
-        self.normalize: Normalize = normalize
+        if bound == "filtering" and (self.num_particles < 2 or not self.weighting.is_identity()):
+            raise ArgumentError("bound='filtering' needs num_particles >= 2, and takes neither beta nor free_bits.")
+        self.normalize, self.bound, self.resample = normalize, bound, resample
 
     def evaluate(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         """:meth:`terms` as a function of what the schedules say, without looking at any number."""
-        terms = super().evaluate(model, guide, args, kwargs, value)
+        if self.bound == "filtering":
+            terms = self._filtered(model, guide, args, kwargs)
+        else:
+            terms = super().evaluate(model, guide, args, kwargs, value)
         return replace(terms, objective=terms.objective / divisor(terms.sites, self.normalize))
+
+    def _bound(self, *terms: Any) -> Float[Tensor, ""]:
+        return (importance_weighted if self.bound == "importance" else surrogate)(*terms)
+
+    def _filtered(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> Terms:
+        nesting = self._nesting(model, guide, args, kwargs)
+        pair, log_evidence = run_filter(model, guide, args, kwargs, self.num_particles, nesting, self.resample)
+        sites = evaluate(pair, "sampled")
+        return Terms(sites, pair.particle_dim, (log_evidence * shared_scale(sites)).sum())
 
     def _sites(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]

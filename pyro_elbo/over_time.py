@@ -7,6 +7,7 @@ event: steps are not independent, so they are no plate.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,11 @@ def masked(x: Tensor, mask: Tensor | bool | None) -> Tensor:
     if mask is False:
         return torch.zeros_like(x)
     return torch.where(mask, x, x.new_zeros(()))
+
+
+def log_mean_exp(x: Tensor, dim: int) -> Tensor:
+    """Log of the mean of exp(x) over a dimension, which stays with size one."""
+    return x.logsumexp(dim, keepdim=True) - math.log(x.shape[dim])
 
 
 def over_event(mask: Tensor, event_dim: int) -> Tensor:

@@ -6,7 +6,6 @@ site which plates surround it and whether they give its value; at the end each s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.errors import ArgumentError, CompileError
+from pyro_elbo.filtering import Side, active_filter, one_by_one
 from pyro_elbo.over_time import Run
 from pyro_elbo.steps import Step, Steps
 from pyro_elbo.tracing import captured_loop, holds
@@ -75,14 +75,29 @@ def scan(
     """
     inputs = _Inputs.make(xs, lengths, length, horizon, dim)
     steps = Steps(step, inputs.total)
-    loop = captured_loop()
-    run = _one_by_one if loop is None else partial(_captured, loop)
-    carry, stacked = run(steps, init, inputs, reverse)
-    return carry, steps.emit(stacked, inputs.valid, dim, Run(name, reverse))
+    last, stacked = _run(steps, init, inputs, reverse)
+    return last, steps.emit(stacked, inputs.valid, dim, Run(name, reverse))
+
+
+def _run(steps: Steps, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
+    """Run all steps: the last carry, and what they drew, time first."""
+    loop, by = captured_loop(), active_filter()
+    if loop is None and by is None:
+        return _one_by_one(steps, init, inputs, reverse)
+    if inputs.total > inputs.given:
+        raise CompileError("A forecast (pe.scan with horizon) can be neither compiled nor filtered: use compile=False.")
+    carry = steps.peek(init, inputs.at(0), None if inputs.valid is None else inputs.valid[0])
+    state, spec = pytree.tree_flatten(carry)
+    side = _side(steps, state, spec, inputs, reverse)
+    if by is not None and steps.outside:
+        last, stacked = by.scan(side)
+    else:
+        alone = lambda leaves, row: side.body(leaves, row, {})  # noqa: E731
+        last, stacked = (loop or one_by_one)(alone, side.state, side.columns, inputs.total, reverse)
+    return _with_tensors(state, last, spec), stacked
 
 
 def _one_by_one(steps: Steps, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
-    """Run the steps in Python: the last carry, and what they drew, time first."""
     carry, rows = init, []
     for t in inputs.order(reverse):
         valid = None if inputs.valid is None else inputs.valid[t]
@@ -92,28 +107,22 @@ def _one_by_one(steps: Steps, init: Any, inputs: "_Inputs", reverse: bool) -> tu
     return carry, [torch.stack(torch.broadcast_tensors(*column)) for column in columns]
 
 
-def _captured(loop: Any, steps: Steps, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
-    """The same as part of a graph that is being captured: ``loop`` sees one step as a function of tensors."""
-    if inputs.total > inputs.given:
-        raise CompileError("A forecast (pe.scan with horizon) cannot be compiled: use compile=False.")
-    carry, valid = steps.peek(init, inputs.at(0), None if inputs.valid is None else inputs.valid[0]), inputs.valid
-    given = steps.given_over_time()
-    state, spec = pytree.tree_flatten(carry)
+def _side(steps: Steps, state: Sequence[Any], spec: Any, inputs: "_Inputs", reverse: bool) -> Side:
+    """The scan as a function of tensors: a step is the same at all times but for its row of inputs."""
+    valid, given = inputs.valid, steps.given_over_time()
     xs, xs_spec = pytree.tree_flatten(inputs.xs)
     columns = [x for x in (*xs, valid, *given.values()) if isinstance(x, Tensor)]
 
-    def body(leaves: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def body(leaves: list[Tensor], row: list[Tensor], drawn: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         parts = iter(row)
         x_t = pytree.tree_unflatten([x if x is None else next(parts) for x in xs], xs_spec)
         valid_t = None if valid is None else next(parts)
-        values = dict(zip(given, parts, strict=True))
+        values = drawn | dict(zip(given, parts, strict=True))
         old = _with_tensors(state, leaves, spec)
         new, out = steps.again(old, x_t, valid_t, lambda name, event_dim: values.get(name))
         return [x for x in pytree.tree_leaves(new) if isinstance(x, Tensor)], out
 
-    tensors = [x for x in state if isinstance(x, Tensor)]
-    last, stacked = loop(body, tensors, columns, inputs.total, reverse)
-    return _with_tensors(state, last, spec), stacked
+    return Side(steps, [x for x in state if isinstance(x, Tensor)], columns, body, reverse)
 
 
 def _with_tensors(leaves: Sequence[Any], tensors: Sequence[Tensor], spec: Any) -> Any:

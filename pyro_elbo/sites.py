@@ -20,6 +20,7 @@ from torch.distributions import Distribution
 
 from pyro_elbo.errors import GuideError, NonFiniteError, SiteError, count_nonfinite
 from pyro_elbo.failures import PARTICLES, explain_failure
+from pyro_elbo.filtering import Filter, filtering
 from pyro_elbo.over_time import OverTime, fill_masked, masked, unmask
 from pyro_elbo.tracing import assume, is_capturing
 
@@ -148,6 +149,41 @@ def run(
     guide_sites = {site.name: site for site in _read(guide_trace, "auxiliary", model_sites)}
     _check_pair(model_sites, guide_sites)
     return Run(model_sites, guide_sites, -(max_plate_nesting + 1) if num_particles > 1 else None)
+
+
+def run_filter(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_particles: int,
+    max_plate_nesting: int,
+    threshold: float,
+) -> tuple[Run, Tensor]:
+    """Run model and guide side by side through time, with resampling; also return log Ẑ per sequence (nats).
+
+    Raises:
+        SiteError: a latent lies outside of the scan, or the programs do not fit each other.
+    """
+    model, guide = (_in_particles(p, num_particles, max_plate_nesting) for p in (model, guide))
+    drawn = poutine.Trace()
+
+    def run_guide() -> None:
+        drawn.nodes.update(_trace(guide, args, kwargs).nodes)
+
+    by = Filter(num_particles, max_plate_nesting + 1, threshold, run_guide)
+    with filtering(by):
+        model_trace = _trace(poutine.replay(model, trace=drawn), args, kwargs)
+    model_sites = {site.name: site for site in _read(model_trace, "latent")}
+    outside = [n for n, s in model_sites.items() if s.role == "latent" and not isinstance(s.fn, OverTime)]
+    if outside or by.log_evidence is None:
+        raise SiteError(
+            f"The filtering bound resamples whole particles: all latents must be drawn in one pe.scan (outside: {outside}). "
+            "Make what is drawn before part of its first step, or use bound='importance'."
+        )
+    guide_sites = {site.name: site for site in _read(drawn, "auxiliary", model_sites)}
+    _check_pair(model_sites, guide_sites)
+    return Run(model_sites, guide_sites, -(max_plate_nesting + 1)), by.log_evidence
 
 
 def trace_program(

@@ -41,14 +41,18 @@ Given = Callable[[str, int], Tensor | None]
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """One site of one step, after all handlers inside of the step."""
+class Drawn:
+    """One site of one step, after all handlers inside of the step; ``frames`` are its plates there.
+
+    ``everywhere`` are all plates, also those around the scan.
+    """
 
     fn: Distribution
     value: Tensor
     mask: Tensor | bool | None
     scale: float | Tensor
     frames: tuple[Any, ...]
+    everywhere: tuple[Any, ...]
     infer: dict[str, Any]
     observed: bool
 
@@ -57,7 +61,7 @@ class _Drawn:
 class _Kept:
     """What is the same at all steps: the sites with their structures, and the out, ``Tensor`` for its tensors."""
 
-    sites: dict[str, _Drawn]
+    sites: dict[str, Drawn]
     structures: dict[str, Structure | None]
     spec: Any
     constants: list[Any]
@@ -69,7 +73,7 @@ class _Collector(Messenger):
     def __init__(self, t: int, outside: dict[str, Outside], given: Given) -> None:
         super().__init__()
         self.t, self.outside, self.given = t, outside, given
-        self.sites: dict[str, _Drawn] = {}
+        self.sites: dict[str, Drawn] = {}
         self._inside: dict[str, tuple[Any, ...]] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -100,14 +104,15 @@ class _Collector(Messenger):
         if name in self.sites:
             raise SiteError(f"Site '{name}' appears twice in step {self.t} of a scan. Give each site its own name.")
         fn, mask = unmask(msg["fn"], msg["mask"])
-        infer, observed = dict(msg["infer"]), msg["is_observed"]
-        self.sites[name] = _Drawn(fn, msg["value"], mask, msg["scale"], self._inside[name], infer, observed)
+        infer, observed, inside = dict(msg["infer"]), msg["is_observed"], self._inside[name]
+        frames = msg["cond_indep_stack"]
+        self.sites[name] = Drawn(fn, msg["value"], mask, msg["scale"], inside, frames, infer, observed)
 
 
 class _Inside(Messenger):
     """Adds the plates and the scale that a site has inside of the step."""
 
-    def __init__(self, site: _Drawn) -> None:
+    def __init__(self, site: Drawn) -> None:
         super().__init__()
         self.site = site
 
@@ -152,11 +157,16 @@ class Steps:
     Attributes:
         total: how many steps the scan has.
         outside: what the handlers around the scan say of each site, known after the first step.
+        last: the sites of the step that ran last; ``valid`` says for which sequences it was real.
+        width: how many tensors are kept of a step.
     """
 
     def __init__(self, step: Step, total: int) -> None:
         self.step, self.total = step, total
         self.outside: dict[str, Outside] = {}
+        self.last: dict[str, Drawn] = {}
+        self.valid: Tensor | None = None
+        self.width = 0
         self._kept: _Kept | None = None
 
     def given_at(self, t: int) -> Given:
@@ -191,7 +201,9 @@ class Steps:
             _compare(self._kept, now, t)
         carry = _next_carry(carry, new, valid, self._rank(), t, grows=self._kept is None)
         self._kept = self._kept or now
-        return carry, tensors + [x for x in leaves if isinstance(x, Tensor)]
+        tensors += [x for x in leaves if isinstance(x, Tensor)]
+        self.last, self.valid, self.width = collector.sites, valid, len(tensors)
+        return carry, tensors
 
     def peek(self, carry: Any, x: Any, valid: Tensor | None) -> Any:
         """Run a step outside of the graph that is being captured; return ``carry`` in the shapes that it gets."""
@@ -233,7 +245,7 @@ class Steps:
         return pytree.tree_unflatten(outs, self._kept.spec)
 
     def _over_time(
-        self, name: str, site: _Drawn, columns: Iterator[Tensor], valid: Tensor | None, run: Run
+        self, name: str, site: Drawn, columns: Iterator[Tensor], valid: Tensor | None, run: Run
     ) -> tuple[OverTime, Tensor]:
         assert self._kept is not None
         structure, position = self._kept.structures[name], len(site.fn.batch_shape)
@@ -248,7 +260,7 @@ class Steps:
         steps = Recorded(site.fn, value, tensors[0]) if structure is None else structure.put_together(tensors, position)
         return OverTime(steps, value, mask, run), value
 
-    def _state(self, name: str, site: _Drawn, fn: OverTime, value: Tensor) -> None:
+    def _state(self, name: str, site: Drawn, fn: OverTime, value: Tensor) -> None:
         given = self.outside[name].value
         drawn_later = given is not None and given.shape != value.shape
         with _Inside(site), _at_the_bottom(_Decided(value) if drawn_later else None):
@@ -267,7 +279,7 @@ def _at_the_bottom(handler: Messenger | None) -> Iterator[None]:
             _PYRO_STACK.remove(handler)
 
 
-def _tensors_of(site: _Drawn, tensors: list[Tensor]) -> Structure | None:
+def _tensors_of(site: Drawn, tensors: list[Tensor]) -> Structure | None:
     """Append the tensors of a site: its distribution's (or its log density alone), the value, the mask."""
     own: list[Tensor] = []
     structure = take_apart(site.fn, own)
@@ -277,7 +289,7 @@ def _tensors_of(site: _Drawn, tensors: list[Tensor]) -> Structure | None:
     return structure
 
 
-def _ragged(name: str, site: _Drawn, valid: Tensor, mask: Tensor | bool | None) -> Tensor | bool | None:
+def _ragged(name: str, site: Drawn, valid: Tensor, mask: Tensor | bool | None) -> Tensor | bool | None:
     shape = site.fn.batch_shape
     sequences = valid.shape[:-1]
     if shape[len(shape) - len(sequences) :] != sequences:
@@ -315,7 +327,7 @@ def _equal(a: float | Tensor, b: float | Tensor) -> bool:
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 
-def _words(site: _Drawn) -> str:
+def _words(site: Drawn) -> str:
     batch, event = tuple(site.fn.batch_shape), tuple(site.fn.event_shape)
     return f"a {type(site.fn).__name__} of batch shape {batch} and event shape {event}"
 

@@ -19,6 +19,7 @@ from pyro_elbo.sites import Plate
 from pyro_elbo.terms import Term, num_data, num_frames
 
 Normalize = Literal["total", "sequence", "frame", "step"]
+SequenceBound = Literal["elbo", "importance", "filtering"]
 
 
 def over_time(sites: Mapping[str, Term]) -> dict[str, Term]:

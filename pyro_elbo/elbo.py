@@ -315,6 +315,14 @@ class TermsModule(ELBOModule):
         """Evaluate every term of the bound: see :meth:`TraceBeta_ELBO.terms`."""
         return self.elbo.terms(self.model, self.guide, *args, **kwargs)
 
+    def train(self, mode: bool = True) -> "TermsModule":
+        """As in torch; the modules whose methods are the programs follow (dropout, batch norm)."""
+        for program in (self.model, self.guide):
+            owner = getattr(program, "__self__", None)
+            if isinstance(owner, torch.nn.Module):
+                owner.train(mode)
+        return super().train(mode)
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch, but refuses guides that have no parameters yet: an optimiser would silently miss them.
 

@@ -23,7 +23,7 @@ from pyro_elbo import capture
 from pyro_elbo.capture import Graph
 from pyro_elbo.errors import CompileError
 from pyro_elbo.executable import Handles, _compile, _driver, _entry
-from pyro_elbo.partition import StepGraph, Values, depending_on, drop_zeros, is_random, recurrence
+from pyro_elbo.partition import StepGraph, Values, depending_on, drop_zeros, is_random, recurrence, split_products
 from pyro_elbo.recurring import Numbers, Ran, shared_states
 
 aten = torch.ops.aten
@@ -188,33 +188,34 @@ def _forward(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], resu
         results[:] = [*new, *outs]
         return results
 
-    with disable_proxy_modes_tracing():
-        module, constants = _trace(function, leaves)
+    module, constants = _trace(function, leaves)
     return _read(module, constants, n, len(leaves))
 
 
-def _with_gradient(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor]) -> _Traced:
-    """Trace one step, with its gradient if something in it needs one."""
-    results: list[Tensor] = []
-    step = _forward(body, carry, inputs, results)
-    seeded = [i for i, x in enumerate(results) if x.requires_grad]
-    if not seeded:
-        return step
-    n = len(carry)
-    with disable_proxy_modes_tracing():
-        leaves = [*(_fresh(c, True) for c in carry), *(_fresh(x[0], x.requires_grad) for x in inputs)]
-        seeds = [_fresh(results[i], False) for i in seeded]
-        wanted = [x for x in (*leaves, *step.constants) if x.requires_grad]
+def _to_run(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], seen: Sequence[Tensor], uses: Sequence[Tensor]) -> _Traced:
+    """Trace one step to run it: with its gradient if something in it needs one.
 
-        def joint(*arguments: Tensor) -> list[Tensor | None]:
-            given = arguments[: len(leaves)]
-            new, outs = body(list(given[:n]), list(given[n:]))
-            found = [*new, *outs]
-            ends = [found[i] for i in seeded]
-            return [*found, *torch.autograd.grad(ends, wanted, arguments[len(leaves) :], allow_unused=True)]
+    Args:
+        seen: what the step returned when it was traced before.
+        uses: the constants that it used.
+    """
+    seeded, n = [i for i, x in enumerate(seen) if x.requires_grad], len(carry)
+    leaves = [*(_fresh(c, bool(seeded)) for c in carry), *(_fresh(x[0], bool(seeded) and x.requires_grad) for x in inputs)]
+    seeds = [_fresh(seen[i], False) for i in seeded]
+    wanted = [x for x in (*leaves, *uses) if x.requires_grad] if seeded else []
 
-        module, constants = _trace(joint, [*leaves, *seeds])
-    return _read(module, constants, n, len(leaves), seeded, [(id(x), x) for x in wanted], leaves)
+    def joint(*arguments: Tensor) -> list[Tensor | None]:
+        given = arguments[: len(leaves)]
+        new, outs = body(list(given[:n]), list(given[n:]))
+        found = [*new, *outs]
+        if not seeded:
+            return found
+        ends = [found[i] for i in seeded]
+        return [*found, *torch.autograd.grad(ends, wanted, arguments[len(leaves) :], allow_unused=True)]
+
+    module, constants = _trace(joint, [*leaves, *seeds])
+    split_products(module.graph, [p for p in module.graph.nodes if p.op == "placeholder"][len(constants) :][:n])
+    return _read(module, constants, n, len(leaves), seeded, wanted, leaves)
 
 
 def _read(
@@ -223,7 +224,7 @@ def _read(
     n: int,
     m: int,
     seeded: Sequence[int] = (),
-    wanted: Sequence[tuple[int, Tensor]] = (),
+    wanted: Sequence[Tensor] = (),
     leaves: Sequence[Tensor] = (),
 ) -> _Traced:
     """Say what the inputs and outputs of a traced step are: n carries among m arguments, then seeds."""
@@ -231,7 +232,7 @@ def _read(
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
     (results,) = next(node for node in module.graph.nodes if node.op == "output").args
     k, count = len(constants), len(results) - len(wanted)
-    gradients = {i: g for (i, _), g in zip(wanted, results[count:], strict=True)}
+    gradients = {id(x): g for x, g in zip(wanted, results[count:], strict=True)}
     seeds = dict(zip(seeded, places[k + m :], strict=False))
     graph = StepGraph(
         module.graph,
@@ -461,11 +462,14 @@ class Loops:
             return [new[i] for i in rest], [*outs, *state]  # what the carry was may serve another loop
 
         state, columns = [carry[i] for i in rest], [*inputs, *extra]
-        step = _with_gradient(reduced, state, columns)
+        with disable_proxy_modes_tracing():
+            seen: list[Tensor] = []
+            alone = _forward(reduced, state, columns, seen)
+            step = _to_run(reduced, state, columns, seen, alone.constants)
         results = list(_Scan.apply(_Bound(step, steps, reverse), *step.constants, *state, *columns))
         finals, outs, states = results[: len(rest)], results[len(rest) : -len(rest) or None], results[-len(rest) or len(results) :]
         if rest:
-            self._remember(step, state, columns, finals, outs, states, steps, reverse)
+            self._remember(alone, state, columns, finals, outs, states, steps, reverse)
         last = dict(zip(rest, finals, strict=True)) | {i: other.finals[j] for i, j in known.items() if other is not None}
         return [last[i] for i in range(len(carry))], outs
 
@@ -476,7 +480,8 @@ class Loops:
         alike = [x for x in self._ran if (x.steps, x.reverse) == (steps, reverse)]
         if not alike:
             return {}, None
-        step = _forward(body, carry, inputs, [])
+        with disable_proxy_modes_tracing():
+            step = _forward(body, carry, inputs, [])
         graph, numbers = step.graph, self._numbers
         leaves = {p: ("constant", numbers(x)) for p, x in zip(graph.constants, step.constants, strict=True)}
         leaves |= {p: ("over time", numbers(x)) for p, x in zip(graph.inputs, inputs, strict=True)}

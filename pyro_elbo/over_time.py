@@ -224,6 +224,13 @@ def take_apart(fn: Distribution, tensors: list[Tensor]) -> Structure | None:
     return Structure(fn, parts, len(tensors)) if tensors else None
 
 
+def untouched(fn: Distribution) -> Distribution:
+    """A copy that does not get what ``fn`` computes and keeps later (``probs`` from ``logits``, when it is sampled)."""
+    made = copy.copy(fn)
+    vars(made).update({key: untouched(x) for key, x in vars(fn).items() if isinstance(x, Distribution)})
+    return made
+
+
 def unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool | None]:
     """Move the masks of ``fn.mask(...)`` to where ``poutine.mask`` puts them."""
     while isinstance(fn, MaskedDistribution):

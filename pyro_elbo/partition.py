@@ -158,6 +158,54 @@ def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     return target(*args, **kwargs)
 
 
+def split_products(graph: fx.Graph, carry: Sequence[fx.Node]) -> None:
+    """Take products with joined inputs apart, [a b] W = a W_a + b W_b, where only one of the inputs depends on the carry.
+
+    Then the other one's product can be made for all steps at once; likewise the columns of a product that only a part of
+    the backward needs.
+    """
+    dependent = depending_on(carry, graph.nodes)
+    for node in list(graph.nodes):
+        if node.target in (aten.mm.default, aten.addmm.default):
+            *bias, joined, weight = node.args
+            if joined.target is aten.cat.default and _columns(joined) and _differ(joined.args[0], dependent):
+                _split_rows(graph, node, bias, joined.args[0], weight)
+        elif node.target is aten.slice.Tensor and node.args[0].target is aten.mm.default and node.args[1] in (1, -1):
+            product = node.args[0]
+            if all(user.target is aten.slice.Tensor for user in product.users):
+                with graph.inserting_before(node):
+                    columns = _add(graph, aten.slice.Tensor, (product.args[1], 1, *node.args[2:]))
+                    node.replace_all_uses_with(_add(graph, aten.mm.default, (product.args[0], columns)))
+    graph.eliminate_dead_code()
+
+
+def _columns(cat: fx.Node) -> bool:
+    return len(cat.args) == 2 and cat.args[1] in (1, -1) and cat.meta["val"].dim() == 2
+
+
+def _differ(parts: Sequence[fx.Node], dependent: set[fx.Node]) -> bool:
+    return len({part in dependent for part in parts}) == 2
+
+
+def _split_rows(graph: fx.Graph, node: fx.Node, bias: list[Any], parts: Sequence[fx.Node], weight: fx.Node) -> None:
+    with graph.inserting_before(node):
+        total, start = None, 0
+        for part in parts:
+            size = _shape(part)[1]
+            rows = _add(graph, aten.slice.Tensor, (weight, 0, start, start + size))
+            first = total is None and bias
+            product = _add(graph, node.target if first else aten.mm.default, (*(bias if first else ()), part, rows))
+            total = product if total is None else _add(graph, aten.add.Tensor, (total, product))
+            start += size
+        node.replace_all_uses_with(total)
+
+
+def _add(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda x: x.meta["val"]))
+    return node
+
+
 _ANY_ZERO = (aten.mul.Tensor, aten.mm.default, aten.bmm.default)
 _FIRST_ZERO = (*_LINEAR, *_SAME, aten.div.Tensor, aten.expand.default, aten.clone.default, aten.mul.Scalar)
 

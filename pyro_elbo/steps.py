@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -16,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.errors import ArgumentError, CompileError, SiteError
-from pyro_elbo.over_time import OverTime, Recorded, Run, Structure, take_apart, unmask
+from pyro_elbo.over_time import OverTime, Recorded, Run, Structure, take_apart, unmask, untouched
+from pyro_elbo.tracing import is_capturing
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -75,6 +77,7 @@ class _Collector(Messenger):
         self.t, self.outside, self.given = t, outside, given
         self.sites: dict[str, Drawn] = {}
         self._inside: dict[str, tuple[Any, ...]] = {}
+        self._fns: dict[str, Distribution] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["stop"] = True
@@ -91,6 +94,7 @@ class _Collector(Messenger):
         outside = self.outside[name]
         msg["cond_indep_stack"] = outside.frames
         BroadcastMessenger._pyro_sample(msg)
+        self._fns[name] = untouched(msg["fn"])
         if msg["is_observed"] and not outside.observed:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
         value = self.given(name, len(msg["fn"].event_shape))
@@ -103,7 +107,7 @@ class _Collector(Messenger):
             return
         if name in self.sites:
             raise SiteError(f"Site '{name}' appears twice in step {self.t} of a scan. Give each site its own name.")
-        fn, mask = unmask(msg["fn"], msg["mask"])
+        fn, mask = unmask(self._fns[name], msg["mask"])
         infer, observed, inside = dict(msg["infer"]), msg["is_observed"], self._inside[name]
         frames = msg["cond_indep_stack"]
         self.sites[name] = Drawn(fn, msg["value"], mask, msg["scale"], inside, frames, infer, observed)
@@ -144,7 +148,8 @@ def _ask(msg: Any, handlers: Sequence[Any]) -> Outside:
     """Let the handlers around a scan process a site without telling any of them that it was drawn."""
     probe = dict(msg) | {"infer": dict(msg["infer"]), "stop": False}
     for handler in reversed(handlers):
-        handler._process_message(probe)
+        if not isinstance(handler, InitMessenger):  # gives one step's value here, all steps' at the end
+            handler._process_message(probe)
         if probe["stop"]:
             break
     value = probe["value"]
@@ -206,8 +211,9 @@ class Steps:
         return carry, tensors
 
     def peek(self, carry: Any, x: Any, valid: Tensor | None) -> Any:
-        """Run a step outside of the graph that is being captured; return ``carry`` in the shapes that it gets."""
-        with disable_proxy_modes_tracing(), torch.no_grad():
+        """Run a step that leaves no trace, neither in a graph nor in random numbers; return ``carry`` in its shapes."""
+        unseen = disable_proxy_modes_tracing() if is_capturing() else torch.random.fork_rng()
+        with unseen, torch.no_grad():
             new, _ = self.run(carry, x, valid, 0, self.given_at(0))
         grow = lambda a, b: a.expand(b.shape) if isinstance(a, Tensor) else a  # noqa: E731
         return pytree.tree_map(grow, carry, new)

@@ -1,0 +1,114 @@
+"""The deep Markov model: a nonlinear state space with gated transitions.
+
+    z_t ~ Normal(transition(z_{t-1})),   x_t ~ Bernoulli(emitter(z_t))
+    transition: g = gate(z),  mean = (1 - g) ⊙ (A z + b) + g ⊙ proposal(z),  scale = softplus(linear(relu(proposal(z))))
+    q(z_t | z_{t-1}, s_t): c = ½ (tanh(W z_{t-1} + b) + s_t),  mean and scale are functions of c
+
+The summary s_t is the state of a recurrent network that ran over x_{t:T} backward (smoothing) or over x_{1:t} forward
+(filtering). Krishnan, Shalit, Sontag (2017), Structured inference networks for nonlinear state space models,
+arXiv:1609.09869.
+"""
+
+from typing import Literal, get_args
+
+import pyro
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from models.cells import GRU, MLP, SequenceModel, bernoulli, gaussian, summaries
+
+Posterior = Literal["smoothing", "filtering"]
+
+
+class Transition(nn.Module):
+    """p(z_t | z_{t-1}): a gate chooses, for each dimension, between a linear and a nonlinear mean.
+
+    The linear map starts as the identity, so that an untrained model remembers.
+    """
+
+    def __init__(self, z_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.proposal = MLP(z_dim, hidden, z_dim), MLP(z_dim, hidden, z_dim)
+        self.linear, self.scale = nn.Linear(z_dim, z_dim), nn.Linear(z_dim, z_dim)
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, z: Float[Tensor, "... z_dim"]) -> pyro.distributions.Independent:
+        """The distribution of the next z."""
+        gate, proposal = torch.sigmoid(self.gate(z)), self.proposal(z)
+        return gaussian((1 - gate) * self.linear(z) + gate * proposal, self.scale(torch.relu(proposal)))
+
+
+class Combiner(nn.Module):
+    """q(z_t | z_{t-1}, s_t): the mean of what the last z and the summary of x suggest."""
+
+    def __init__(self, z_dim: int, rnn: int) -> None:
+        super().__init__()
+        self.state, self.output = nn.Linear(z_dim, rnn), nn.Linear(rnn, 2 * z_dim)
+
+    def forward(self, z: Float[Tensor, "... z_dim"], seen: Float[Tensor, "... rnn"]) -> pyro.distributions.Independent:
+        """The distribution of the next z given frames."""
+        return gaussian(*self.output(0.5 * (torch.tanh(self.state(z)) + seen)).chunk(2, -1))
+
+
+class DMM(SequenceModel):
+    """The deep Markov model of Krishnan, Shalit and Sontag.
+
+    Args:
+        x_dim: features of a frame.
+        z_dim: latent dimensions of a frame.
+        emission: width of the emitter's two hidden layers.
+        transition: width of the transition's hidden layers.
+        rnn: width of the guide's recurrence.
+        posterior: which of :meth:`smoothing` and :meth:`filtering` the guide is.
+        dropout: share of the features of x, and of its summaries, that the guide does not see while training.
+    """
+
+    def __init__(
+        self,
+        x_dim: int = 88,
+        z_dim: int = 32,
+        emission: int = 64,
+        transition: int = 64,
+        rnn: int = 128,
+        *,
+        posterior: Posterior = "smoothing",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(x_dim, z_dim)
+        if posterior not in get_args(Posterior):
+            raise ValueError(f"posterior must be one of {get_args(Posterior)}, got {posterior!r}.")
+        self.posterior: Posterior = posterior
+        self.transition, self.emitter = Transition(z_dim, transition), MLP(z_dim, emission, x_dim, layers=2)
+        self.cell, self.combiner = GRU(x_dim, rnn), Combiner(z_dim, rnn)
+        self.dropout, self.start = nn.Dropout(dropout), nn.Parameter(torch.zeros(z_dim))
+
+    def model(
+        self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None, horizon: int = 0
+    ) -> Float[Tensor, "*particles n all_time x_dim"]:
+        return self.scan(self.model_step, self.start.expand(len(x), -1), x, lengths, horizon)
+
+    def guide(self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None) -> None:
+        (self.smoothing if self.posterior == "smoothing" else self.filtering)(x, lengths)
+
+    def smoothing(self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None) -> None:
+        """q(z_t | z_{t-1}, x_{t:T}), which can be the posterior: given z_{t-1}, earlier frames say nothing of z_t."""
+        self._infer(x, lengths, reverse=True)
+
+    def filtering(self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None) -> None:
+        """q(z_t | z_{t-1}, x_{1:t})."""
+        self._infer(x, lengths, reverse=False)
+
+    def model_step(self, z: Tensor, x_t: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Draw z_t given z_{t-1}, and x_t unless it is given."""
+        z = pyro.sample("z", self.transition(z))
+        return z, pyro.sample("x", bernoulli(self.emitter(z)), obs=x_t)
+
+    def guide_step(self, z: Tensor, seen: Tensor) -> tuple[Tensor, None]:
+        """Draw z_t given z_{t-1} and what the recurrent network has seen."""
+        return pyro.sample("z", self.combiner(z, seen)), None
+
+    def _infer(self, x: Tensor, lengths: Tensor | None, *, reverse: bool) -> None:
+        seen = self.dropout(summaries(self.cell, self.dropout(x), lengths, reverse=reverse))
+        self.scan(self.guide_step, self.start.expand(len(x), -1), seen, lengths)

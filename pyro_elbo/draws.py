@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_elbo.errors import ArgumentError, GuideError, SiteError
+from pyro_elbo.over_time import OverTime
 from pyro_elbo.psis import PSIS, psis
 from pyro_elbo.sites import (
     Plate,
@@ -61,6 +62,7 @@ class Draws:
         local_log_p, local_log_q: the same per row of the data plate where every latent belongs to one row.
         observed: the observed values.
         plates: the plates of each site, in the order of its dimensions.
+        times: the name of the dimension of time of each site that has one; it comes first in the event.
         point: whether the guide is a point estimate, whose weights are constant and mean nothing.
         vectorised: whether the programs took all draws at once; if not they ran once a draw.
         nesting: batch dimensions that the plates use.
@@ -78,6 +80,7 @@ class Draws:
     local_log_q: Tensor | None
     observed: Arrays
     plates: dict[str, tuple[Plate, ...]]
+    times: dict[str, str]
     data_plate: Plate | None
     point: bool
     vectorised: bool
@@ -326,6 +329,7 @@ def _concatenate(runs: list[dict[str, Any]], shapes: Run, vectorised: bool, nest
         **fields,
         observed={n: _drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "observed"},
         plates={n: by_dim(s.plates) for n, s in shapes.model.items()},
+        times={n: s.fn.run.time for n, s in shapes.model.items() if isinstance(s.fn, OverTime)},
         data_plate=runs[0]["plate"],
         point=bool(latents) and all(is_point(s.fn) for s in latents + auxiliary),
         vectorised=vectorised,

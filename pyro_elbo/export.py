@@ -40,10 +40,11 @@ class Options(NamedTuple):
 
 
 class _Names(NamedTuple):
-    """The names of all variables, which no dimension may have, and the names that the user gave to event dimensions."""
+    """The names of all variables, which no dimension may have, and of event dimensions: the user's, and of time."""
 
     taken: set[str]
     given: Mapping[str, Sequence[str]]
+    times: Mapping[str, str]
 
 
 def to_arviz(
@@ -140,7 +141,8 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
                 ks.append(float(drawn.smooth().pareto_k.max()))
             parts.append(_chain(p, drawn, args, kwargs, options, options.seed + i, attributes))
     drawn, arrays = parts[-1][0], [part for _, part in parts]
-    names = _Names({n for part in arrays for group, _ in part.values() for n in group}, options.dims)
+    taken = {n for part in arrays for group, _ in part.values() for n in group}
+    names = _Names(taken, options.dims, drawn.times)
     shared = [g for g in arrays[0] if all(g in part for part in arrays)]
     if unknown := options.dims.keys() - names.taken:
         raise ArgumentError(f"dims: {sorted(unknown)} are not among the variables {sorted(names.taken)}.")
@@ -157,8 +159,8 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
 
 
 def _names_in(group: str, names: _Names) -> _Names:
-    """Densities carry the site's name but have no event dimensions to name."""
-    return names._replace(given={}) if group in ("log_prior", "log_likelihood") else names
+    """Densities carry the site's name but have no event dimensions, time included, to name."""
+    return names._replace(given={}, times={}) if group in ("log_prior", "log_likelihood") else names
 
 
 def _chain(
@@ -296,6 +298,8 @@ def _dims(
     if list(shape[: len(plates)]) != [p.size for p in plates]:
         plates = ()
     named = [f"{p.name}_dim" if p.name in names.taken or p.name in SAMPLE_DIMS else p.name for p in plates]
+    if name in names.times and len(shape) > len(named):
+        named.append(names.times[name])
     event = list(names.given.get(name, [f"{name}_dim_{i}" for i in range(len(shape) - len(named))]))
     if len(named) + len(event) != len(shape):
         raise ArgumentError(
@@ -316,7 +320,9 @@ def _data_groups(drawn: Draws, model: Program, args: tuple, kwargs: Mapping[str,
     for name, x in _tensors(model, args, kwargs).items():
         if not any(_same_values(x, o) for o in drawn.observed.values()):
             rows = [p for p in every if x.dim() and p.size == x.shape[0]]
-            constants[name] = variable(name, x, tuple(rows) if len({p.name for p in rows}) == 1 else ())
+            dims, values = variable(name, x, tuple(rows) if len({p.name for p in rows}) == 1 else ())
+            # an argument named like a site need not have its shape
+            constants[name] = tuple(d.replace(f"{name}_dim_", f"{name}_data_dim_") for d in dims), values
     observed = {n: variable(n, x, drawn.plates[n]) for n, x in drawn.observed.items()}
     return {"observed_data": xarray.Dataset(observed), "constant_data": xarray.Dataset(constants)}
 

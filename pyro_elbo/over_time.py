@@ -204,12 +204,16 @@ def take_apart(fn: Distribution, tensors: list[Tensor]) -> Structure | None:
     None for distributions that hold tensors in other ways, such as in the transforms of a flow.
     """
     try:
-        fn = fn.expand(fn.batch_shape)  # by contract every tensor gets all batch dimensions
+        fn = fn.expand(fn.batch_shape)  # gives tensors all batch dimensions
     except NotImplementedError:
         return None
     parts: dict[str, Any] = {}
     for key, x in vars(fn).items():
         if isinstance(x, Tensor):
+            if key.startswith("_unbroadcasted_"):  # torch's multivariate normals leave these as they are
+                x = x.expand(fn.batch_shape + x.shape[x.dim() - (1 if key.endswith("diag") else 2) :])
+            if x.shape[: len(fn.batch_shape)] != fn.batch_shape:
+                return None
             known = [i for i, y in enumerate(tensors) if y is x]
             parts[key] = _Position(known[0] if known else len(tensors))
             tensors += [] if known else [x]

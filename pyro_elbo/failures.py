@@ -28,7 +28,9 @@ def explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
         if is_capturing():
             raise
         reason = str(error).splitlines()[0]
-        for name, x in {**dict(enumerate(args)), **kwargs}.items():
+        shapes_differ = re.search("(dimension|size)", reason) and "invalid values" not in str(error)
+        arguments = {} if shapes_differ else {**dict(enumerate(args)), **kwargs}  # NaN may be padding
+        for name, x in arguments.items():
             if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
                 raise NonFiniteError(
                     f"Argument {name} of the program: {count_nonfinite(x)}, and the program failed on it: {reason} "

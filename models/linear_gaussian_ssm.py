@@ -104,7 +104,9 @@ class LinearGaussianSSM:
             chain, x_t, observed_t = row
             z = chain.sample(z)
             with pyro.poutine.mask(mask=observed_t):
-                pyro.sample("x", dist.MultivariateNormal(_times(self.emission, z), scale_tril=self.emission_scale_tril), obs=x_t)
+                pyro.sample(
+                    "x", dist.MultivariateNormal(_times(self.emission, z), scale_tril=self.emission_scale_tril), obs=x_t
+                )
             return z, z
 
         return self._scan(step, (self.prior(*x.shape[:2]), x, observed), lengths)

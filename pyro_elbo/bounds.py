@@ -68,9 +68,9 @@ def _shared_dims(sites: Mapping[str, Term], particle_dim: int | None) -> set[int
         others = [p for p in term.plates if p not in shared and p.size != p.full_size]
         if others:
             raise SiteError(
-                f"Site '{name}': plate '{others[0].name}' is subsampled, but not all sites lie in it, so that no row has "
-                "a weight of its own and the bound would not be one. Take the full data, or put every latent into "
-                "the plate."
+                f"Site '{name}': plate '{others[0].name}' is subsampled, but not all sites lie in it, so that no row "
+                "has a weight of its own and the bound would not be one. Take the full data, or put every latent "
+                "into the plate."
             )
     return {p.dim for p in shared} | ({particle_dim} if particle_dim is not None else set())
 
@@ -82,6 +82,11 @@ def _kept(x: Tensor, keep: set[int]) -> Tensor:
 
 
 def shared_scale(sites: Mapping[str, Term]) -> float | Tensor:
+    """The one scale of all sites.
+
+    Raises:
+        SiteError: they differ.
+    """
     scales = [t.scale for t in sites.values()]
     first = scales[0]
     if any(isinstance(s, Tensor) or s != first for s in scales):

@@ -232,10 +232,10 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
             ``"frame"`` by the number of real frames (lengths and masks), ``"step"`` by T. The other numbers of the
             terms stay totals.
         bound: ``"elbo"``; ``"importance"``: the log of the mean weight of ``num_particles`` particles, per sequence;
-            ``"filtering"``: the same with resampling, which stays tight for long sequences (model and guide draw all
-            latents in one pe.scan each; ``terms.elbo`` is then an average over resampled particles, no bound).
-        resample: with ``"filtering"``, the part of the particles below which the effective sample size makes a sequence
-            resample; 1 resamples at every step, 0 never.
+            ``"filtering"``: the same with resampling, which stays tight for long sequences (model and guide draw
+            all latents in one pe.scan each; ``terms.elbo`` is then an average over resampled particles, no bound).
+        resample: with ``"filtering"``, the part of the particles below which the effective sample size makes a
+            sequence resample; 1 resamples at every step, 0 never.
         options: those of :class:`TraceBeta_ELBO`.
 
     Raises:

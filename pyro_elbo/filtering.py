@@ -10,7 +10,7 @@ References:
     Naesseth et al. (2018), arXiv:1705.11140.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import torch
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor
 
-from pyro_elbo.errors import SiteError
+from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.over_time import fill_masked, log_mean_exp, masked
 from pyro_elbo.steps import Drawn, Steps
 from pyro_elbo.tracing import captured_loop
@@ -81,8 +81,8 @@ class Filter:
             self.run_guide()
         if not self._results:
             raise SiteError(
-                "The filtering bound needs a guide that draws its latents in a pe.scan, as the model does. Move the guide's "
-                "sites into the step of a scan."
+                "The filtering bound needs a guide that draws its latents in a pe.scan, as the model does. Move the "
+                "guide's sites into the step of a scan."
             )
         return self._results["model"]
 
@@ -168,14 +168,14 @@ def _check(q: Side, p: Side) -> None:
     if q.steps.total != p.steps.total or q.reverse or p.reverse:
         ways = [f"{s.steps.total} steps{' backward' * s.reverse}" for s in (p, q)]
         raise SiteError(
-            f"The filtering bound runs model and guide forward through the same steps, but the model takes {ways[0]} and "
-            f"the guide {ways[1]}."
+            f"The filtering bound runs model and guide forward through the same steps, but the model takes {ways[0]} "
+            f"and the guide {ways[1]}."
         )
     for name, site in q.steps.last.items():
         if not site.fn.has_rsample:
             raise SiteError(
-                f"Site '{name}' has no pathwise gradient ({type(site.fn).__name__}), which the filtering bound needs. Use "
-                "bound='importance'."
+                f"Site '{name}' has no pathwise gradient ({type(site.fn).__name__}), which the filtering bound needs. "
+                "Use bound='importance'."
             )
     latent = {n for n, s in p.steps.last.items() if not s.observed and not s.infer.get("_deterministic")}
     if missing := sorted(latent - q.steps.last.keys()):
@@ -183,15 +183,37 @@ def _check(q: Side, p: Side) -> None:
 
 
 def one_by_one(
-    body: Callable[[list[Tensor], list[Tensor]], Ran], state: list[Tensor], columns: list[Tensor], total: int, reverse: bool
+    body: Callable[[list[Tensor], list[Tensor]], Ran],
+    state: list[Tensor],
+    columns: list[Tensor],
+    total: int,
+    reverse: bool,
 ) -> Ran:
     """Run a step over time in Python: the last carry, and what is kept of all steps, time first."""
     rows = []
     for t in range(total - 1, -1, -1) if reverse else range(total):
         state, row = body(state, [x[t] for x in columns])
         rows.append(row)
-    kept = zip(*(rows[::-1] if reverse else rows), strict=True)
-    return state, [torch.stack(torch.broadcast_tensors(*column)) for column in kept]
+    return state, stack_rows(rows[::-1] if reverse else rows)
+
+
+def stack_rows(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The tensors of all steps, time first.
+
+    Raises:
+        ArgumentError: one changes its shape from step to step.
+    """
+    stacked = []
+    for column in zip(*rows, strict=True):
+        try:
+            stacked.append(torch.stack(torch.broadcast_tensors(*column)))
+        except RuntimeError as error:
+            shapes = list(dict.fromkeys(tuple(x.shape) for x in column))
+            raise ArgumentError(
+                f"pe.scan: a tensor that step returns in its out, or a mask, changes its shape over time: {shapes}. Give it "
+                "one shape."
+            ) from error
+    return stacked
 
 
 _active: ContextVar[Filter | None] = ContextVar("filter", default=None)

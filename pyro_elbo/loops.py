@@ -1,11 +1,10 @@
 """A scan inside of a captured graph: one operator that calls the machine code of one step T times.
 
-The step is traced once, with its gradient. What needs the carry runs inside of the operator; all else becomes part of the
-graph around it, for all steps at once. Neither the graph nor its compilation grows with T.
+The step is traced once, with its gradient. What needs the carry runs inside of the operator; all else becomes part of
+the graph around it, for all steps at once. Neither the graph nor its compilation grows with T.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,136 +12,18 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse, rand_ops
 from torch._inductor import config as inductor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from pyro_elbo import capture
-from pyro_elbo.capture import Graph
 from pyro_elbo.errors import CompileError
-from pyro_elbo.executable import Handles, _compile, _driver, _entry
+from pyro_elbo.operators import register, register_draws
 from pyro_elbo.partition import StepGraph, Values, depending_on, drop_zeros, is_random, recurrence, split_products
 from pyro_elbo.recurring import Numbers, Ran, shared_states
 
 aten = torch.ops.aten
 Body = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
-
-
-# --- the operator -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Loop:
-    """What the operator with its key runs: the recurrence of one step, which fills the room that it is given."""
-
-    module: fx.GraphModule
-    inputs: tuple[Tensor, ...]
-    exports: tuple[tuple[torch.Size, torch.dtype], ...]
-    reverse: bool
-    machine: Any = None
-
-    def room(self, carry: Sequence[Tensor], like: Tensor, steps: int) -> list[Tensor]:
-        """Tensors for the carry before and after all steps, and for what each step exports; and one that pads."""
-        states = [c.new_empty((steps + 1, *c.shape)) for c in carry]
-        return states + [like.new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports] + [_padding(like)]
-
-
-def _padding(like: Tensor) -> Tensor:
-    """One output more: Inductor's C++ wrapper (torch 2.13) takes a list of one tensor for the tensor."""
-    return like.new_empty(0)
-
-
-_loops: dict[int, _Loop] = {}
-_library = torch.library.Library("pyro_elbo", "DEF")
-_library.define("loop(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key) -> Tensor[]")
-
-
-def _meta(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
-    return _loops[key].room(carry, (*carry, *inputs, *constants)[0], steps)
-
-
-def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
-    loop = _loops[key]
-    room = _meta(constants, carry, inputs, steps, key)
-    states, exports = room[: len(carry)], room[len(carry) : -1]
-    for state, c in zip(states, carry, strict=True):
-        state[steps if loop.reverse else 0].copy_(c)
-    before, after = (slice(1, None), slice(steps)) if loop.reverse else (slice(steps), slice(1, None))
-    columns = [x.unbind() for x in (*(s[before] for s in states), *inputs, *(s[after] for s in states), *exports)]
-    rows = list(zip(*columns, strict=True))
-    rows = rows[::-1] if loop.reverse else rows
-    fixed = [_laid_out(x, like) for x, like in zip(constants, loop.inputs, strict=False)]
-    if loop.machine is None:
-        for row in rows:
-            loop.module(*fixed, *row)
-        return room
-    handles = Handles(fixed), Handles(x for row in rows for x in row)
-    message = _driver().run(_entry(loop.machine), handles[0].capsules, [], handles[1].capsules, steps)
-    if message is not None:
-        raise RuntimeError(f"The compiled step failed: {message.decode()}")
-    return room
-
-
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    return x if x.stride() == like.stride() else torch.empty_strided(like.shape, like.stride(), dtype=x.dtype).copy_(x)
-
-
-_library.impl("loop", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("pyro_elbo::loop", _meta, lib=_library)
-
-
-def _key(x: Any) -> int:
-    """A number that is the same in every process."""
-    return int.from_bytes(hashlib.sha256(repr(x).encode()).digest()[:7], "little")
-
-
-_streams: dict[int, tuple[tuple[str, ...], tuple[Any, ...]]] = {}
-_library.define("draws(int steps, bool reverse, int key) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,))
-rand_ops.append(torch.ops.pyro_elbo.draws)  # two calls with the same arguments are not the same
-
-
-def _room_for_draws(steps: int, reverse: bool, key: int) -> list[Tensor]:
-    rows = [torch.empty((steps, *shape), dtype=dtype, device=device) for shape, dtype, device in _streams[key][1]]
-    return [*rows, _padding(rows[0])]
-
-
-def _draw(steps: int, reverse: bool, key: int) -> list[Tensor]:
-    """Draw for one step after the other, as a program does."""
-    rows = _room_for_draws(steps, reverse, key)
-    for t in reversed(range(steps)) if reverse else range(steps):
-        for kind, x in zip(_streams[key][0], rows, strict=False):
-            x[t].normal_() if kind == "normal" else x[t].uniform_()
-    return rows
-
-
-_library.impl("draws", _draw, "CompositeExplicitAutograd")
-torch.library.register_fake("pyro_elbo::draws", _room_for_draws, lib=_library)
-
-
-def _register(module: fx.GraphModule, inputs: Sequence[Tensor], exports: Any, reverse: bool) -> int:
-    """Keep a recurrence for compilation and return the key by which the operator finds it, in any process."""
-    layout = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs]
-    key = _key((module.code, layout, exports, reverse))
-    _loops.setdefault(key, _Loop(module, tuple(inputs), exports, reverse))
-    return key
-
-
-def compile_pending() -> None:
-    """Compile the recurrences of the loops that were captured last."""
-    for loop in _loops.values():
-        if loop.machine is None:
-            mode = FakeTensorMode(shape_env=ShapeEnv())
-            real = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in loop.inputs]
-            fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in real)
-            with mode:
-                graph = make_fx(loop.module, capture._decompositions(True))(*fakes)
-            capture._write_out_alpha(graph.graph)
-            loop.machine = _compile(Graph(capture._optimise(graph, mode, fakes), (), (), fakes), True)
-
-
-# --- tracing one step -------------------------------------------------------------------------------------------
 
 
 def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
@@ -192,7 +73,9 @@ def _forward(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], resu
     return _read(module, constants, n, len(leaves))
 
 
-def _to_run(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], seen: Sequence[Tensor], uses: Sequence[Tensor]) -> _Traced:
+def _to_run(
+    body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], seen: Sequence[Tensor], uses: Sequence[Tensor]
+) -> _Traced:
     """Trace one step to run it: with its gradient if something in it needs one.
 
     Args:
@@ -200,7 +83,10 @@ def _to_run(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], seen:
         uses: the constants that it used.
     """
     seeded, n = [i for i, x in enumerate(seen) if x.requires_grad], len(carry)
-    leaves = [*(_fresh(c, bool(seeded)) for c in carry), *(_fresh(x[0], bool(seeded) and x.requires_grad) for x in inputs)]
+    leaves = [
+        *(_fresh(c, bool(seeded)) for c in carry),
+        *(_fresh(x[0], bool(seeded) and x.requires_grad) for x in inputs),
+    ]
     seeds = [_fresh(seen[i], False) for i in seeded]
     wanted = [x for x in (*leaves, *uses) if x.requires_grad] if seeded else []
 
@@ -273,9 +159,6 @@ def _lift_draws(graph: fx.Graph) -> list[_Draws]:
     return draws
 
 
-# --- running it over time ---------------------------------------------------------------------------------------
-
-
 def _over_time(
     values: Values,
     nodes: Sequence[fx.Node],
@@ -322,7 +205,7 @@ def _loop(
         like = [*constants, *state, *(x[0] for x in inputs), *state]
         rows = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in like]
         rows += [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in exports]
-    key = _register(part.module(), rows, tuple((x.shape, x.dtype) for x in exports), reverse)
+    key = register(part.module(), rows, tuple((x.shape, x.dtype) for x in exports), reverse)
     room = torch.ops.pyro_elbo.loop(constants, state, inputs, values.steps, key)
     for c, states in zip(carry, room, strict=False):
         values.over_time[c] = states[1:] if reverse else states[:-1]
@@ -338,7 +221,9 @@ class _Scan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with torch._C.DisableTorchFunction():  # rows of a batch are no tensors of the program
             results = traced.forward(tensors)
-        ctx.mark_non_differentiable(*(x for x, g in zip(results, traced.step.graph.gradients, strict=True) if g is None))
+        ctx.mark_non_differentiable(
+            *(x for x, g in zip(results, traced.step.graph.gradients, strict=True) if g is None)
+        )
         return tuple(results)
 
     @staticmethod
@@ -402,7 +287,9 @@ def _without_zeros(
     nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
     while True:
         equal = drop_zeros(nodes, zero, replace=False)
-        wrong = {c for c in carried if c in zero and gradients[c] is not None and equal.get(gradients[c], c) is not None}
+        wrong = {
+            c for c in carried if c in zero and gradients[c] is not None and equal.get(gradients[c], c) is not None
+        }
         if not wrong:
             return drop_zeros(nodes, zero, replace=True), [c for c in carried if c not in zero]
         zero -= wrong
@@ -419,9 +306,7 @@ def _drawn(draws: Sequence[_Draws], steps: int, reverse: bool) -> dict[fx.Node, 
     kinds = tuple(capture._RANDOM[d.target] for d in draws)
     if inductor.fallback_random:
         shapes = tuple((tuple(d.like.shape), d.like.dtype, d.like.device) for d in draws)
-        key = _key((kinds, shapes))
-        _streams[key] = kinds, shapes
-        rows = torch.ops.pyro_elbo.draws(steps, reverse, key)
+        rows = torch.ops.pyro_elbo.draws(steps, reverse, register_draws(kinds, shapes))
     else:
         rows = [torch.empty((steps, *d.like.shape), dtype=d.like.dtype, device=d.like.device) for d in draws]
         rows = [x.normal_() if kind == "normal" else x.uniform_() for kind, x in zip(kinds, rows, strict=True)]
@@ -467,10 +352,16 @@ class Loops:
             alone = _forward(reduced, state, columns, seen)
             step = _to_run(reduced, state, columns, seen, alone.constants)
         results = list(_Scan.apply(_Bound(step, steps, reverse), *step.constants, *state, *columns))
-        finals, outs, states = results[: len(rest)], results[len(rest) : -len(rest) or None], results[-len(rest) or len(results) :]
+        finals, outs, states = (
+            results[: len(rest)],
+            results[len(rest) : -len(rest) or None],
+            results[-len(rest) or len(results) :],
+        )
         if rest:
             self._remember(alone, state, columns, finals, outs, states, steps, reverse)
-        last = dict(zip(rest, finals, strict=True)) | {i: other.finals[j] for i, j in known.items() if other is not None}
+        last = dict(zip(rest, finals, strict=True)) | {
+            i: other.finals[j] for i, j in known.items() if other is not None
+        }
         return [last[i] for i in range(len(carry))], outs
 
     def _known(

@@ -76,9 +76,7 @@ class OverTime(TorchDistribution):
 
     arg_constraints = {}
 
-    def __init__(
-        self, steps: Distribution, value: Tensor, mask: Bool[Tensor, "..."] | bool | None, run: Run
-    ) -> None:
+    def __init__(self, steps: Distribution, value: Tensor, mask: Bool[Tensor, "..."] | bool | None, run: Run) -> None:
         self.steps, self.value, self.mask, self.run = steps, value, mask, run
         batch_shape = steps.batch_shape
         super().__init__(batch_shape[:-1], batch_shape[-1:] + steps.event_shape, validate_args=False)
@@ -96,7 +94,9 @@ class OverTime(TorchDistribution):
     def sample(self, sample_shape: Size = Size()) -> Tensor:
         """What the scan drew: other draws need the program."""
         if sample_shape:
-            raise SiteError("The sites of a scan are drawn by running it: one step depends on the one before.")
+            raise SiteError(
+                "The sites of a scan are drawn by running it, as one step depends on the one before: run the program again."
+            )
         return self.value
 
     rsample = sample
@@ -149,7 +149,10 @@ class Recorded(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """The log density, of the recorded value only (nats)."""
         if value is not self.value:
-            raise SiteError(f"A {type(self.like).__name__} inside of a scan knows the density of its own draws only.")
+            raise SiteError(
+                f"A {type(self.like).__name__} inside of a scan knows the density of its own draws only. Run the program on "
+                "other values instead (pyro.poutine.condition)."
+            )
         return self.density
 
 

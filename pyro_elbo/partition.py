@@ -1,9 +1,9 @@
 """One step of a loop as a graph, taken apart by what depends on the step before.
 
 A step maps (constants, carry, inputs) to (next carry, outs); its backward maps gradients of the next carry and of the
-outs to those of carry, inputs and constants. In either direction only what the recurrence itself needs has to run step by
-step. The rest is evaluated for all steps at once: what does not depend on the carry before the loop, what the next carry
-does not need after it.
+outs to those of carry, inputs and constants. In either direction only what the recurrence itself needs has to run step
+by step. The rest is evaluated for all steps at once: what does not depend on the carry before the loop, what the next
+carry does not need after it.
 """
 
 import operator
@@ -112,7 +112,9 @@ class Values:
         if not batched:
             return
         inside = set(batched)
-        inputs = list(dict.fromkeys(x for n in batched for x in n.all_input_nodes if x in self.over_time and x not in inside))
+        inputs = list(
+            dict.fromkeys(x for n in batched for x in n.all_input_nodes if x in self.over_time and x not in inside)
+        )
 
         def function(index: Tensor, *values: Tensor) -> list[Any]:
             local: dict[fx.Node, Any] = dict(zip(inputs, values, strict=True))
@@ -129,8 +131,10 @@ class Values:
         if node in self.constant:
             return self.constant[node] * self.steps
         arguments = node.args
-        if node.target in (aten.add.Tensor,) and not node.kwargs and all(
-            isinstance(x, fx.Node) and _shape(x) == _shape(node) for x in arguments
+        if (
+            node.target in (aten.add.Tensor,)
+            and not node.kwargs
+            and all(isinstance(x, fx.Node) and _shape(x) == _shape(node) for x in arguments)
         ):
             return self.total(arguments[0]) + self.total(arguments[1])
         if node.target is aten.mm.default:
@@ -149,6 +153,7 @@ def _shape(node: fx.Node) -> Any:
 
 
 def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
@@ -159,7 +164,7 @@ def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
 
 
 def split_products(graph: fx.Graph, carry: Sequence[fx.Node]) -> None:
-    """Take products with joined inputs apart, [a b] W = a W_a + b W_b, where only one of the inputs depends on the carry.
+    """Take products with joined inputs apart, [a b] W = a W_a + b W_b, where one of the inputs depends on the carry.
 
     Then the other one's product can be made for all steps at once; likewise the columns of a product that only a part of
     the backward needs.
@@ -210,6 +215,15 @@ _ANY_ZERO = (aten.mul.Tensor, aten.mm.default, aten.bmm.default)
 _FIRST_ZERO = (*_LINEAR, *_SAME, aten.div.Tensor, aten.expand.default, aten.clone.default, aten.mul.Scalar)
 
 
+def _is_zero(target: Any, zero: list[bool]) -> bool:
+    """Whether an operator gives zero, if those of its arguments are zero."""
+    if target is aten.where.self:
+        return zero[1:] == [True, True]
+    if target in (aten.add.Tensor, aten.sub.Tensor):
+        return all(zero)
+    return target in _ANY_ZERO or (target in _FIRST_ZERO and zero[0])
+
+
 def drop_zeros(nodes: Iterable[fx.Node], zeros: set[fx.Node], *, replace: bool) -> dict[fx.Node, fx.Node | None]:
     """Follow zeros through linear operators: what a node is equal to, None for a zero, where it is not itself.
 
@@ -220,11 +234,7 @@ def drop_zeros(nodes: Iterable[fx.Node], zeros: set[fx.Node], *, replace: bool) 
         zero = [equal.get(x, x) is None for x in node.args if isinstance(x, fx.Node)]
         if not any(zero):
             continue
-        if node.target in _ANY_ZERO or all(zero) and node.target in (aten.add.Tensor, aten.sub.Tensor):
-            equal[node] = None
-        elif node.target in _FIRST_ZERO and zero[0]:
-            equal[node] = None
-        elif node.target is aten.where.self and len(zero) == 3 and zero[1] and zero[2]:
+        if _is_zero(node.target, zero):
             equal[node] = None
         elif node.target is aten.add.Tensor and len(zero) == 2:
             (other,) = (x for x, z in zip(node.args, zero, strict=True) if not z)

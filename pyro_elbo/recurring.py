@@ -1,7 +1,7 @@
 """Which state of a loop another loop has computed already.
 
-A guide and a model that scan the same cell over the same inputs compute the same hidden states twice. Two states are the
-same if they start from the same value and if, assuming that they are the same at one step, they are at the next.
+A guide and a model that scan the same cell over the same inputs compute the same hidden states twice. Two states are
+the same if they start from the same value and if, assuming that they are the same at one step, they are at the next.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -108,9 +108,7 @@ class Ran:
     finals: tuple[Tensor, ...]
 
 
-def shared_states(
-    graph: StepGraph, leaves: dict[fx.Node, Leaf], starts: Sequence[int], other: Ran
-) -> dict[int, int]:
+def shared_states(graph: StepGraph, leaves: dict[fx.Node, Leaf], starts: Sequence[int], other: Ran) -> dict[int, int]:
     """Which states of a loop are which states of another one that has run."""
     index = {key_of(n, lambda x: x): n for n in other.graph.graph.nodes if n.op == "call_function" and not is_random(n)}
     same = {place: other.leaves[number] for place, number in leaves.items() if number in other.leaves}

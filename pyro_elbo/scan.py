@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.errors import ArgumentError, CompileError
-from pyro_elbo.filtering import Side, active_filter, one_by_one
+from pyro_elbo.filtering import Side, active_filter, one_by_one, stack_rows
 from pyro_elbo.over_time import Run
 from pyro_elbo.steps import Step, Steps
 from pyro_elbo.tracing import captured_loop, holds
@@ -73,6 +73,8 @@ def scan(
     References:
         Bradbury et al. (2018), JAX (``jax.lax.scan``); Phan, Pradhan, Jankowiak (2019), arXiv:1912.11554.
     """
+    if horizon and reverse:
+        raise ArgumentError("pe.scan: a forecast runs forward from the end of xs: choose horizon or reverse.")
     inputs = _Inputs.make(xs, lengths, length, horizon, dim)
     steps = Steps(step, inputs.total)
     last, stacked = _run(steps, init, inputs, reverse)
@@ -103,8 +105,7 @@ def _one_by_one(steps: Steps, init: Any, inputs: "_Inputs", reverse: bool) -> tu
         valid = None if inputs.valid is None else inputs.valid[t]
         carry, row = steps.run(carry, inputs.at(t), valid, t, steps.given_at(t))
         rows.append(row)
-    columns = zip(*(rows[::-1] if reverse else rows), strict=True)
-    return carry, [torch.stack(torch.broadcast_tensors(*column)) for column in columns]
+    return carry, stack_rows(rows[::-1] if reverse else rows)
 
 
 def _side(steps: Steps, state: Sequence[Any], spec: Any, inputs: "_Inputs", reverse: bool) -> Side:
@@ -163,7 +164,7 @@ class _Inputs:
         if lengths is None:
             return _Inputs(xs, given, given + horizon, None)
         if horizon:
-            raise ArgumentError("pe.scan: a forecast starts where all sequences end: horizon and lengths exclude each other.")
+            raise ArgumentError("pe.scan: a forecast starts where all sequences end: choose horizon or lengths.")
         lengths = _check_lengths(lengths, given, [x for x in pytree.tree_leaves(xs) if x is not None])
         times = torch.arange(given, device=lengths.device).reshape(-1, *(1,) * lengths.dim())
         last = torch.minimum(times, lengths - 1)
@@ -180,7 +181,9 @@ class _Inputs:
 
 def _size(x: Tensor, dim: int) -> int:
     if not -x.dim() <= dim < x.dim():
-        raise ArgumentError(f"pe.scan: xs holds a tensor of shape {tuple(x.shape)}, which has no dimension {dim} for time.")
+        raise ArgumentError(
+            f"pe.scan: xs holds a tensor of shape {tuple(x.shape)}, which has no dimension {dim} for time. Choose another dim."
+        )
     return x.shape[dim]
 
 

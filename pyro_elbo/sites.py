@@ -178,8 +178,8 @@ def run_filter(
     outside = [n for n, s in model_sites.items() if s.role == "latent" and not isinstance(s.fn, OverTime)]
     if outside or by.log_evidence is None:
         raise SiteError(
-            f"The filtering bound resamples whole particles: all latents must be drawn in one pe.scan (outside: {outside}). "
-            "Make what is drawn before part of its first step, or use bound='importance'."
+            f"The filtering bound resamples whole particles: all latents must be drawn in one pe.scan, not {outside} "
+            "outside of it. Make what is drawn before part of its first step, or use bound='importance'."
         )
     guide_sites = {site.name: site for site in _read(drawn, "auxiliary", model_sites)}
     _check_pair(model_sites, guide_sites)

@@ -9,7 +9,9 @@ import pyro
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.do_messenger import DoMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.reparam_messenger import ReparamMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Distribution
@@ -85,9 +87,9 @@ class _Collector(Messenger):
         if type(fn).__name__ == "_Subsample":
             _check_full(name, fn)
             return
-        if isinstance(fn, OverTime) or msg["infer"].get("enumerate"):
-            what = "that of a scan inside of a scan's step" if isinstance(fn, OverTime) else "enumerated in a scan"
-            raise SiteError(f"Site '{name}' is {what}, which is not possible: draw it, or write the inner loop out.")
+        if isinstance(fn, OverTime):
+            raise SiteError(f"Site '{name}' is that of a scan inside of a scan's step: write the inner loop out.")
+        _check_drawn(msg)
         self._inside[name] = msg["cond_indep_stack"]
         if name not in self.outside:
             self.outside[name] = _ask(msg, _PYRO_STACK[: _PYRO_STACK.index(self)])
@@ -144,12 +146,35 @@ def _check_full(name: str, fn: Any) -> None:
         )
 
 
+def _check_drawn(msg: Any) -> None:
+    if msg["infer"].get("enumerate"):
+        raise SiteError(f"Site '{msg['name']}' is enumerated in a scan, which is not possible: draw it.")
+
+
+def _check_handler(handler: Any, msg: Any) -> None:
+    """Refuse handlers that put other sites in the place of one, which they could do once but not over time."""
+    name = msg["name"]
+    if isinstance(handler, ReparamMessenger):
+        config = handler.config
+        replaces = config.get(name) if isinstance(config, dict) else config(msg)
+    else:
+        replaces = handler.data.get(name) if isinstance(handler, DoMessenger) else None
+    if replaces is not None:
+        kind = "reparam" if isinstance(handler, ReparamMessenger) else "do"
+        raise SiteError(
+            f"Site '{name}': pyro.poutine.{kind} around a scan cannot replace a site of its step. Put the handler inside "
+            "of the step."
+        )
+
+
 def _ask(msg: Any, handlers: Sequence[Any]) -> Outside:
     """Let the handlers around a scan process a site without telling any of them that it was drawn."""
     probe = dict(msg) | {"infer": dict(msg["infer"]), "stop": False}
     for handler in reversed(handlers):
+        _check_handler(handler, probe)
         if not isinstance(handler, InitMessenger):  # gives one step's value here, all steps' at the end
             handler._process_message(probe)
+        _check_drawn(probe)
         if probe["stop"]:
             break
     value = probe["value"]
@@ -173,6 +198,7 @@ class Steps:
         self.valid: Tensor | None = None
         self.width = 0
         self._kept: _Kept | None = None
+        self._drawn: set[str] = set()
 
     def given_at(self, t: int) -> Given:
         """What handlers give for the sites of step ``t``."""
@@ -208,6 +234,7 @@ class Steps:
         self._kept = self._kept or now
         tensors += [x for x in leaves if isinstance(x, Tensor)]
         self.last, self.valid, self.width = collector.sites, valid, len(tensors)
+        self._drawn |= {name for name, site in collector.sites.items() if not site.observed}
         return carry, tensors
 
     def peek(self, carry: Any, x: Any, valid: Tensor | None) -> Any:
@@ -269,8 +296,9 @@ class Steps:
     def _state(self, name: str, site: Drawn, fn: OverTime, value: Tensor) -> None:
         given = self.outside[name].value
         drawn_later = given is not None and given.shape != value.shape
+        observed = name not in self._drawn and not drawn_later  # at all steps: a forecast is no observation
         with _Inside(site), _at_the_bottom(_Decided(value) if drawn_later else None):
-            pyro.sample(name, fn, obs=value if site.observed and not drawn_later else None, infer=site.infer)
+            pyro.sample(name, fn, obs=value if observed else None, infer=site.infer)
 
 
 @contextmanager
@@ -315,22 +343,35 @@ def _compare(first: _Kept, now: _Kept, t: int) -> None:
     for name, site in now.sites.items():
         a, b = first.structures[name], now.structures[name]
         if (a is None) != (b is None) or (a is not None and b is not None and not a.matches(b)):
-            raise SiteError(f"Site '{name}': step {t} of a scan has {_words(site)}, earlier steps {_words(first.sites[name])}.")
+            raise SiteError(
+                f"Site '{name}': step {t} of a scan has {_words(site)}, earlier steps {_words(first.sites[name])}. Keep its "
+                "distribution and shapes: only the values of its parameters may change over time."
+            )
         if isinstance(site.mask, Tensor) != isinstance(first.sites[name].mask, Tensor) or not _equal(
             site.scale, first.sites[name].scale
         ):
             raise SiteError(
-                f"Site '{name}': mask or scale are of another kind in step {t} than in earlier ones. Use a mask tensor "
-                "in all steps; a scale per step belongs into beta."
+                f"Site '{name}': mask or scale are of another kind in step {t} than in earlier ones. Use a mask "
+                "tensor in all steps; a scale per step belongs into beta."
             )
-    if first.spec != now.spec or first.constants != now.constants:
-        raise ArgumentError(f"pe.scan: the out of step {t} is made differently from that of earlier steps.")
+    if first.spec != now.spec or any(map(_differ, first.constants, now.constants)):
+        raise ArgumentError(
+            f"pe.scan: the out of step {t} is made differently from that of earlier steps. Return the same structure at "
+            "every step, and make what changes a tensor."
+        )
 
 
 def _equal(a: float | Tensor, b: float | Tensor) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and bool((a == b).all()))
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+
+
+def _differ(a: Any, b: Any) -> bool:
+    try:
+        return bool(a != b)
+    except ValueError:  # arrays
+        return a is not b
 
 
 def _words(site: Drawn) -> str:
@@ -351,12 +392,14 @@ def _next_carry(old: Any, new: Any, valid: Tensor | None, rank: int, t: int, gro
     carry = []
     for i, (a, b) in enumerate(zip(olds, news, strict=True)):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            if isinstance(a, Tensor) or isinstance(b, Tensor) or a != b:
-                raise ArgumentError(f"pe.scan: part {i} of the carry changes from {a!r} to {b!r} in step {t}: make it a tensor.")
+            if isinstance(a, Tensor) or isinstance(b, Tensor) or _differ(a, b):
+                raise ArgumentError(
+                    f"pe.scan: part {i} of the carry changes from {a!r} to {b!r} in step {t}: make it a tensor."
+                )
         elif a.dtype != b.dtype or not (a.shape == b.shape or (grows and _broadcasts(a, b))):
             raise ArgumentError(
-                f"pe.scan: part {i} of the carry changes in step {t}: expected {a.dtype} of shape {tuple(a.shape)}, got "
-                f"{b.dtype} of shape {tuple(b.shape)}. Let init have the shape and dtype that step returns."
+                f"pe.scan: part {i} of the carry changes in step {t}: expected {a.dtype} of shape {tuple(a.shape)}, "
+                f"got {b.dtype} of shape {tuple(b.shape)}. Let init have the shape and dtype that step returns."
             )
         elif valid is not None:
             b = torch.where(_over_carry(valid, b, rank, i), b, a)

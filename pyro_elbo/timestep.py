@@ -1,9 +1,10 @@
 r"""Terms over time: loops that number their sites, and what a bound is divided by.
 
-.. math:: \sum_t E \log p(x_t \mid z_{\le t}, x_{<t}) - \sum_t \beta_t\, KL(q(z_t \mid z_{<t}, x) \,\|\, p(z_t \mid z_{<t}))
+.. math:: \sum_t E \log p(x_t \mid z_{\le t}, x_{<t})
+    - \sum_t \beta_t\, KL(q(z_t \mid z_{<t}, x) \,\|\, p(z_t \mid z_{<t}))
 
-Sites of :func:`pyro_elbo.scan` have a dimension of time from the start. Here the sites ``z_0, z_1, ...`` of a written-out
-loop (``pyro.markov`` or not) get the same form.
+Sites of :func:`pyro_elbo.scan` have a dimension of time from the start. Here the sites ``z_0, z_1, ...`` of a
+written-out loop (``pyro.markov`` or not) get the same form.
 """
 
 import re
@@ -49,9 +50,9 @@ def _join(name: str, loop: list[Term]) -> Term:
         same = (t.plates, t.event_shape, t.kind) == (first.plates, first.event_shape, first.kind)
         if not same or not (t.scale is first.scale or bool(torch.as_tensor(t.scale == first.scale).all())):
             raise SiteError(
-                f"Site '{t.name}' differs from '{first.name}' in plates, scale or event shape: the sites of a loop over "
-                f"time must be alike to be terms of one '{name}'. Mask what has ended (pyro.poutine.mask), use pe.scan, "
-                "or number only sites that are steps."
+                f"Site '{t.name}' differs from '{first.name}' in plates, scale or event shape: the sites of a loop "
+                f"over time must be alike to be terms of one '{name}'. Mask what has ended (pyro.poutine.mask), use "
+                "pe.scan, or number only sites that are steps."
             )
     masks = [t.mask for t in loop]
     mask = None

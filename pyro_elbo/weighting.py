@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.schedules import Capacity, Schedule
 from pyro_elbo.over_time import masked, over_event
+from pyro_elbo.schedules import Capacity, Schedule
 from pyro_elbo.terms import Term, num_data, scaled_sum
 
 Weight = float | Tensor | Schedule

@@ -142,6 +142,17 @@ class SequenceModel(nn.Module):
     def guide(self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None) -> None:
         """The posterior's program: draws z for every frame of x."""
 
+    @property
+    @abstractmethod
+    def output(self) -> nn.Linear:
+        """The layer that gives the log odds of x."""
+
+    @torch.no_grad()
+    def start_from(self, frames: Float[Tensor, "frames x_dim"]) -> None:
+        """Let the output's bias be the log odds of each feature among ``frames``: training need not learn it."""
+        frequency = (frames.sum(0) + 0.5) / (len(frames) + 1)
+        self.output.bias.copy_(torch.logit(frequency))
+
     def scan(
         self,
         step: Callable[[Any, Any], tuple[Any, Any]],

@@ -84,6 +84,10 @@ class DMM(SequenceModel):
         self.cell, self.combiner = GRU(x_dim, rnn), Combiner(z_dim, rnn)
         self.dropout, self.start = nn.Dropout(dropout), nn.Parameter(torch.zeros(z_dim))
 
+    @property
+    def output(self) -> nn.Linear:
+        return self.emitter.last
+
     def model(
         self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None, horizon: int = 0
     ) -> Float[Tensor, "*particles n all_time x_dim"]:

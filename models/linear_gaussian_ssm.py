@@ -100,7 +100,7 @@ class LinearGaussianSSM:
         """The Pyro program: sites ``z`` and ``x`` over time, in a plate ``sequences``."""
         observed = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
 
-        def step(z: Tensor, row: tuple[Chain, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def step(z: Tensor, row: tuple[Chain, Tensor, Any]) -> tuple[Tensor, Tensor]:
             chain, x_t, observed_t = row
             z = chain.sample(z)
             with pyro.poutine.mask(mask=observed_t):

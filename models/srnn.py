@@ -13,7 +13,7 @@ from typing import Any
 
 import pyro
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_elbo as pe
 from models.cells import GRU, MLP, TIME, SequenceModel, bernoulli, gaussian, summaries
@@ -34,6 +34,10 @@ class SRNN(SequenceModel):
         self.prior = MLP((z_dim, hidden), hidden, 2 * z_dim)
         self.decoder = MLP((z_dim, hidden), hidden, x_dim)
         self.encoder = MLP((z_dim, hidden), hidden, 2 * z_dim)
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.decoder.last
 
     def model(
         self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None, horizon: int = 0

@@ -15,7 +15,7 @@ Chung et al. (2015), A recurrent latent variable model for sequential data, arXi
 
 import pyro
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.cells import GRU, MLP, SequenceModel, bernoulli, gaussian, summaries
 
@@ -37,6 +37,10 @@ class VRNN(SequenceModel):
         self.decoder = MLP((hidden, hidden), hidden, x_dim)
         self.encoder = MLP((hidden, hidden), hidden, 2 * z_dim)
         self.cell = GRU((hidden, hidden), hidden)
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.decoder.last
 
     def model(
         self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None, horizon: int = 0
@@ -81,6 +85,10 @@ class MarkovVRNN(SequenceModel):
         self.decoder = MLP(z_dim, hidden, x_dim)
         self.encoder = MLP((z_dim, hidden), hidden, 2 * z_dim)
         self.cell = GRU(x_dim, hidden)
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.decoder.last
 
     def model(
         self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None, horizon: int = 0

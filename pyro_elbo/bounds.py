@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.over_time import log_mean_exp
+from pyro_elbo.over_time import log_mean_exp, masked
 from pyro_elbo.terms import Term
 
 
@@ -34,10 +34,12 @@ def importance_weighted(
         particle_dim: the batch dimension of the particles, if any.
 
     Raises:
-        SiteError: the data are subsampled, and a latent lies outside of their plate.
+        SiteError: the data are subsampled, and a latent lies outside of their plate; or a site without pathwise gradient
+            has a weight other than one.
     """
     keep = _shared_dims(sites, particle_dim)
-    log_w = sum(_kept(-weighted[n] if t.is_kl else t.nats, keep) for n, t in sites.items())
+    paid = weighted if particle_dim is None else {n: _with_gradient(sites[n], x) for n, x in weighted.items()}
+    log_w = sum(_kept(-paid[n] if t.is_kl else t.nats, keep) for n, t in sites.items())
     assert isinstance(log_w, Tensor)
     bound = log_w if particle_dim is None else log_mean_exp(log_w, particle_dim)
     scores = [_kept(t.score, keep) for t in sites.values() if t.score is not None]
@@ -46,6 +48,23 @@ def importance_weighted(
         score = score if particle_dim is None else score.sum(particle_dim, keepdim=True)
         bound = bound + score - score.detach()
     return (bound * shared_scale(sites)).sum() - constant
+
+
+def _with_gradient(term: Term, paid: Tensor) -> Tensor:
+    """What is paid for a site, with the gradient of log q also where draws carry none.
+
+    Its mean is zero under q, but not under the weights w_k / Σ w that the logarithm of a mean puts on it.
+    """
+    if term.score is None:
+        return paid
+    if paid is not term.nats:
+        raise SiteError(
+            f"Site '{term.name}' has no pathwise gradient: inside of log weights its KL must have weight one. Use beta=1 "
+            "without free_bits, or the ELBO."
+        )
+    steps = term.steps
+    log_q = masked(term.score, term.mask) if steps is None else masked(steps.score, steps.mask).sum(-1)
+    return paid + log_q - log_q.detach()
 
 
 def _signal(log_w: Tensor, bound: Tensor, particle_dim: int | None) -> Tensor:

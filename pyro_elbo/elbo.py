@@ -255,8 +255,8 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         torch.Size([5])
 
     References:
-        Chung et al. (2015), arXiv:1506.02216; Krishnan, Shalit, Sontag (2017), arXiv:1609.09869; Maddison et al. (2017),
-        arXiv:1705.09279.
+        Chung et al. (2015), arXiv:1506.02216; Krishnan, Shalit, Sontag (2017), arXiv:1609.09869; Maddison et al.
+        (2017), arXiv:1705.09279.
     """
 
     def __init__(
@@ -268,6 +268,9 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         resample: float = 0.5,
         **options: Any,
     ) -> None:
+        self.normalize: Normalize = normalize
+        self.bound: SequenceBound = bound
+        self.resample = resample
         for name, given, known in (("normalize", normalize, Normalize), ("bound", bound, SequenceBound)):
             if given not in get_args(known):
                 raise ArgumentError(f"{name} must be one of {get_args(known)}, got {given!r}.")
@@ -278,7 +281,6 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         super().__init__(beta, **options)
         if bound == "filtering" and (self.num_particles < 2 or not self.weighting.is_identity()):
             raise ArgumentError("bound='filtering' needs num_particles >= 2, and takes neither beta nor free_bits.")
-        self.normalize, self.bound, self.resample = normalize, bound, resample
 
     def evaluate(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue

@@ -40,8 +40,9 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[f
         module = fx.GraphModule(module, fx_graph_cse(module.graph))
     if any(n.target is aten.copy_.default for n in module.graph.nodes):
         raise CompileError(
-            "A step of pe.scan changes a tensor in place that it did not make (a buffer, such as batch-norm statistics): "
-            "a compiled scan cannot follow. Carry it from step to step, update it after the scan, or use compile=False."
+            "A step of pe.scan changes a tensor in place that it did not make (a buffer, such as batch-norm "
+            "statistics): a compiled scan cannot follow. Carry it from step to step, update it after the scan, or use "
+            "compile=False."
         )
     return module, constants
 
@@ -93,10 +94,10 @@ def _to_run(
     def joint(*arguments: Tensor) -> list[Tensor | None]:
         given = arguments[: len(leaves)]
         new, outs = body(list(given[:n]), list(given[n:]))
-        found = [*new, *outs]
+        found: list[Tensor | None] = [*new, *outs]
         if not seeded:
             return found
-        ends = [found[i] for i in seeded]
+        ends: Any = [found[i] for i in seeded]
         return [*found, *torch.autograd.grad(ends, wanted, arguments[len(leaves) :], allow_unused=True)]
 
     module, constants = _trace(joint, [*leaves, *seeds])
@@ -252,24 +253,22 @@ class _Bound:
     def backward(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of constants, carry and inputs."""
         graph, values, n = self.step.graph, self.values, len(self.step.graph.carry)
-        seeds = dict(zip(graph.gradients, given, strict=True))
-        seeds.pop(None, None)
+        seeds = {place: x for place, x in zip(graph.gradients, given, strict=True) if place is not None}
         equal, carried = _without_zeros(graph, seeds)
         known = lambda nodes: [x and equal.get(x, x) for x in nodes]  # noqa: E731
         after = dict(zip(graph.gradients[:n], known(graph.carry_gradients), strict=True))
         for place, x in seeds.items():
-            like, of_carry = place.meta["val"], place in graph.gradients[:n]
-            if not of_carry and place not in equal:
+            if x is not None and place not in after:
                 values.over_time[place] = x
-            elif of_carry and place not in equal and after[place] is None:
-                rest = _zeros(like, values.steps - 1)
-                values.over_time[place] = torch.cat([x.unsqueeze(0), rest] if self.reverse else [rest, x.unsqueeze(0)])
+            elif x is not None and after[place] is None:
+                rest, last = _zeros(x, values.steps - 1), x.unsqueeze(0)
+                values.over_time[place] = torch.cat([last, rest] if self.reverse else [rest, last])
         inputs, constants = known(graph.input_gradients), known(graph.constant_gradients)
         nodes = [x for x in graph.between([*after.values(), *inputs, *constants]) if x not in values]
-        carry = [c for c in carried if after[c] is not None]
-        init = [_zeros(c.meta["val"]) if seeds[c] is None else seeds[c] for c in carry]
-        ends = _over_time(values, nodes, carry, [after[c] for c in carry], init, not self.reverse)
-        finals = dict(zip(carry, ends, strict=True))
+        loops = {c: node for c in carried if (node := after[c]) is not None}
+        init = [_zeros(c.meta["val"]) if (x := seeds[c]) is None else x for c in loops]
+        ends = _over_time(values, nodes, list(loops), list(loops.values()), init, not self.reverse)
+        finals = dict(zip(loops, ends, strict=True))
         return [
             *(x and values.total(x) for x in constants),
             *(place and finals.get(place) for place in graph.gradients[:n]),
@@ -283,13 +282,12 @@ def _without_zeros(
     """What becomes of the backward where results have no gradient, and the carries that have one at some step."""
     carried = [c for c in graph.gradients[: len(graph.carry)] if c is not None]
     zero = {place for place, x in seeds.items() if x is None}
-    gradients = dict(zip(graph.gradients, graph.carry_gradients, strict=False))
+    pairs = zip(graph.gradients, graph.carry_gradients, strict=False)
+    gradients = {c: g for c, g in pairs if c is not None and g is not None}
     nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
     while True:
         equal = drop_zeros(nodes, zero, replace=False)
-        wrong = {
-            c for c in carried if c in zero and gradients[c] is not None and equal.get(gradients[c], c) is not None
-        }
+        wrong = {c for c, g in gradients.items() if c in zero and equal.get(g, g) is not None}
         if not wrong:
             return drop_zeros(nodes, zero, replace=True), [c for c in carried if c not in zero]
         zero -= wrong

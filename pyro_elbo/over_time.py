@@ -70,14 +70,16 @@ class OverTime(TorchDistribution):
     Args:
         steps: batch shape plates + (T,).
         value: what the scan drew or was given, shape plates + (T,) + event.
-        mask: which steps count, broadcastable to plates + (T,); None or True for all.
+        counted: which steps count, broadcastable to plates + (T,); None or True for all.
         run: the scan that made it.
     """
 
-    arg_constraints = {}
+    arg_constraints: Any = {}
 
-    def __init__(self, steps: Distribution, value: Tensor, mask: Bool[Tensor, "..."] | bool | None, run: Run) -> None:
-        self.steps, self.value, self.mask, self.run = steps, value, mask, run
+    def __init__(
+        self, steps: Distribution, value: Tensor, counted: Bool[Tensor, "..."] | bool | None, run: Run
+    ) -> None:
+        self.steps, self.value, self.counted, self.run = steps, value, counted, run
         batch_shape = steps.batch_shape
         super().__init__(batch_shape[:-1], batch_shape[-1:] + steps.event_shape, validate_args=False)
 
@@ -91,19 +93,20 @@ class OverTime(TorchDistribution):
         """The support of the steps, over time."""
         return constraints.independent(self.steps.support, 1)
 
-    def sample(self, sample_shape: Size = Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """What the scan drew: other draws need the program."""
         if sample_shape:
             raise SiteError(
-                "The sites of a scan are drawn by running it, as one step depends on the one before: run the program again."
+                "The sites of a scan are drawn by running it, as one step depends on the one before: run the program "
+                "again."
             )
         return self.value
 
-    rsample = sample
+    rsample: Any = sample
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Σ_t log p_t(value_t) over the steps that count, shape plates (nats)."""
-        return masked(self.steps.log_prob(fill_masked(self.steps, value, self.mask)), self.mask).sum(-1)
+        return masked(self.steps.log_prob(fill_masked(self.steps, value, self.counted)), self.counted).sum(-1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "OverTime":
         """The same steps for more rows."""
@@ -111,14 +114,14 @@ class OverTime(TorchDistribution):
         if batch_shape == self.batch_shape:
             return self
         steps = self.steps.expand(batch_shape + self.event_shape[:1])
-        return OverTime(steps, self.value.expand(batch_shape + self.event_shape), self.mask, self.run)
+        return OverTime(steps, self.value.expand(batch_shape + self.event_shape), self.counted, self.run)
 
 
 def _kl_over_time(q: OverTime, p: OverTime) -> Tensor:
     """Σ_t KL(q_t ‖ p_t): exact given the draws of earlier steps, if both run through time in the same direction."""
     if q.run.reverse != p.run.reverse:
         raise NotImplementedError
-    return masked(kl.kl_divergence(q.steps, p.steps), p.mask).sum(-1)
+    return masked(kl.kl_divergence(q.steps, p.steps), p.counted).sum(-1)
 
 
 kl.register_kl(OverTime, OverTime)(_kl_over_time)
@@ -130,7 +133,7 @@ class Recorded(TorchDistribution):
     It stands for what cannot be stacked over time, such as a flow whose transforms hold tensors.
     """
 
-    arg_constraints = {}
+    arg_constraints: Any = {}
 
     def __init__(self, like: Distribution, value: Tensor, log_prob: Tensor) -> None:
         self.value, self.density, self.like = value, log_prob, like
@@ -150,8 +153,8 @@ class Recorded(TorchDistribution):
         """The log density, of the recorded value only (nats)."""
         if value is not self.value:
             raise SiteError(
-                f"A {type(self.like).__name__} inside of a scan knows the density of its own draws only. Run the program on "
-                "other values instead (pyro.poutine.condition)."
+                f"A {type(self.like).__name__} inside of a scan knows the density of its own draws only. Run the "
+                "program on other values instead (pyro.poutine.condition)."
             )
         return self.density
 

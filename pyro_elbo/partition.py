@@ -9,6 +9,7 @@ carry does not need after it.
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 
-# A view of a row may be none of all rows.
-_OVER_TIME = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 # Operators that are linear in their first argument: a sum over time passes through.
 _LINEAR = (
     aten.t.default,
@@ -31,7 +30,8 @@ _LINEAR = (
     aten.squeeze.dim,
     aten.slice_backward.default,
 )
-_SAME = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+# A view of a row may be none of all rows.
+_SAME: Any = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
 
 @dataclass(frozen=True)
@@ -130,20 +130,15 @@ class Values:
         """The sum of a node over all steps, without a copy of a matrix per step where it can be avoided."""
         if node in self.constant:
             return self.constant[node] * self.steps
-        arguments = node.args
-        if (
-            node.target in (aten.add.Tensor,)
-            and not node.kwargs
-            and all(isinstance(x, fx.Node) and _shape(x) == _shape(node) for x in arguments)
-        ):
+        arguments: Any = node.args
+        target: Any = _SAME.get(node.target, node.target)  # type: ignore[arg-type]
+        alike = all(isinstance(x, fx.Node) and _shape(x) == _shape(node) for x in arguments)
+        if target is aten.add.Tensor and alike and not node.kwargs:
             return self.total(arguments[0]) + self.total(arguments[1])
-        if node.target is aten.mm.default:
-            a, b = arguments
-            if a in self.over_time and b in self.over_time:
-                left, right = self.over_time[a], self.over_time[b]
-                return left.transpose(0, 1).flatten(1) @ right.flatten(0, 1)
-        if node.target in _LINEAR or node.target in _SAME:
-            target = _SAME.get(node.target, node.target)
+        if target is aten.mm.default and all(x in self.over_time for x in arguments):
+            left, right = (self.over_time[x] for x in arguments)
+            return left.transpose(0, 1).flatten(1) @ right.flatten(0, 1)
+        if target in _LINEAR or target in _SAME.values():
             return target(self.total(arguments[0]), *arguments[1:], **node.kwargs)
         return self.over_time[node].sum(0)
 
@@ -158,16 +153,17 @@ def is_random(node: fx.Node) -> bool:
 
 
 def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
-    target: Any = _OVER_TIME.get(node.target, node.target)
+    args: Any = fx.map_arg(node.args, value)
+    kwargs: Any = fx.map_arg(node.kwargs, value)
+    target: Any = _SAME.get(node.target, node.target)  # type: ignore[arg-type]
     return target(*args, **kwargs)
 
 
 def split_products(graph: fx.Graph, carry: Sequence[fx.Node]) -> None:
     """Take products with joined inputs apart, [a b] W = a W_a + b W_b, where one of the inputs depends on the carry.
 
-    Then the other one's product can be made for all steps at once; likewise the columns of a product that only a part of
-    the backward needs.
+    Then the other one's product can be made for all steps at once; likewise the columns of a product that only a part
+    of the backward needs.
     """
     dependent = depending_on(carry, graph.nodes)
     for node in list(graph.nodes):
@@ -194,15 +190,16 @@ def _differ(parts: Sequence[fx.Node], dependent: set[fx.Node]) -> bool:
 
 def _split_rows(graph: fx.Graph, node: fx.Node, bias: list[Any], parts: Sequence[fx.Node], weight: fx.Node) -> None:
     with graph.inserting_before(node):
-        total, start = None, 0
+        products, start = [], 0
         for part in parts:
             size = _shape(part)[1]
             rows = _add(graph, aten.slice.Tensor, (weight, 0, start, start + size))
-            first = total is None and bias
-            product = _add(graph, node.target if first else aten.mm.default, (*(bias if first else ()), part, rows))
-            total = product if total is None else _add(graph, aten.add.Tensor, (total, product))
+            first = bias and not products
+            products.append(
+                _add(graph, aten.addmm.default if first else aten.mm.default, (*(bias if first else ()), part, rows))
+            )
             start += size
-        node.replace_all_uses_with(total)
+        node.replace_all_uses_with(reduce(lambda a, b: _add(graph, aten.add.Tensor, (a, b)), products))
 
 
 def _add(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
@@ -231,17 +228,18 @@ def drop_zeros(nodes: Iterable[fx.Node], zeros: set[fx.Node], *, replace: bool) 
     """
     equal: dict[fx.Node, fx.Node | None] = dict.fromkeys(zeros)
     for node in nodes:
-        zero = [equal.get(x, x) is None for x in node.args if isinstance(x, fx.Node)]
+        arguments = [x for x in node.args if isinstance(x, fx.Node)]
+        zero = [equal.get(x, x) is None for x in arguments]
         if not any(zero):
             continue
         if _is_zero(node.target, zero):
             equal[node] = None
-        elif node.target is aten.add.Tensor and len(zero) == 2:
-            (other,) = (x for x, z in zip(node.args, zero, strict=True) if not z)
-            if _shape(other) == _shape(node):
-                equal[node] = equal.get(other, other)
+        elif node.target is aten.add.Tensor and len(zero) == 2 and not node.kwargs:
+            (other,) = (equal.get(x, x) for x, z in zip(arguments, zero, strict=True) if not z)
+            if other is not None and _shape(other) == _shape(node):
+                equal[node] = other
                 if replace:
-                    node.replace_all_uses_with(equal[node])
+                    node.replace_all_uses_with(other)
     return equal
 
 

@@ -56,7 +56,8 @@ class Numbers:
         if node.op != "call_function" or is_random(node):
             return self._number(node)
         if node.target is aten.permute.default:
-            return self._permute(self._of[node.args[0]], tuple(node.args[1]))
+            of, dims = node.args
+            return self._permute(self._of[of], tuple(dims))  # type: ignore[index, arg-type]
         return self._number(key_of(node, self._of.__getitem__))
 
     def _permute(self, of: int, dims: tuple[int, ...]) -> int:

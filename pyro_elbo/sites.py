@@ -77,9 +77,10 @@ class Site:
         """A site of a scan with time as the innermost plate, where shapes are concerned: steps are not independent."""
         fn, mask, scale = self.fn, self.mask, self.scale
         assert isinstance(fn, OverTime)
-        mask, scale = (x.unsqueeze(-1) if isinstance(x, Tensor) else x for x in (mask, scale))
-        if fn.mask is not None and fn.mask is not True:
-            mask = fn.mask if mask is None or mask is True else mask & fn.mask
+        mask = mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask
+        scale = scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale
+        if fn.counted is not None and fn.counted is not True:
+            mask = fn.counted if mask is None or mask is True else mask & fn.counted
         size = fn.event_shape[0]
         plates = tuple(p._replace(dim=p.dim - 1) for p in self.plates) + (Plate(fn.run.time, -1, size, size),)
         value = fill_masked(fn.steps, self.value, mask) if self.role == "observed" else self.value

@@ -57,7 +57,7 @@ class Drawn:
     scale: float | Tensor
     frames: tuple[Any, ...]
     everywhere: tuple[Any, ...]
-    infer: dict[str, Any]
+    infer: Any
     observed: bool
 
 
@@ -162,8 +162,8 @@ def _check_handler(handler: Any, msg: Any) -> None:
     if replaces is not None:
         kind = "reparam" if isinstance(handler, ReparamMessenger) else "do"
         raise SiteError(
-            f"Site '{name}': pyro.poutine.{kind} around a scan cannot replace a site of its step. Put the handler inside "
-            "of the step."
+            f"Site '{name}': pyro.poutine.{kind} around a scan cannot replace a site of its step. Put the handler "
+            "inside of the step."
         )
 
 
@@ -344,8 +344,8 @@ def _compare(first: _Kept, now: _Kept, t: int) -> None:
         a, b = first.structures[name], now.structures[name]
         if (a is None) != (b is None) or (a is not None and b is not None and not a.matches(b)):
             raise SiteError(
-                f"Site '{name}': step {t} of a scan has {_words(site)}, earlier steps {_words(first.sites[name])}. Keep its "
-                "distribution and shapes: only the values of its parameters may change over time."
+                f"Site '{name}': step {t} of a scan has {_words(site)}, earlier steps {_words(first.sites[name])}. Keep "
+                "its distribution and shapes: only the values of its parameters may change over time."
             )
         if isinstance(site.mask, Tensor) != isinstance(first.sites[name].mask, Tensor) or not _equal(
             site.scale, first.sites[name].scale
@@ -356,8 +356,8 @@ def _compare(first: _Kept, now: _Kept, t: int) -> None:
             )
     if first.spec != now.spec or any(map(_differ, first.constants, now.constants)):
         raise ArgumentError(
-            f"pe.scan: the out of step {t} is made differently from that of earlier steps. Return the same structure at "
-            "every step, and make what changes a tensor."
+            f"pe.scan: the out of step {t} is made differently from that of earlier steps. Return the same structure "
+            "at every step, and make what changes a tensor."
         )
 
 

@@ -383,7 +383,8 @@ class Terms:
                 dims = ", ".join(p.name for p in self.plates[name])
                 raise NonFiniteError(
                     f"Site '{name}': {what}: {count_nonfinite(per_row)}{dims and f' of ({dims})'}. Look for data "
-                    "outside the support, NaN in the data or a diverged parameter; missing values belong under pyro.poutine.mask."
+                    "outside the support, NaN in the data or a diverged parameter; missing values belong under "
+                    "pyro.poutine.mask."
                 )
         if not torch.isfinite(self.objective):
             raise NonFiniteError(

@@ -60,10 +60,9 @@ def _join(name: str, loop: list[Term]) -> Term:
         device = first.nats.device
         masks = [m if isinstance(m, Tensor) else torch.tensor(m is not False, device=device) for m in masks]
         mask = torch.stack(torch.broadcast_tensors(*masks), -1)
-    per_dim = None
-    if all(t.per_dim is not None for t in loop):
-        axis = -1 - len(first.event_shape)
-        per_dim = lambda: torch.stack([t.per_dim() for t in loop], axis)  # noqa: E731
+    per_dims = [t.per_dim for t in loop if t.per_dim is not None]
+    axis = -1 - len(first.event_shape)
+    per_dim = None if len(per_dims) < size else lambda: torch.stack([x() for x in per_dims], axis)
     scores = [t.score for t in loop if t.score is not None]
     steps = replace(
         first,

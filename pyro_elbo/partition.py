@@ -32,6 +32,7 @@ _LINEAR = (
 )
 # A view of a row may be none of all rows.
 _SAME: Any = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+_BATCHED: Any = {**_SAME, aten.fill.Scalar: aten.full_like.default}  # torch.vmap has no rule for it
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def is_random(node: fx.Node) -> bool:
 def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     args: Any = fx.map_arg(node.args, value)
     kwargs: Any = fx.map_arg(node.kwargs, value)
-    target: Any = _SAME.get(node.target, node.target)  # type: ignore[arg-type]
+    target: Any = _BATCHED.get(node.target, node.target)  # type: ignore[arg-type]
     return target(*args, **kwargs)
 
 

@@ -289,7 +289,10 @@ class Steps:
             value = given
         mask = next(columns).movedim(0, -1) if isinstance(site.mask, Tensor) else site.mask
         if valid is not None:
-            mask = _ragged(name, site, valid.movedim(0, -1), mask)
+            valid = valid.movedim(0, -1)
+            mask = _ragged(name, site, valid, mask)
+            if not site.fn.has_rsample:  # a score function is not masked: later steps may depend on the draw
+                tensors = [_without_gradient(x, valid, position) for x in tensors]
         steps = Recorded(site.fn, value, tensors[0]) if structure is None else structure.put_together(tensors, position)
         return OverTime(steps, value, mask, run), value
 
@@ -332,6 +335,13 @@ def _ragged(name: str, site: Drawn, valid: Tensor, mask: Tensor | bool | None) -
             f"{tuple(sequences)}. Put pe.scan, or the site, into a pyro.plate over the sequences."
         )
     return valid if mask is None or mask is True else mask if mask is False else mask & valid
+
+
+def _without_gradient(x: Tensor, valid: Tensor, position: int) -> Tensor:
+    """A tensor with time at ``position``, and no gradient where sequences have ended."""
+    if not x.requires_grad:
+        return x
+    return torch.where(valid.reshape(valid.shape + (1,) * (x.dim() - position - 1)), x, x.detach())
 
 
 def _compare(first: _Kept, now: _Kept, t: int) -> None:

@@ -5,7 +5,8 @@
     q(z_t | z_{t-1}, s_t): c = ½ (tanh(W z_{t-1} + b) + s_t),  mean and scale are functions of c
 
 The summary s_t is the state of a recurrent network that ran over x_{t:T} backward (smoothing) or over x_{1:t} forward
-(filtering). Krishnan, Shalit, Sontag (2017), Structured inference networks for nonlinear state space models,
+(filtering). In residual form, which learns faster where z must be remembered, the mean is that of p(z_t | z_{t-1})
+plus a function of c. Krishnan, Shalit, Sontag (2017), Structured inference networks for nonlinear state space models,
 arXiv:1609.09869.
 """
 
@@ -24,7 +25,7 @@ Posterior = Literal["smoothing", "filtering"]
 class Transition(nn.Module):
     """p(z_t | z_{t-1}): a gate chooses, for each dimension, between a linear and a nonlinear mean.
 
-    The linear map starts as the identity, so that an untrained model remembers.
+    The linear map starts as the identity and the gate in favour of it, so that an untrained model remembers.
     """
 
     def __init__(self, z_dim: int, hidden: int) -> None:
@@ -33,6 +34,7 @@ class Transition(nn.Module):
         self.linear, self.scale = nn.Linear(z_dim, z_dim), nn.Linear(z_dim, z_dim)
         nn.init.eye_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        nn.init.constant_(self.gate.last.bias, -1.0)
 
     def forward(self, z: Float[Tensor, "... z_dim"]) -> pyro.distributions.Independent:
         """The distribution of the next z."""
@@ -41,15 +43,15 @@ class Transition(nn.Module):
 
 
 class Combiner(nn.Module):
-    """q(z_t | z_{t-1}, s_t): the mean of what the last z and the summary of x suggest."""
+    """Mean and raw scale of q(z_t | z_{t-1}, s_t), from the mean of what the last z and the summary of x suggest."""
 
     def __init__(self, z_dim: int, rnn: int) -> None:
         super().__init__()
         self.state, self.output = nn.Linear(z_dim, rnn), nn.Linear(rnn, 2 * z_dim)
 
-    def forward(self, z: Float[Tensor, "... z_dim"], seen: Float[Tensor, "... rnn"]) -> pyro.distributions.Independent:
-        """The distribution of the next z given frames."""
-        return gaussian(*self.output(0.5 * (torch.tanh(self.state(z)) + seen)).chunk(2, -1))
+    def forward(self, z: Float[Tensor, "... z_dim"], seen: Float[Tensor, "... rnn"]) -> tuple[Tensor, ...]:
+        """The two halves of the output."""
+        return self.output(0.5 * (torch.tanh(self.state(z)) + seen)).chunk(2, -1)
 
 
 class DMM(SequenceModel):
@@ -62,6 +64,7 @@ class DMM(SequenceModel):
         transition: width of the transition's hidden layers.
         rnn: width of the guide's recurrence.
         posterior: which of :meth:`smoothing` and :meth:`filtering` the guide is.
+        residual: whether the guide states how far its mean is from the transition's.
         dropout: share of the features of x, and of its summaries, that the guide does not see while training.
     """
 
@@ -74,12 +77,14 @@ class DMM(SequenceModel):
         rnn: int = 128,
         *,
         posterior: Posterior = "smoothing",
+        residual: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(x_dim, z_dim)
         if posterior not in get_args(Posterior):
             raise ValueError(f"posterior must be one of {get_args(Posterior)}, got {posterior!r}.")
         self.posterior: Posterior = posterior
+        self.residual = residual
         self.transition, self.emitter = Transition(z_dim, transition), MLP(z_dim, emission, x_dim, layers=2)
         self.cell, self.combiner = GRU(x_dim, rnn), Combiner(z_dim, rnn)
         self.dropout, self.start = nn.Dropout(dropout), nn.Parameter(torch.zeros(z_dim))
@@ -111,7 +116,10 @@ class DMM(SequenceModel):
 
     def guide_step(self, z: Tensor, seen: Tensor) -> tuple[Tensor, None]:
         """Draw z_t given z_{t-1} and what the recurrent network has seen."""
-        return pyro.sample("z", self.combiner(z, seen)), None
+        loc, raw_scale = self.combiner(z, seen)
+        if self.residual:
+            loc = self.transition(z).mean + loc
+        return pyro.sample("z", gaussian(loc, raw_scale)), None
 
     def _infer(self, x: Tensor, lengths: Tensor | None, *, reverse: bool) -> None:
         seen = self.dropout(summaries(self.cell, self.dropout(x), lengths, reverse=reverse))

@@ -34,8 +34,8 @@ def importance_weighted(
         particle_dim: the batch dimension of the particles, if any.
 
     Raises:
-        SiteError: the data are subsampled, and a latent lies outside of their plate; or a site without pathwise gradient
-            has a weight other than one.
+        SiteError: the data are subsampled, and a latent lies outside of their plate; or a site without pathwise
+            gradient has a weight other than one.
     """
     keep = _shared_dims(sites, particle_dim)
     paid = weighted if particle_dim is None else {n: _with_gradient(sites[n], x) for n, x in weighted.items()}
@@ -59,11 +59,14 @@ def _with_gradient(term: Term, paid: Tensor) -> Tensor:
         return paid
     if paid is not term.nats:
         raise SiteError(
-            f"Site '{term.name}' has no pathwise gradient: inside of log weights its KL must have weight one. Use beta=1 "
-            "without free_bits, or the ELBO."
+            f"Site '{term.name}' has no pathwise gradient: inside of log weights its KL must have weight one. Use "
+            "beta=1 without free_bits, or the ELBO."
         )
     steps = term.steps
-    log_q = masked(term.score, term.mask) if steps is None else masked(steps.score, steps.mask).sum(-1)
+    if steps is None or steps.score is None:
+        log_q = masked(term.score, term.mask)
+    else:
+        log_q = masked(steps.score, steps.mask).sum(-1)
     return paid + log_q - log_q.detach()
 
 

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from pyro_elbo.errors import CompileError
+from pyro_elbo.lanes import vectorise
 from pyro_elbo.lifting import Lifting
 
 aten = torch.ops.aten
@@ -40,7 +41,8 @@ _IDENTITIES = (
 _LITERALS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 # Operators whose decompositions draw other numbers than they do.
 _STREAMS = ("bernoulli", "exponential", "geometric", "cauchy", "log_normal", "normal", "uniform", "native_dropout")
-_RANDOM: dict[Any, Kind] = {
+_DRAWS = {aten.normal_.default: aten.normal_functional.default, aten.uniform_.default: aten.uniform.default}
+RANDOM: dict[Any, Kind] = {
     aten.normal_functional.default: "normal",
     aten.randn.default: "normal",
     aten.randn_like.default: "normal",
@@ -93,12 +95,15 @@ def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: 
     fakes = [mode.from_tensor(x.detach()) for x in inputs]
     with mode, Lifting(mode) as lifting:
         raw = make_fx(function)(*fakes)
-    externals = _lift(raw, lifting.lifted)
+    externals = lift(raw, lifting.lifted)
+    _write_out_draws(raw.graph)
+    vectorise(raw.graph)
+    raw.recompile()
     everything = [x.detach() for x in (*externals, *inputs)]
     functional = functionalize(raw, remove="mutations")
-    graph = make_fx(functional, _decompositions(lift_noise), "fake")(*everything)
-    _remove_identities(graph.graph)
-    _write_out_alpha(graph.graph)
+    graph = make_fx(functional, decompositions(lift_noise), "fake")(*everything)
+    remove_identities(graph.graph)
+    write_out_alpha(graph.graph)
     written = _keep_if(graph.graph, len(everything) - kept)
     _check_writes(everything[: len(everything) - kept], written, len(externals))
     noise = _lift_noise(graph.graph) if lift_noise else ()
@@ -106,10 +111,10 @@ def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: 
     mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor's disk cache wants one
     rows = [torch.empty(n.size, dtype=n.dtype, device=inputs[-1].device) for n in noise]
     fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in (*everything, *rows))
-    return Graph(_optimise(graph, mode, fakes), tuple(externals), noise, fakes)
+    return Graph(optimise(graph, mode, fakes), tuple(externals), noise, fakes)
 
 
-def _decompositions(lift_noise: bool) -> dict[Any, Any]:
+def decompositions(lift_noise: bool) -> dict[Any, Any]:
     """Inductor's decompositions; without those of random operators where their own stream is asked for."""
     table = dict(select_decomp_table())
     if lift_noise:
@@ -121,7 +126,7 @@ def _decompositions(lift_noise: bool) -> dict[Any, Any]:
     return table
 
 
-def _lift(module: fx.GraphModule, real: Mapping[int, Tensor]) -> list[Tensor]:
+def lift(module: fx.GraphModule, real: Mapping[int, Tensor]) -> list[Tensor]:
     """Turn the tensors that the trace holds into inputs on the left; literals of the program become constants."""
     found: dict[int, tuple[Tensor, fx.Node]] = {}
     first = next(iter(module.graph.nodes))
@@ -141,13 +146,15 @@ def _lift(module: fx.GraphModule, real: Mapping[int, Tensor]) -> list[Tensor]:
             else:
                 new = module.graph.placeholder(f"external_{len(found)}")
                 found[id(value)] = value, new
+            new.meta["val"] = held
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
     module.recompile()
     return [value for value, _ in found.values()]
 
 
-def _remove_identities(graph: fx.Graph) -> None:
+def remove_identities(graph: fx.Graph) -> None:
+    """Leave out copies that a functional graph does not need."""
     for node in list(graph.nodes):
         if node.target in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
@@ -157,7 +164,14 @@ def _remove_identities(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _write_out_alpha(graph: fx.Graph) -> None:
+def _write_out_draws(graph: fx.Graph) -> None:
+    """Let draws into fresh memory be no writes."""
+    for node in [n for n in graph.nodes if n.target in _DRAWS and n.args[0].target is aten.empty.memory_format]:
+        if len(node.args[0].users) == 1:
+            node.target = _DRAWS[node.target]
+
+
+def write_out_alpha(graph: fx.Graph) -> None:
     """Turn x + alpha y into x + (alpha y): Inductor (torch 2.13) forgets alpha where y or x is a matrix product."""
     for node in list(graph.nodes):
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) != 1:
@@ -178,7 +192,7 @@ def _keep_if(graph: fx.Graph, conditional: int) -> list[int]:
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(n for n in graph.nodes if n.op == "output")
     (usable,) = output.args if isinstance(output.args[0], fx.Node) else output.args[0]
-    written = []
+    written, writes = [], []
     for node in [n for n in graph.nodes if n.target is aten.copy_.default and n.args[0] in inputs]:
         position = inputs.index(node.args[0])
         written.append(position)
@@ -186,9 +200,12 @@ def _keep_if(graph: fx.Graph, conditional: int) -> list[int]:
             new = node.args[1]
             if position < conditional:
                 new = graph.call_function(aten.where.self, (usable, new, node.args[0]))
-            graph.call_function(aten.copy_.default, (node.args[0], new))
+            writes.append((node.args[0], new))
         node.replace_all_uses_with(node.args[1])
         graph.erase_node(node)
+    with graph.inserting_before(output):  # behind all that reads
+        for write in writes:
+            graph.call_function(aten.copy_.default, write)
     output.args = ((),)
     return written
 
@@ -217,9 +234,9 @@ def _lift_noise(graph: fx.Graph) -> tuple[Noise, ...]:
     sizes: dict[tuple[Kind, torch.dtype], int] = {}
     rows: dict[tuple[Kind, torch.dtype], fx.Node] = {}
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    for node in [n for n in graph.nodes if n.target in _RANDOM]:
+    for node in [n for n in graph.nodes if n.target in RANDOM]:
         value = node.meta["val"]
-        key = _RANDOM[node.target], value.dtype
+        key = RANDOM[node.target], value.dtype
         if key not in rows:
             with graph.inserting_after(last):
                 rows[key] = last = graph.placeholder(f"noise_{len(rows)}")
@@ -227,16 +244,19 @@ def _lift_noise(graph: fx.Graph) -> tuple[Noise, ...]:
         start, stop = sizes[key], sizes[key] + value.numel()
         sizes[key] = stop
         with graph.inserting_before(node):
-            draws = graph.call_function(aten.slice.Tensor, (rows[key], 0, start, stop))
-            draws = graph.call_function(aten.view.default, (draws, list(value.shape)))
-            for op, number in _location_scale(node):
+            if value.dim() == 0:
+                draws = graph.call_function(aten.select.int, (rows[key], 0, start))
+            else:
+                draws = graph.call_function(aten.slice.Tensor, (rows[key], 0, start, stop))
+                draws = graph.call_function(aten.view.default, (draws, list(value.shape)))
+            for op, number in location_scale(node):
                 draws = graph.call_function(op, (draws, number))
         node.replace_all_uses_with(draws)
         graph.erase_node(node)
     return tuple(Noise(*key, size) for key, size in sizes.items())
 
 
-def _location_scale(node: fx.Node) -> Iterator[tuple[Any, float]]:
+def location_scale(node: fx.Node) -> Iterator[tuple[Any, float]]:
     """What turns standard draws into those of the node: normal(mean, std) or uniform(from, to)."""
     if node.target is aten.normal_functional.default or node.target is aten.uniform.default:
         names = ("mean", "std") if node.target is aten.normal_functional.default else ("from", "to")
@@ -249,12 +269,19 @@ def _location_scale(node: fx.Node) -> Iterator[tuple[Any, float]]:
             yield aten.add.Tensor, a
 
 
-def _optimise(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
+def optimise(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
     """Fold constants and compute once what is computed twice, as AOTAutograd would before Inductor."""
-    module.recompile()
-    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
+    module = _without_repetition(module, mode, fakes)
+    vectorise(module.graph)
+    module = _without_repetition(module, mode, fakes)
     with V.set_fake_mode(mode):
         joint_graph_passes(module)
+    return module
+
+
+def _without_repetition(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
+    module.recompile()
+    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
     targets = {node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
     draws = {op for op in targets if torch.Tag.nondeterministic_seeded in op.tags}
     if any(op.overloadpacket not in rand_ops for op in draws):  # two draws that look alike would become one

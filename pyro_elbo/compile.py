@@ -20,7 +20,6 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.elbo import TraceBeta_ELBO
@@ -30,7 +29,7 @@ from pyro_elbo.guards import Guard
 from pyro_elbo.sites import Program, captured_parameters
 from pyro_elbo.terms import Terms
 from pyro_elbo.tracing import capturing
-from pyro_elbo.updates import Update, advance, check_traceable, counts_in_python, numbers, trace_update, watch
+from pyro_elbo.updates import Plan, Update, check_traceable, trace_update, watch
 
 if TYPE_CHECKING:
     from pyro_elbo.executable import Executable
@@ -49,7 +48,7 @@ class _Step:
     """A step that ran once: what it used, recorded and relies on, and its graph once it came again."""
 
     parameters: dict[str, Tensor]
-    optimisers: list[Optimizer]
+    plan: Plan
     gradients: dict[Tensor, Tensor]
     sites: tuple[str, ...]
     names: tuple[str, ...]
@@ -58,7 +57,7 @@ class _Step:
 
     def broken(self) -> str | None:
         """The name of something that the step relies on and that has changed."""
-        if (changed := self.guard.broken()) is not None or self.execute is None:
+        if (changed := self.guard.broken() or self.plan.broken()) is not None or self.execute is None:
             return changed
         return None if self.execute.fits() else "the layout of a parameter or buffer"
 
@@ -173,7 +172,7 @@ class Steps:
         """Run a step in Python and note what a graph of it would rely on."""
         terms, record, parameters = self._in_python(kind, args, kwargs)
         trained = kind == "train" and terms.objective.requires_grad
-        optimisers = self.update.optimisers(parameters) if trained else []
+        plan = Plan(optimisers := self.update.optimisers(parameters) if trained else [])
         guard = Guard(self.model, self.guide, args, kwargs)
         guard.watch(vars(self.loss), (name for name in vars(self.loss) if name != "step"))
         watch(guard, optimisers)
@@ -182,7 +181,7 @@ class Steps:
         held = [p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
         guard.watch_attributes("grad", [p for p in held if id(p) not in map(id, parameters.values())])
         gradients = {p: p.grad for p in held if p.grad is not None}
-        step = _Step(parameters, optimisers, gradients, tuple(terms.sites), tuple(record), guard)
+        step = _Step(parameters, plan, gradients, tuple(terms.sites), tuple(record), guard)
         return step, (step.names, np.array([[x.item() for x in record.values()]]))
 
     def _capture(self, step: _Step, kind: Kind, leaves: list[Any], spec: Any) -> None:
@@ -193,6 +192,8 @@ class Steps:
 
         from pyro_elbo.capture import capture
         from pyro_elbo.executable import Executable, compiling
+        from pyro_elbo.loops import Loops
+        from pyro_elbo.operators import compile_pending
 
         schedules, validate = self.loss.schedules, pyro.settings.get("validate_distributions_pyro")
 
@@ -201,13 +202,13 @@ class Steps:
             args, kwargs = _arguments(leaves, spec, tensors)
             values = iter([scalars[i] for i in range(len(scalars))])
             beta = {schedule: next(values) for schedule in schedules}
-            with capturing(validate) as assumed, torch.set_grad_enabled(kind == "train"):
+            with capturing(validate, Loops()) as assumed, torch.set_grad_enabled(kind == "train"):
                 terms = self.loss.evaluate(self.model, self.guide, args, kwargs, beta.__getitem__)
                 _check_sites(step.sites, tuple(terms.sites))
                 loss = self._loss(terms)
                 recorded = self._record(terms, loss)
-            if step.optimisers:
-                trace_update(self.update, step.optimisers, _gradients(loss, step), values)
+            if step.plan.optimisers:
+                trace_update(self.update, step.plan, _gradients(loss, step), values)
             usable = torch.stack([alive, torch.isfinite(loss.detach()), *assumed]).all()
             record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), usable)]))
             alive.copy_(usable)
@@ -222,17 +223,18 @@ class Steps:
         inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
         with _explain_capture(step.guard.generators), inductor(fallback_random=self.fallback_random), compiling():
             _check_reachable(step.guard)
-            check_traceable(step.optimisers, step.parameters)
+            check_traceable(step.plan.optimisers, step.parameters)
             with _side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
                 graph = capture(function, inputs, kept=2, lift_noise=not self.fallback_random)
+            compile_pending()
             step.execute = Executable(graph, row)
 
     def _scalars(self, step: _Step, ahead: int) -> list[float]:
         taken = self.loss.step + ahead
-        return [schedule(taken) for schedule in self.loss.schedules] + numbers(step.optimisers, ahead)
+        return [schedule(taken) for schedule in self.loss.schedules] + step.plan.numbers(ahead)
 
     def _execute(self, step: _Step, args: tuple, kwargs: dict[str, Any], data: list[Tensor], steps: int) -> Record:
-        constant = self.loss.step >= self.loss.settled and not counts_in_python(step.optimisers)
+        constant = self.loss.step >= self.loss.settled and not step.plan.counts_in_python
         values = [self._scalars(step, ahead) for ahead in range(1 if constant else steps)] * (steps if constant else 1)
         execute: Any = step.execute
         try:
@@ -242,9 +244,9 @@ class Steps:
                 self.loss.terms(self.model, self.guide, *args, **kwargs)  # Pyro's and torch's own words for it
             raise
         usable = int(record[:, -1].sum())
-        if step.optimisers:
+        if step.plan.optimisers:
             self.loss.step += usable
-            advance(step.optimisers, usable)
+            step.plan.advance(usable)
         if usable < steps:
             step.execute.flag.fill_(True)
             self._explain_unusable(step, record[usable], args, kwargs)
@@ -271,6 +273,11 @@ def _gradients(loss: Tensor, step: _Step) -> dict[Tensor, Tensor]:
     trained = [p for p in step.parameters.values() if p.requires_grad]
     found = zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True)
     gradients = {p: g for p, g in found if g is not None}
+    if sparse := [tuple(p.shape) for p, g in gradients.items() if g.layout is not torch.strided]:
+        raise CompileError(
+            f"Parameters of shapes {sparse} have sparse gradients, which a compiled step cannot hold. Leave out "
+            "sparse=True of the nn.Embedding, or use compile=False."
+        )
     return {p: g for p, g in step.gradients.items() if p not in gradients} | gradients
 
 
@@ -359,7 +366,7 @@ def _explain_capture(generators: list[Any]) -> Iterator[None]:
     except PyroElboError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         unknown = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
         what = "needs a value that only a run knows" if unknown else f"fails while it is captured ({reason})"
         raise CompileError(

@@ -106,7 +106,7 @@ class Handles:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.capsules = _handles(list(tensors))
-        weakref.finalize(self, _driver().release, self.capsules)
+        weakref.finalize(self, driver().release, self.capsules)
 
 
 class Rows:
@@ -143,8 +143,8 @@ class Executable:
         self._ahead = max(1, AHEAD // max([1, *(n.size for n in graph.noise)]))
         self._rows: dict[int, tuple[Rows, Handles | None]] = {}
         on_cpu = all(x.device.type == "cpu" for x in graph.fakes)
-        self._compiled = _compile(graph, on_cpu)
-        self._entry = _entry(self._compiled) if on_cpu else None
+        self._compiled = compile_graph(graph, on_cpu)
+        self._entry = entry_point(self._compiled) if on_cpu else None
         self._handles = Handles(self._externals) if on_cpu else None
         self._layout = self._layouts()
 
@@ -156,14 +156,14 @@ class Executable:
     def fits(self) -> bool:
         """Whether the external tensors still have the layout that the machine code was made for."""
         if self._handles is not None:
-            return bool(_driver().layout(self._handles.capsules, self._layout, 1))
+            return bool(driver().layout(self._handles.capsules, self._layout, 1))
         return self._layout == self._layouts()
 
     def _layouts(self) -> Any:
         if self._handles is None:
             return [(x.shape, x.stride(), x.dtype) for x in self._externals]
         layout = (ctypes.c_int64 * sum(2 + 2 * x.dim() for x in self._externals))()
-        _driver().layout(self._handles.capsules, layout, 0)
+        driver().layout(self._handles.capsules, layout, 0)
         return layout
 
     @contextmanager
@@ -182,7 +182,7 @@ class Executable:
         rows.fill(values, self._noise)
         if self._entry is not None:
             arguments = (self._handles.capsules, _handles(list(data)), handles.capsules, len(values))
-            if (message := _driver().run(self._entry, *arguments)) is not None:
+            if (message := driver().run(self._entry, *arguments)) is not None:
                 raise RuntimeError(f"The compiled step failed: {message.decode()}")
         else:
             for i in range(0, len(rows.inputs), rows.width):
@@ -198,12 +198,19 @@ class Executable:
         return self._rows[count]
 
 
-def _compile(graph: Graph, on_cpu: bool) -> Any:
+def compile_graph(graph: Graph, on_cpu: bool) -> Any:
+    """Inductor's code for a graph.
+
+    Raises:
+        CompileError: Inductor or the C++ compiler failed.
+    """
     context = TracingContext(detect_fake_mode(graph.fakes))
     options = {
         "size_asserts": not on_cpu,  # externals are checked by fits(), data by their key
         "aot_inductor.allow_stack_allocation": True,
         "cpp.min_chunk_size": 2**14,  # a second thread costs more than it saves on smaller loops
+        # Compilers that know C++20, which torch's headers need, know every vector instruction; trying takes 7 seconds.
+        "cpp.vec_isa_ok": True,
     }
     with config.patch(options), torch.no_grad(), tracing(context), _quiet():
         try:
@@ -236,7 +243,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _entry(compiled: Any) -> ctypes.c_void_p:
+def entry_point(compiled: Any) -> ctypes.c_void_p:
     """The address of the C++ function behind Inductor's Python wrapper."""
     binding = inspect.getclosurevars(compiled.current_callable).nonlocals["f"]
     library = ctypes.PyDLL(sys.modules[binding.__module__].__file__)
@@ -244,7 +251,8 @@ def _entry(compiled: Any) -> ctypes.c_void_p:
 
 
 @cache
-def _driver() -> ctypes.PyDLL:
+def driver() -> ctypes.PyDLL:
+    """The library that calls compiled functions."""
     library = ctypes.PyDLL(CppCodeCache.load(_DRIVER)._name)
     library.run.restype = ctypes.c_char_p
     library.run.argtypes = [ctypes.c_void_p, *(ctypes.py_object,) * 3, ctypes.c_int64]

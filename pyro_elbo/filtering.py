@@ -210,8 +210,8 @@ def stack_rows(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         except RuntimeError as error:
             shapes = list(dict.fromkeys(tuple(x.shape) for x in column))
             raise ArgumentError(
-                f"pe.scan: a tensor that step returns in its out, or a mask, changes its shape over time: {shapes}. Give "
-                "it one shape."
+                f"pe.scan: a tensor that step returns in its out, or a mask, changes its shape over time: {shapes}. "
+                "Give it one shape."
             ) from error
     return stacked
 

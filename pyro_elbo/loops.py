@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
-from pyro_elbo import capture
+from pyro_elbo.capture import RANDOM, lift, location_scale, remove_identities
 from pyro_elbo.errors import CompileError
 from pyro_elbo.operators import register, register_draws
 from pyro_elbo.partition import StepGraph, Values, depending_on, drop_zeros, is_random, recurrence, split_products
@@ -30,11 +30,11 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[f
     """A functional graph of constants and arguments, and the constants."""
     raw = make_fx(function)(*arguments)
     with unset_fake_temporarily(), torch._C.DisableTorchFunction():  # literals of the program are real
-        constants = capture._lift(raw, {})
+        constants = lift(raw, {})
     everything = [x.detach() for x in (*constants, *arguments)]
     with torch.no_grad(), torch._C.DisableTorchFunction():  # nothing is left to lift
         module = make_fx(functionalize(raw, remove="mutations"))(*everything)
-    capture._remove_identities(module.graph)
+    remove_identities(module.graph)
     random = [n.target.overloadpacket for n in module.graph.nodes if is_random(n)]
     if all(op in rand_ops for op in random):
         module = fx.GraphModule(module, fx_graph_cse(module.graph))
@@ -83,7 +83,7 @@ def _to_run(
         seen: what the step returned when it was traced before.
         uses: the constants that it used.
     """
-    seeded, n = [i for i, x in enumerate(seen) if x.requires_grad], len(carry)
+    seeded, n = [i for i, x in enumerate(seen) if x.requires_grad and torch.is_grad_enabled()], len(carry)
     leaves = [
         *(_fresh(c, bool(seeded)) for c in carry),
         *(_fresh(x[0], bool(seeded) and x.requires_grad) for x in inputs),
@@ -149,15 +149,29 @@ class _Draws:
 def _lift_draws(graph: fx.Graph) -> list[_Draws]:
     """Make draws whose distribution depends on nothing inputs of the step."""
     draws = []
+    _write_out_bernoulli(graph)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    for node in [n for n in graph.nodes if n.target in capture._RANDOM]:
+    for node in [n for n in graph.nodes if n.target in RANDOM]:
         with graph.inserting_after(last):
             last = graph.placeholder(f"draws_{len(draws)}")
         last.meta = dict(node.meta)
-        draws.append(_Draws(last, node.target, tuple(capture._location_scale(node)), node.meta["val"]))
+        draws.append(_Draws(last, node.target, tuple(location_scale(node)), node.meta["val"]))
         node.replace_all_uses_with(last)
         graph.erase_node(node)
     return draws
+
+
+def _write_out_bernoulli(graph: fx.Graph) -> None:
+    """A Bernoulli draw is a uniform one below p: that one depends on nothing. torch draws it so, in the same stream."""
+    for node in [n for n in graph.nodes if n.target is aten.bernoulli.default]:
+        p, value = node.args[0], node.meta["val"]
+        with graph.inserting_before(node):
+            uniform = graph.call_function(aten.rand_like.default, (p,))
+            below = graph.call_function(aten.lt.Tensor, (uniform, p))
+            drawn = graph.call_function(aten._to_copy.default, (below,), {"dtype": value.dtype})
+        uniform.meta["val"], below.meta["val"], drawn.meta["val"] = value, value < 1, value
+        node.replace_all_uses_with(drawn)
+        graph.erase_node(node)
 
 
 def _over_time(
@@ -206,7 +220,8 @@ def _loop(
         like = [*constants, *state, *(x[0] for x in inputs), *state]
         rows = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in like]
         rows += [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in exports]
-    key = register(part.module(), rows, tuple((x.shape, x.dtype) for x in exports), reverse)
+    number = values.number if any(map(is_random, part.nodes)) else 0  # its draws are its own
+    key = register(part.module(), rows, tuple((x.shape, x.dtype) for x in exports), reverse, number)
     room = torch.ops.pyro_elbo.loop(constants, state, inputs, values.steps, key)
     for c, states in zip(carry, room, strict=False):
         values.over_time[c] = states[1:] if reverse else states[:-1]
@@ -236,8 +251,8 @@ class _Scan(torch.autograd.Function):
 class _Bound:
     """A traced step with the tensors of one run."""
 
-    def __init__(self, step: _Traced, steps: int, reverse: bool) -> None:
-        self.step, self.reverse, self.values = step, reverse, Values(steps)
+    def __init__(self, step: _Traced, steps: int, reverse: bool, number: int) -> None:
+        self.step, self.reverse, self.values = step, reverse, Values(steps, number)
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The last carry and the outs of all steps."""
@@ -301,7 +316,7 @@ def _drawn(draws: Sequence[_Draws], steps: int, reverse: bool) -> dict[fx.Node, 
     """The draws of all steps; in the order of the steps where the uncompiled stream is to be followed."""
     if not draws:
         return {}
-    kinds = tuple(capture._RANDOM[d.target] for d in draws)
+    kinds = tuple(RANDOM[d.target] for d in draws)
     if inductor.fallback_random:
         shapes = tuple((tuple(d.like.shape), d.like.dtype, d.like.device) for d in draws)
         rows = torch.ops.pyro_elbo.draws(steps, reverse, register_draws(kinds, shapes))
@@ -349,7 +364,7 @@ class Loops:
             seen: list[Tensor] = []
             alone = _forward(reduced, state, columns, seen)
             step = _to_run(reduced, state, columns, seen, alone.constants)
-        results = list(_Scan.apply(_Bound(step, steps, reverse), *step.constants, *state, *columns))
+        results = list(_Scan.apply(_Bound(step, steps, reverse, 1 + len(self._ran)), *step.constants, *state, *columns))
         finals, outs, states = (
             results[: len(rest)],
             results[len(rest) : -len(rest) or None],

@@ -16,9 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from pyro_elbo import capture
-from pyro_elbo.capture import Graph
-from pyro_elbo.executable import Handles, _compile, _driver, _entry
+from pyro_elbo import executable
+from pyro_elbo.capture import Graph, decompositions, optimise, write_out_alpha
 
 
 @dataclass
@@ -64,12 +63,13 @@ def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], ste
     rows = list(zip(*columns, strict=True))
     rows = rows[::-1] if loop.reverse else rows
     fixed = [_laid_out(x, like) for x, like in zip(constants, loop.inputs, strict=False)]
-    if loop.machine is None or not on_cpu(fixed + list(rows[0])):
+    entry = executable.entry_point(loop.machine) if on_cpu(fixed + list(rows[0])) else None
+    if entry is None:
         for row in rows:
-            loop.module(*fixed, *row) if loop.machine is None else loop.machine([*fixed, *row])
+            loop.machine([*fixed, *row])
         return room
-    handles = Handles(fixed), Handles(x for row in rows for x in row)
-    message = _driver().run(_entry(loop.machine), handles[0].capsules, [], handles[1].capsules, steps)
+    handles = executable.Handles(fixed), executable.Handles(x for row in rows for x in row)
+    message = executable.driver().run(entry, handles[0].capsules, [], handles[1].capsules, steps)
     if message is not None:
         raise RuntimeError(f"The compiled step failed: {message.decode()}")
     return room
@@ -123,10 +123,13 @@ _library.impl("draws", _draw, "CompositeExplicitAutograd")
 torch.library.register_fake("pyro_elbo::draws", _room_for_draws, lib=_library)
 
 
-def register(module: fx.GraphModule, inputs: Sequence[Tensor], exports: Any, reverse: bool) -> int:
-    """Keep a recurrence for compilation and return the key by which the operator finds it, in any process."""
+def register(module: fx.GraphModule, inputs: Sequence[Tensor], exports: Any, reverse: bool, number: int) -> int:
+    """Keep a recurrence for compilation and return the key by which the operator finds it, in any process.
+
+    Loops with one key and the same arguments are computed once; ``number`` tells apart those that draw.
+    """
     layout = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs]
-    key = key_of((module.code, layout, exports, reverse))
+    key = key_of((module.code, layout, exports, reverse, number))
     _loops.setdefault(key, _Loop(module, tuple(inputs), exports, reverse))
     return key
 
@@ -139,6 +142,6 @@ def compile_pending() -> None:
             real = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in loop.inputs]
             fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in real)
             with mode:
-                graph = make_fx(loop.module, capture._decompositions(not inductor.fallback_random))(*fakes)
-            capture._write_out_alpha(graph.graph)
-            loop.machine = _compile(Graph(capture._optimise(graph, mode, fakes), (), (), fakes), on_cpu(real))
+                graph = make_fx(loop.module, decompositions(not inductor.fallback_random))(*fakes)
+            write_out_alpha(graph.graph)
+            loop.machine = executable.compile_graph(Graph(optimise(graph, mode, fakes), (), (), fakes), on_cpu(real))

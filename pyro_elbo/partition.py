@@ -83,10 +83,13 @@ def depending_on(sources: Iterable[fx.Node], among: Iterable[fx.Node]) -> set[fx
 
 
 class Values:
-    """What nodes stand for: one value for all steps, or one per step with time on the left."""
+    """What nodes stand for: one value for all steps, or one per step with time on the left.
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    ``number`` is that of the scan among those of a graph.
+    """
+
+    def __init__(self, steps: int, number: int) -> None:
+        self.steps, self.number = steps, number
         self.constant: dict[fx.Node, Any] = {}
         self.over_time: dict[fx.Node, Any] = {}
 

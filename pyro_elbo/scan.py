@@ -182,8 +182,8 @@ class _Inputs:
 def _size(x: Tensor, dim: int) -> int:
     if not -x.dim() <= dim < x.dim():
         raise ArgumentError(
-            f"pe.scan: xs holds a tensor of shape {tuple(x.shape)}, which has no dimension {dim} for time. Choose another "
-            "dim."
+            f"pe.scan: xs holds a tensor of shape {tuple(x.shape)}, which has no dimension {dim} for time. Choose "
+            "another dim."
         )
     return x.shape[dim]
 

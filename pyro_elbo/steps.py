@@ -353,9 +353,10 @@ def _compare(first: _Kept, now: _Kept, t: int) -> None:
     for name, site in now.sites.items():
         a, b = first.structures[name], now.structures[name]
         if (a is None) != (b is None) or (a is not None and b is not None and not a.matches(b)):
+            earlier = _words(first.sites[name])
             raise SiteError(
-                f"Site '{name}': step {t} of a scan has {_words(site)}, earlier steps {_words(first.sites[name])}. Keep "
-                "its distribution and shapes: only the values of its parameters may change over time."
+                f"Site '{name}': step {t} of a scan has {_words(site)}, earlier steps {earlier}. Keep its "
+                "distribution and shapes: only the values of its parameters may change over time."
             )
         if isinstance(site.mask, Tensor) != isinstance(first.sites[name].mask, Tensor) or not _equal(
             site.scale, first.sites[name].scale

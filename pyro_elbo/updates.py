@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -19,13 +20,21 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from pyro_elbo.errors import ArgumentError, CompileError
+from pyro_elbo.flat import Flat, flatten
 from pyro_elbo.guards import Guard
 
 LONG = 1024  # elements of a parameter from which a loop over them is worth a scalar in memory
 
 
 class Update(ABC):
-    """How parameters follow their gradients."""
+    """How parameters follow their gradients.
+
+    Args:
+        grad_clip: the largest joint norm of all gradients; larger ones are scaled down.
+    """
+
+    def __init__(self, grad_clip: float | None = None) -> None:
+        self.grad_clip = grad_clip
 
     @abstractmethod
     def __call__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -35,16 +44,18 @@ class Update(ABC):
     def optimisers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
         """The torch optimisers that train ``parameters``."""
 
-    @abstractmethod
     def clip(self, parameters: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
         """Clip the gradients of ``aliases`` of ``parameters`` in place."""
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(aliases, self.grad_clip, foreach=False)
 
 
 class TorchUpdate(Update):
     """A ``torch.optim`` optimiser over parameters that exist already."""
 
     def __init__(self, optimiser: Optimizer, grad_clip: float | None = None) -> None:
-        self.optimiser, self.grad_clip = optimiser, grad_clip
+        super().__init__(grad_clip)
+        self.optimiser = optimiser
 
     def __call__(self, parameters: Mapping[str, Tensor]) -> None:
         """Step once in Python, by the gradients in ``.grad``."""
@@ -76,22 +87,17 @@ class TorchUpdate(Update):
             )
         return [self.optimiser]
 
-    def clip(self, parameters: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
-        """Scale all gradients so that their joint norm is at most ``grad_clip``."""
-        if self.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(aliases, self.grad_clip, foreach=False)
-
 
 class PyroUpdate(Update):
     """A ``pyro.optim`` wrapper: one torch optimiser per parameter, made when the parameter is first seen."""
 
     def __init__(self, wrapper: pyro.optim.PyroOptim, grad_clip: float | None = None) -> None:
-        self.wrapper, self.grad_clip = wrapper, grad_clip
+        super().__init__(grad_clip)
+        self.wrapper = wrapper
 
     def __call__(self, parameters: Mapping[str, Tensor]) -> None:
         """Step once in Python, by the gradients in ``.grad``."""
-        if self.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(list(parameters.values()), self.grad_clip, foreach=False)
+        super().clip((), list(parameters.values()))  # the wrapper clips by its own clip_args
         self.wrapper(list(parameters.values()))
 
     def optimisers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
@@ -101,8 +107,7 @@ class PyroUpdate(Update):
 
     def clip(self, parameters: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
         """Clip as ``grad_clip`` and the wrapper's ``clip_args`` say."""
-        if self.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(aliases, self.grad_clip, foreach=False)
+        super().clip(parameters, aliases)
         for p, alias in zip(parameters, aliases, strict=True):
             if (function := self.wrapper.grad_clip.get(p)) is not None:
                 function(alias)
@@ -124,33 +129,51 @@ def check_traceable(optimisers: Iterable[Optimizer], parameters: Mapping[str, Te
             )
 
 
-def numbers(optimisers: Iterable[Optimizer], ahead: int = 0) -> list[float]:
-    """The Python numbers that the step after ``ahead`` more steps uses, in the order of :func:`trace_update`."""
-    values: list[float] = []
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            if isinstance(optimiser, ClippedAdam):
-                taken = max((s["step"] for p in group["params"] if (s := optimiser.state.get(p))), default=0)
-                values += [group["lr"] * group["lrd"] ** (ahead + 1), float(taken + ahead + 1)]
-            elif isinstance(group.get("lr"), float | int):
-                values.append(float(group["lr"]))
-    return values
+@dataclass
+class Plan:
+    """How a graph steps optimisers: small parameters as one, the rest as they come."""
 
+    optimisers: list[Optimizer]
+    flats: list[Flat] = field(init=False)
+    rest: list[Optimizer] = field(init=False)  # with parameters that are in no flat tensor
 
-def counts_in_python(optimisers: Iterable[Optimizer]) -> bool:
-    """Whether :func:`numbers` change from step to step by themselves."""
-    return any(isinstance(optimiser, ClippedAdam) for optimiser in optimisers)
+    def __post_init__(self) -> None:
+        self.flats = flatten(self.optimisers)
+        flat = {p for f in self.flats for p in f.parameters}
+        self.rest = [o for o in self.optimisers if any(p not in flat for g in o.param_groups for p in g["params"])]
+        self._counting = [o for o in self.optimisers if isinstance(o, ClippedAdam)]
 
+    @property
+    def counts_in_python(self) -> bool:
+        """Whether :meth:`numbers` change from step to step by themselves."""
+        return bool(self._counting)
 
-def advance(optimisers: Iterable[Optimizer], steps: int) -> None:
-    """Bring the Python numbers that optimisers keep to where ``steps`` captured steps have led."""
-    for optimiser in optimisers:
-        if isinstance(optimiser, ClippedAdam):
+    def numbers(self, ahead: int = 0) -> list[float]:
+        """The Python numbers that the step after ``ahead`` more steps uses, in the order of :func:`trace_update`."""
+        turns = [(f.members[0].optimiser, f.members[0].group, f.parameters[:1]) for f in self.flats]
+        turns += [(optimiser, group, group["params"]) for optimiser in self.rest for group in optimiser.param_groups]
+        return [x for turn in turns for x in _numbers(*turn, ahead)]
+
+    def advance(self, steps: int) -> None:
+        """Bring the Python numbers that optimisers keep to where ``steps`` captured steps have led."""
+        for optimiser in self._counting:
             for group in optimiser.param_groups:
                 group["lr"] *= group["lrd"] ** steps
                 for p in group["params"]:
                     if p in optimiser.state:
                         optimiser.state[p]["step"] += steps
+
+    def broken(self) -> str | None:
+        """What no longer holds for parameters that are stepped as one."""
+        even = all(flat.even() for flat in self.flats)
+        return None if even else "the learning rate or the count of steps of some parameters"
+
+
+def _numbers(optimiser: Optimizer, group: Mapping[str, Any], parameters: list[Tensor], ahead: int) -> list[float]:
+    if isinstance(optimiser, ClippedAdam):
+        taken = max((s["step"] for p in parameters if (s := optimiser.state.get(p))), default=0)
+        return [group["lr"] * group["lrd"] ** (ahead + 1), float(taken + ahead + 1)]
+    return [float(group["lr"])] if isinstance(group.get("lr"), float | int) else []
 
 
 def watch(guard: Guard, optimisers: Iterable[Optimizer]) -> None:
@@ -170,30 +193,39 @@ def watch(guard: Guard, optimisers: Iterable[Optimizer]) -> None:
                     guard.watch(optimiser.state[p], (k for k, v in optimiser.state[p].items() if isinstance(v, Tensor)))
 
 
-def trace_update(
-    update: Update, optimisers: Iterable[Optimizer], gradients: Mapping[Tensor, Tensor], values: Iterator[Tensor]
-) -> None:
+def trace_update(update: Update, plan: Plan, gradients: Mapping[Tensor, Tensor], values: Iterator[Tensor]) -> None:
     """Step parameters and state in place while a graph is being captured.
 
     Args:
         update: clips the gradients.
-        optimisers: of the parameters.
+        plan: of the optimisers' step.
         gradients: of each parameter that has one.
-        values: what :func:`numbers` gives, as tensors.
+        values: what :meth:`Plan.numbers` gives, as tensors.
     """
     aliases = {p: p.detach() for p in gradients}
     for p, alias in aliases.items():
         alias.grad = gradients[p].clone()  # autograd may give two parameters the same tensor
     update.clip(list(aliases), list(aliases.values()))
     with _tensors_as_numbers():
-        for optimiser in optimisers:
-            name = type(optimiser).__name__
-            try:
+        for flat in plan.flats:
+            with _named(flat.members[0].optimiser):
+                _trace_flat(flat, aliases, values)
+        for flat in plan.flats:
+            for p in flat.parameters:
+                del aliases[p]
+        for optimiser in plan.rest:
+            with _named(optimiser):
                 _trace_step(optimiser, aliases, values)
-            except CompileError:
-                raise
-            except Exception as error:
-                raise CompileError(f"{name} {_UNTRACEABLE}") from error
+
+
+@contextmanager
+def _named(optimiser: Optimizer) -> Iterator[None]:
+    try:
+        yield
+    except CompileError:
+        raise
+    except Exception as error:
+        raise CompileError(f"{type(optimiser).__name__} {_UNTRACEABLE}") from error
 
 
 _UNTRACEABLE = (
@@ -202,29 +234,46 @@ _UNTRACEABLE = (
 )
 
 
+def _trace_flat(flat: Flat, aliases: Mapping[Tensor, Tensor], values: Iterator[Tensor]) -> None:
+    first, held = flat.members[0], [aliases[p] for p in flat.parameters]
+    alias = flat.join(held)
+    alias.grad = flat.join(x.grad for x in held if x.grad is not None)
+    given = {k: _taken(k, v) for k, v in flat.take().items()}
+    flat.put(_step(first.optimiser, [first.group | {"params": [alias]}], {alias: given}, values)[alias])
+    for x, new in zip(held, flat.split(alias), strict=True):
+        x.copy_(new)
+
+
 def _trace_step(optimiser: Optimizer, aliases: Mapping[Tensor, Tensor], values: Iterator[Tensor]) -> None:
+    held = [[p for p in group["params"] if p in aliases] for group in optimiser.param_groups]
+    groups = [g | {"params": [aliases[p] for p in ps]} for g, ps in zip(optimiser.param_groups, held, strict=True)]
+    old = {p: optimiser.state.get(p, {}) for ps in held for p in ps}
+    given = {p: {k: _taken(k, v) for k, v in state.items()} for p, state in old.items()}
+    new = _step(optimiser, groups, {aliases[p]: dict(state) for p, state in given.items() if state}, values)
+    for p in old:
+        _write_back(optimiser, old[p], given[p], new[aliases[p]])
+
+
+def _step(
+    optimiser: Optimizer, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]], values: Iterator[Tensor]
+) -> Mapping[Tensor, dict[str, Any]]:
+    """Run the optimiser's own step on other groups and states; return the states after it."""
     if isinstance(optimiser, ClippedAdam):
-        for group in optimiser.param_groups:
-            held = {aliases[p]: optimiser.state[p] for p in group["params"] if p in aliases}
-            _clipped_adam(group, held, next(values), next(values))
-        return
+        for group in groups:
+            _clipped_adam(group, {p: states[p] for p in group["params"]}, next(values), next(values))
+        return states
     clone = copy.copy(optimiser)
-    clone.param_groups, clone.state = [], defaultdict(dict)
-    for group in optimiser.param_groups:
-        changes: dict[str, Any] = {"params": [aliases[p] for p in group["params"] if p in aliases]}
-        changes |= {k: False for k in ("foreach", "fused", "capturable") if k in group}
+    clone.param_groups, clone.state = [], defaultdict(dict, states)
+    for group in groups:
+        changes: dict[str, Any] = {k: False for k in ("foreach", "fused", "capturable") if k in group}
         if isinstance(group.get("lr"), float | int):
             changes["lr"] = next(values)
         clone.param_groups.append(group | changes)
-    given = {p: {k: _taken(k, v) for k, v in optimiser.state[p].items()} for p in aliases if p in optimiser.state}
     settings = [dict(group) for group in clone.param_groups]
-    for p, state in given.items():
-        clone.state[aliases[p]] = dict(state)
     type(clone).step.__wrapped__(clone)  # without hooks: no step is taken now
     if any(new[k] is not old[k] for new, old in zip(clone.param_groups, settings, strict=True) for k in old):
         raise CompileError(f"{type(optimiser).__name__} {_UNTRACEABLE}")
-    for p, alias in aliases.items():
-        _write_back(optimiser, optimiser.state.get(p, {}), given.get(p, {}), clone.state[alias])
+    return clone.state
 
 
 def _taken(key: str, value: Any) -> Any:

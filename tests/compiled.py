@@ -14,7 +14,7 @@ from pyro.distributions import constraints
 from torch import nn
 
 import pyro_elbo as pe
-from pyro_elbo import executable
+from pyro_elbo import executable, operators
 from pyro_elbo.errors import PyroElboError
 
 X = torch.tensor([0.3, -1.2, 0.8, 1.9], dtype=torch.float64)
@@ -36,8 +36,9 @@ def _interpreted(monkeypatch):
 
         return torch.no_grad()(call)
 
-    monkeypatch.setattr(executable, "_compile", compiled)
-    monkeypatch.setattr(executable, "_entry", lambda compiled: None)
+    monkeypatch.setattr(executable, "compile_graph", compiled)
+    monkeypatch.setattr(executable, "entry_point", lambda compiled: None)
+    monkeypatch.setattr(operators, "_loops", {})
 
 
 @pytest.fixture(name="graphs")

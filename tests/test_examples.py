@@ -6,7 +6,7 @@ import pytest
 import xarray
 
 import examples.posteriordb as reference
-from examples import quickstart, svi_script
+from examples import quickstart, svi_script, vrnn_digits, vrnn_music
 from models.posteriordb import POSTERIORS
 
 
@@ -26,6 +26,25 @@ def test_quickstart(tmp_path, capsys):
 def test_svi_script(capsys):
     svi_script.main()
     assert "KL in nats" in capsys.readouterr().out
+
+
+def test_vrnn_digits(tmp_path, capsys):
+    vrnn_digits.main(tmp_path, quick=True)
+    printed = capsys.readouterr().out
+    assert all(f"  row {t} " in printed for t in range(8))
+    assert (tmp_path / "vrnn_digits.png").stat().st_size > 5_000
+
+
+def test_vrnn_music_on_its_embedded_simulator(tmp_path, capsys):
+    import mido
+
+    vrnn_music.main(None, tmp_path, quick=True)
+    assert "nats per frame: bound " in capsys.readouterr().out
+    assert (tmp_path / "vrnn_music.png").stat().st_size > 10_000
+    assert any(message.type == "note_on" for message in mido.MidiFile(tmp_path / "generated.mid"))
+    z = az.from_netcdf(str(tmp_path / "posterior.nc"))["posterior"]["z"]
+    assert z.dims == ("chain", "draw", "sequences", "time", "z_dim_0")
+    assert z.sizes["time"] == vrnn_music.PHRASE
 
 
 def test_posteriordb_on_its_embedded_data(capsys):

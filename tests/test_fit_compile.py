@@ -19,8 +19,8 @@ with torch.random.fork_rng():
 def compiled(monkeypatch):
     """The graphs that get compiled."""
     graphs = []
-    compile = executable._compile
-    monkeypatch.setattr(executable, "_compile", lambda graph, cpu: graphs.append(graph) or compile(graph, cpu))
+    compile = executable.compile_graph
+    monkeypatch.setattr(executable, "compile_graph", lambda graph, cpu: graphs.append(graph) or compile(graph, cpu))
     return graphs
 
 

@@ -221,3 +221,13 @@ def assert_trains(module):
     elbo = result.history.elbo.sel(split="valid")
     assert elbo[-1] > elbo[0]
     assert all(not torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
+
+
+def assert_starts_from_frequencies(module):
+    """A model whose output looks at nothing gives each feature the frequency that it was started from."""
+    frames_ = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 1.0]], dtype=torch.double)
+    module.start_from(frames_)
+    torch.nn.init.zeros_(module.output.weight)
+    observed = poutine.trace(module.model).get_trace(frames()).nodes["x"]["fn"].steps.base_dist.probs
+    expected = torch.tensor([3.5, 0.5, 2.5, 1.5], dtype=torch.double) / 4  # half a count for either value
+    torch.testing.assert_close(observed, expected.expand_as(observed))

@@ -36,16 +36,18 @@ def loops(m):
         with pyro.plate("sequences", len(x)):
             for t, seen in enumerate(states(m.cell, [*zip(x.unbind(1))], reverse=m.posterior == "smoothing")):
                 combined = (torch.tanh(m.combiner.state(z)) + seen) / 2
-                z = pyro.sample(f"z_{t}", normal(*split(m.combiner.output(combined))))
+                mean, raw = split(m.combiner.output(combined))
+                mean = mean + transition(m, z).mean if m.residual else mean
+                z = pyro.sample(f"z_{t}", normal(mean, raw))
 
     return laws.Loops(model, guide)
 
 
 @pytest.mark.parametrize("particles", laws.PARTICLES)
 @pytest.mark.parametrize("objective", laws.OBJECTIVES)
-@pytest.mark.parametrize("posterior", POSTERIORS)
-def test_equals_the_loops_in_value_and_gradient(posterior, objective, particles):
-    module = make(posterior)
+@pytest.mark.parametrize(("posterior", "residual"), [("smoothing", False), ("filtering", False), ("smoothing", True)])
+def test_equals_the_loops_in_value_and_gradient(posterior, residual, objective, particles):
+    module = make(posterior, residual=residual)
     laws.assert_equals_loops(module, loops(module), objective, particles)
 
 
@@ -97,3 +99,7 @@ def test_posterior_is_one_of_two():
 
 def test_trains():
     laws.assert_trains(make("filtering"))
+
+
+def test_starts_from_frequencies():
+    laws.assert_starts_from_frequencies(make())

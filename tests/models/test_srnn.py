@@ -64,3 +64,7 @@ def test_the_guide_smooths():
 
 def test_trains():
     laws.assert_trains(laws.make(SRNN))
+
+
+def test_starts_from_frequencies():
+    laws.assert_starts_from_frequencies(laws.make(SRNN))

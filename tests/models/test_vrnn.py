@@ -117,3 +117,8 @@ def test_what_the_guides_see():
 @pytest.mark.parametrize("form", FORMS)
 def test_trains(form):
     laws.assert_trains(laws.make(FORMS[form]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_starts_from_frequencies(form):
+    laws.assert_starts_from_frequencies(laws.make(FORMS[form]))

@@ -693,7 +693,7 @@ def test_at_gives_one_steps_inputs():
 
 
 def test_padding_of_discrete_latents_enters_no_gradient():
-    """A parameter of each step: none of those behind the ends gets a gradient, and the batch is the sum of its sequences."""
+    """A parameter of each step: none behind the ends gets a gradient; the batch is the sum of its sequences."""
 
     def step(k, row):
         k = pyro.sample("k", dist.Bernoulli(0.3 + 0.2 * k))
@@ -713,7 +713,7 @@ def test_padding_of_discrete_latents_enters_no_gradient():
 
         return lambda: run(step), lambda: run(guide_step)
 
-    def gradient(rows, lengths, k):
+    def gradient(objective, rows, lengths, k):
         model, guide = programs(rows, lengths)
         source = poutine.trace(lambda: pyro.sample("k", dist.Delta(k, event_dim=2))).get_trace()
         _, found = loss_and_gradients(objective, model, poutine.replay(guide, trace=source))
@@ -721,8 +721,8 @@ def test_padding_of_discrete_latents_enters_no_gradient():
 
     k = torch.bernoulli(torch.full((N, T), 0.5))
     for objective in (Trace_ELBO(), pe.TraceBeta_ELBO(0.7), pe.TraceTimestep_ELBO(kl="sampled")):
-        whole = gradient([0, 1, 2], LENGTHS.tolist(), k)
+        whole = gradient(objective, [0, 1, 2], LENGTHS.tolist(), k)
         inside = torch.arange(T)[:, None] < LENGTHS
         assert torch.equal(whole != 0, inside)
-        parts = [gradient([i], [n], k[i : i + 1, :n]) for i, n in enumerate(LENGTHS.tolist())]
+        parts = [gradient(objective, [i], [n], k[i : i + 1, :n]) for i, n in enumerate(LENGTHS.tolist())]
         torch.testing.assert_close(whole, sum(parts))

@@ -411,8 +411,7 @@ def test_values_for_the_first_steps(stepped):
     guide = in_plates(guide_step, zeros(N))(scanned)
     svi = pe.SVI(model, guide, adam(), pe.TraceTimestep_ELBO(), compile=True)
     with pytest.raises(PyroElboError, match="'y'"):
-        svi.step(frames(N))
-        svi.step(frames(N))
+        svi.run(2, frames(N), progress=False)
 
 
 def test_a_scan_inside_of_a_step(stepped):
@@ -482,8 +481,7 @@ def hidden_from_x(z, x_t):
 
 def small(kind):
     """A model of few parameters: Inductor takes seconds."""
-    module = laws.make(kind)
-    return module
+    return laws.make(kind)
 
 
 def test_machine_code_of_a_ragged_vrnn(graphs):

@@ -17,7 +17,8 @@ from pyro_elbo.errors import ArgumentError, NonFiniteError, PyroElboError, SiteE
 
 N, T = 3, 4
 CURE = re.compile(
-    r"\b(add|run|look|make|let|put|give|pass|skip|leave|keep|use|choose|remove|return|draw|write|carry|must be|expected|integers)\b",
+    r"\b(add|run|look|make|let|put|give|pass|skip|leave|keep|use|choose|remove|return|draw|write|carry|must be|"
+    r"expected|integers)\b",
     re.I,
 )
 

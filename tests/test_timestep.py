@@ -359,7 +359,7 @@ def backward(way):
 
 
 def test_a_guide_that_runs_backward_has_sampled_terms():
-    """Model and guide are equal: the bound is 0 for every draw. Site by site in closed form it would be 1 (in the mean)."""
+    """Model and guide are equal: the bound is 0 for every draw. Site by site in closed form its mean would be 1."""
     for way in BOTH:
         terms = pe.TraceTimestep_ELBO(num_particles=3).terms(walk(way), backward(way))
         assert terms.is_analytic == {"z": False}

@@ -14,7 +14,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q $(TORCH_INDEX) $$(grep '^torch==' $(PINS))
-	$(BIN)/pip install -q -c $(PINS) -e '.[dev,plot,probe]'
+	$(BIN)/pip install -q -c $(PINS) -e '.[dev]'
 	touch $@
 
 demo: $(STAMP)

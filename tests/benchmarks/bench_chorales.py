@@ -103,8 +103,10 @@ RECIPES = {
     ),
     "dmm": Recipe(
         make=lambda: DMM(KEYS, z_dim=32, emission=100, transition=100, rnn=200, residual=True),
-        stages=(Stage(epochs=450, lr=8e-3, warmup=40),),
+        stages=(Stage(epochs=400, lr=8e-3, warmup=40),),
         weight_decay=0.0,
+        transposed=0.75,
+        halftones=4,
         targets={"ELBO": -6.9},
     ),
 }

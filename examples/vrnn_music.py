@@ -43,12 +43,11 @@ def simulate(num_pieces: int, seed: int) -> Sequences:
     return pieces
 
 
-def load(data: Path | None, seed: int) -> tuple[Sequences, Sequences]:
-    """Pieces to train on and pieces to judge by."""
+def load(data: Path | None, seed: int) -> dict[str, Sequences]:
+    """Pieces to train on (``train``), to stop by (``valid``) and to judge by (``test``)."""
     if data is None:
-        return simulate(200, seed), simulate(40, seed + 1)
-    splits = load_chorales(data)
-    return splits["train"], splits["test"]
+        return {"train": simulate(200, seed), "valid": simulate(40, seed + 1), "test": simulate(40, seed + 2)}
+    return load_chorales(data)
 
 
 def phrases(pieces: Sequences) -> tuple[Tensor, Tensor]:
@@ -105,8 +104,8 @@ def export(vrnn: VRNN, held_out: Sequences, history: pe.FitResult, path: Path, *
 
 def main(data: Path | None, out: Path, *, seed: int = 0, quick: bool = False) -> None:
     torch.manual_seed(seed)  # of the network's first weights; pe.fit has a seed of its own
-    train, held_out = load(data, seed)
-    train = train[:40] if quick else train
+    pieces = load(data, seed)
+    train, held_out = pieces["train"][:40] if quick else pieces["train"], pieces["test"]
     vrnn = VRNN(KEYS, z_dim=4, hidden=32) if quick else VRNN(KEYS, z_dim=32, hidden=128)
     vrnn.start_from(torch.cat(train))
     epochs, batch = (8, 20) if quick else (60, 50)
@@ -115,7 +114,7 @@ def main(data: Path | None, out: Path, *, seed: int = 0, quick: bool = False) ->
         vrnn.model,
         vrnn.guide,
         phrases(train),
-        phrases(held_out),
+        phrases(pieces["valid"]),
         loss=pe.TraceTimestep_ELBO(pe.LinearWarmup(0.1, 1.0, steps=steps // 3), normalize="frame"),
         lr=1e-2 if quick else 5e-3,
         batch_size=batch,

@@ -4,7 +4,8 @@ The step is traced once, with its gradient. What needs the carry runs inside of 
 the graph around it, for all steps at once. Neither the graph nor its compilation grows with T.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -335,7 +336,7 @@ class Loops:
     """Runs the scans of one captured step as parts of its graph."""
 
     def __init__(self) -> None:
-        self._numbers, self._ran = Numbers(), []
+        self._numbers, self._ran, self._is_tracing = Numbers(), [], False
 
     def __call__(
         self, body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
@@ -349,7 +350,8 @@ class Loops:
             steps: how many.
             reverse: run from the last step to the first.
         """
-        known, other = self._known(body, carry, inputs, steps, reverse)
+        with self._tracing():
+            known, other = self._known(body, carry, inputs, steps, reverse)
         rest = [i for i in range(len(carry)) if i not in known]
         extra = [] if other is None else [other.states[j] for j in known.values()]
 
@@ -360,7 +362,7 @@ class Loops:
             return [new[i] for i in rest], [*outs, *state]  # what the carry was may serve another loop
 
         state, columns = [carry[i] for i in rest], [*inputs, *extra]
-        with disable_proxy_modes_tracing():
+        with self._tracing(), disable_proxy_modes_tracing():
             seen: list[Tensor] = []
             alone = _forward(reduced, state, columns, seen)
             step = _to_run(reduced, state, columns, seen, alone.constants)
@@ -376,6 +378,20 @@ class Loops:
             i: other.finals[j] for i, j in known.items() if other is not None
         }
         return [last[i] for i in range(len(carry))], outs
+
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        """Refuse scans inside of a step while it is traced."""
+        if self._is_tracing:
+            raise CompileError(
+                "A pe.scan inside of a step of pe.scan cannot be compiled: write the inner loop out, or use "
+                "compile=False."
+            )
+        self._is_tracing = True
+        try:
+            yield
+        finally:
+            self._is_tracing = False
 
     def _known(
         self, body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool

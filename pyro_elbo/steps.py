@@ -259,7 +259,10 @@ class Steps:
             if value is not None:
                 result[name] = value.movedim(value.dim() - len(site.fn.event_shape) - 1, 0)
                 if len(result[name]) < self.total:
-                    raise CompileError(f"Site '{name}' is given for its first steps only, which cannot be compiled.")
+                    raise CompileError(
+                        f"Site '{name}' is given for its first steps only, which can be neither compiled nor filtered: "
+                        "give all steps, or use compile=False."
+                    )
         return result
 
     def _rank(self) -> int:

@@ -12,6 +12,8 @@ from pyro.distributions import constraints
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import autoguide
 
+import pyro_elbo as pe
+
 X = torch.tensor([0.3, -1.2, 0.8, 1.9], dtype=torch.float64)
 COUNTS = torch.tensor([3.0, 1.0, 4.0, 2.0], dtype=torch.float64)
 X2 = torch.tensor([[0.3, -1.2], [0.8, 1.9], [-0.4, 0.1]], dtype=torch.float64)
@@ -388,6 +390,51 @@ def two_plates_guide(x):
         pyro.sample("w", dist.Bernoulli(logits=loc("w_logit", 3)))
 
 
+# --- sites over time ------------------------------------------------------------------------------------------
+
+
+def walk_model(x):
+    """A random walk, observed with noise."""
+
+    def step(z, x_t):
+        z = pyro.sample("z", dist.Normal(z, num(1.0)))
+        pyro.sample("x", dist.Normal(z, num(1.0)), obs=x_t)
+        return z, None
+
+    pe.scan(step, num(0.0), x)
+
+
+def walk_guide(x):
+    gain, width = loc("gain", 2), scale("width")
+
+    def step(z, x_t):
+        z = pyro.sample("z", dist.Normal(gain[0] * z + gain[1] * x_t, width))
+        return z, None
+
+    pe.scan(step, num(0.0), x)
+
+
+def walk_exact(x):
+    """p(x_t..T | z_t) ∝ exp(-j z²/2 + h z) with j_t = 1 + j/(1 + j), h_t = x_t + h/(1 + j) of the step after."""
+    j, h, rows = num(0.0), num(0.0), []
+    for x_t in x.flip(0):
+        j, h = 1 + j / (1 + j), x_t + h / (1 + j)
+        rows.insert(0, torch.stack([j, h]))
+
+    def step(z, row):
+        variance = 1 / (1 + row[0])
+        z = pyro.sample("z", dist.Normal(variance * (z + row[1]), variance.sqrt()))
+        return z, None
+
+    pe.scan(step, num(0.0), torch.stack(rows))
+
+
+def walk_evidence():
+    steps = torch.arange(1, len(X) + 1, dtype=torch.float64)
+    cov = torch.minimum(steps, steps[:, None]) + torch.eye(len(X), dtype=torch.float64)
+    return dist.MultivariateNormal(torch.zeros(len(X), dtype=torch.float64), cov).log_prob(X)
+
+
 def auto_subsampled(model):
     return autoguide.AutoNormal(model, create_plates=lambda x, index: pyro.plate("data", len(x), subsample=index))
 
@@ -448,5 +495,7 @@ PROGRAMS = [
     Program("discrete and continuous", mixed_model, plain(mixed_guide)),
     Program("without pathwise gradient", chain_model, plain(chain_guide)),
     Program("two plates, factor", two_plates_model, plain(two_plates_guide)),
+    Program("scan", walk_model, plain(walk_guide), mean_field=True),
+    Program("exact posterior, scan", walk_model, plain(walk_exact), evidence=walk_evidence),
     Program("AutoNormal, subsampled", subsampled_model, auto_subsampled, (X, INDEX), mean_field=True),
 ]

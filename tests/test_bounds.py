@@ -131,8 +131,8 @@ def test_exact_posterior_makes_the_bound_the_evidence(program, vectorise, num_pa
 def test_particles_in_a_loop_and_in_a_plate_are_the_same_bound():
     x = data(10, -17.81)
     looped = pe.TraceIW_ELBO(3)
-    pair = values(importance(3), 400, x), values(looped, 400, x)
-    assert abs(pair[0].mean() - pair[1].mean()) < 5 * ((pair[0].var() + pair[1].var()) / 400).sqrt()
+    pair = values(importance(3), 150, x), values(looped, 150, x)
+    assert abs(pair[0].mean() - pair[1].mean()) < 5 * ((pair[0].var() + pair[1].var()) / 150).sqrt()
 
 
 def test_objective_is_the_log_of_the_mean_weight():
@@ -392,10 +392,11 @@ def test_exact_smoother_makes_the_bound_the_kalman_likelihood(bound, shortest):
 
 
 def test_analytic_terms_of_the_exact_smoother_have_the_evidence_as_mean():
-    """Log-likelihoods at the draw no longer cancel against log q: 5 SE of 400 draws."""
+    """Log-likelihoods at the draw no longer cancel against log q: 5 SE of 40 runs of 20 draws (t: 1 in 80 000)."""
     ssm, x, lengths = simulate(4, 6, shortest=2, seed=3)
     model, guide = ssm_programs(ssm, ssm.posterior(x, lengths))
-    bounds = values(pe.TraceTimestep_ELBO(), 400, x, lengths, programs=(model, guide))
+    objective = pe.TraceTimestep_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
+    bounds = values(objective, 40, x, lengths, programs=(model, guide))
     assert bounds.std() > 0.01
     assert_within(bounds, ssm.log_evidence(x, lengths).sum())
 

@@ -103,10 +103,9 @@ RECIPES = {
     ),
     "dmm": Recipe(
         make=lambda: DMM(KEYS, z_dim=32, emission=100, transition=100, rnn=200, residual=True),
-        stages=(Stage(epochs=400, lr=8e-3, warmup=40),),
+        stages=(Stage(epochs=450, lr=8e-3, warmup=40),),
         weight_decay=0.0,
-        transposed=0.75,
-        halftones=4,
+        transposed=0.5,
         targets={"ELBO": -6.9},
     ),
 }
@@ -221,13 +220,15 @@ def judge(model: SequenceModel, pieces: Pieces) -> dict[str, float]:
     }
 
 
-def run(name: str, seeds: Sequence[int], recipe: Recipe, pieces: Pieces) -> list[str]:
+def run(name: str, seeds: Sequence[int], recipe: Recipe, pieces: Pieces, folder: Path | None) -> list[str]:
     """Train from every seed; the rows of the table, and how the targets fared."""
     rows, results = [], []
     for seed in seeds:
         start = time.perf_counter()
         model, epochs = train(recipe, pieces, seed)
         minutes = (time.perf_counter() - start) / 60
+        if folder is not None:
+            torch.save(model.state_dict(), folder / f"{name}_{seed}.pt")
         results.append(judge(model, pieces))
         numbers = "".join(f"{value:12.3f}" for value in results[-1].values())
         rows.append(f"{name:6}{seed:>5}{'+'.join(map(str, epochs)):>9}{numbers}{minutes:9.1f}")
@@ -252,6 +253,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="of every stage, in place of the recipe's")
+    parser.add_argument("--save", type=Path, help="folder for the trained parameters")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -260,7 +262,7 @@ if __name__ == "__main__":
     for key in args.model:
         chosen = shortened(RECIPES[key], args.epochs) if args.epochs else RECIPES[key]
         print(key, chosen, flush=True)
-        table += run(key, args.seeds, chosen, data)
+        table += run(key, args.seeds, chosen, data, args.save)
     columns = [
         f"{kind} {split}"
         for kind, splits in (("ELBO", ("train", "valid", "test")), ("FIVO", ("valid", "test")))

@@ -61,7 +61,7 @@ def scan(
         SiteError: a site appears twice in a step, or not in all steps; its distribution changes.
 
     Example:
-        >>> import pyro.distributions as dist
+        >>> import pyro, torch, pyro.distributions as dist
         >>> def step(level, x_t):
         ...     level = pyro.sample("level", dist.Normal(level, 0.1))
         ...     pyro.sample("x", dist.Normal(level, 1.0), obs=x_t)

@@ -1,6 +1,5 @@
 """Bad input, every way of drawing particles: one error type, the site, what was expected, what came, the cure."""
 
-import contextlib
 import math
 import re
 
@@ -13,23 +12,13 @@ from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNorm
 
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError, GuideError, NonFiniteError, PyroElboError, SiteError
+from tests.refusing import refusing
 
 X = torch.tensor([0.3, -1.2, 0.8, 1.9])
 CURE = re.compile(
     r"\b(add|remove|mark|put|use|give|skip|call|fill|look|sample|declare|choose|train|must be|expected a beta)\b", re.I
 )
-
-
-@contextlib.contextmanager
-def refuses(error, *parts):
-    """The block raises ``error``; its message holds every part and a cure."""
-    with pytest.raises(error) as caught:
-        yield
-    message = str(caught.value)
-    assert isinstance(caught.value, PyroElboError), message
-    for part in parts:
-        assert str(part) in message, f"{part!r} is not in: {message}"
-    assert CURE.search(message), f"no cure in: {message}"
+refuses = refusing(CURE)
 
 
 def model(x):

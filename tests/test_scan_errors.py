@@ -1,6 +1,5 @@
 """Bad input of scans: the message names the step and the site, what was expected, and the cure."""
 
-import contextlib
 import re
 
 import numpy as np
@@ -13,7 +12,8 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.reparam import LocScaleReparam
 
 import pyro_elbo as pe
-from pyro_elbo.errors import ArgumentError, NonFiniteError, PyroElboError, SiteError
+from pyro_elbo.errors import ArgumentError, NonFiniteError, SiteError
+from tests.refusing import refusing
 
 N, T = 3, 4
 CURE = re.compile(
@@ -21,18 +21,7 @@ CURE = re.compile(
     r"expected|integers)\b",
     re.I,
 )
-
-
-@contextlib.contextmanager
-def refuses(error, *parts):
-    """The block raises ``error``; its message holds every part and a cure."""
-    with pytest.raises(error) as caught:
-        yield
-    message = str(caught.value)
-    assert isinstance(caught.value, PyroElboError), message
-    for part in parts:
-        assert str(part) in message, f"{part!r} is not in: {message}"
-    assert CURE.search(message), f"no cure in: {message}"
+refuses = refusing(CURE)
 
 
 def step(z, x_t):

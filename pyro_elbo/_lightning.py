@@ -228,7 +228,7 @@ class Programs(lightning.LightningModule):
             return None
         terms, values = self._evaluate(batch, self.mean)
         self._show(values)
-        return self.module.elbo.count_step(-terms.objective / terms.num_data)
+        return self.module.elbo.count_step(-terms.objective / terms.num_data, terms)
 
     def _compiled_step(self, batch: Batch) -> dict[str, Tensor]:
         """Take the step where Lightning expects the gradient: without one, its own step moves nothing."""

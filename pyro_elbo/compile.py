@@ -66,6 +66,7 @@ def totals(terms: Terms) -> dict[str, Tensor]:
     """The totals of a step, scaled to the full data, in nats: bound, rate, distortion, and the share of every site."""
     sites = {f"kl/{n}": x for n, x in terms.kl_total.items()}
     sites |= {f"log_likelihood/{n}": x for n, x in terms.log_likelihood_total.items()}
+    sites |= {f"penalty/{n}": x.nats * terms.num_data for n, x in terms.penalties.items()}
     return {"elbo": terms.elbo, "rate": terms.rate, "distortion": terms.distortion} | sites
 
 
@@ -163,7 +164,7 @@ class Steps:
             terms = self.loss.terms(self.model, self.guide, *args, **kwargs)
             loss = self._loss(terms)
         if kind == "train" and loss.requires_grad:
-            self.loss.count_step(loss).backward()
+            self.loss.count_step(loss, terms).backward()
             self.update(parameters)
             pyro.infer.util.zero_grads(parameters.values())
         return terms, self._record(terms, loss), parameters
@@ -172,7 +173,8 @@ class Steps:
         """Run a step in Python and note what a graph of it would rely on."""
         terms, record, parameters = self._in_python(kind, args, kwargs)
         trained = kind == "train" and terms.objective.requires_grad
-        plan = Plan(optimisers := self.update.optimisers(parameters) if trained else [])
+        critics = [critic.optimiser for critic in self.loss.critics.values()]
+        plan = Plan(optimisers := self.update.optimisers(parameters) + critics if trained else [])
         guard = Guard(self.model, self.guide, args, kwargs)
         guard.watch(vars(self.loss), (name for name in vars(self.loss) if name != "step"))
         watch(guard, optimisers)
@@ -208,7 +210,7 @@ class Steps:
                 loss = self._loss(terms)
                 recorded = self._record(terms, loss)
             if step.plan.optimisers:
-                trace_update(self.update, step.plan, _gradients(loss, step), values)
+                trace_update(self.update, step.plan, _gradients(loss, step), _critic_gradients(terms), values)
             usable = torch.stack([alive, torch.isfinite(loss.detach()), *assumed]).all()
             record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), usable)]))
             alive.copy_(usable)
@@ -279,6 +281,12 @@ def _gradients(loss: Tensor, step: _Step) -> dict[Tensor, Tensor]:
             "sparse=True of the nn.Embedding, or use compile=False."
         )
     return {p: g for p, g in step.gradients.items() if p not in gradients} | gradients
+
+
+def _critic_gradients(terms: Terms) -> dict[Tensor, Tensor]:
+    """The gradient of every critic's parameter."""
+    pairs = [zip(critic.network.parameters(), found, strict=True) for critic, found in terms.critic_gradients()]
+    return {p: gradient for pair in pairs for p, gradient in pair}
 
 
 def _check_reachable(guard: Guard) -> None:

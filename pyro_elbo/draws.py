@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_elbo.errors import ArgumentError, GuideError, SiteError
+from pyro_elbo.evaluation import is_point
 from pyro_elbo.over_time import OverTime
 from pyro_elbo.psis import PSIS, psis
 from pyro_elbo.sites import (
@@ -31,7 +33,7 @@ from pyro_elbo.sites import (
     run,
     trace_program,
 )
-from pyro_elbo.terms import is_point, shared_plate
+from pyro_elbo.terms import shared_plate
 
 Arrays = dict[str, Tensor]
 
@@ -157,7 +159,8 @@ class seeded:  # noqa: N801  (used as a statement)
     def __enter__(self) -> None:
         self.state = pyro.util.get_rng_state()
         if self.seed is not None:
-            pyro.set_rng_seed(self.seed)
+            # data that were simulated under the same seed must not be drawn again as noise
+            pyro.set_rng_seed(int(np.random.SeedSequence((self.seed, 1)).generate_state(1)[0]))
 
     def __exit__(self, *_: object) -> None:
         if self.seed is not None:

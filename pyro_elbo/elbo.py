@@ -9,7 +9,7 @@ too) advances it, once. Evaluation never does.
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -21,11 +21,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from pyro_elbo.bounds import importance_weighted, shared_scale
+from pyro_elbo.critics import Critic
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.estimators import surrogate
+from pyro_elbo.evaluation import KLForm, evaluate, stack_particles
+from pyro_elbo.information import Given
+from pyro_elbo.penalties import Estimator, MutualInformation, Penalty
 from pyro_elbo.schedules import Schedule
 from pyro_elbo.sites import Program, check_initialised, guess_plate_nesting, run, run_filter
-from pyro_elbo.terms import KLForm, Term, Terms, evaluate, stack_particles
+from pyro_elbo.terms import Term, Terms
 from pyro_elbo.timestep import Normalize, SequenceBound, divisor, over_time
 from pyro_elbo.weighting import Beta, KLWeighting, ScheduleValue
 
@@ -47,6 +51,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         vectorize_particles: draw them in one run, inside a plate on the left of all others.
         max_plate_nesting: how many batch dimensions the plates use; found by a trial run if omitted.
         retain_graph: keep the autograd graph after ``loss_and_grads``.
+        penalties: what is paid beside the KL, such as :class:`MutualInformation`.
 
     Raises:
         ArgumentError: a weight is negative, NaN or infinite, or another argument is out of range.
@@ -77,6 +82,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         vectorize_particles: bool = False,
         max_plate_nesting: float = math.inf,
         retain_graph: bool | None = None,
+        penalties: Sequence[Penalty] = (),
     ) -> None:
         if kl not in ("auto", "sampled"):
             raise ArgumentError(f"kl must be 'auto' or 'sampled', got {kl!r}.")
@@ -87,6 +93,11 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self.max_plate_nesting = max_plate_nesting
         self.kl: KLForm = kl
         self.weighting = KLWeighting(beta, free_bits)
+        self.penalties = tuple(penalties)
+        names = [penalty.name for penalty in self.penalties]
+        if len(set(names)) < len(names):
+            raise ArgumentError(f"Each penalty needs a name of its own, got {names}: add up the weights of equal ones.")
+        self.critics: dict[str, Critic] = {}
         self.step = 0
 
     def __call__(self, model: Any, guide: Any) -> "TermsModule":
@@ -113,9 +124,23 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         """:meth:`terms` as a function of what the schedules say, without looking at any number."""
+        return self._penalise(self._bounded(model, guide, args, kwargs, value), args, kwargs, value)
+
+    def _bounded(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
+    ) -> Terms:
         sites, particle_dim = self._sites(model, guide, args, kwargs)
         weighted, constant = self.weighting(sites, particle_dim, value)
         return Terms(sites, particle_dim, self._bound(sites, weighted, constant, particle_dim))
+
+    def _penalise(self, terms: Terms, args: tuple, kwargs: dict[str, Any], value: ScheduleValue) -> Terms:
+        found, objective = {}, terms.objective
+        for penalty in self.penalties:
+            weight = value(penalty.weight) if isinstance(penalty.weight, Schedule) else penalty.weight
+            found[penalty.name] = penalty(terms, args, kwargs, weight, self.critics)
+            if isinstance(weight, Tensor) or weight != 0:
+                objective = objective - found[penalty.name].cost
+        return replace(terms, objective=objective, penalties=found)
 
     _bound = staticmethod(surrogate)
 
@@ -126,7 +151,8 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
         """-objective, differentiable; a backward through it followed by an optimiser's step counts as a step."""
-        return self.count_step(-self.terms(model, guide, *args, **kwargs).objective)
+        terms = self.terms(model, guide, *args, **kwargs)
+        return self.count_step(-terms.objective, terms)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """-objective as a number, after a backward through it."""
@@ -138,24 +164,34 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     @property
     def settled(self) -> int:
         """The step from which no schedule changes any more; 0 for constant weights."""
-        return self.weighting.settled
+        schedules = [p.weight for p in self.penalties if isinstance(p.weight, Schedule)]
+        return max([self.weighting.settled, *(schedule.settled for schedule in schedules)])
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
         """The different schedules that the objective asks."""
-        return self.weighting.schedules
+        penalties = (p.weight for p in self.penalties if isinstance(p.weight, Schedule))
+        return tuple(dict.fromkeys([*self.weighting.schedules, *penalties]))
 
     def beta_at(self, step: int, sites: Iterable[str]) -> dict[str, float]:
         """β of each site at a step, averaged over data; a ``Capacity`` gives its target in nats."""
         return self.weighting.at(step, sites)
 
-    def state_dict(self) -> dict[str, int]:
-        """What must be saved beside parameters and optimiser for an exact continuation: the step count."""
-        return {"step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """What must be saved beside parameters and optimiser for an exact continuation: step count and critics."""
+        critics = {"critics": {n: critic.state() for n, critic in self.critics.items()}} if self.critics else {}
+        return {"step": self.step} | critics
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.step = int(state["step"])
+        self.critics = {n: Critic.restored(critic) for n, critic in state.get("critics", {}).items()}
+
+    def advance(self) -> None:
+        """Count one step of an optimiser, and let the critics take theirs."""
+        self.step += 1
+        for critic in self.critics.values():
+            critic.step()
 
     def _sites(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
@@ -174,10 +210,15 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> None:
         raise NotImplementedError("The terms of the bound replace Pyro's pair of traces: call .terms(...).")
 
-    def count_step(self, loss: Float[Tensor, "*"]) -> Float[Tensor, "*"]:
-        """Return ``loss``, marked so that the optimiser's step after its backward counts as one step."""
+    def count_step(self, loss: Float[Tensor, "*"], terms: Terms) -> Float[Tensor, "*"]:
+        """Return ``loss``, marked so that the optimiser's step after its backward counts as one step.
+
+        The critics of ``terms`` get their gradients, and step then too.
+        """
         if loss.requires_grad:
             loss.register_hook(lambda _: _awaiting.add(self))
+            for critic, gradients in terms.critic_gradients():
+                critic.accept(gradients)
         return loss
 
 
@@ -215,6 +256,47 @@ class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         super().__init__(beta, kl="sampled", num_particles=num_particles, **options)
 
     _bound = staticmethod(importance_weighted)
+
+
+class TraceMI_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
+    r"""The ELBO less a penalty on what a latent tells of an attribute.
+
+    .. math:: E[\text{ELBO}] - \lambda N\, I_q(z; s)
+
+    :class:`TraceBeta_ELBO` with one :class:`MutualInformation`.
+
+    Args:
+        latent: the site z, as in :class:`MutualInformation`.
+        given: the attribute s.
+        weight: λ per datum, a number or a schedule.
+        estimator: how the information is estimated.
+        beta: weight of the KL.
+        conditional_on: y, for I(z; s | y).
+        options: those of :class:`TraceBeta_ELBO`.
+
+    Example:
+        >>> loss = TraceMI_ELBO(latent="z", given="s", weight=10.0, estimator="aggregate", beta=1.0)
+        >>> loss.penalties[0].name
+        'I(z; s)'
+
+    References:
+        Moyer, Gao, Brekelmans, Galstyan, Ver Steeg (2018), arXiv:1805.09458; Louizos, Swersky, Li, Welling, Zemel
+        (2016), arXiv:1511.00830.
+    """
+
+    def __init__(
+        self,
+        latent: str,
+        given: Given | None = None,
+        weight: float | Schedule = 1.0,
+        estimator: Estimator = "aggregate",
+        beta: Beta = 1.0,
+        *,
+        conditional_on: Given | None = None,
+        **options: Any,
+    ) -> None:
+        penalty = MutualInformation(latent, given, weight, estimator, conditional_on)
+        super().__init__(beta, penalties=(penalty, *options.pop("penalties", ())), **options)
 
 
 class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
@@ -282,14 +364,13 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         if bound == "filtering" and (self.num_particles < 2 or not self.weighting.is_identity()):
             raise ArgumentError("bound='filtering' needs num_particles >= 2, and takes neither beta nor free_bits.")
 
-    def evaluate(
+    def _bounded(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
-        """:meth:`terms` as a function of what the schedules say, without looking at any number."""
         if self.bound == "filtering":
             terms = self._filtered(model, guide, args, kwargs)
         else:
-            terms = super().evaluate(model, guide, args, kwargs, value)
+            terms = super()._bounded(model, guide, args, kwargs, value)
         return replace(terms, objective=terms.objective / divisor(terms.sites, self.normalize))
 
     def _bound(self, *terms: Any) -> Float[Tensor, ""]:
@@ -334,12 +415,12 @@ class TermsModule(ELBOModule):
         check_initialised(self)
         return super().named_parameters(*args, **kwargs)
 
-    def get_extra_state(self) -> dict[str, int]:
-        """The step count, saved with the parameters."""
+    def get_extra_state(self) -> dict[str, Any]:
+        """Step count and critics, saved with the parameters."""
         return self.elbo.state_dict()
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Restore the step count."""
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore step count and critics."""
         self.elbo.load_state_dict(state)
 
 
@@ -348,7 +429,7 @@ _awaiting: "weakref.WeakSet[TraceBeta_ELBO]" = weakref.WeakSet()
 
 def _advance(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     while _awaiting:
-        _awaiting.pop().step += 1
+        _awaiting.pop().advance()
 
 
 register_optimizer_step_post_hook(_advance)

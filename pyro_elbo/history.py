@@ -27,7 +27,8 @@ def per_datum(terms: Terms) -> dict[str, Tensor]:
     with torch.no_grad():
         totals = {name: getattr(terms, name) for name in TOTALS[:3]} | {"loss": -terms.objective}
         sites = {f"kl/{name}": value for name, value in terms.kl_total.items()}
-        return {name: value.detach() / terms.num_data for name, value in (totals | sites).items()}
+        penalties = {f"penalty/{name}": penalty.nats.detach() for name, penalty in terms.penalties.items()}
+        return {name: value.detach() / terms.num_data for name, value in (totals | sites).items()} | penalties
 
 
 @dataclass
@@ -66,7 +67,8 @@ def to_dataset(records: list[Record]) -> "xarray.Dataset":
     """Records of epochs and splits as a Dataset over ``epoch``, ``split`` and ``latent``.
 
     Variables: ``elbo``, ``distortion``, ``rate``, ``loss`` (epoch, split), ``kl`` (epoch, split, latent), all in nats
-    per datum; ``beta`` (epoch, latent), the weight at the end of the epoch. What a split lacks is NaN.
+    per datum; ``beta`` (epoch, latent), the weight at the end of the epoch; with penalties, ``penalty`` (epoch, split,
+    penalty_name), unweighted. What a split lacks is NaN.
     """
     import numpy as np
     import xarray
@@ -87,7 +89,16 @@ def to_dataset(records: list[Record]) -> "xarray.Dataset":
     variables: dict[str, Any] = {name: (("epoch", "split"), values, units) for name, values in totals.items()}
     variables["kl"] = (("epoch", "split", "latent"), kl, units)
     variables["beta"] = (("epoch", "latent"), beta)
-    return xarray.Dataset(variables, coords={"epoch": epochs, "split": list(SPLITS), "latent": latents})
+    coords: dict[str, Any] = {"epoch": epochs, "split": list(SPLITS), "latent": latents}
+    names = list(dict.fromkeys(n for r in records for n in r["values"] if n.startswith("penalty/")))
+    if names:
+        penalty = np.full((*shape, len(names)), np.nan)
+        for r in records:
+            i, j = epochs.index(r["epoch"]), SPLITS.index(r["split"])
+            penalty[i, j] = [r["values"].get(name, np.nan) for name in names]
+        variables["penalty"] = (("epoch", "split", "penalty_name"), penalty, units)
+        coords["penalty_name"] = [name.removeprefix("penalty/") for name in names]
+    return xarray.Dataset(variables, coords=coords)
 
 
 def save(history: "xarray.Dataset", path: Path) -> None:

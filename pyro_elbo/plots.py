@@ -1,12 +1,29 @@
 """Matplotlib figures of what the library computes. Needs the extra ``plot``."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pyro_elbo.audit import Audit, Fairness
+from pyro_elbo.errors import ArgumentError
+from pyro_elbo.probes import Estimate, Readout
 
 if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
 
 _COLOURS = {"train": "#9aa5b1", "valid": "#1f5fa8"}
+_CURVES = ("#1f5fa8", "#d08c3f", "#4f8f5b", "#b3452c", "#7a5ea8", "#5f6b78")
+_REFERENCE: dict[str, Any] = {"color": "#5f6b78", "lw": 1.0, "ls": ":"}
+_MOST_TICKS = 8
+# Where a label may stand beside its point: offset in points, horizontal and vertical alignment.
+_SIDES = (
+    (6, 4, "left", "bottom"),
+    (-6, 4, "right", "bottom"),
+    (6, -4, "left", "top"),
+    (-6, -4, "right", "top"),
+    (0, 9, "center", "bottom"),
+    (0, -9, "center", "top"),
+)
 
 
 def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) -> "list[Axes]":
@@ -42,3 +59,163 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
     weight.set_ylabel("β", color="#b3452c")
     kl.legend(frameon=False, loc="center right")
     return axes
+
+
+def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes] | None" = None) -> "list[Axes]":
+    """What forgetting costs: audits over the weight λ of a penalty, for one way of penalising or several.
+
+    Four views: accuracy of the best fresh probe of s, and of y, over λ; how much predictions of y differ between levels
+    of s, over λ; and both accuracies against each other, a point for every λ. Bands are 95 % intervals, dotted lines
+    what a constant prediction reaches. λ is logarithmic, with 0 at its own place.
+
+    Args:
+        curves: a label for every way of penalising, and its audits by weight: ``{"aggregate": {0.0: audit, ...}}``.
+            All audits are of the same s and y.
+        axes: four matplotlib axes to draw into; a new figure if omitted.
+
+    Returns:
+        The four axes.
+
+    Raises:
+        ArgumentError: a curve without audits, or audits without a target y.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyro_elbo.audit import audit
+        >>> rng = np.random.default_rng(0)
+        >>> s, y = rng.integers(0, 2, (2, 200))
+        >>> z = rng.normal(size=(200, 2)) + np.stack([s, y], 1)
+        >>> audits = {weight: audit(z / [1 + weight, 1], s, y, probes=["logistic"]) for weight in (0.0, 10.0)}
+        >>> [axes.get_ylabel() for axes in plot_tradeoff({"aggregate": audits})][:2]
+        ['accuracy', 'accuracy']
+    """
+    lines = {label: _points(label, audits) for label, audits in curves.items()}
+    if not lines:
+        raise ArgumentError("plot_tradeoff: no curves. Give {label: {weight: audit}}.")
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        axes = list(plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")[1].flat)
+    forget, keep, gaps, both = axes
+    _plot_accuracy(forget, {label: [(p.weight, p.s) for p in points] for label, points in lines.items()})
+    _plot_accuracy(keep, {label: [(p.weight, p.y) for p in points] for label, points in lines.items()})
+    _plot_gaps(gaps, lines)
+    for over_weight in (forget, keep, gaps):
+        _scale_weights(over_weight, sorted({p.weight for points in lines.values() for p in points}))
+    _plot_accuracies(both, lines)
+    return axes
+
+
+class _Point(NamedTuple):
+    """An audit with a target, at its weight."""
+
+    weight: float
+    s: Readout
+    y: Readout
+    fairness: Fairness
+
+
+def _points(label: str, audits: Mapping[float, Audit]) -> list[_Point]:
+    if not audits:
+        raise ArgumentError(f"plot_tradeoff: curve {label!r} has no audits. Give {{weight: audit}}.")
+    points = []
+    for weight in sorted(audits):
+        audit = audits[weight]
+        if audit.y is None or audit.fairness is None:
+            raise ArgumentError(f"plot_tradeoff: the audit of {label!r} at {weight:g} has no target. Give y to audit.")
+        points.append(_Point(float(weight), audit.s, audit.y, audit.fairness))
+    return points
+
+
+def _plot_band(
+    axes: "Axes", weights: Sequence[float], estimates: Sequence[Estimate], colour: str, label: str | None, ls: str = "-"
+) -> None:
+    axes.plot(weights, [e.value for e in estimates], color=colour, ls=ls, marker="o", ms=4, label=label)
+    axes.fill_between(weights, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.15, lw=0)
+
+
+def _plot_accuracy(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, Readout]]]) -> None:
+    for i, (label, points) in enumerate(lines.items()):
+        weights, readouts = [w for w, _ in points], [r for _, r in points]
+        _plot_band(axes, weights, [r.best.accuracy for r in readouts], _CURVES[i % len(_CURVES)], label)
+    readout = next(iter(lines.values()))[0][1]
+    axes.axhline(readout.majority, label="majority", **_REFERENCE)
+    axes.set(xlabel="weight λ", ylabel="accuracy", title=f"{readout.name} from z, best fresh probe")
+    axes.legend(frameon=False)
+
+
+def _plot_gaps(axes: "Axes", lines: Mapping[str, Sequence[_Point]]) -> None:
+    from matplotlib.lines import Line2D
+
+    for i, points in enumerate(lines.values()):
+        weights, colour = [p.weight for p in points], _CURVES[i % len(_CURVES)]
+        _plot_band(axes, weights, [p.fairness.demographic_parity for p in points], colour, None)
+        _plot_band(axes, weights, [p.fairness.equalized_odds for p in points], colour, None, "--")
+    first = next(iter(lines.values()))[0]
+    axes.axhline(first.fairness.label_parity.value, **_REFERENCE)
+    black: dict[str, Any] = {"color": "black", "lw": 1.2}
+    styles = {
+        "demographic parity": Line2D([], [], **black),
+        "equalised odds": Line2D([], [], ls="--", **black),
+        "parity of the labels": Line2D([], [], **_REFERENCE),
+    }
+    axes.set(xlabel="weight λ", ylabel=f"difference between levels of {first.s.name}")
+    axes.set_ylim(0.0, 1.3 * axes.get_ylim()[1])  # the legend has its place above all lines
+    axes.legend(list(styles.values()), list(styles), frameon=False, loc="upper right")
+    axes.set_title(f"predictions of {first.y.name}")
+
+
+def _scale_weights(axes: "Axes", weights: Sequence[float]) -> None:
+    """A logarithmic axis on which 0 has a place: linear up to the smallest positive weight."""
+    positive = [w for w in weights if w > 0]
+    if positive and positive[-1] > positive[0]:
+        axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
+        # The scale goes on below 0, where margins that suit its right end would take a third of the axis.
+        axes.set_xlim((weights[0] or -0.2 * positive[0]) - 0.05 * positive[0], 1.25 * weights[-1])
+    if len(weights) <= _MOST_TICKS:
+        axes.set_xticks(weights)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def _plot_accuracies(axes: "Axes", lines: Mapping[str, Sequence[_Point]]) -> None:
+    for i, (label, points) in enumerate(lines.items()):
+        x, y = [p.s.best.accuracy for p in points], [p.y.best.accuracy for p in points]
+        axes.errorbar(
+            [e.value for e in x],
+            [e.value for e in y],
+            xerr=[[e.value - e.low for e in x], [e.high - e.value for e in x]],
+            yerr=[[e.value - e.low for e in y], [e.high - e.value for e in y]],
+            **{"color": _CURVES[i % len(_CURVES)], "marker": "o", "ms": 4, "elinewidth": 0.6, "label": label},
+        )
+    first = next(iter(lines.values()))[0]
+    axes.axvline(first.s.majority, **_REFERENCE)
+    axes.axhline(first.y.majority, **_REFERENCE)
+    axes.set(
+        xlabel=f"accuracy of {first.s.name}", ylabel=f"accuracy of {first.y.name}", title="trade-off, labelled by λ"
+    )
+    axes.margins(0.12)
+    axes.legend(frameon=False)
+    _label_points(axes, lines)
+
+
+def _label_points(axes: "Axes", lines: Mapping[str, Sequence[_Point]]) -> None:
+    """Write λ beside points; a label that finds no free side is left out."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()  # positions are known only after the layout
+    coloured = [(_CURVES[i % len(_CURVES)], p) for i, points in enumerate(lines.values()) for p in points]
+    places = [(p.s.best.accuracy.value, p.y.best.accuracy.value) for _, p in coloured]
+    taken = [Bbox([place - 3, place + 3]) for place in axes.transData.transform(places)]
+    taken.append(axes.get_legend().get_window_extent())
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
+    for (colour, point), place in zip(coloured, places, strict=True):
+        for dx, dy, horizontal, vertical in _SIDES:
+            label = axes.annotate(
+                f"{point.weight:g}", place, (dx, dy), color=colour, ha=horizontal, va=vertical, **style
+            )
+            box = label.get_window_extent()
+            if box.count_overlaps(taken) == 0:
+                taken.append(box)
+                break
+            label.remove()

@@ -76,7 +76,7 @@ def _join(name: str, loop: list[Term]) -> Term:
         per_dim=per_dim,
     )
     score = None if steps.score is None else steps.score.sum(-1)
-    whole = replace(first, name=name, mask=None, nats=steps.nats.sum(-1), score=score, per_dim=None)
+    whole = replace(first, name=name, draws=(), mask=None, nats=steps.nats.sum(-1), score=score, per_dim=None)
     return replace(whole, is_analytic=steps.is_analytic, steps=steps)
 
 

@@ -193,19 +193,26 @@ def watch(guard: Guard, optimisers: Iterable[Optimizer]) -> None:
                     guard.watch(optimiser.state[p], (k for k, v in optimiser.state[p].items() if isinstance(v, Tensor)))
 
 
-def trace_update(update: Update, plan: Plan, gradients: Mapping[Tensor, Tensor], values: Iterator[Tensor]) -> None:
+def trace_update(
+    update: Update,
+    plan: Plan,
+    gradients: Mapping[Tensor, Tensor],
+    unclipped: Mapping[Tensor, Tensor],
+    values: Iterator[Tensor],
+) -> None:
     """Step parameters and state in place while a graph is being captured.
 
     Args:
         update: clips the gradients.
         plan: of the optimisers' step.
-        gradients: of each parameter that has one.
+        gradients: of each parameter of the programs that has one.
+        unclipped: of other parameters.
         values: what :meth:`Plan.numbers` gives, as tensors.
     """
-    aliases = {p: p.detach() for p in gradients}
-    for p, alias in aliases.items():
-        alias.grad = gradients[p].clone()  # autograd may give two parameters the same tensor
-    update.clip(list(aliases), list(aliases.values()))
+    aliases = {p: p.detach() for p in (*gradients, *unclipped)}
+    for p, gradient in (*gradients.items(), *unclipped.items()):
+        aliases[p].grad = gradient.clone()  # autograd may give two parameters the same tensor
+    update.clip(list(gradients), [aliases[p] for p in gradients])
     with _tensors_as_numbers():
         for flat in plan.flats:
             with _named(flat.members[0].optimiser):

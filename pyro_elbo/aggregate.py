@@ -1,0 +1,213 @@
+r"""Draws of a latent under each other's densities: what the aggregate posterior is made of.
+
+.. math:: q(z) = \frac1N \sum_j q(z \mid x_j)
+
+All penalties on information compare sums of the pairs :math:`\log q(z_i \mid x_j)`. Pairs of normal densities are
+matrix products, in double precision (their squares cancel); those of other distributions are evaluated one by one.
+Blocks of rows keep the memory bounded: a backward pass makes each block anew.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.distributions import Distribution, Normal
+from torch.utils.checkpoint import checkpoint
+
+from pyro_elbo.errors import SiteError
+from pyro_elbo.evaluation import is_point, univariate
+from pyro_elbo.over_time import OverTime
+from pyro_elbo.sites import Plate, Site
+
+BLOCK = 2**20  # pairs that are in memory at once: about 64 MB with what a gradient needs
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A latent's draws and the densities that they came from, row by row of a plate.
+
+    Args:
+        site: the guide's site.
+        plate: whose rows are compared; every other plate of the site is part of a row.
+        particle_dim: the batch dimension of the particles, if any.
+
+    Raises:
+        SiteError: the site has no density, is drawn step by step, or is masked inside of a row.
+    """
+
+    site: Site
+    plate: Plate
+    particle_dim: int | None
+
+    def __post_init__(self) -> None:
+        name, fn = self.site.name, self.site.fn
+        if isinstance(fn, OverTime):
+            raise SiteError(
+                f"Latent '{name}' is drawn step by step: its density at another row's draws is that of a whole "
+                "sequence, which no penalty knows. Penalise a latent outside of pe.scan."
+            )
+        if is_point(fn):
+            raise SiteError(
+                f"Latent '{name}' has no density: the guide puts all mass on a point ({type(fn).__name__}). Draw it "
+                "in the guide from a distribution, such as Normal(loc, scale).to_event(1)."
+            )
+        _ = self.draws, self._normal  # blocks are made twice: what they share must exist before the first
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        """Batch shape of the site, with all rows."""
+        shape = torch.broadcast_shapes(
+            self.site.fn.batch_shape, self.site.value.shape[: self.site.value.dim() - self.site.event_dim]
+        )
+        shape = (1,) * (-self.plate.dim - len(shape)) + tuple(shape)
+        axis = self.plate.dim % len(shape)
+        return torch.Size(shape[:axis] + (self.plate.size,) + shape[axis + 1 :])
+
+    @cached_property
+    def rows(self) -> Bool[Tensor, "rows"]:
+        """Which rows count."""
+        mask = self.site.mask
+        if mask is None or isinstance(mask, bool):
+            return torch.full((self.plate.size,), mask is not False, device=self.site.value.device)
+        if any(n != 1 for d, n in enumerate(mask.shape) if d - mask.dim() != self.plate.dim):
+            raise SiteError(
+                f"Latent '{self.site.name}' is masked inside of the rows of '{self.plate.name}' (mask of shape "
+                f"{tuple(mask.shape)}): such rows have no common density. Mask whole rows."
+            )
+        return mask.expand(self.shape[self.plate.dim :]).reshape(self.plate.size)
+
+    @cached_property
+    def draws(self) -> Float[Tensor, "particles rows elements"]:
+        """The draws, everything within a row side by side."""
+        return self._flat(self.site.value)
+
+    def pairs(self, start: int, stop: int) -> Float[Tensor, "particles block rows"]:
+        """Log q(z_i | x_j) for the rows i of a block and all rows j."""
+        if self._normal is None:
+            return self._evaluate(self.site.fn, start, stop).sum(-1)
+        loc, precision, constant = self._normal
+        z = self.draws[:, start:stop].to(loc.dtype) - self._centre
+        square = z.square() @ precision.mT - 2 * z @ (loc * precision).mT
+        return (constant.unsqueeze(-2) - 0.5 * square).to(self.draws.dtype)
+
+    def pairs_per_element(self, start: int, stop: int) -> Float[Tensor, "particles block rows elements"]:
+        """Log q(z_id | x_j) for every element d of a row."""
+        base = univariate(self.site.fn)
+        if base is None:
+            raise SiteError(
+                f"Latent '{self.site.name}': {type(self.site.fn).__name__} does not factorise over its dimensions, so "
+                "that their total correlation within one row is not zero. Use a distribution with .to_event(n)."
+            )
+        if isinstance(base, Normal):
+            loc, scale = self._flat(base.loc), self._flat(base.scale)
+            z = self.draws[:, start:stop].unsqueeze(2)
+            standard = (z - loc.unsqueeze(1)) / scale.unsqueeze(1)
+            return -0.5 * standard.square() - scale.log().unsqueeze(1) - 0.5 * math.log(2 * math.pi)
+        return self._evaluate(base, start, stop)
+
+    def like_draws(self, x: Tensor) -> Float[Tensor, "particles rows elements"]:
+        """Arrange values with the batch and event dimensions of the site as :attr:`draws`."""
+        return self._flat(x)
+
+    @cached_property
+    def _axis(self) -> int:
+        return self.plate.dim % len(self.shape)
+
+    @cached_property
+    def _particle_axis(self) -> int | None:
+        axis = None if self.particle_dim is None else self.particle_dim + len(self.shape)
+        return axis if axis is not None and axis >= 0 else None
+
+    @cached_property
+    def _normal(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Location, precision, and what does not depend on z, of normal densities."""
+        base = univariate(self.site.fn)
+        if not isinstance(base, Normal):
+            return None
+        double = torch.float32 if base.loc.device.type == "mps" else torch.float64
+        loc, scale = (self._flat(x).to(double) for x in (base.loc, base.scale))
+        loc, precision = loc - self._centre, scale.square().reciprocal()
+        constant = -0.5 * (loc.square() * precision).sum(-1) - scale.log().sum(-1)
+        return loc, precision, constant - 0.5 * loc.shape[-1] * math.log(2 * math.pi)
+
+    @cached_property
+    def _centre(self) -> Tensor:
+        return self.draws.detach().mean((0, 1))
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """(batch, event) -> (particles, rows, elements)."""
+        return self._arrange(x.expand(*self.shape, *self.site.fn.event_shape), (self._axis,), 0)
+
+    def _evaluate(self, fn: Distribution, start: int, stop: int) -> Tensor:
+        """Log densities -> (particles, block, rows, elements)."""
+        value = self.site.value.expand(*self.shape, *self.site.fn.event_shape)
+        value = value.movedim(self._axis, 0)[start:stop].unsqueeze(self._axis + 1)
+        try:
+            found = fn.log_prob(value)
+        except (NotImplementedError, KeyError) as error:  # Pyro looks up the inverses of draws that it has cached
+            raise SiteError(
+                f"Latent '{self.site.name}': {type(fn).__name__} has no density at another row's draws. Use a flow "
+                "whose inverse is known, or a penalty that needs draws only (estimator='adversarial' or 'hsic')."
+            ) from error
+        left = self.site.fn.event_shape[: self.site.event_dim - len(fn.event_shape)]
+        found = found.expand(stop - start, *self.shape, *left)
+        return self._arrange(found, (0, self._axis + 1), 1)
+
+    def _arrange(self, x: Tensor, rows: tuple[int, ...], shift: int) -> Tensor:
+        """Particles, then rows, then all else side by side."""
+        first = rows if self._particle_axis is None else (self._particle_axis + shift, *rows)
+        x = x.permute(*first, *(d for d in range(x.dim()) if d not in first))
+        x = x.unsqueeze(0) if self._particle_axis is None else x
+        return x.flatten(1 + len(rows)) if x.dim() > 1 + len(rows) else x.unsqueeze(-1)
+
+
+def in_blocks(function: Callable[[int, int], tuple[Tensor, ...]], rows: int, entries: int) -> tuple[Tensor, ...]:
+    """Evaluate ``function(start, stop)`` block by block of rows and join its results along the rows.
+
+    Args:
+        function: gives tensors of shape (particles, stop - start, ...); with a gradient, it runs twice.
+        rows: how many.
+        entries: numbers that one row makes.
+    """
+    size = max(1, BLOCK // entries)
+    if size >= rows:
+        return function(0, rows)
+    parts = []
+    for start in range(0, rows, size):
+        block = start, min(start + size, rows)
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(function(*block))
+    return tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
+
+
+def log_mean(
+    pairs: Float[Tensor, "*batch rows"], log_weights: Float[Tensor, "#*batch rows"]
+) -> Float[Tensor, "*batch"]:
+    """Log of the weighted sum of exp(pairs) over the rows on the right; a weight of -inf leaves a row out."""
+    return (pairs + log_weights).logsumexp(-1)
+
+
+def full_data_weights(block: slice, rows: Bool[Tensor, "rows"], full: float, dtype: torch.dtype) -> Tensor:
+    r"""Log weights that estimate q(z_i) of the full data from a batch: own 1/N, the others (N-1) / (N (B-1)).
+
+    The row's own density counts as much as in the full data. The matrix that was published puts the first weight into
+    a column instead of the diagonal.
+
+    References:
+        Chen, Li, Grosse, Duvenaud (2018), arXiv:1802.04942, appendix C.1.
+    """
+    batch = rows.sum().to(dtype)
+    own = diagonal(block, len(rows), rows.device)
+    others = ((full - 1) / (full * (batch - 1))).log()
+    return torch.where(own, -math.log(full), torch.where(rows, others, -math.inf))
+
+
+def diagonal(block: slice, rows: int, device: torch.device) -> Bool[Tensor, "block rows"]:
+    """Which pairs of a block are a row's own."""
+    return torch.arange(block.start, block.stop, device=device)[:, None] == torch.arange(rows, device=device)

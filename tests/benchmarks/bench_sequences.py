@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import importlib
 import importlib.util
+import itertools
 import os
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import pyro
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks import sequences_numpyro, sequences_pyro, sequences_torch
 from tests.benchmarks.bench_svi import others_cpu
@@ -156,8 +158,16 @@ def resident(key: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
+def live(step: Step) -> int:
+    """Most bytes of torch's tensors that live at once during a step, beyond those that outlive it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
 def cost(name: str, steps: int, batch: int) -> None:
-    """Print seconds until three steps are done, seconds of a step, and the bytes that a step needs while it runs."""
+    """Print seconds until three steps are done, of a step, and the bytes that it needs: of the process, of tensors."""
     start = time.perf_counter()
     step = makers()[name](steps, batch)
     for _ in range(3):
@@ -171,7 +181,8 @@ def cost(name: str, steps: int, batch: int) -> None:
         step()
         times.append(time.perf_counter() - start)
     # What lies there between two steps, such as data and weights, is not counted.
-    print(f"\n{ready} {statistics.median(times)} {resident('VmHWM') - before}")
+    most = resident("VmHWM") - before
+    print(f"\n{ready} {statistics.median(times)} {most} {live(step)}")
 
 
 def growth(name: str, batch: int) -> None:
@@ -181,14 +192,15 @@ def growth(name: str, batch: int) -> None:
         command = [sys.executable, "-m", "tests.benchmarks.bench_sequences", "--cost", name, f"{steps}x{batch}"]
         command += ["--threads", str(torch.get_num_threads())]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        ready, each, memory = (float(value) for value in child.stdout.splitlines()[-1].split())
-        rows.append((each, memory))
+        ready, *found = (float(value) for value in child.stdout.splitlines()[-1].split())
+        rows.append(found)
+        each, memory, tensors = found
         print(
             f"{name:34} T = {steps:<5} first three steps {ready:6.1f} s, a step {1e3 * each:8.1f} ms, "
-            f"peak memory of a step {memory / 2**20:7.1f} MiB",
+            f"peak memory of a step {memory / 2**20:7.1f} MiB, of its tensors {tensors / 2**20:7.1f} MiB",
             flush=True,
         )
-    for what, small, large in zip(("time", "memory"), *rows, strict=True):
+    for what, small, large in zip(("time", "memory of the process", "memory of tensors"), *rows, strict=True):
         print(f"    {what}: {large / small:.1f} x, <= 11 x: {'met' if large <= 11 * small else 'MISSED'}", flush=True)
 
 

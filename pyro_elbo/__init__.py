@@ -2,11 +2,12 @@
 
 from pyro_elbo.audit import Audit, audit
 from pyro_elbo.decomposition import KLDecomposition, kl_decomposition
-from pyro_elbo.elbo import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
+from pyro_elbo.elbo import TraceBeta_ELBO
 from pyro_elbo.errors import PyroElboError
 from pyro_elbo.evidence import ParetoK, loo, pareto_k
 from pyro_elbo.export import to_arviz
 from pyro_elbo.fit import FitResult, fit
+from pyro_elbo.objectives import TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
 from pyro_elbo.penalties import MutualInformation, TotalCorrelation
 from pyro_elbo.plots import plot_history, plot_tradeoff
 from pyro_elbo.scan import scan

@@ -218,13 +218,13 @@ def _vectorised(
 ) -> list[dict[str, Any]] | None:
     """Draw in chunks inside a plate; None where the programs do not take a dimension on the left.
 
-    Some programs fail under it, others mix the draws without a word (``z.mean()``): one draw of the first chunk runs
-    again alone, and must have the same densities.
+    Some programs fail under it, others mix the draws without a word (``z.mean()``): two draws of the first chunk run
+    again alone, and must have the same densities. Two, since one of the draws has the largest ``z`` of all of them.
     """
     sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
     try:
         pairs = [run(*programs, sizes[0], nesting)]
-        if sizes[0] > 1 and not _same_alone(programs, pairs[0], shapes, sizes[0], nesting):
+        if sizes[0] > 1 and not all(_same_alone(programs, pairs[0], shapes, i, sizes[0], nesting) for i in (0, -1)):
             return None
         rest = (run(*programs, n, nesting) for n in sizes[1:])
         return [_collect(r, shapes, n, nesting) for r, n in zip(itertools.chain(pairs, rest), sizes, strict=True)]
@@ -232,33 +232,33 @@ def _vectorised(
         return None
 
 
-def _same_alone(programs: Programs, pair: Run, shapes: Run, count: int, nesting: int) -> bool:
-    """Whether the last draw of a vectorised run has the densities and deterministics of a run of its own."""
+def _same_alone(programs: Programs, pair: Run, shapes: Run, index: int, count: int, nesting: int) -> bool:
+    """Whether draw ``index`` of a vectorised run has the densities and deterministics of a run of its own."""
 
-    def last(site: Site, like: Site) -> Tensor:
-        x = _lead(site.value, like.value.shape, count, like)[-1:]
+    def one(site: Site, like: Site) -> Tensor:
+        x = _lead(site.value, like.value.shape, count, like)[index][None]
         return _with_gaps(x, by_dim(like.plates), 1, nesting)
 
     model, guide, args, kwargs = programs
-    latents = {n: last(s, shapes.model[n]) for n, s in pair.model.items() if s.role == "latent"}
+    latents = {n: one(s, shapes.model[n]) for n, s in pair.model.items() if s.role == "latent"}
     # A point site of a guide is a function of its other sites: it must be computed anew, not given.
     own = [n for n, s in pair.guide.items() if s.role in ("latent", "auxiliary") and not is_point(s.fn)]
     alone = (
         trace_program(model, args, kwargs, latents),
-        trace_program(guide, args, kwargs, {n: last(pair.guide[n], shapes.guide[n]) for n in own}),
+        trace_program(guide, args, kwargs, {n: one(pair.guide[n], shapes.guide[n]) for n in own}),
     )
     return all(
-        _is_close(site, single[name], count, nesting)
+        _is_close(site, single[name], index, count, nesting)
         for together, single in zip((pair.model, pair.guide), alone, strict=True)
         for name, site in together.items()
     )
 
 
-def _is_close(site: Site, alone: Site, count: int, nesting: int) -> bool:
-    nats = (_per_plate(x.log_prob(), site.plates, n, nesting)[-1] for x, n in ((site, count), (alone, 1)))
-    both = [tuple(nats)]
+def _is_close(site: Site, alone: Site, index: int, count: int, nesting: int) -> bool:
+    ours = _per_plate(site.log_prob(), site.plates, count, nesting)[index]
+    both = [(ours, _per_plate(alone.log_prob(), site.plates, 1, nesting)[0])]
     if site.role == "deterministic":
-        both.append((_lead(site.value, alone.value.shape, count, alone)[-1], alone.value))
+        both.append((_lead(site.value, alone.value.shape, count, alone)[index], alone.value))
     return all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in both)
 
 

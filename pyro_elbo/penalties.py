@@ -196,7 +196,7 @@ class MutualInformation(Penalty):
         if self.estimator == "variational" and self.conditional_on is not None:
             raise ArgumentError("estimator='variational' bounds I(z; s) alone. Use another one for I(z; s | y).")
         if not self.critic_lr > 0:
-            raise ArgumentError(f"critic_lr must be positive, got {self.critic_lr}.")
+            raise ArgumentError(f"critic_lr must be positive, got {self.critic_lr}. Use about 1e-3, the default.")
         if self.estimator == "adversarial":
             _say_once(
                 "estimator='adversarial' is a lower bound on the information: a critic that finds nothing does not "

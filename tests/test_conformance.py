@@ -481,7 +481,7 @@ PENALISED = {
     "exact posterior, local": "z",
 }
 ONE_PIECE = ("flow guide", "exact posterior, local")  # densities that do not factorise have no total correlation
-PAIRS = [
+PENALISED_PAIRS = [
     pytest.param(program, kind, id=f"{program.name}, {kind.__name__}")
     for program in PROGRAMS
     for kind in (pe.MutualInformation, pe.TotalCorrelation)
@@ -489,7 +489,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("program", "kind"), PAIRS)
+@pytest.mark.parametrize(("program", "kind"), PENALISED_PAIRS)
 def test_penalties_leave_the_elbo_alone_and_cost_nothing_at_weight_zero(program, kind):
     guide = program.guide(program.model)
     create_parameters(guide, program.args)

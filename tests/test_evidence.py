@@ -25,7 +25,7 @@ X = torch.tensor([0.3, -1.2, 0.8, 2.1, 0.1], dtype=torch.float64)
 # arviz-stats says so where single data have k-hat above its limit; the tests look at k-hat themselves.
 HIGH_K = pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
 # ArviZ 0.23 fits its own Pareto distribution with weights exp(a - b) that overflow to 1 / inf = 0, as they should.
-OVERFLOW = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+OVERFLOW = pytest.mark.filterwarnings("ignore:overflow encountered in (exp|reduce):RuntimeWarning")
 
 
 def mean_model(x):
@@ -129,14 +129,16 @@ def test_loo_of_local_latents_uses_the_weights_of_the_row():
 def test_k_is_per_row_for_local_latents_and_knows_the_tails():
     # Proposal variance s² times the target's: the tail index of the weights is 1 - s² for s² < 1, bounded above it.
     ratio = torch.tensor([0.1, 0.3, 0.7, 1.5, 1.5], dtype=torch.float64)
-    trust = pe.pareto_k(local_model, local_guide(ratio), X, num_samples=20_000)
-    assert trust.plate == "data"
-    assert trust.k.shape == trust.ess.shape == (5,)
+    trusts = [pe.pareto_k(local_model, local_guide(ratio), X, num_samples=20_000, seed=seed) for seed in range(8)]
+    for trust in trusts:
+        assert trust.plate == "data"
+        assert trust.k.shape == trust.ess.shape == (5,)
+        assert (trust.k[2:] < 0.5).all()
+        assert (trust.k > 0.7).sum() == 0 or f"{(trust.k > 0.7).sum()} of 5 rows" in str(trust)
     # k-hat has a standard error of about (1 + k) / sqrt(3 sqrt(S)) = 0.09; the tail's logarithmic factor lowers it.
-    assert (trust.k[:3] - (1 - ratio[:3])).abs().max() < 0.35
-    assert trust.k[0] > 0.7
-    assert (trust.k[2:] < 0.5).all()
-    assert "1 of 5 rows" in str(trust)
+    k = torch.stack([trust.k for trust in trusts]).mean(0)
+    assert (k[:3] - (1 - ratio[:3])).abs().max() < 0.2
+    assert k[0] > 0.7
 
 
 def test_amortised_guides_need_k_per_row():

@@ -3,10 +3,11 @@
 import arviz as az
 import numpy as np
 import pytest
+import torch
 import xarray
 
 import examples.posteriordb as reference
-from examples import quickstart, svi_script, vrnn_digits, vrnn_music
+from examples import fair_representation, quickstart, svi_script, vrnn_digits, vrnn_music
 from models.posteriordb import POSTERIORS
 
 
@@ -45,6 +46,28 @@ def test_vrnn_music_on_its_embedded_simulator(tmp_path, capsys):
     z = az.from_netcdf(str(tmp_path / "posterior.nc"))["posterior"]["z"]
     assert z.dims == ("chain", "draw", "sequences", "time", "z_dim_0")
     assert z.sizes["time"] == vrnn_music.PHRASE
+
+
+def test_fair_representation_on_its_embedded_simulator(tmp_path, capsys):
+    fair_representation.main(None, tmp_path, quick=True)
+    printed = capsys.readouterr().out
+    assert "λ = 100: Audit of 4000 rows" in printed
+    assert "The same from means" in printed
+    assert (tmp_path / "fair_representation.png").stat().st_size > 10_000
+
+
+def test_fair_representation_on_adult(data_dir, tmp_path, capsys):
+    fair_representation.main(data_dir / "adult.npz", tmp_path, quick=True)
+    assert "λ = 100: Audit of 16281 rows" in capsys.readouterr().out
+
+
+def test_known_information_is_the_entropy_that_the_mixture_gains():
+    z = torch.linspace(-12.0, 15.0, 20_001, dtype=torch.float64)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for distance in (0.3, 1.0, 3.0):
+        mixture = (normal.log_prob(z).exp() + normal.log_prob(z - distance).exp()) / 2
+        gained = torch.trapezoid(torch.special.entr(mixture), z) - normal.entropy()
+        assert abs(fair_representation.information_of_two_normals(distance) - gained) < 1e-6
 
 
 def test_posteriordb_on_its_embedded_data(capsys):

@@ -26,7 +26,7 @@ from pyro_elbo.elbo import TraceBeta_ELBO
 from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, PyroElboError
 from pyro_elbo.failures import failed_line
 from pyro_elbo.guards import Guard
-from pyro_elbo.sites import Program, captured_parameters
+from pyro_elbo.sites import Parameters, Program, captured_parameters
 from pyro_elbo.terms import Terms
 from pyro_elbo.tracing import capturing
 from pyro_elbo.updates import Plan, Update, check_traceable, trace_update, watch
@@ -158,13 +158,14 @@ class Steps:
 
     def _in_python(
         self, kind: Kind, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[Terms, dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[Terms, dict[str, Tensor], Parameters]:
         """Run a step as pyro.infer.SVI does; return its terms, what it records, and the parameters that it used."""
         with torch.set_grad_enabled(kind == "train"), captured_parameters() as parameters:
             terms = self.loss.terms(self.model, self.guide, *args, **kwargs)
             loss = self._loss(terms)
         if kind == "train" and loss.requires_grad:
             self.loss.count_step(loss, terms).backward()
+            _check_own(parameters)
             self.update(parameters)
             pyro.infer.util.zero_grads(parameters.values())
         return terms, self._record(terms, loss), parameters
@@ -267,6 +268,17 @@ class Steps:
         raise NonFiniteError(
             f"The objective is not finite ({', '.join(f'{name} {values[name]}' for name in bad)}); the parameters are "
             "those before this step. Look for data outside the support, NaN in the data or a diverging parameter."
+        )
+
+
+def _check_own(parameters: Parameters) -> None:
+    """Refuse to leave parameters as they are on which the loss depends, since the store holds others by their names."""
+    if lost := [name for name, p in parameters.displaced.items() if p.grad is not None]:
+        pyro.infer.util.zero_grads([*parameters.values(), *parameters.displaced.values()])
+        raise ArgumentError(
+            f"Pyro's parameter store holds {lost} of another module, and would train those in place of the parameters "
+            "that the programs use. Call pyro.clear_param_store() before programs are made anew, or keep parameters "
+            "of PyroModules apart with pyro.settings.set(module_local_params=True)."
         )
 
 

@@ -228,19 +228,31 @@ class Unobserve(poutine.messenger.Messenger):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
-@contextmanager
-def captured_parameters() -> Iterator[dict[str, Tensor]]:
-    """Collect every parameter that programs ask for inside the block: name -> unconstrained leaf tensor.
+class Parameters(dict[str, Tensor]):
+    """Name -> unconstrained leaf tensor.
 
-    The dictionary is filled when the block ends.
+    Attributes:
+        displaced: the modules' own parameters in whose place Pyro's store gave those of other modules.
     """
-    found: dict[str, Tensor] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.displaced: dict[str, torch.nn.Parameter] = {}
+
+
+@contextmanager
+def captured_parameters() -> Iterator[Parameters]:
+    """Collect every parameter that programs ask for inside the block; the result is filled when the block ends."""
+    found = Parameters()
     with poutine.trace(param_only=True) as capture:
         yield found
     nodes: dict[str, Any] = dict(capture.trace.nodes)
     for name, message in nodes.items():
         value = message["value"]
         found[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
+        _, *given = message["args"]
+        if given and isinstance(given[0], torch.nn.Parameter) and given[0] is not found[name]:
+            found.displaced[name] = given[0]
 
 
 def uninitialised(module: object) -> list[str]:

@@ -352,3 +352,33 @@ def test_parameters_that_pyro_does_not_see_are_refused_or_trained_right(interpre
         sampled().loss_and_grads(model, unregistered, X)
         opt.step()
     torch.testing.assert_close(trained.state_dict(), net.state_dict())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_modules_whose_names_the_store_gives_to_others_are_not_left_untrained(compile):
+    class Net(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 1)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.linear(x[:, None])[:, 0], 1.0))
+
+    def prior(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    pyro.clear_param_store()
+    x = torch.tensor([0.3, -1.2])
+    pe.SVI(prior, Net(), pyro.optim.Adam({"lr": 0.1}), pe.TraceBeta_ELBO()).step(x)
+    again = Net()
+    svi = pe.SVI(prior, again, pyro.optim.Adam({"lr": 0.1}), pe.TraceBeta_ELBO(), compile=compile)
+    with pytest.raises(ArgumentError, match=r"store holds \['linear\$\$\$weight', 'linear\$\$\$bias'\] of another"):
+        svi.step(x)
+    assert not any(p.grad.any() for p in again.parameters())
+    pyro.clear_param_store()
+    before = again.linear.weight.clone()
+    svi.step(x)
+    assert again.linear.weight != before

@@ -45,7 +45,7 @@ def brightness(x: torch.Tensor) -> torch.Tensor:
 
 def stepper(name: str, rows: int, compile: bool) -> tuple[Callable[[], float], torch.Tensor]:
     """A step of training with a penalty."""
-    pyro.clear_param_store()
+    pyro.settings.set(module_local_params=True)  # several such programs live in one process
     pyro.set_rng_seed(0)
     x = torch.rand(rows, X_DIM).round()
     model, guide = VAEModel(X_DIM, Z_DIM, HIDDEN), VAEGuide(X_DIM, Z_DIM, HIDDEN)

@@ -117,7 +117,7 @@ def assert_ragged_equals_singles(module, kl, particles):
     total = torch.zeros_like(whole.objective)
     for i, length in enumerate(LENGTHS.tolist()):
         x, z = frames()[i : i + 1, :length], seen.nodes["z"]["value"][..., i : i + 1, :length, :]
-        terms = objective.terms(module.model, poutine.replay(module.guide, trace=_trace_of(z)), x)
+        terms = objective.terms(module.model, poutine.replay(module.guide, trace=trace_of(z)), x)
         total = total + terms.objective
         for part in ("kl", "log_likelihood"):
             (ours,), (theirs,) = getattr(whole, part).values(), getattr(terms, part).values()
@@ -127,7 +127,7 @@ def assert_ragged_equals_singles(module, kl, particles):
     torch.testing.assert_close(gradients(module, whole.objective), gradients(module, total), rtol=1e-9, atol=1e-9)
 
 
-def _trace_of(z):
+def trace_of(z):
     """A trace that holds z alone: not the plate, which has another size."""
     return poutine.trace(lambda: pyro.sample("z", dist.Delta(z, event_dim=z.dim()))).get_trace()
 

@@ -1,11 +1,17 @@
 """The sequences: what the files hold, padding, and a piano roll written as MIDI and drawn."""
 
 import matplotlib
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from torch import nn
 
+import pyro_elbo as pe
 from models.sequences import KEYS, digits, load_chorales, load_vowels, pad, piano_roll, write_midi
 from pyro_elbo.errors import ArgumentError
+from tests.models.laws import trace_of
 
 matplotlib.use("Agg")
 
@@ -105,3 +111,49 @@ def test_piano_roll_shows_the_keys_in_use():
     assert ax.get_yticks().tolist() == [39, 51]
     assert ax.images[0].get_array().T.tolist() == roll.tolist()
     plt.close(figure)
+
+
+@pytest.mark.parametrize("kl", ["auto", "sampled"])
+def test_the_bound_of_ragged_utterances_is_the_sum_of_single_ones(data_dir, kl):
+    objective = pe.TraceTimestep_ELBO(kl=kl)
+    utterances = [x.double() for x in load_vowels(data_dir / "ts_japanesevowels.npz")["train"][::6]]
+    torch.manual_seed(0)
+    cell, prior, encoder = (m.double() for m in (nn.GRUCell(16, 8), nn.Linear(8, 8), nn.Linear(20, 8)))
+    decoder = nn.Linear(12, 24).double()
+    parameters = [p for m in (cell, prior, encoder, decoder) for p in m.parameters()]
+
+    def normal(x):
+        loc, raw = x.chunk(2, -1)
+        return dist.Normal(loc, raw.exp()).to_event(1)
+
+    def model(x, lengths):
+        def step(h, x_t):
+            z = pyro.sample("z", normal(prior(h)))
+            pyro.sample("x", normal(decoder(torch.cat([z, h], -1))), obs=x_t)
+            return cell(torch.cat([x_t, z], -1), h), None
+
+        with pyro.plate("utterances", len(x)):
+            pe.scan(step, x.new_zeros(len(x), 8), x.transpose(0, 1), lengths)
+
+    def guide(x, lengths):
+        def step(h, x_t):
+            z = pyro.sample("z", normal(encoder(torch.cat([x_t, h], -1))))
+            return cell(torch.cat([x_t, z], -1), h), None
+
+        with pyro.plate("utterances", len(x)):
+            pe.scan(step, x.new_zeros(len(x), 8), x.transpose(0, 1), lengths)
+
+    x, lengths = pad(utterances)
+    assert len(lengths.unique()) > 10
+    drawn = poutine.trace(guide).get_trace(x, lengths).nodes["z"]["value"].detach()
+    whole = objective.terms(model, poutine.replay(guide, trace=trace_of(drawn)), x, lengths)
+    singles = [
+        objective.terms(
+            model, poutine.replay(guide, trace=trace_of(drawn[i : i + 1, :n])), one[None], torch.tensor([n])
+        )
+        for i, (one, n) in enumerate(zip(utterances, lengths.tolist(), strict=True))
+    ]
+    total = torch.stack([terms.objective for terms in singles]).sum()
+    torch.testing.assert_close(whole.objective, total, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, parameters) for loss in (whole.objective, total)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)

@@ -12,7 +12,8 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from operator import is_, itemgetter
+from itertools import chain
+from operator import contains, eq, getitem, is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,12 @@ class Guard:
 
     def broken(self) -> str | None:
         """The name of something watched that has changed, or None."""
+        changed = None if self._columns.untouched() else self._changed()
+        return changed or next(
+            (f"an array of shape {x.shape}" for x, old in self._arrays if not np.array_equal(x, old)), None
+        )
+
+    def _changed(self) -> str | None:
         for get, holder, keys, values in self._mappings:
             try:
                 found = get(holder() if callable(holder) else holder)
@@ -85,7 +92,12 @@ class Guard:
         for container, items in self._containers:
             if len(container) != len(items) or not all(map(is_, container, items)):
                 return f"a {type(container).__name__} of length {len(items)}"
-        return next((f"an array of shape {x.shape}" for x, old in self._arrays if not np.array_equal(x, old)), None)
+        return None
+
+    @functools.cached_property
+    def _columns(self) -> "_Columns":
+        """All that is watched when the guard is first asked."""
+        return _Columns(self._mappings, self._attributes, self._absent, self._containers)
 
     def restore(self) -> None:
         """Put back what has changed in dictionaries and lists."""
@@ -254,6 +266,39 @@ class Guard:
         used = [n for n in sorted(names) if n in holder]
         self.watch(holder, used)
         self._visit_all(holder[n] for n in used)
+
+
+class _Columns:
+    """All that is watched, in columns: loops in C say whether nothing at all was touched, which is nearly always so."""
+
+    def __init__(self, mappings: list, attributes: list, absent: list, containers: list) -> None:
+        fixed = [(holder, keys, values) for _, holder, keys, values in mappings if not callable(holder)]
+        self._called = [(get, holder, values) for get, holder, _, values in mappings if callable(holder)]
+        entries = [(holder, *pair) for holder, keys, values in fixed for pair in zip(keys, values, strict=False)]
+        self._entries = _transpose(entries, 3)
+        self._attributes = _transpose([(owner, attribute, value) for owner, attribute, value, _ in attributes], 3)
+        self._absent = _transpose([(holder, name) for holder, names in absent for name in names], 2)
+        self._containers = [container for container, _ in containers]
+        self._lengths = [len(items) for _, items in containers]
+        self._items = [item for _, items in containers for item in items]
+
+    def untouched(self) -> bool:
+        """Whether everything is the very object that it was."""
+        try:
+            return (
+                all(map(is_, map(getitem, *self._entries[:2]), self._entries[2]))
+                and all(map(is_, map(getattr, *self._attributes[:2]), self._attributes[2]))
+                and not any(map(contains, *self._absent))
+                and all(map(eq, map(len, self._containers), self._lengths))
+                and all(map(is_, chain.from_iterable(self._containers), self._items))
+                and all(all(map(is_, get(holder()), values)) for get, holder, values in self._called)
+            )
+        except (KeyError, AttributeError):
+            return False
+
+
+def _transpose(rows: list[tuple], width: int) -> list[tuple]:
+    return list(zip(*rows, strict=True)) or [()] * width
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

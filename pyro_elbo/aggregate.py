@@ -55,7 +55,11 @@ class Encoded:
                 f"Latent '{name}' has no density: the guide puts all mass on a point ({type(fn).__name__}). Draw it "
                 "in the guide from a distribution, such as Normal(loc, scale).to_event(1)."
             )
-        _ = self.draws, self._normal  # blocks are made twice: what they share must exist before the first
+        _ = (
+            self.draws,
+            self._normal,
+            self._standard,
+        )  # blocks are made twice: what they share must exist before the first
 
     @cached_property
     def shape(self) -> torch.Size:
@@ -94,7 +98,7 @@ class Encoded:
         square = z.square() @ precision.mT - 2 * z @ (loc * precision).mT
         return (constant.unsqueeze(-2) - 0.5 * square).to(self.draws.dtype)
 
-    def pairs_per_element(self, start: int, stop: int) -> Float[Tensor, "particles block rows elements"]:
+    def pairs_per_element(self, start: int, stop: int) -> Float[Tensor, "particles block elements rows"]:
         """Log q(z_id | x_j) for every element d of a row."""
         base = univariate(self.site.fn)
         if base is None:
@@ -102,12 +106,10 @@ class Encoded:
                 f"Latent '{self.site.name}': {type(self.site.fn).__name__} does not factorise over its dimensions, so "
                 "that their total correlation within one row is not zero. Use a distribution with .to_event(n)."
             )
-        if isinstance(base, Normal):
-            loc, scale = self._flat(base.loc), self._flat(base.scale)
-            z = self.draws[:, start:stop].unsqueeze(2)
-            standard = (z - loc.unsqueeze(1)) / scale.unsqueeze(1)
-            return -0.5 * standard.square() - scale.log().unsqueeze(1) - 0.5 * math.log(2 * math.pi)
-        return self._evaluate(base, start, stop)
+        if self._standard is None:
+            return self._evaluate(base, start, stop).mT
+        loc, factor, constant = self._standard
+        return constant - ((self.draws[:, start:stop].unsqueeze(-1) - loc) * factor).square()
 
     def like_draws(self, x: Tensor) -> Float[Tensor, "particles rows elements"]:
         """Arrange values with the batch and event dimensions of the site as :attr:`draws`."""
@@ -133,6 +135,15 @@ class Encoded:
         loc, precision = loc - self._centre, scale.square().reciprocal()
         constant = -0.5 * (loc.square() * precision).sum(-1) - scale.log().sum(-1)
         return loc, precision, constant - 0.5 * loc.shape[-1] * math.log(2 * math.pi)
+
+    @cached_property
+    def _standard(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Location, 1 / (√2 scale), and what does not depend on z, of the elements of normal densities."""
+        base = univariate(self.site.fn)
+        if not isinstance(base, Normal):
+            return None
+        loc, scale = (self._flat(x).mT.unsqueeze(1).contiguous() for x in (base.loc, base.scale))
+        return loc, (math.sqrt(2) * scale).reciprocal(), -scale.log() - 0.5 * math.log(2 * math.pi)
 
     @cached_property
     def _centre(self) -> Tensor:

@@ -150,9 +150,8 @@ def _parts(term: Term) -> Float[Tensor, "rows parts"]:
     def block(start: int, stop: int) -> tuple[Tensor, ...]:
         elements = encoded.pairs_per_element(start, stop)
         weights = full_data_weights(slice(start, stop), encoded.rows, plate.full_size, elements.dtype)
-        joint = log_mean(elements.sum(-1), weights)
-        marginal = log_mean(elements.movedim(-1, 2), weights.unsqueeze(-2))
-        return joint, marginal, elements.diagonal(start, 1, 2).mT
+        joint, marginal = log_mean(elements.sum(2), weights), log_mean(elements, weights.unsqueeze(-2))
+        return joint, marginal, elements.diagonal(start, 1, 3).mT
 
     joint, marginal, own = (x[0] for x in in_blocks(block, plate.size, plate.size * to_prior.shape[-1]))
     own = own if entropy is None else -entropy

@@ -129,10 +129,12 @@ def mean_over_rows(x: Float[Tensor, "*particles rows"], rows: Bool[Tensor, "rows
     return torch.where(rows, x, 0.0).sum() / rows.sum()
 
 
-def peer_weights(y: Float[Tensor, "rows columns"], rows: Bool[Tensor, "rows"]) -> Float[Tensor, "#rows rows"]:
-    """Each row's weights over the rows with the same y, which add up to one."""
-    same = _alike(y, slice(None)) & rows
-    return same.to(y) / same.sum(-1, keepdim=True)
+def peer_weights(
+    y: Float[Tensor, "rows columns"], rows: Bool[Tensor, "rows"], block: slice = slice(None)
+) -> Float[Tensor, "#block rows"]:
+    """Weights of each row of a block over the rows with the same y, which add up to one."""
+    same = _alike(y, block) & rows
+    return same.to(y) / same.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _alike(x: Float[Tensor, "rows columns"], block: slice) -> Bool[Tensor, "block rows"]:
@@ -231,28 +233,42 @@ def variational(view: View, given: Given) -> PenaltyTerm:
 
 
 def hsic(view: View, s: Tensor, y: Tensor) -> PenaltyTerm:
-    """The mean product of two centred kernels, within the levels of y."""
-    rows = counted(view)
-    peers = peer_weights(y, rows)
+    """The mean product of two kernels, centred within the levels of y: its means over rows, level by level."""
+    rows, count = counted(view), len(s)
+    of_s = _scaled(s.unsqueeze(0), rows)
     values = []
     for site in view.draws:
-        z = flat_draws(view, site)
-        product = _centred(_kernel(z, rows), peers) * _centred(_kernel(s, rows), peers) * peers
-        values.append(mean_over_rows(product.sum(-1), rows))
+        of_z = _scaled(flat_draws(view, site), rows)
+
+        def products(start: int, stop: int, of_z: Tensor = of_z) -> tuple[Tensor, ...]:
+            peers = peer_weights(y, rows, slice(start, stop))
+            kernel_z, kernel_s = (_kernel(x, start, stop) for x in (of_z, of_s))
+            means = [(kernel * peers).sum(-1) for kernel in (kernel_z * kernel_s, kernel_z, kernel_s)]
+            return tuple(x.expand(len(of_z), -1) for x in means)
+
+        product, mean_z, mean_s = in_blocks(products, count, count)
+
+        def levels(start: int, stop: int, means: tuple[Tensor, ...] = (mean_z, mean_s)) -> tuple[Tensor, ...]:
+            peers = peer_weights(y, rows, slice(start, stop)).expand(stop - start, -1)
+            return tuple(x @ peers.mT for x in means)
+
+        level_z, level_s = in_blocks(levels, count, count)
+        values.append(mean_over_rows(product - 2 * mean_z * mean_s + level_z * level_s, rows))
     return PenaltyTerm(torch.stack(values).mean(), "index")
 
 
-def _kernel(x: Float[Tensor, "*particles rows columns"], rows: Tensor) -> Float[Tensor, "*particles rows rows"]:
-    """A Gaussian kernel whose squared width is the mean squared distance of two rows."""
+def _scaled(x: Float[Tensor, "*particles rows columns"], rows: Tensor) -> Float[Tensor, "*particles rows columns"]:
+    """Rows whose mean squared distance is one."""
     mean = torch.where(rows[:, None], x, 0.0).sum(-2, keepdim=True) / rows.sum()
     x = x - mean.detach()
+    square = 2 * torch.where(rows, x.square().sum(-1), 0.0).sum(-1) / rows.sum()
+    return x / square.sqrt()[..., None, None]
+
+
+def _kernel(
+    x: Float[Tensor, "*particles rows columns"], start: int, stop: int
+) -> Float[Tensor, "*particles block rows"]:
+    """exp(-½ |x_i - x_j|²) for the rows i of a block."""
     square = x.square().sum(-1)
-    distance = (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * x @ x.mT).clamp(min=0.0)
-    width = 2 * torch.where(rows, square, 0.0).sum(-1) / rows.sum()
-    return (-distance / (2 * width)[..., None, None]).exp()
-
-
-def _centred(kernel: Float[Tensor, "*particles rows rows"], peers: Float[Tensor, "#rows rows"]) -> Tensor:
-    """The kernel of features less their mean over each row's peers."""
-    left = kernel - peers @ kernel
-    return left - left @ peers.mT
+    distance = square[..., start:stop, None] + square[..., None, :] - 2 * x[..., start:stop, :] @ x.mT
+    return (-0.5 * distance.clamp(min=0.0)).exp()

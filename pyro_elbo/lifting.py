@@ -4,6 +4,7 @@ No operator ever gets a real tensor, so none can change it or have its value fro
 look at a value fails, with the program's own line in the traceback.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -93,7 +94,9 @@ class Lifting(TorchFunctionMode):
         self._integers[id(x)] = x, value
 
 
-def _refuse_fork(*args: Any, **kwargs: Any) -> None:
+def _refuse_fork(devices: Any = None, enabled: bool = True, **options: Any) -> AbstractContextManager[None]:
+    if not enabled:
+        return nullcontext()
     raise CompileError(
         "The programs fork torch's random generator (torch.utils.checkpoint does), which a graph cannot. Leave out the "
         "checkpoint (preserve_rng_state=False where nothing in it is random), or use compile=False."

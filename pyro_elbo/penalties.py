@@ -134,7 +134,8 @@ class MutualInformation(Penalty):
               tiny batches. ``low`` leaves the row out, ``high`` keeps it: the truth lies between. For I(z; x) the
               value weighs the rows as in the full data, ``low`` (with the own row) is at most log B.
             * ``"variational"``: :math:`KL(q(z|x) \| p(z)) - E \log p(x|z,s)`, an upper bound up to the constant
-              H(x | s), with the model's decoder, which must see s. No other assumption on s.
+              H(x | s), with the model's decoder, which must see s. No other assumption on s. x is all that the model
+              observes but s, a target y included, with the scales of its sites.
             * ``"club"``: :math:`E_{p(z,s)} \log r(s|z) - E_{p(z)p(s)} \log r(s|z)` with a trained critic r: an upper
               bound where r is good, otherwise neither.
             * ``"adversarial"``: :math:`H(s) + E \log r(s|z)`, a lower bound: that this critic finds nothing is no
@@ -291,27 +292,25 @@ class TotalCorrelation(Penalty):
     def _estimate(self, view: View, critics: Critics) -> PenaltyTerm:
         values = []
         for encoded in view.encoded:
-            groups = _checked_groups(self, encoded.draws.shape[-1])
+            self._check_groups(encoded.draws.shape[-1])
 
-            def block(start: int, stop: int, encoded: Encoded = encoded, groups: Any = groups) -> tuple[Tensor, ...]:
-                elements = encoded.pairs_per_element(start, stop)
+            def block(start: int, stop: int, encoded: Encoded = encoded) -> tuple[Tensor, ...]:
+                elements = parts = encoded.pairs_per_element(start, stop)
                 weights = full_data_weights(slice(start, stop), encoded.rows, view.plate.full_size, elements.dtype)
-                of_groups = torch.stack([elements[..., list(group)].sum(-1) for group in groups], 2)
-                return log_mean(elements.sum(-1), weights), log_mean(of_groups, weights.unsqueeze(-2))
+                if self.groups is not None:
+                    parts = torch.stack([elements[:, :, list(group)].sum(2) for group in self.groups], 2)
+                return log_mean(elements.sum(2), weights), log_mean(parts, weights.unsqueeze(-2))
 
             joint, marginals = in_blocks(block, view.plate.size, view.plate.size * encoded.draws.shape[-1])
             values.append(mean_over_rows(joint - marginals.sum(-1), encoded.rows))
         return PenaltyTerm(torch.stack(values).mean(), "debiased")
 
-
-def _checked_groups(penalty: TotalCorrelation, size: int) -> tuple[tuple[int, ...], ...]:
-    groups = penalty.groups or tuple((d,) for d in range(size))
-    if sorted(d for group in groups for d in group) != list(range(size)):
-        raise ArgumentError(
-            f"{penalty.name}: expected groups that hold each of the {size} dimensions of '{penalty.latent}' once, got "
-            f"{groups}."
-        )
-    return groups
+    def _check_groups(self, size: int) -> None:
+        if self.groups is not None and sorted(d for group in self.groups for d in group) != list(range(size)):
+            raise ArgumentError(
+                f"{self.name}: expected groups that hold each of the {size} dimensions of '{self.latent}' once, got "
+                f"{self.groups}."
+            )
 
 
 def _check_weight(kind: str, weight: float | Schedule) -> None:

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import constraints
 
 import pyro_elbo as pe
+from pyro_elbo import aggregate
 from pyro_elbo.errors import ArgumentError, DataError, SiteError
 from tests.compiled import _interpreted  # noqa: F401  (a fixture)
 from tests.refusing import refusing
@@ -129,7 +130,9 @@ def test_elbo_is_that_without_penalty(make):
 
 
 @every
-def test_captured_equals_eager(make, interpreted):
+@pytest.mark.parametrize("block", [aggregate.BLOCK, 700])
+def test_captured_equals_eager(make, block, interpreted, monkeypatch):
+    monkeypatch.setattr(aggregate, "BLOCK", block)
     assert_compiled_equals_eager(make)
 
 

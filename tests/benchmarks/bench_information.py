@@ -1,8 +1,8 @@
 """What the penalties cost: a compiled step with the penalty against one without, and the memory of large batches.
 
-Run with ``python -m tests.benchmarks.bench_information``. The program is a VAE 784-400-20. Steps alternate in blocks,
-in rotating order: times are medians of the blocks' means, ratios medians of the ratios of blocks of one round.
-``--memory`` prints instead the peak memory that a penalty adds, in a process of its own per row.
+Run with ``python -m tests.benchmarks.bench_information``. The program is a VAE 784-400-20 with Bernoulli pixels. Steps
+alternate in blocks, in rotating order: times are medians of the blocks' means, ratios medians of the ratios of blocks
+of one round. ``--memory`` prints instead the peak memory that a penalty adds, in a process of its own per row.
 """
 
 import argparse
@@ -17,9 +17,9 @@ import pyro
 import torch
 
 import pyro_elbo as pe
-from models.vae import VAEGuide, VAEModel
+from models.vae import VAEGuide
+from tests.benchmarks.bench_svi import SIZES, BinaryModel
 
-X_DIM, Z_DIM, HIDDEN = 784, 20, 400
 PENALTIES: dict[str, Callable[[], list[pe.MutualInformation | pe.TotalCorrelation]]] = {
     "none": lambda: [],
     "aggregate": lambda: [pe.MutualInformation("z", attribute, 1.0)],
@@ -47,8 +47,8 @@ def stepper(name: str, rows: int, compile: bool) -> tuple[Callable[[], float], t
     """A step of training with a penalty."""
     pyro.settings.set(module_local_params=True)  # several such programs live in one process
     pyro.set_rng_seed(0)
-    x = torch.rand(rows, X_DIM).round()
-    model, guide = VAEModel(X_DIM, Z_DIM, HIDDEN), VAEGuide(X_DIM, Z_DIM, HIDDEN)
+    x = torch.rand(rows, SIZES["x_dim"]).round()
+    model, guide = BinaryModel(**SIZES), VAEGuide(**SIZES)
     optim = pyro.optim.Adam({"lr": 1e-3})
     svi = pe.SVI(model, guide, optim, pe.TraceBeta_ELBO(penalties=PENALTIES[name]()), compile=compile)
     return lambda: svi.step(x), x
@@ -104,7 +104,7 @@ if __name__ == "__main__":
         print(peak(args.peak_of, args.rows, not args.eager))
     elif args.memory:
         memory = peaks(chosen, args.rows, not args.eager)
-        print(f"{args.rows} rows of {Z_DIM} dimensions, {'eager' if args.eager else 'compiled'}")
+        print(f"{args.rows} rows of {SIZES['z_dim']} dimensions, {'eager' if args.eager else 'compiled'}")
         print(f"{'penalty':20}{'peak MiB':>10}{'more':>8}")
         for key, value in memory.items():
             print(f"{key:20}{value:10.0f}{value - memory['none']:8.0f}")

@@ -55,11 +55,7 @@ class Encoded:
                 f"Latent '{name}' has no density: the guide puts all mass on a point ({type(fn).__name__}). Draw it "
                 "in the guide from a distribution, such as Normal(loc, scale).to_event(1)."
             )
-        _ = (
-            self.draws,
-            self._normal,
-            self._standard,
-        )  # blocks are made twice: what they share must exist before the first
+        _ = self.draws, self._normal, self._standard  # blocks are made twice, and share what exists before the first
 
     @cached_property
     def shape(self) -> torch.Size:
@@ -93,10 +89,8 @@ class Encoded:
         """Log q(z_i | x_j) for the rows i of a block and all rows j."""
         if self._normal is None:
             return self._evaluate(self.site.fn, start, stop).sum(-1)
-        loc, precision, constant = self._normal
-        z = self.draws[:, start:stop].to(loc.dtype) - self._centre
-        square = z.square() @ precision.mT - 2 * z @ (loc * precision).mT
-        return (constant.unsqueeze(-2) - 0.5 * square).to(self.draws.dtype)
+        of_draws, of_densities = self._normal
+        return (of_draws[:, start:stop] @ of_densities.mT).to(self.draws.dtype)
 
     def pairs_per_element(self, start: int, stop: int) -> Float[Tensor, "particles block elements rows"]:
         """Log q(z_id | x_j) for every element d of a row."""
@@ -125,16 +119,17 @@ class Encoded:
         return axis if axis is not None and axis >= 0 else None
 
     @cached_property
-    def _normal(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Location, precision, and what does not depend on z, of normal densities."""
+    def _normal(self) -> tuple[Tensor, Tensor] | None:
+        """Features of draws and of normal densities whose products are log densities: those of z² and z, and of 1."""
         base = univariate(self.site.fn)
         if not isinstance(base, Normal):
             return None
         double = torch.float32 if base.loc.device.type == "mps" else torch.float64
-        loc, scale = (self._flat(x).to(double) for x in (base.loc, base.scale))
-        loc, precision = loc - self._centre, scale.square().reciprocal()
-        constant = -0.5 * (loc.square() * precision).sum(-1) - scale.log().sum(-1)
-        return loc, precision, constant - 0.5 * loc.shape[-1] * math.log(2 * math.pi)
+        loc, scale, z = (self._flat(x).to(double) for x in (base.loc, base.scale, self.site.value))
+        loc, z, precision = loc - self._centre, z - self._centre, scale.square().reciprocal()
+        constant = (-0.5 * loc.square() * precision - scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
+        of_draws = torch.cat([z.square(), z, torch.ones_like(z[..., :1])], -1)
+        return of_draws, torch.cat([-0.5 * precision, loc * precision, constant], -1)
 
     @cached_property
     def _standard(self) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pyro_elbo.aggregate import Encoded, diagonal, full_data_weights, in_blocks, log_mean
+from pyro_elbo.aggregate import Encoded, diagonal, in_blocks
 from pyro_elbo.errors import DataError, SiteError, count_nonfinite
 from pyro_elbo.sites import Plate, Site
 from pyro_elbo.terms import PenaltyTerm, Term, Terms
 from pyro_elbo.tracing import holds, is_capturing
 
 Given = str | Callable[..., Tensor] | tuple["str | Callable[..., Tensor]", ...]
+NONE = -1e30  # log density of a row that does not count: finite, so that its gradient is zero
 ERRORS = 2.5  # standard errors on either side of a bracket: 95 % for means of skewed ratios, see _margins
 
 
@@ -151,13 +152,12 @@ def information_between_levels(view: View, name: str, s: Tensor, y: Tensor) -> P
 
         def block(start: int, stop: int, encoded: Encoded = encoded) -> tuple[Tensor, ...]:
             rows, pairs = slice(start, stop), encoded.pairs(start, stop)
-            others = _alike(y, rows) & encoded.rows
-            level = others & _alike(s, rows)
-            alone = ~diagonal(rows, len(s), s.device)
-            with_own = _log_mean_among(pairs, level) - _log_mean_among(pairs, others)
-            pairs = pairs.detach()
-            without = _log_mean_among(pairs, level & alone) - _log_mean_among(pairs, others & alone)
-            return with_own, without, level.sum(-1).expand(with_own.shape)
+            peers = _alike(y, rows) & encoded.rows
+            level = peers & _alike(s, rows)
+            own, of_level, of_peers = pairs.diagonal(start, -2, -1), *(_others(pairs, x, rows) for x in (level, peers))
+            with_own = of_level.with_own(own) - of_peers.with_own(own)
+            without = of_level.without_own - of_peers.without_own
+            return with_own, without.detach(), level.sum(-1).expand(with_own.shape)
 
         high, low, count = in_blocks(block, len(s), len(s))
         _check_discrete(name, count[0], encoded.rows)
@@ -191,8 +191,31 @@ def _spread(x: Float[Tensor, "rows"], rows: Bool[Tensor, "rows"]) -> Float[Tenso
     return (torch.where(rows, x - mean_over_rows(x, rows), 0.0).square().sum() / (rows.sum() - 1)).sqrt()
 
 
-def _log_mean_among(pairs: Tensor, among: Tensor) -> Tensor:
-    return log_mean(pairs, torch.where(among, 0.0, -math.inf).to(pairs)) - among.sum(-1).to(pairs).log()
+@dataclass(frozen=True)
+class _Others:
+    """Densities of each row's draw under the other rows: log of their sum, and how many they are."""
+
+    log_sum: Float[Tensor, "*particles block"]
+    count: Float[Tensor, "block"]
+
+    @property
+    def without_own(self) -> Float[Tensor, "*particles block"]:
+        """Log mean density of the others."""
+        return self.log_sum - self.count.log()
+
+    def with_own(self, own: Tensor) -> Float[Tensor, "*particles block"]:
+        """Log mean density of the others and of the row itself, under which the draw has log density ``own``."""
+        return torch.logaddexp(self.log_sum, own) - (self.count + 1).log()
+
+    def of_full_data(self, own: Tensor, full: float) -> Float[Tensor, "*particles block"]:
+        """Log density that the full data give the draw, as of :func:`full_data_weights`."""
+        return torch.logaddexp(own, self.log_sum + ((full - 1) / self.count.clamp(min=1)).log()) - math.log(full)
+
+
+def _others(pairs: Tensor, among: Bool[Tensor, "block rows"], block: slice) -> _Others:
+    among = among & ~diagonal(block, among.shape[-1], among.device)
+    count = among.sum(-1).to(pairs)
+    return _Others(torch.where(among, pairs, NONE).logsumexp(-1), count)
 
 
 def _check_discrete(name: str, count: Tensor, rows: Tensor) -> None:
@@ -210,12 +233,10 @@ def information_on_data(view: View) -> PenaltyTerm:
 
         def block(start: int, stop: int, encoded: Encoded = encoded) -> tuple[Tensor, ...]:
             rows, pairs = slice(start, stop), encoded.pairs(start, stop)
-            weights = full_data_weights(rows, encoded.rows, view.plate.full_size, pairs.dtype)
-            own, full = pairs.diagonal(start, -2, -1), log_mean(pairs, weights)
-            pairs, counted = pairs.detach(), encoded.rows.expand(stop - start, -1)
-            alone = ~diagonal(rows, view.plate.size, pairs.device)
-            means = [_log_mean_among(pairs, x) for x in (counted, counted & alone)]
-            return own - full, *(own.detach() - mean for mean in means)
+            others = _others(pairs, encoded.rows.expand(stop - start, -1), rows)
+            own = pairs.diagonal(start, -2, -1)
+            means = others.of_full_data(own, view.plate.full_size), others.with_own(own), others.without_own
+            return tuple(own - mean for mean in means)
 
         found = in_blocks(block, view.plate.size, view.plate.size)
         values.append(torch.stack([mean_over_rows(x, encoded.rows) for x in found]))

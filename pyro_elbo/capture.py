@@ -6,6 +6,7 @@ it changes in place is written back at the end of the graph, unless the step tur
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse, rand_ops
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.fx_passes import joint_graph
 from torch._inductor.lowering import lowerings, make_fallback
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -274,9 +275,21 @@ def optimise(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeT
     module = _without_repetition(module, mode, fakes)
     vectorise(module.graph)
     module = _without_repetition(module, mode, fakes)
-    with V.set_fake_mode(mode):
-        joint_graph_passes(module)
+    with V.set_fake_mode(mode), _common_patterns(all(x.device.type == "cpu" for x in fakes)):
+        joint_graph.joint_graph_passes(module)
     return module
+
+
+@contextmanager
+def _common_patterns(only: bool) -> Iterator[None]:
+    """Spare the half second in which Inductor makes its patterns of attention and of padded products on a GPU."""
+    lazy_init = joint_graph.lazy_init
+    try:
+        if only:
+            joint_graph.lazy_init = lambda device=None: None
+        yield
+    finally:
+        joint_graph.lazy_init = lazy_init
 
 
 def _without_repetition(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:

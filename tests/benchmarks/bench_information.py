@@ -6,6 +6,7 @@ of one round. ``--memory`` prints instead the peak memory that a penalty adds, i
 """
 
 import argparse
+import os
 import resource
 import statistics
 import subprocess
@@ -92,7 +93,13 @@ def peaks(names: list[str], rows: int, compile: bool) -> dict[str, float]:
     """The same for each penalty, each in its own process."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_information", "--rows", str(rows), "--peak-of"]
     options = [] if compile else ["--eager"]
-    return {name: float(subprocess.check_output([*command, name, *options], text=True)) for name in names}
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # what is freed goes back, and not to the heap's gaps
+    return {
+        name: float(subprocess.check_output([*command, name, *options], text=True, env=environment)) for name in names
+    }
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ class Readout:
 
     Attributes:
         name, levels: of the attribute.
-        majority_level: the most frequent level among the rows that the probes are fitted on.
-        majority: accuracy of always answering that level.
+        majority_level: the most frequent level among the judged rows.
+        majority: its share; no constant answer is right more often.
         entropy: H(attribute) of the judged rows, nats.
         probes: one score a probe.
     """
@@ -135,8 +135,8 @@ def read_out(
         _score(probe, chances[rows.start :], codes, converged)
         for probe, (chances, converged) in zip(probes, fits, strict=True)
     )
-    most = int(np.bincount(labels.codes[: rows.start or None]).argmax())
     shares = np.bincount(codes, minlength=len(labels.levels)) / len(codes)
+    most = int(shares.argmax())
     entropy = -sum(p * math.log(p) for p in shares.tolist() if p)
     readout = Readout(name, labels.levels, labels.levels[most], float(shares[most]), entropy, scores)
     return readout, fits[scores.index(readout.best)][0][rows.start :].argmax(1)

@@ -150,11 +150,11 @@ def test_a_test_split_is_judged_by_probes_fitted_on_the_training_rows():
     assert result.s.majority == pytest.approx(40 / 60)
 
 
-def test_the_majority_is_that_of_the_training_rows():
+def test_the_majority_is_that_of_the_judged_rows():
     s = (np.arange(100) % 4 == 0).astype(int)
     judged = 1 - s
     result = audit(s[:, None], s, test=(judged[:, None], judged), probes=LOGISTIC)
-    assert (result.s.majority_level, result.s.majority) == ("0", 0.25)
+    assert (result.s.majority_level, result.s.majority) == ("1", 0.75)
 
 
 def test_a_test_split_with_target():

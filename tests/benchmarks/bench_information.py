@@ -96,7 +96,7 @@ def peaks(names: list[str], rows: int, compile: bool) -> dict[str, float]:
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
-    }  # what is freed goes back, and not to the heap's gaps
+    }  # count no gaps of the heap
     return {
         name: float(subprocess.check_output([*command, name, *options], text=True, env=environment)) for name in names
     }

@@ -298,6 +298,7 @@ def first_calls(work: Work) -> None:
     start, svi = time.perf_counter(), ours(work)
     for _ in range(3):  # the first step is not a compiled one
         svi.step(*work.args)
+    pyro.clear_param_store()
     middle = time.perf_counter()
     ours(work).run(work.run, *work.args, progress=False)
     print(f"\n{middle - start} {time.perf_counter() - middle}")

@@ -33,4 +33,6 @@ bench: $(STAMP)
 	$(BIN)/pip install -q -c $(PINS) -e '.[bench]'
 	$(BIN)/python -m tests.benchmarks.bench_eager
 	$(BIN)/python -m tests.benchmarks.bench_svi
+	$(BIN)/python -m tests.benchmarks.bench_sequences
+	$(BIN)/python -m tests.benchmarks.bench_information
 

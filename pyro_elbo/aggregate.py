@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 from torch.utils.checkpoint import checkpoint
 
-from pyro_elbo.errors import SiteError
+from pyro_elbo.errors import CompileError, SiteError
 from pyro_elbo.evaluation import is_point, univariate
 from pyro_elbo.over_time import OverTime
 from pyro_elbo.sites import Plate, Site
+from pyro_elbo.tracing import is_capturing
 
 BLOCK = 2**20  # pairs that are in memory at once: about 64 MB with what a gradient needs
+UNROLLED = 32  # blocks in a graph, at most
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,11 @@ def in_blocks(function: Callable[[int, int], tuple[Tensor, ...]], rows: int, ent
         entries: numbers that one row makes.
     """
     size = max(1, BLOCK // entries)
+    if is_capturing() and rows > UNROLLED * size:
+        raise CompileError(
+            f"A penalty compares {rows} rows by {rows * entries / 1e6:.0f} million numbers, more than the "
+            f"{UNROLLED * BLOCK / 1e6:.0f} million of a compiled step. Take smaller batches, or use compile=False."
+        )
     if size >= rows:
         return function(0, rows)
     parts = []

@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 
 import pyro_elbo as pe
 from pyro_elbo import aggregate
-from pyro_elbo.errors import ArgumentError, DataError, SiteError
+from pyro_elbo.errors import ArgumentError, CompileError, DataError, SiteError
 from tests.compiled import _interpreted  # noqa: F401  (a fixture)
 from tests.refusing import refusing
 
@@ -149,6 +149,13 @@ def assert_compiled_equals_eager(make):
     for ours, theirs in zip(*critics, strict=True):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.allclose(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_too_many_blocks_for_a_graph_are_refused(interpreted, monkeypatch):
+    monkeypatch.setattr(aggregate, "BLOCK", 100)
+    with refuses(CompileError, "compares 40 rows by 0 million numbers"):
+        steps([pe.TotalCorrelation("z", 3.0)], compile=True)
+    steps([pe.TotalCorrelation("z", 3.0)])
 
 
 def test_schedules_of_weights_act_alike():

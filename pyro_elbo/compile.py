@@ -278,8 +278,8 @@ def _check_own(parameters: Parameters) -> None:
         raise ArgumentError(
             f"Pyro's parameter store holds {lost} of another module, and would train those in place of the parameters "
             "that the programs use. Call pyro.clear_param_store() before programs are made anew, or keep parameters "
-            "of PyroModules apart with pyro.settings.set(module_local_params=True). Where the store was loaded to go on "
-            "from, pass update_module_params=True to pyro.module."
+            "of PyroModules apart with pyro.settings.set(module_local_params=True). Where the store was loaded, pass "
+            "update_module_params=True to pyro.module."
         )
 
 

@@ -55,6 +55,7 @@ CLAIMS = {
     "weight norm": lambda net: nn.utils.parametrizations.weight_norm(net[0]) and None,
     "frozen weight": lambda net: net[0].requires_grad_(False) and None,
 }
+DISPLACED = ("another linear", "another weight", "state assigned")  # by what Pyro's store goes on to train
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -75,7 +76,10 @@ def test_modules(interpreted, name):
         return before, [svi.step(X) for _ in range(4)], parameters(), holder[0].state_dict()
 
     message = exact_or_refused(scenario, rtol=1e-7)
-    assert not message or (name.endswith("hook") and "hooks on its gradient" in message)
+    if name in DISPLACED:
+        assert "of another module" in message
+    else:
+        assert not message or (name.endswith("hook") and "hooks on its gradient" in message)
 
 
 def row_guide(x):

@@ -113,12 +113,41 @@ class Terms:
         objective: what training maximises: the weighted bound, with the gradient of the estimator. Differentiate
             this one; the other numbers carry pathwise gradients only.
         penalties: what each penalty of the objective found, by its name.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.7))
+        >>> _ = pyro.set_rng_seed(0)
+        >>> pe.TraceBeta_ELBO(beta=0.5).terms(model, guide, torch.tensor([1.0, -2.0]))
+        Terms in nats per datum, of 2; objective -2.73519
+          elbo                  -1.5747
+          log_likelihood x      -1.1605
+          kl z                   0.4142
     """
 
     sites: Mapping[str, Term]
     particle_dim: int | None
     objective: Float[Tensor, ""]
     penalties: Mapping[str, PenaltyTerm] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The bound and every site's share of it, in nats per datum, and the objective as it is maximised."""
+        shares = {"elbo": self.elbo}
+        shares |= {f"log_likelihood {name}": x for name, x in self.log_likelihood_total.items()}
+        shares |= {f"kl {name}": x for name, x in self.kl_total.items()}
+        figures = {name: x.item() / self.num_data for name, x in shares.items()}
+        figures |= {f"penalty {name}": penalty.nats.item() for name, penalty in self.penalties.items()}
+        width = max(map(len, figures))
+        notes = {f"kl {name}": "" if exact else "  (at the draw)" for name, exact in self.is_analytic.items()}
+        lines = [f"  {name:{width}} {x:12.4f}{notes.get(name, '')}" for name, x in figures.items()]
+        title = f"Terms in nats per datum, of {self.num_data}; objective {self.objective.item():.6g}"
+        return "\n".join([title, *lines])
 
     @cached_property
     def distortion(self) -> Float[Tensor, ""]:

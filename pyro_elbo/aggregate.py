@@ -26,6 +26,8 @@ from pyro_elbo.tracing import is_capturing
 
 BLOCK = 2**20  # pairs that are in memory at once: about 64 MB with what a gradient needs
 UNROLLED = 32  # blocks in a graph, at most
+Pairs = Callable[[int, int], Tensor]
+NONE = -1e30  # log density under a row that does not count: finite, so that its gradient is zero
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,6 @@ class Encoded:
                 f"Latent '{name}' has no density: the guide puts all mass on a point ({type(fn).__name__}). Draw it "
                 "in the guide from a distribution, such as Normal(loc, scale).to_event(1)."
             )
-        _ = self.draws, self._normal, self._standard  # blocks are made twice, and share what exists before the first
 
     @cached_property
     def shape(self) -> torch.Size:
@@ -87,25 +88,39 @@ class Encoded:
         """The draws, everything within a row side by side."""
         return self._flat(self.site.value)
 
-    def pairs(self, start: int, stop: int) -> Float[Tensor, "particles block rows"]:
-        """Log q(z_i | x_j) for the rows i of a block and all rows j."""
-        if self._normal is None:
-            return self._evaluate(self.site.fn, start, stop).sum(-1)
-        of_draws, of_densities = self._normal
-        return (of_draws[:, start:stop] @ of_densities.mT).to(self.draws.dtype)
+    @cached_property
+    def pairs(self) -> Pairs:
+        """(start, stop) -> log q(z_i | x_j) for the rows i of a block and all rows j: (particles, block, rows).
 
-    def pairs_per_element(self, start: int, stop: int) -> Float[Tensor, "particles block elements rows"]:
-        """Log q(z_id | x_j) for every element d of a row."""
+        To be asked for outside of :func:`in_blocks`: blocks are made twice, and share what exists before the first.
+        """
+        base = univariate(self.site.fn)
+        if not isinstance(base, Normal):
+            return lambda start, stop: self._evaluate(self.site.fn, start, stop).sum(-1)
+        double = torch.float32 if base.loc.device.type == "mps" else torch.float64
+        loc, scale, z = (self._flat(x).to(double) for x in (base.loc, base.scale, self.site.value))
+        centre = self.draws.detach().mean((0, 1))
+        loc, z, precision = loc - centre, z - centre, scale.square().reciprocal()
+        constant = (-0.5 * loc.square() * precision - scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
+        of_draws = torch.cat([z.square(), z, torch.ones_like(z[..., :1])], -1)
+        of_densities = torch.cat([-0.5 * precision, loc * precision, constant], -1)
+        return lambda start, stop: (of_draws[:, start:stop] @ of_densities.mT).to(self.site.value.dtype)
+
+    @cached_property
+    def pairs_per_element(self) -> Pairs:
+        """The same of q(z_id | x_j) for every element d of a row: (particles, block, elements, rows)."""
         base = univariate(self.site.fn)
         if base is None:
             raise SiteError(
                 f"Latent '{self.site.name}': {type(self.site.fn).__name__} does not factorise over its dimensions, so "
                 "that their total correlation within one row is not zero. Use a distribution with .to_event(n)."
             )
-        if self._standard is None:
-            return self._evaluate(base, start, stop).mT
-        loc, factor, constant = self._standard
-        return constant - ((self.draws[:, start:stop].unsqueeze(-1) - loc) * factor).square()
+        if not isinstance(base, Normal):
+            return lambda start, stop: self._evaluate(base, start, stop).mT
+        loc, scale = (self._flat(x).mT.unsqueeze(1).contiguous() for x in (base.loc, base.scale))
+        factor, constant = (math.sqrt(2) * scale).reciprocal(), -scale.log() - 0.5 * math.log(2 * math.pi)
+        z = self.draws.unsqueeze(-1)
+        return lambda start, stop: constant - ((z[:, start:stop] - loc) * factor).square()
 
     def like_draws(self, x: Tensor) -> Float[Tensor, "particles rows elements"]:
         """Arrange values with the batch and event dimensions of the site as :attr:`draws`."""
@@ -119,32 +134,6 @@ class Encoded:
     def _particle_axis(self) -> int | None:
         axis = None if self.particle_dim is None else self.particle_dim + len(self.shape)
         return axis if axis is not None and axis >= 0 else None
-
-    @cached_property
-    def _normal(self) -> tuple[Tensor, Tensor] | None:
-        """Features of draws and of normal densities whose products are log densities: those of z² and z, and of 1."""
-        base = univariate(self.site.fn)
-        if not isinstance(base, Normal):
-            return None
-        double = torch.float32 if base.loc.device.type == "mps" else torch.float64
-        loc, scale, z = (self._flat(x).to(double) for x in (base.loc, base.scale, self.site.value))
-        loc, z, precision = loc - self._centre, z - self._centre, scale.square().reciprocal()
-        constant = (-0.5 * loc.square() * precision - scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
-        of_draws = torch.cat([z.square(), z, torch.ones_like(z[..., :1])], -1)
-        return of_draws, torch.cat([-0.5 * precision, loc * precision, constant], -1)
-
-    @cached_property
-    def _standard(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Location, 1 / (√2 scale), and what does not depend on z, of the elements of normal densities."""
-        base = univariate(self.site.fn)
-        if not isinstance(base, Normal):
-            return None
-        loc, scale = (self._flat(x).mT.unsqueeze(1).contiguous() for x in (base.loc, base.scale))
-        return loc, (math.sqrt(2) * scale).reciprocal(), -scale.log() - 0.5 * math.log(2 * math.pi)
-
-    @cached_property
-    def _centre(self) -> Tensor:
-        return self.draws.detach().mean((0, 1))
 
     def _flat(self, x: Tensor) -> Tensor:
         """(batch, event) -> (particles, rows, elements)."""
@@ -199,28 +188,47 @@ def in_blocks(function: Callable[[int, int], tuple[Tensor, ...]], rows: int, ent
     return tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
 
 
-def log_mean(
-    pairs: Float[Tensor, "*batch rows"], log_weights: Float[Tensor, "#*batch rows"]
-) -> Float[Tensor, "*batch"]:
-    """Log of the weighted sum of exp(pairs) over the rows on the right; a weight of -inf leaves a row out."""
-    return (pairs + log_weights).logsumexp(-1)
+@dataclass(frozen=True)
+class Mixture:
+    """Densities of each row's draw under some of the rows, its own apart.
 
-
-def full_data_weights(block: slice, rows: Bool[Tensor, "rows"], full: float, dtype: torch.dtype) -> Tensor:
-    r"""Log weights that estimate q(z_i) of the full data from a batch: own 1/N, the others (N-1) / (N (B-1)).
-
-    The row's own density counts as much as in the full data. The matrix that was published puts the first weight into
-    a column instead of the diagonal.
-
-    References:
-        Chen, Li, Grosse, Duvenaud (2018), arXiv:1802.04942, appendix C.1.
+    Attributes:
+        own: log density under the row itself.
+        others: log of the sum of the densities under the other rows.
+        count: how many others.
     """
-    batch = rows.sum().to(dtype)
-    own = diagonal(block, len(rows), rows.device)
-    others = ((full - 1) / (full * (batch - 1))).log()
-    return torch.where(own, -math.log(full), torch.where(rows, others, -math.inf))
 
+    own: Float[Tensor, "*batch block"]
+    others: Float[Tensor, "*batch block"]
+    count: Float[Tensor, "block"]
 
-def diagonal(block: slice, rows: int, device: torch.device) -> Bool[Tensor, "block rows"]:
-    """Which pairs of a block are a row's own."""
-    return torch.arange(block.start, block.stop, device=device)[:, None] == torch.arange(rows, device=device)
+    @staticmethod
+    def of(pairs: Float[Tensor, "*batch block rows"], among: Bool[Tensor, "*#block rows"], start: int) -> "Mixture":
+        """The mixture for a block of rows from ``start`` on; ``among`` says which rows count."""
+        stop, rows = start + pairs.shape[-2], pairs.shape[-1]
+        own = torch.arange(start, stop, device=pairs.device)[:, None] == torch.arange(rows, device=pairs.device)
+        others = among & ~own
+        log_sum = torch.where(others, pairs, NONE).logsumexp(-1)
+        return Mixture(pairs.diagonal(start, -2, -1), log_sum, others.sum(-1).to(pairs))
+
+    @property
+    def without_own(self) -> Float[Tensor, "*batch block"]:
+        """Log mean density under the others."""
+        return self.others - self.count.log()
+
+    @property
+    def with_own(self) -> Float[Tensor, "*batch block"]:
+        """Log mean density under the others and the row itself."""
+        return torch.logaddexp(self.others, self.own) - (self.count + 1).log()
+
+    def of_full_data(self, full: float) -> Float[Tensor, "*batch block"]:
+        r"""Log q(z_i) of the full data, estimated from a batch: own weight 1/N, the others (N-1) / (N (B-1)).
+
+        The row's own density counts as much as in the full data. The matrix that was published puts the first weight
+        into a column instead of the diagonal.
+
+        References:
+            Chen, Li, Grosse, Duvenaud (2018), arXiv:1802.04942, appendix C.1.
+        """
+        others = self.others + ((full - 1) / self.count.clamp(min=1)).log()
+        return torch.logaddexp(self.own, others) - math.log(full)

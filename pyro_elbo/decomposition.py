@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_elbo.aggregate import Encoded, full_data_weights, in_blocks, log_mean
+from pyro_elbo.aggregate import Encoded, Mixture, in_blocks
 from pyro_elbo.draws import seeded
 from pyro_elbo.elbo import TraceBeta_ELBO
 from pyro_elbo.errors import ArgumentError, SiteError
@@ -76,7 +76,7 @@ def kl_decomposition(
     r"""Take the average KL of a latent apart: information on the datum, total correlation, dimensions against prior.
 
     Give it the full data: then q(z) is exact, and only the draws are random. Where the latent's plate subsamples, the
-    densities are weighted as in the full data (:func:`pyro_elbo.aggregate.full_data_weights`); the result is then a
+    densities are weighted as in the full data (:meth:`pyro_elbo.aggregate.Mixture.of_full_data`); the result is then a
     rough estimate, I(z; x) too high and the total correlation too low. Pairs of rows are compared in blocks, so that
     memory stays small; time grows with rows² × dimensions.
 
@@ -147,11 +147,12 @@ def _parts(term: Term) -> Float[Tensor, "rows parts"]:
     to_prior = encoded.like_draws(term.nats if term.per_dim is None else term.per_dim())[0]
     entropy = encoded.like_draws(univariate(site.fn).entropy())[0] if term.is_analytic else None
 
+    pairs = encoded.pairs_per_element
+
     def block(start: int, stop: int) -> tuple[Tensor, ...]:
-        elements = encoded.pairs_per_element(start, stop)
-        weights = full_data_weights(slice(start, stop), encoded.rows, plate.full_size, elements.dtype)
-        joint, marginal = log_mean(elements.sum(2), weights), log_mean(elements, weights.unsqueeze(-2))
-        return joint, marginal, elements.diagonal(start, 1, 3).mT
+        elements = pairs(start, stop)
+        joint, marginals = (Mixture.of(x, encoded.rows, start) for x in (elements.sum(2), elements.transpose(1, 2)))
+        return joint.of_full_data(plate.full_size), marginals.of_full_data(plate.full_size).mT, marginals.own.mT
 
     joint, marginal, own = (x[0] for x in in_blocks(block, plate.size, plate.size * to_prior.shape[-1]))
     own = own if entropy is None else -entropy

@@ -5,7 +5,6 @@ r"""Estimators of what a latent knows, from one set of draws: see :class:`pyro_e
 With its own density a row looks better known than it is, without it less: the two means bracket the truth.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pyro_elbo.aggregate import Encoded, diagonal, in_blocks
+from pyro_elbo.aggregate import Encoded, Mixture, Pairs, in_blocks
 from pyro_elbo.errors import DataError, SiteError, count_nonfinite
 from pyro_elbo.sites import Plate, Site
 from pyro_elbo.terms import PenaltyTerm, Term, Terms
 from pyro_elbo.tracing import holds, is_capturing
 
 Given = str | Callable[..., Tensor] | tuple["str | Callable[..., Tensor]", ...]
-NONE = -1e30  # log density of a row that does not count: finite, so that its gradient is zero
 ERRORS = 2.5  # standard errors on either side of a bracket: 95 % for means of skewed ratios, see _margins
 
 
@@ -150,12 +148,13 @@ def information_between_levels(view: View, name: str, s: Tensor, y: Tensor) -> P
     found = []
     for encoded in view.encoded:
 
-        def block(start: int, stop: int, encoded: Encoded = encoded) -> tuple[Tensor, ...]:
-            rows, pairs = slice(start, stop), encoded.pairs(start, stop)
-            peers = _alike(y, rows) & encoded.rows
-            level = peers & _alike(s, rows)
-            own, of_level, of_peers = pairs.diagonal(start, -2, -1), *(_others(pairs, x, rows) for x in (level, peers))
-            with_own = of_level.with_own(own) - of_peers.with_own(own)
+        def block(
+            start: int, stop: int, rows: Tensor = encoded.rows, pairs: Pairs = encoded.pairs
+        ) -> tuple[Tensor, ...]:
+            found, peers = pairs(start, stop), _alike(y, slice(start, stop)) & rows
+            level = peers & _alike(s, slice(start, stop))
+            of_level, of_peers = (Mixture.of(found, among, start) for among in (level, peers))
+            with_own = of_level.with_own - of_peers.with_own
             without = of_level.without_own - of_peers.without_own
             return with_own, without.detach(), level.sum(-1).expand(with_own.shape)
 
@@ -191,33 +190,6 @@ def _spread(x: Float[Tensor, "rows"], rows: Bool[Tensor, "rows"]) -> Float[Tenso
     return (torch.where(rows, x - mean_over_rows(x, rows), 0.0).square().sum() / (rows.sum() - 1)).sqrt()
 
 
-@dataclass(frozen=True)
-class _Others:
-    """Densities of each row's draw under the other rows: log of their sum, and how many they are."""
-
-    log_sum: Float[Tensor, "*particles block"]
-    count: Float[Tensor, "block"]
-
-    @property
-    def without_own(self) -> Float[Tensor, "*particles block"]:
-        """Log mean density of the others."""
-        return self.log_sum - self.count.log()
-
-    def with_own(self, own: Tensor) -> Float[Tensor, "*particles block"]:
-        """Log mean density of the others and of the row itself, under which the draw has log density ``own``."""
-        return torch.logaddexp(self.log_sum, own) - (self.count + 1).log()
-
-    def of_full_data(self, own: Tensor, full: float) -> Float[Tensor, "*particles block"]:
-        """Log density that the full data give the draw, as of :func:`full_data_weights`."""
-        return torch.logaddexp(own, self.log_sum + ((full - 1) / self.count.clamp(min=1)).log()) - math.log(full)
-
-
-def _others(pairs: Tensor, among: Bool[Tensor, "block rows"], block: slice) -> _Others:
-    among = among & ~diagonal(block, among.shape[-1], among.device)
-    count = among.sum(-1).to(pairs)
-    return _Others(torch.where(among, pairs, NONE).logsumexp(-1), count)
-
-
 def _check_discrete(name: str, count: Tensor, rows: Tensor) -> None:
     if not is_capturing() and bool((count[rows] < 2).all()):
         raise DataError(
@@ -231,12 +203,12 @@ def information_on_data(view: View) -> PenaltyTerm:
     values, margins = [], []
     for encoded in view.encoded:
 
-        def block(start: int, stop: int, encoded: Encoded = encoded) -> tuple[Tensor, ...]:
-            rows, pairs = slice(start, stop), encoded.pairs(start, stop)
-            others = _others(pairs, encoded.rows.expand(stop - start, -1), rows)
-            own = pairs.diagonal(start, -2, -1)
-            means = others.of_full_data(own, view.plate.full_size), others.with_own(own), others.without_own
-            return tuple(own - mean for mean in means)
+        def block(
+            start: int, stop: int, rows: Tensor = encoded.rows, pairs: Pairs = encoded.pairs
+        ) -> tuple[Tensor, ...]:
+            found = Mixture.of(pairs(start, stop), rows, start)
+            means = found.of_full_data(view.plate.full_size), found.with_own, found.without_own
+            return tuple(found.own - mean for mean in means)
 
         found = in_blocks(block, view.plate.size, view.plate.size)
         values.append(torch.stack([mean_over_rows(x, encoded.rows) for x in found]))
@@ -270,8 +242,8 @@ def hsic(view: View, s: Tensor, y: Tensor) -> PenaltyTerm:
         product, mean_z, mean_s = in_blocks(products, count, count)
 
         def levels(start: int, stop: int, means: tuple[Tensor, ...] = (mean_z, mean_s)) -> tuple[Tensor, ...]:
-            peers = peer_weights(y, rows, slice(start, stop)).expand(stop - start, -1)
-            return tuple(x @ peers.mT for x in means)
+            peers = peer_weights(y, rows, slice(start, stop))
+            return tuple((x @ peers.mT).expand(-1, stop - start) for x in means)
 
         level_z, level_s = in_blocks(levels, count, count)
         values.append(mean_over_rows(product - 2 * mean_z * mean_s + level_z * level_s, rows))

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_elbo.aggregate import Encoded, full_data_weights, in_blocks, log_mean
+from pyro_elbo.aggregate import Mixture, Pairs, in_blocks
 from pyro_elbo.critics import Critic, Spec, count_levels
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.information import (
@@ -256,7 +256,7 @@ class TotalCorrelation(Penalty):
     r"""λ TC(z) = λ KL(q(z) ‖ Π_d q(z_d)): how far the aggregate posterior is from independent dimensions.
 
     The densities of the full data are estimated from the batch with the debiased weights of
-    :func:`pyro_elbo.aggregate.full_data_weights`; the value is low for small batches and right for the full data.
+    :meth:`pyro_elbo.aggregate.Mixture.of_full_data`; the value is low for small batches and right for the full data.
     With weight β - 1 beside β = 1 this is β-TCVAE.
 
     Args:
@@ -294,12 +294,15 @@ class TotalCorrelation(Penalty):
         for encoded in view.encoded:
             self._check_groups(encoded.draws.shape[-1])
 
-            def block(start: int, stop: int, encoded: Encoded = encoded) -> tuple[Tensor, ...]:
-                elements = parts = encoded.pairs_per_element(start, stop)
-                weights = full_data_weights(slice(start, stop), encoded.rows, view.plate.full_size, elements.dtype)
+            def block(
+                start: int, stop: int, rows: Tensor = encoded.rows, pairs: Pairs = encoded.pairs_per_element
+            ) -> tuple[Tensor, ...]:
+                elements = parts = pairs(start, stop)
                 if self.groups is not None:
                     parts = torch.stack([elements[:, :, list(group)].sum(2) for group in self.groups], 2)
-                return log_mean(elements.sum(2), weights), log_mean(parts, weights.unsqueeze(-2))
+                joint, marginals = (Mixture.of(x, rows, start) for x in (elements.sum(2), parts.transpose(1, 2)))
+                full = view.plate.full_size
+                return joint.of_full_data(full), marginals.of_full_data(full).mT
 
             joint, marginals = in_blocks(block, view.plate.size, view.plate.size * encoded.draws.shape[-1])
             values.append(mean_over_rows(joint - marginals.sum(-1), encoded.rows))

@@ -13,7 +13,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain
-from operator import contains, eq, getitem, is_, itemgetter
+from operator import contains, eq, getitem, is_
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class Guard:
     def __init__(self, *programs: Any) -> None:
         self.generators: list[Any] = []
         self.refused: list[str] = []  # what cannot be watched
-        self._mappings: list[tuple[Callable[[Any], tuple], Any, tuple, tuple]] = []
+        self._mappings: list[tuple[Mapping | Callable[[], Mapping], tuple, tuple]] = []
         self._absent: list[tuple[Mapping, frozenset[str]]] = []
         self._attributes: list[tuple[Any, str, Any, str]] = []
         self._containers: list[tuple[Collection, tuple]] = []
@@ -55,8 +55,7 @@ class Guard:
         """Watch the entries of ``holder``, or of the mapping that it returns, under ``keys``."""
         keys = tuple(keys)
         if keys:
-            get = itemgetter(*keys, keys[0])  # of two keys or more, so that it gives a tuple
-            self._mappings.append((get, holder, keys, get(holder() if callable(holder) else holder)))
+            self._mappings.append((holder, keys, tuple(map(_held(holder).__getitem__, keys))))
 
     def watch_container(self, container: Collection) -> None:
         """Watch which items a list, set or dictionary (its keys) holds."""
@@ -74,15 +73,15 @@ class Guard:
         )
 
     def _changed(self) -> str | None:
-        for get, holder, keys, values in self._mappings:
-            try:
-                found = get(holder() if callable(holder) else holder)
-            except KeyError as missing:
-                return str(missing.args[0])
-            if not all(map(is_, found, values)):
-                for key, new, old in zip(keys, found, values, strict=False):
-                    if not _same(new, old):
-                        return key if isinstance(key, str) else f"the state of {type(key).__name__}"
+        for holder, keys, values in self._mappings:
+            held = _held(holder)
+            for key, old in zip(keys, values, strict=True):
+                try:
+                    new = held[key]
+                except KeyError:
+                    return str(key)
+                if not _same(new, old):
+                    return key if isinstance(key, str) else f"the state of {type(key).__name__}"
         for owner, attribute, value, name in self._attributes:
             if not _same(getattr(owner, attribute, None), value):
                 return name
@@ -101,9 +100,9 @@ class Guard:
 
     def restore(self) -> None:
         """Put back what has changed in dictionaries and lists."""
-        for _, holder, keys, values in self._mappings:
+        for holder, keys, values in self._mappings:
             if isinstance(holder, dict):
-                holder.update(zip(keys, values, strict=False))
+                holder.update(zip(keys, values, strict=True))
         for container, items in self._containers:
             if isinstance(container, list):
                 container[:] = items
@@ -272,9 +271,9 @@ class _Columns:
     """All that is watched, in columns: loops in C say whether nothing at all was touched, which is nearly always so."""
 
     def __init__(self, mappings: list, attributes: list, absent: list, containers: list) -> None:
-        fixed = [(holder, keys, values) for _, holder, keys, values in mappings if not callable(holder)]
-        self._called = [(get, holder, values) for get, holder, _, values in mappings if callable(holder)]
-        entries = [(holder, *pair) for holder, keys, values in fixed for pair in zip(keys, values, strict=False)]
+        fixed = [mapping for mapping in mappings if not callable(mapping[0])]
+        self._called = [mapping for mapping in mappings if callable(mapping[0])]
+        entries = [(holder, *pair) for holder, keys, values in fixed for pair in zip(keys, values, strict=True)]
         self._entries = _transpose(entries, 3)
         self._attributes = _transpose([(owner, attribute, value) for owner, attribute, value, _ in attributes], 3)
         self._absent = _transpose([(holder, name) for holder, names in absent for name in names], 2)
@@ -291,10 +290,14 @@ class _Columns:
                 and not any(map(contains, *self._absent))
                 and all(map(eq, map(len, self._containers), self._lengths))
                 and all(map(is_, chain.from_iterable(self._containers), self._items))
-                and all(all(map(is_, get(holder()), values)) for get, holder, values in self._called)
+                and all(all(map(is_, map(holder().__getitem__, keys), values)) for holder, keys, values in self._called)
             )
         except (KeyError, AttributeError):
             return False
+
+
+def _held(holder: Any) -> Any:
+    return holder() if callable(holder) else holder
 
 
 def _transpose(rows: list[tuple], width: int) -> list[tuple]:

@@ -29,7 +29,7 @@ from pyro_elbo.guards import Guard
 from pyro_elbo.sites import Parameters, Program, captured_parameters
 from pyro_elbo.terms import Terms
 from pyro_elbo.tracing import capturing
-from pyro_elbo.updates import Plan, Update, check_traceable, trace_update, watch
+from pyro_elbo.updates import Plan, Update, check_own, check_traceable, trace_update, watch
 
 if TYPE_CHECKING:
     from pyro_elbo.executable import Executable
@@ -165,7 +165,7 @@ class Steps:
             loss = self._loss(terms)
         if kind == "train" and loss.requires_grad:
             self.loss.count_step(loss, terms).backward()
-            _check_own(parameters)
+            check_own(parameters)
             self.update(parameters)
             pyro.infer.util.zero_grads(parameters.values())
         return terms, self._record(terms, loss), parameters
@@ -268,18 +268,6 @@ class Steps:
         raise NonFiniteError(
             f"The objective is not finite ({', '.join(f'{name} {values[name]}' for name in bad)}); the parameters are "
             "those before this step. Look for data outside the support, NaN in the data or a diverging parameter."
-        )
-
-
-def _check_own(parameters: Parameters) -> None:
-    """Refuse to leave parameters as they are on which the loss depends, since the store holds others by their names."""
-    if lost := [name for name, p in parameters.displaced.items() if p.grad is not None]:
-        pyro.infer.util.zero_grads([*parameters.values(), *parameters.displaced.values()])
-        raise ArgumentError(
-            f"Pyro's parameter store holds {lost} of another module, and would train those in place of the parameters "
-            "that the programs use. Call pyro.clear_param_store() before programs are made anew, or keep parameters "
-            "of PyroModules apart with pyro.settings.set(module_local_params=True). Where the store was loaded, pass "
-            "update_module_params=True to pyro.module."
         )
 
 

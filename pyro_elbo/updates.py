@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_elbo.errors import ArgumentError, CompileError
 from pyro_elbo.flat import Flat, flatten
 from pyro_elbo.guards import Guard
+from pyro_elbo.sites import Parameters
 
 LONG = 1024  # elements of a parameter from which a loop over them is worth a scalar in memory
 
@@ -111,6 +112,18 @@ class PyroUpdate(Update):
         for p, alias in zip(parameters, aliases, strict=True):
             if (function := self.wrapper.grad_clip.get(p)) is not None:
                 function(alias)
+
+
+def check_own(parameters: Parameters) -> None:
+    """Refuse to leave parameters as they are on which the loss depends, since the store holds others by their names."""
+    if lost := [name for name, p in parameters.displaced.items() if p.grad is not None]:
+        pyro.infer.util.zero_grads([*parameters.values(), *parameters.displaced.values()])
+        raise ArgumentError(
+            f"Pyro's parameter store holds {lost} of another module, and would train those in place of the parameters "
+            "that the programs use. Call pyro.clear_param_store() before programs are made anew, or keep parameters "
+            "of PyroModules apart with pyro.settings.set(module_local_params=True). Where the store was loaded, pass "
+            "update_module_params=True to pyro.module."
+        )
 
 
 def check_traceable(optimisers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:

@@ -93,10 +93,7 @@ def peaks(names: list[str], rows: int, compile: bool) -> dict[str, float]:
     """The same for each penalty, each in its own process."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_information", "--rows", str(rows), "--peak-of"]
     options = [] if compile else ["--eager"]
-    environment = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }  # count no gaps of the heap
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # count no gaps of the heap
     return {
         name: float(subprocess.check_output([*command, name, *options], text=True, env=environment)) for name in names
     }

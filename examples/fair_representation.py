@@ -23,8 +23,8 @@ from torch.nn.functional import logsigmoid
 
 import pyro_elbo as pe
 from models.fair_vae import FairVAE, Table, load_adult
-from pyro_elbo.audit import Audit, audit
 from pyro_elbo.plots import plot_tradeoff
+from pyro_elbo.representation.audit import Audit, audit
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

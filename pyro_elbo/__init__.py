@@ -1,19 +1,19 @@
 """The evidence lower bound of Pyro programs as terms that one can see and steer."""
 
-from pyro_elbo.audit import Audit, audit
-from pyro_elbo.decomposition import KLDecomposition, kl_decomposition
-from pyro_elbo.elbo import TraceBeta_ELBO
 from pyro_elbo.errors import PyroElboError
-from pyro_elbo.evidence import ParetoK, loo, pareto_k
-from pyro_elbo.export import to_arviz
-from pyro_elbo.fit import FitResult, fit
-from pyro_elbo.objectives import TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
-from pyro_elbo.penalties import MutualInformation, TotalCorrelation
+from pyro_elbo.information.penalties import MutualInformation, TotalCorrelation
+from pyro_elbo.objectives.elbo import TraceBeta_ELBO
+from pyro_elbo.objectives.variants import TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
 from pyro_elbo.plots import plot_history, plot_tradeoff
-from pyro_elbo.scan import scan
+from pyro_elbo.posterior.arviz import to_arviz
+from pyro_elbo.posterior.importance import ParetoK, loo, pareto_k
+from pyro_elbo.representation.audit import Audit, audit
+from pyro_elbo.representation.kl_decomposition import KLDecomposition, kl_decomposition
 from pyro_elbo.schedules import Capacity, Constant, Cyclical, LinearWarmup, Schedule, SigmoidWarmup
-from pyro_elbo.svi import SVI
-from pyro_elbo.terms import Terms
+from pyro_elbo.sequences.scan import scan
+from pyro_elbo.terms.terms import Terms
+from pyro_elbo.training.fit import FitResult, fit
+from pyro_elbo.training.svi import SVI
 
 __version__ = "0.1.0"
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyro_elbo.audit import Audit, Fairness
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.probes import Estimate, Readout
+from pyro_elbo.representation.audit import Audit, Fairness
+from pyro_elbo.representation.probes import Estimate, Readout
 
 if TYPE_CHECKING:
     import xarray
@@ -81,7 +81,7 @@ def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes]
 
     Example:
         >>> import numpy as np
-        >>> from pyro_elbo.audit import audit
+        >>> from pyro_elbo.representation.audit import audit
         >>> rng = np.random.default_rng(0)
         >>> s, y = rng.integers(0, 2, (2, 200))
         >>> z = rng.normal(size=(200, 2)) + np.stack([s, y], 1)

@@ -1,7 +1,7 @@
 r"""Schedules: the number of optimisation steps taken -> the weight :math:`\beta` of the KL.
 
 A schedule is a frozen value and a pure function of the step, so that it needs no state of its own: the
-objective counts the optimisation steps (see :mod:`pyro_elbo.elbo`) and asks.
+objective counts the optimisation steps (see :mod:`pyro_elbo.objectives.elbo`) and asks.
 """
 
 import math

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNorm
 
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError, GuideError, NonFiniteError, PyroElboError, SiteError
-from tests.refusing import refusing
+from tests.support.refusing import refusing
 
 X = torch.tensor([0.3, -1.2, 0.8, 1.9])
 CURE = re.compile(

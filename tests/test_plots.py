@@ -9,11 +9,11 @@ import pytest
 import xarray
 from matplotlib import pyplot as plt
 
-from pyro_elbo.audit import Audit, Fairness
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.plots import plot_history, plot_tradeoff
-from pyro_elbo.probes import Estimate, ProbeScore, Readout
-from tests.refusing import refusing
+from pyro_elbo.representation.audit import Audit, Fairness
+from pyro_elbo.representation.probes import Estimate, ProbeScore, Readout
+from tests.support.refusing import refusing
 
 refuses = refusing(re.compile(r"\bgive\b", re.I))
 WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0)

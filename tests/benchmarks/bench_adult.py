@@ -32,9 +32,9 @@ from torch import Tensor
 
 import pyro_elbo as pe
 from models.fair_vae import FairVAE, Table, load_adult
-from pyro_elbo.audit import Audit, Fairness, audit
-from pyro_elbo.penalties import Estimator
-from pyro_elbo.probes import PROBES, Estimate, ProbeScore, Readout
+from pyro_elbo.information.penalties import Estimator
+from pyro_elbo.representation.audit import Audit, Fairness, audit
+from pyro_elbo.representation.probes import PROBES, Estimate, ProbeScore, Readout
 
 FAST = ("logistic", "gradient boosting")
 SEX, INCOME = 0.69, 0.82  # the targets: at most, at least; and half of the parity difference at λ = 0

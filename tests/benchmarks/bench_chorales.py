@@ -25,7 +25,7 @@ from models.cells import SequenceModel
 from models.dmm import DMM
 from models.sequences import KEYS, Sequences, load_chorales, pad
 from models.vrnn import VRNN
-from pyro_elbo.weighting import Beta
+from pyro_elbo.objectives.weighting import Beta
 
 PARTICLES = 16
 

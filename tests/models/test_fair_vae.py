@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 
 import pyro_elbo as pe
 from models.fair_vae import FairVAE, Table, load_adult
-from tests.compiled import _interpreted, assert_same  # noqa: F401  (fixtures work by name)
+from tests.support.compiled import _interpreted, assert_same  # noqa: F401  (fixtures work by name)
 
 NUMERIC, GROUPS, N = 3, {"job": 4, "home": 2}, 60
 

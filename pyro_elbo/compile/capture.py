@@ -1,0 +1,302 @@
+"""A function of tensors -> one functional graph whose inputs are everything that the function read or wrote.
+
+The function runs once, on fake tensors, as it stands: it may call Pyro, autograd and an optimiser. Every real tensor
+that it touches (parameters, buffers, the optimiser's state, tensors of closures) becomes an input, by identity; what
+it changes in place is written back at the end of the graph, unless the step turns out to be unusable.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.compile_utils import fx_graph_cse, rand_ops
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes import joint_graph
+from torch._inductor.lowering import lowerings, make_fallback
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from pyro_elbo.compile.batch_scalars import vectorise
+from pyro_elbo.compile.fakes import Lifting
+from pyro_elbo.errors import CompileError
+
+aten = torch.ops.aten
+Kind = Literal["normal", "uniform"]
+
+# Copies that only separate autograd or aliasing; a functional graph needs none of them.
+_IDENTITIES = (
+    aten.detach.default,
+    aten.detach_copy.default,
+    aten.alias.default,
+    aten.alias_copy.default,
+    aten.lift_fresh.default,
+    aten.lift_fresh_copy.default,
+)
+_LITERALS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
+# Operators whose decompositions draw other numbers than they do.
+_STREAMS = ("bernoulli", "exponential", "geometric", "cauchy", "log_normal", "normal", "uniform", "native_dropout")
+_DRAWS = {aten.normal_.default: aten.normal_functional.default, aten.uniform_.default: aten.uniform.default}
+RANDOM: dict[Any, Kind] = {
+    aten.normal_functional.default: "normal",
+    aten.randn.default: "normal",
+    aten.randn_like.default: "normal",
+    aten.rand.default: "uniform",
+    aten.rand_like.default: "uniform",
+    aten.uniform.default: "uniform",
+}
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One row of independent draws that the graph takes as an input."""
+
+    kind: Kind
+    dtype: torch.dtype
+    size: int
+
+    def rows(self, count: int, device: torch.device) -> Tensor:
+        """Make room for ``count`` rows, each padded to whole cache lines."""
+        return torch.empty(count, -(-self.size // 16) * 16, dtype=self.dtype, device=device)
+
+    def draw(self, rows: Tensor) -> None:
+        """Fill rows from torch's generator."""
+        rows.normal_() if self.kind == "normal" else rows.uniform_()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A functional graph; its inputs in order are ``externals``, the function's inputs, and one row per noise."""
+
+    module: fx.GraphModule
+    externals: tuple[Tensor, ...]
+    noise: tuple[Noise, ...]
+    fakes: tuple[FakeTensor, ...]
+
+
+def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: int, lift_noise: bool) -> Graph:
+    """Capture one call of ``function(*inputs)``.
+
+    Args:
+        function: returns a boolean scalar: whether what it wrote may be kept.
+        inputs: one tensor per input; two of them may be the same object.
+        kept: how many of the last inputs are written in any case.
+        lift_noise: draw normal and uniform noise outside of the graph, all at once.
+
+    Raises:
+        CompileError: tensors of the program share memory, and one of them is written.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(x.detach()) for x in inputs]
+    with mode, Lifting(mode) as lifting:
+        raw = make_fx(function)(*fakes)
+    externals = lift(raw, lifting.lifted)
+    _write_out_draws(raw.graph)
+    vectorise(raw.graph)
+    raw.recompile()
+    everything = [x.detach() for x in (*externals, *inputs)]
+    functional = functionalize(raw, remove="mutations")
+    graph = make_fx(functional, decompositions(lift_noise), "fake")(*everything)
+    remove_identities(graph.graph)
+    write_out_alpha(graph.graph)
+    written = _keep_if(graph.graph, len(everything) - kept)
+    _check_writes(everything[: len(everything) - kept], written, len(externals))
+    noise = _lift_noise(graph.graph) if lift_noise else ()
+    graph.graph.eliminate_dead_code()
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor's disk cache wants one
+    rows = [torch.empty(n.size, dtype=n.dtype, device=inputs[-1].device) for n in noise]
+    fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in (*everything, *rows))
+    return Graph(optimise(graph, mode, fakes), tuple(externals), noise, fakes)
+
+
+def decompositions(lift_noise: bool) -> dict[Any, Any]:
+    """Inductor's decompositions; without those of random operators where their own stream is asked for."""
+    table = dict(select_decomp_table())
+    if lift_noise:
+        return table
+    for op in [op for op in table if str(op).removeprefix("aten.").startswith(_STREAMS)]:
+        del table[op]
+        if op not in lowerings:
+            make_fallback(op, warn=False, override_decomp=True)
+    return table
+
+
+def lift(module: fx.GraphModule, real: Mapping[int, Tensor]) -> list[Tensor]:
+    """Turn the tensors that the trace holds into inputs on the left; literals of the program become constants."""
+    found: dict[int, tuple[Tensor, fx.Node]] = {}
+    first = next(iter(module.graph.nodes))
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
+        held = getattr(module, node.target)
+        value = real.get(id(held), held)
+        if not node.users:
+            module.graph.erase_node(node)
+            continue
+        literal = value.dim() == 0 and all(user.target in _LITERALS for user in node.users)
+        with module.graph.inserting_before(node if literal else first):
+            if literal:
+                options = {"dtype": value.dtype, "device": value.device}
+                new = module.graph.call_function(aten.full.default, ([], value.item()), options)
+            elif id(value) in found:
+                new = found[id(value)][1]
+            else:
+                new = module.graph.placeholder(f"external_{len(found)}")
+                found[id(value)] = value, new
+            new.meta["val"] = held
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+    module.recompile()
+    return [value for value, _ in found.values()]
+
+
+def remove_identities(graph: fx.Graph) -> None:
+    """Leave out copies that a functional graph does not need."""
+    for node in list(graph.nodes):
+        if node.target in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is aten.copy.default and _same_kind(node.args[0], node.args[1]):
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
+
+
+def _write_out_draws(graph: fx.Graph) -> None:
+    """Let draws into fresh memory be no writes."""
+    for node in [n for n in graph.nodes if n.target in _DRAWS and n.args[0].target is aten.empty.memory_format]:
+        if len(node.args[0].users) == 1:
+            node.target = _DRAWS[node.target]
+
+
+def write_out_alpha(graph: fx.Graph) -> None:
+    """Turn x + alpha y into x + (alpha y): Inductor (torch 2.13) forgets alpha where y or x is a matrix product."""
+    for node in list(graph.nodes):
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) != 1:
+            with graph.inserting_before(node):
+                scaled = graph.call_function(aten.mul.Tensor, (node.args[1], node.kwargs["alpha"]))
+            node.args, node.kwargs = (node.args[0], scaled), {}
+
+
+def _same_kind(a: fx.Node, b: Any) -> bool:
+    if not isinstance(b, fx.Node):
+        return False
+    x, y = a.meta["val"], b.meta["val"]
+    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and x.stride() == y.stride()
+
+
+def _keep_if(graph: fx.Graph, conditional: int) -> list[int]:
+    """Write the first inputs only where the graph's output is true; return the positions of what is written."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    output = next(n for n in graph.nodes if n.op == "output")
+    (usable,) = output.args if isinstance(output.args[0], fx.Node) else output.args[0]
+    written, writes = [], []
+    for node in [n for n in graph.nodes if n.target is aten.copy_.default and n.args[0] in inputs]:
+        position = inputs.index(node.args[0])
+        written.append(position)
+        with graph.inserting_before(output):
+            new = node.args[1]
+            if position < conditional:
+                new = graph.call_function(aten.where.self, (usable, new, node.args[0]))
+            writes.append((node.args[0], new))
+        node.replace_all_uses_with(node.args[1])
+        graph.erase_node(node)
+    with graph.inserting_before(output):  # behind all that reads
+        for write in writes:
+            graph.call_function(aten.copy_.default, write)
+    output.args = ((),)
+    return written
+
+
+def _check_writes(tensors: Sequence[Tensor], written: Sequence[int], externals: int) -> None:
+    """Refuse writes to arguments, and to memory that the graph also sees under another name."""
+    owners: dict[int, int] = {}
+    for i, x in enumerate(tensors):
+        if i >= externals and i in written:
+            raise CompileError(
+                f"The program changes its tensor argument number {i - externals} in place: a compiled step leaves the "
+                "data as they are. Write x = x - y instead of x -= y, or use compile=False."
+            )
+        memory = x.untyped_storage().data_ptr() if x.numel() else -i - 1
+        other = owners.setdefault(memory, i)
+        if other != i and (i in written or other in written):
+            raise CompileError(
+                f"Two tensors of the program, of shapes {tuple(tensors[other].shape)} and {tuple(x.shape)}, share "
+                "memory and one of them is trained or updated: a compiled step would miss the change in the other. "
+                "Make one of them from the other inside of the program, or use compile=False."
+            )
+
+
+def _lift_noise(graph: fx.Graph) -> tuple[Noise, ...]:
+    """Replace draws whose distribution depends on nothing by slices of one row per kind and dtype."""
+    sizes: dict[tuple[Kind, torch.dtype], int] = {}
+    rows: dict[tuple[Kind, torch.dtype], fx.Node] = {}
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for node in [n for n in graph.nodes if n.target in RANDOM]:
+        value = node.meta["val"]
+        key = RANDOM[node.target], value.dtype
+        if key not in rows:
+            with graph.inserting_after(last):
+                rows[key] = last = graph.placeholder(f"noise_{len(rows)}")
+            sizes[key] = 0
+        start, stop = sizes[key], sizes[key] + value.numel()
+        sizes[key] = stop
+        with graph.inserting_before(node):
+            if value.dim() == 0:
+                draws = graph.call_function(aten.select.int, (rows[key], 0, start))
+            else:
+                draws = graph.call_function(aten.slice.Tensor, (rows[key], 0, start, stop))
+                draws = graph.call_function(aten.view.default, (draws, list(value.shape)))
+            for op, number in location_scale(node):
+                draws = graph.call_function(op, (draws, number))
+        node.replace_all_uses_with(draws)
+        graph.erase_node(node)
+    return tuple(Noise(*key, size) for key, size in sizes.items())
+
+
+def location_scale(node: fx.Node) -> Iterator[tuple[Any, float]]:
+    """What turns standard draws into those of the node: normal(mean, std) or uniform(from, to)."""
+    if node.target is aten.normal_functional.default or node.target is aten.uniform.default:
+        names = ("mean", "std") if node.target is aten.normal_functional.default else ("from", "to")
+        given: Any = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+        a, b = given.get(names[0], 0.0), given.get(names[1], 1.0)
+        scale = b if names[0] == "mean" else b - a
+        if scale != 1.0:
+            yield aten.mul.Tensor, scale
+        if a != 0.0:
+            yield aten.add.Tensor, a
+
+
+def optimise(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
+    """Fold constants and compute once what is computed twice, as AOTAutograd would before Inductor."""
+    module = _without_repetition(module, mode, fakes)
+    vectorise(module.graph)
+    module = _without_repetition(module, mode, fakes)
+    with V.set_fake_mode(mode), _common_patterns(all(x.device.type == "cpu" for x in fakes)):
+        joint_graph.joint_graph_passes(module)
+    return module
+
+
+@contextmanager
+def _common_patterns(only: bool) -> Iterator[None]:
+    """Spare the half second in which Inductor makes its patterns of attention and of padded products on a GPU."""
+    lazy_init = joint_graph.lazy_init
+    try:
+        if only:
+            joint_graph.lazy_init = lambda device=None: None
+        yield
+    finally:
+        joint_graph.lazy_init = lazy_init
+
+
+def _without_repetition(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
+    module.recompile()
+    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
+    targets = {node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    draws = {op for op in targets if torch.Tag.nondeterministic_seeded in op.tags}
+    if any(op.overloadpacket not in rand_ops for op in draws):  # two draws that look alike would become one
+        return module
+    return fx.GraphModule(module, fx_graph_cse(module.graph))

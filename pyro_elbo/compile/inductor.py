@@ -1,0 +1,285 @@
+"""A captured graph -> machine code, called without Python between steps.
+
+Inductor compiles the graph to one C++ function. On a CPU it is called directly: no dispatcher, no wrapper, and as many
+steps in a row as one likes. Elsewhere Inductor's own wrapper calls it, through CUDA graphs.
+"""
+
+import ctypes
+import inspect
+import logging
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._dynamo.utils import detect_fake_mode
+from torch._guards import TracingContext, tracing
+from torch._inductor import config
+from torch._inductor.codecache import CppCodeCache
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.utils import BoxedBool
+
+from pyro_elbo.compile.capture import Graph, Noise
+from pyro_elbo.errors import CompileError
+
+AHEAD = 2**18  # numbers of noise drawn at once
+
+_handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
+
+# A compiled function takes ownership of the handles that it is given, so every step gets fresh ones.
+_DRIVER = r"""
+#include <Python.h>
+#include <cstdint>
+#include <exception>
+#include <string>
+#include <vector>
+
+extern "C" int aoti_torch_new_tensor_handle(void* tensor, void** handle);
+extern "C" int aoti_torch_delete_tensor_object(void* tensor);
+
+static void* pointer(PyObject* list, int64_t i) { return PyCapsule_GetPointer(PyList_GET_ITEM(list, i), nullptr); }
+
+extern "C" void release(PyObject* list) {
+  for (int64_t i = 0; i < PyList_GET_SIZE(list); i++) aoti_torch_delete_tensor_object(pointer(list, i));
+}
+
+extern "C" int aoti_torch_get_dim(void* tensor, int64_t* result);
+extern "C" int aoti_torch_get_dtype(void* tensor, int32_t* result);
+extern "C" int aoti_torch_get_size(void* tensor, int64_t dim, int64_t* result);
+extern "C" int aoti_torch_get_stride(void* tensor, int64_t dim, int64_t* result);
+
+// Write dtype, dimension, sizes and strides of every tensor to `layout`, or compare them with it.
+extern "C" int64_t layout(PyObject* list, int64_t* layout, int64_t compare) {
+  int64_t k = 0;
+  auto note = [&](int64_t x) { if (compare && layout[k] != x) return false; layout[k++] = x; return true; };
+  for (int64_t i = 0; i < PyList_GET_SIZE(list); i++) {
+    void* tensor = pointer(list, i);
+    int32_t dtype;
+    int64_t dim, x;
+    aoti_torch_get_dtype(tensor, &dtype);
+    aoti_torch_get_dim(tensor, &dim);
+    if (!note(dtype) || !note(dim)) return 0;
+    for (int64_t d = 0; d < dim; d++) {
+      aoti_torch_get_size(tensor, d, &x);
+      if (!note(x)) return 0;
+      aoti_torch_get_stride(tensor, d, &x);
+      if (!note(x)) return 0;
+    }
+  }
+  return 1;
+}
+
+extern "C" const char* run(void* entry, PyObject* fixed, PyObject* data, PyObject* rows, int64_t steps) {
+  static thread_local std::string message;
+  auto function = reinterpret_cast<void (*)(void**, void**)>(entry);
+  const int64_t n = PyList_GET_SIZE(fixed), m = PyList_GET_SIZE(data), width = PyList_GET_SIZE(rows) / steps;
+  std::vector<void*> inputs(n + m + width);
+  const char* result = nullptr;
+  try {
+    for (int64_t step = 0; step < steps; step++) {
+      for (int64_t i = 0; i < n; i++) aoti_torch_new_tensor_handle(pointer(fixed, i), &inputs[i]);
+      for (int64_t i = 0; i < m; i++) aoti_torch_new_tensor_handle(pointer(data, i), &inputs[n + i]);
+      for (int64_t i = 0; i < width; i++)
+        aoti_torch_new_tensor_handle(pointer(rows, step * width + i), &inputs[n + m + i]);
+      function(inputs.data(), nullptr);
+    }
+  } catch (const std::exception& error) {
+    message = error.what();
+    result = message.c_str();
+  }
+  release(data);
+  return result;
+}
+"""
+
+
+class Handles:
+    """Tensors as Inductor's C++ functions take them, alive as long as this object."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.capsules = _handles(list(tensors))
+        weakref.finalize(self, driver().release, self.capsules)
+
+
+class Rows:
+    """The inputs that change from step to step, for ``count`` steps: scalars, records and noise."""
+
+    def __init__(self, count: int, scalars: Tensor, flag: Tensor, record: Tensor, noise: Sequence[Noise]) -> None:
+        self.values: Sequence[Sequence[float]] = ()
+        self.scalars, self.record = scalars.new_empty(count, len(scalars)), record.new_empty(count, len(record))
+        self.noise = [n.rows(count, flag.device) for n in noise]
+        columns = [self.scalars.unbind(), [flag] * count, self.record.unbind(), *(x.unbind() for x in self.noise)]
+        self.inputs = [x for row in zip(*columns, strict=True) for x in row]
+        self.width = len(columns)
+
+    def fill(self, values: Sequence[Sequence[float]], noise: Sequence[Noise]) -> None:
+        """Set the scalars of each step and draw new noise."""
+        if values != self.values:
+            self.scalars.copy_(torch.tensor(values, dtype=self.scalars.dtype))
+            self.values = values
+        for n, x in zip(noise, self.noise, strict=True):
+            n.draw(x)
+
+
+class Executable:
+    """A compiled graph with the tensors that it holds.
+
+    Args:
+        graph: its inputs are externals, data, and the row of a step.
+        row: scalars, the flag that says whether all steps so far were usable, and what a step records.
+    """
+
+    def __init__(self, graph: Graph, row: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.flag = row[1]
+        self._row, self._noise, self._externals = row, graph.noise, list(graph.externals)
+        self._ahead = max(1, AHEAD // max([1, *(n.size for n in graph.noise)]))
+        self._rows: dict[int, tuple[Rows, Handles | None]] = {}
+        on_cpu = all(x.device.type == "cpu" for x in graph.fakes)
+        self._compiled = compile_graph(graph, on_cpu)
+        self._entry = entry_point(self._compiled) if on_cpu else None
+        self._handles = Handles(self._externals) if on_cpu else None
+        self._layout = self._layouts()
+
+    def __call__(self, data: Sequence[Tensor], values: Sequence[Sequence[float]]) -> np.ndarray:
+        """Run one step per entry of ``values`` (its scalars) on the same data; return what each step recorded."""
+        parts = [values[i : i + self._ahead] for i in range(0, len(values), self._ahead)]
+        return np.concatenate([self._run(data, part) for part in parts])
+
+    def fits(self) -> bool:
+        """Whether the external tensors still have the layout that the machine code was made for."""
+        if self._handles is not None:
+            return bool(driver().layout(self._handles.capsules, self._layout, 1))
+        return self._layout == self._layouts()
+
+    def _layouts(self) -> Any:
+        if self._handles is None:
+            return [(x.shape, x.stride(), x.dtype) for x in self._externals]
+        layout = (ctypes.c_int64 * sum(2 + 2 * x.dim() for x in self._externals))()
+        driver().layout(self._handles.capsules, layout, 0)
+        return layout
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Put back at the end what the graph's external tensors hold now."""
+        before = [x.detach().clone() for x in self._externals]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for x, old in zip(self._externals, before, strict=True):
+                    x.detach().copy_(old)
+
+    def _run(self, data: Sequence[Tensor], values: Sequence[Sequence[float]]) -> np.ndarray:
+        rows, handles = self._rows_for(len(values))
+        rows.fill(values, self._noise)
+        if self._entry is not None:
+            arguments = (self._handles.capsules, _handles(list(data)), handles.capsules, len(values))
+            if (message := driver().run(self._entry, *arguments)) is not None:
+                raise RuntimeError(f"The compiled step failed: {message.decode()}")
+        else:
+            for i in range(0, len(rows.inputs), rows.width):
+                self._compiled([*self._externals, *data, *rows.inputs[i : i + rows.width]])
+        return rows.record.cpu().numpy().copy()  # the next part of a run writes to the same rows
+
+    def _rows_for(self, count: int) -> tuple[Rows, Handles | None]:
+        if count not in self._rows:
+            for other in [n for n in self._rows if n != 1]:
+                del self._rows[other]
+            rows = Rows(count, *self._row, self._noise)
+            self._rows[count] = rows, None if self._entry is None else Handles(rows.inputs)
+        return self._rows[count]
+
+
+def compile_graph(graph: Graph, on_cpu: bool) -> Any:
+    """Inductor's code for a graph.
+
+    Raises:
+        CompileError: Inductor or the C++ compiler failed.
+    """
+    context = TracingContext(detect_fake_mode(graph.fakes))
+    options = {
+        "size_asserts": not on_cpu,  # externals are checked by fits(), data by their key
+        "aot_inductor.allow_stack_allocation": True,
+        "cpp.min_chunk_size": 2**14,  # a second thread costs more than it saves on smaller loops
+        # Compilers that know C++20, which torch's headers need, know every vector instruction; trying takes 7 seconds.
+        "cpp.vec_isa_ok": True,
+    }
+    with config.patch(options), torch.no_grad(), tracing(context), _quiet():
+        try:
+            return compile_fx_inner(
+                graph.module,
+                list(graph.fakes),
+                cpp_wrapper=on_cpu,
+                is_inference=True,
+                cudagraphs=BoxedBool(not on_cpu),
+                static_input_idxs=range(len(graph.externals)),
+            )
+        except torch._inductor.exc.InductorError as error:
+            raise CompileError(
+                f"Inductor cannot compile the step: {str(error).splitlines()[0]} A C++ compiler is needed (CXX names "
+                "it). If one is there, compile=False runs the program as it is."
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Inductor's remarks on its own operators off the screen."""
+    logger = logging.getLogger("torch._inductor.ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def entry_point(compiled: Any) -> ctypes.c_void_p:
+    """The address of the C++ function behind Inductor's Python wrapper."""
+    binding = inspect.getclosurevars(compiled.current_callable).nonlocals["f"]
+    library = ctypes.PyDLL(sys.modules[binding.__module__].__file__)
+    return ctypes.cast(library._Z19inductor_entry_implPP16AtenTensorOpaqueS1_, ctypes.c_void_p)
+
+
+@cache
+def driver() -> ctypes.PyDLL:
+    """The library that calls compiled functions."""
+    library = ctypes.PyDLL(CppCodeCache.load(_DRIVER)._name)
+    library.run.restype = ctypes.c_char_p
+    library.run.argtypes = [ctypes.c_void_p, *(ctypes.py_object,) * 3, ctypes.c_int64]
+    library.release.restype, library.release.argtypes = None, [ctypes.py_object]
+    library.layout.restype = ctypes.c_int64
+    library.layout.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int64]
+    return library
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Say on a terminal that compilation goes on, and for how long."""
+    start, done = time.monotonic(), threading.Event()
+
+    def show(end: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\rcompiling … {time.monotonic() - start:.0f} s", end=end, file=sys.stderr, flush=True)
+
+    def tick() -> None:
+        while not done.wait(1.0):
+            show("")
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        ticker.join()
+        show("\n")

@@ -1,0 +1,437 @@
+"""A scan inside of a captured graph: one operator that calls the machine code of one step T times.
+
+The step is traced once, with its gradient. What needs the carry runs inside of the operator; all else becomes part of
+the graph around it, for all steps at once. Neither the graph nor its compilation grows with T.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.compile_utils import fx_graph_cse, rand_ops
+from torch._inductor import config as inductor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+from pyro_elbo.compile.capture import RANDOM, lift, location_scale, remove_identities
+from pyro_elbo.compile.scan.operators import register, register_draws
+from pyro_elbo.compile.scan.partition import (
+    StepGraph,
+    Values,
+    depending_on,
+    drop_zeros,
+    is_random,
+    recurrence,
+    split_products,
+)
+from pyro_elbo.compile.scan.shared import Numbers, Ran, shared_states
+from pyro_elbo.errors import CompileError
+
+aten = torch.ops.aten
+Body = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
+
+
+def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
+    """A functional graph of constants and arguments, and the constants."""
+    raw = make_fx(function)(*arguments)
+    with unset_fake_temporarily(), torch._C.DisableTorchFunction():  # literals of the program are real
+        constants = lift(raw, {})
+    everything = [x.detach() for x in (*constants, *arguments)]
+    with torch.no_grad(), torch._C.DisableTorchFunction():  # nothing is left to lift
+        module = make_fx(functionalize(raw, remove="mutations"))(*everything)
+    remove_identities(module.graph)
+    random = [n.target.overloadpacket for n in module.graph.nodes if is_random(n)]
+    if all(op in rand_ops for op in random):
+        module = fx.GraphModule(module, fx_graph_cse(module.graph))
+    if any(n.target is aten.copy_.default for n in module.graph.nodes):
+        raise CompileError(
+            "A step of pe.scan changes a tensor in place that it did not make (a buffer, such as batch-norm "
+            "statistics): a compiled scan cannot follow. Carry it from step to step, update it after the scan, or use "
+            "compile=False."
+        )
+    return module, constants
+
+
+def _fresh(x: Tensor, requires_grad: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).requires_grad_(requires_grad and x.is_floating_point())
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """One step as a graph, with what it uses and what it draws."""
+
+    graph: StepGraph
+    constants: list[Tensor]
+    draws: list["_Draws"]
+
+
+def _forward(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], results: list[Tensor]) -> _Traced:
+    """Trace one step; ``results`` gets what it returned, which tells shapes and what needs a gradient."""
+    n, train = len(carry), torch.is_grad_enabled()
+    leaves = [*(_fresh(c, train) for c in carry), *(_fresh(x[0], train and x.requires_grad) for x in inputs)]
+
+    def function(*leaves: Tensor) -> list[Tensor]:
+        new, outs = body(list(leaves[:n]), list(leaves[n:]))
+        results[:] = [*new, *outs]
+        return results
+
+    module, constants = _trace(function, leaves)
+    return _read(module, constants, n, len(leaves))
+
+
+def _to_run(
+    body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], seen: Sequence[Tensor], uses: Sequence[Tensor]
+) -> _Traced:
+    """Trace one step to run it: with its gradient if something in it needs one.
+
+    Args:
+        seen: what the step returned when it was traced before.
+        uses: the constants that it used.
+    """
+    seeded, n = [i for i, x in enumerate(seen) if x.requires_grad and torch.is_grad_enabled()], len(carry)
+    leaves = [
+        *(_fresh(c, bool(seeded)) for c in carry),
+        *(_fresh(x[0], bool(seeded) and x.requires_grad) for x in inputs),
+    ]
+    seeds = [_fresh(seen[i], False) for i in seeded]
+    wanted = [x for x in (*leaves, *uses) if x.requires_grad] if seeded else []
+
+    def joint(*arguments: Tensor) -> list[Tensor | None]:
+        given = arguments[: len(leaves)]
+        new, outs = body(list(given[:n]), list(given[n:]))
+        found: list[Tensor | None] = [*new, *outs]
+        if not seeded:
+            return found
+        ends: Any = [found[i] for i in seeded]
+        return [*found, *torch.autograd.grad(ends, wanted, arguments[len(leaves) :], allow_unused=True)]
+
+    module, constants = _trace(joint, [*leaves, *seeds])
+    split_products(module.graph, [p for p in module.graph.nodes if p.op == "placeholder"][len(constants) :][:n])
+    return _read(module, constants, n, len(leaves), seeded, wanted, leaves)
+
+
+def _read(
+    module: fx.GraphModule,
+    constants: list[Tensor],
+    n: int,
+    m: int,
+    seeded: Sequence[int] = (),
+    wanted: Sequence[Tensor] = (),
+    leaves: Sequence[Tensor] = (),
+) -> _Traced:
+    """Say what the inputs and outputs of a traced step are: n carries among m arguments, then seeds."""
+    draws = _lift_draws(module.graph)
+    places = [node for node in module.graph.nodes if node.op == "placeholder"]
+    (results,) = next(node for node in module.graph.nodes if node.op == "output").args
+    k, count = len(constants), len(results) - len(wanted)
+    gradients = {id(x): g for x, g in zip(wanted, results[count:], strict=True)}
+    seeds = dict(zip(seeded, places[k + m :], strict=False))
+    graph = StepGraph(
+        module.graph,
+        constants=tuple(places[:k]),
+        carry=tuple(places[k : k + n]),
+        inputs=tuple(places[k + n : k + m]),
+        next_carry=tuple(results[:n]),
+        outs=tuple(results[n:count]),
+        gradients=tuple(seeds.get(i) for i in range(count)),
+        carry_gradients=tuple(gradients.get(id(x)) for x in leaves[:n]),
+        input_gradients=tuple(gradients.get(id(x)) for x in leaves[n:]),
+        constant_gradients=tuple(gradients.get(id(x)) for x in constants),
+    )
+    return _Traced(graph, constants, draws)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """A draw inside of a step, made for all steps before the loop."""
+
+    place: fx.Node
+    target: Any
+    args: tuple[Any, ...]
+    like: Tensor
+
+
+def _lift_draws(graph: fx.Graph) -> list[_Draws]:
+    """Make draws whose distribution depends on nothing inputs of the step."""
+    draws = []
+    _write_out_bernoulli(graph)
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for node in [n for n in graph.nodes if n.target in RANDOM]:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"draws_{len(draws)}")
+        last.meta = dict(node.meta)
+        draws.append(_Draws(last, node.target, tuple(location_scale(node)), node.meta["val"]))
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    return draws
+
+
+def _write_out_bernoulli(graph: fx.Graph) -> None:
+    """A Bernoulli draw is a uniform one below p: that one depends on nothing. torch draws it so, in the same stream."""
+    for node in [n for n in graph.nodes if n.target is aten.bernoulli.default]:
+        p, value = node.args[0], node.meta["val"]
+        with graph.inserting_before(node):
+            uniform = graph.call_function(aten.rand_like.default, (p,))
+            below = graph.call_function(aten.lt.Tensor, (uniform, p))
+            drawn = graph.call_function(aten._to_copy.default, (below,), {"dtype": value.dtype})
+        uniform.meta["val"], below.meta["val"], drawn.meta["val"] = value, value < 1, value
+        node.replace_all_uses_with(drawn)
+        graph.erase_node(node)
+
+
+def _over_time(
+    values: Values,
+    nodes: Sequence[fx.Node],
+    carry: Sequence[fx.Node],
+    next_carry: Sequence[fx.Node],
+    init: Sequence[Tensor],
+    reverse: bool,
+) -> list[Tensor]:
+    """Evaluate nodes for all steps, of which some need the carry of the step before; return the last carries."""
+    finals: dict[fx.Node, Tensor] = {}
+    start, after = dict(zip(carry, init, strict=True)), dict(zip(carry, next_carry, strict=True))
+    while True:
+        waiting = [c for c in carry if c not in finals]
+        dependent = depending_on(waiting, nodes)
+        values.evaluate(n for n in nodes if n not in dependent)
+        ready = [c for c in waiting if after[c] not in dependent]
+        if not ready:
+            break
+        for c in ready:
+            new = values.stacked(after[c])
+            shifted = [new[1:], start[c].unsqueeze(0)] if reverse else [start[c].unsqueeze(0), new[:-1]]
+            values.over_time[c], finals[c] = torch.cat(shifted), new[0 if reverse else -1]
+    if waiting:
+        _loop(values, nodes, waiting, after, start, finals, reverse)
+        values.evaluate(n for n in nodes if n not in values)
+    return [finals[c] for c in carry]
+
+
+def _loop(
+    values: Values,
+    nodes: Sequence[fx.Node],
+    carry: Sequence[fx.Node],
+    after: dict[fx.Node, fx.Node],
+    start: dict[fx.Node, Tensor],
+    finals: dict[fx.Node, Tensor],
+    reverse: bool,
+) -> None:
+    part = recurrence(nodes, carry, [after[c] for c in carry], values)
+    constants = [values.constant[x] for x in part.constants]
+    state = [start[c].contiguous() for c in carry]
+    inputs = [values.over_time[x].contiguous() for x in part.inputs]
+    exports = [x.meta["val"] for x in part.exports]
+    with disable_proxy_modes_tracing():
+        like = [*constants, *state, *(x[0] for x in inputs), *state]
+        rows = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in like]
+        rows += [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in exports]
+    number = values.number if any(map(is_random, part.nodes)) else 0  # its draws are its own
+    key = register(part.module(), rows, tuple((x.shape, x.dtype) for x in exports), reverse, number)
+    room = torch.ops.pyro_elbo.loop(constants, state, inputs, values.steps, key)
+    for c, states in zip(carry, room, strict=False):
+        values.over_time[c] = states[1:] if reverse else states[:-1]
+        values.over_time.setdefault(after[c], states[:-1] if reverse else states[1:])
+        finals[c] = states[0 if reverse else -1]
+    values.over_time |= dict(zip(part.exports, room[len(carry) :], strict=False))
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, traced: "_Bound", *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.traced = traced
+        ctx.set_materialize_grads(False)
+        with torch._C.DisableTorchFunction():  # rows of a batch are no tensors of the program
+            results = traced.forward(tensors)
+        ctx.mark_non_differentiable(
+            *(x for x, g in zip(results, traced.step.graph.gradients, strict=True) if g is None)
+        )
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch._C.DisableTorchFunction():
+            return None, *ctx.traced.backward(gradients)
+
+
+class _Bound:
+    """A traced step with the tensors of one run."""
+
+    def __init__(self, step: _Traced, steps: int, reverse: bool, number: int) -> None:
+        self.step, self.reverse, self.values = step, reverse, Values(steps, number)
+
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The last carry and the outs of all steps."""
+        graph, values = self.step.graph, self.values
+        k, n = len(graph.constants), len(graph.carry)
+        values.constant |= dict(zip(graph.constants, tensors[:k], strict=True))
+        values.over_time |= dict(zip(graph.inputs, tensors[k + n :], strict=True))
+        values.over_time |= _drawn(self.step.draws, values.steps, self.reverse)
+        nodes = graph.between([*graph.next_carry, *graph.outs])
+        finals = _over_time(values, nodes, graph.carry, graph.next_carry, tensors[k : k + n], self.reverse)
+        return [x.clone() for x in (*finals, *map(values.stacked, graph.outs))]
+
+    def backward(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of constants, carry and inputs."""
+        graph, values, n = self.step.graph, self.values, len(self.step.graph.carry)
+        seeds = {place: x for place, x in zip(graph.gradients, given, strict=True) if place is not None}
+        equal, carried = _without_zeros(graph, seeds)
+        known = lambda nodes: [x and equal.get(x, x) for x in nodes]  # noqa: E731
+        after = dict(zip(graph.gradients[:n], known(graph.carry_gradients), strict=True))
+        for place, x in seeds.items():
+            if x is not None and place not in after:
+                values.over_time[place] = x
+            elif x is not None and after[place] is None:
+                rest, last = _zeros(x, values.steps - 1), x.unsqueeze(0)
+                values.over_time[place] = torch.cat([last, rest] if self.reverse else [rest, last])
+        inputs, constants = known(graph.input_gradients), known(graph.constant_gradients)
+        nodes = [x for x in graph.between([*after.values(), *inputs, *constants]) if x not in values]
+        loops = {c: node for c in carried if (node := after[c]) is not None}
+        init = [_zeros(c.meta["val"]) if (x := seeds[c]) is None else x for c in loops]
+        ends = _over_time(values, nodes, list(loops), list(loops.values()), init, not self.reverse)
+        finals = dict(zip(loops, ends, strict=True))
+        return [
+            *(x and values.total(x) for x in constants),
+            *(place and finals.get(place) for place in graph.gradients[:n]),
+            *(x and values.stacked(x) for x in inputs),
+        ]
+
+
+def _without_zeros(
+    graph: StepGraph, seeds: dict[fx.Node, Tensor | None]
+) -> tuple[dict[fx.Node, fx.Node | None], list[fx.Node]]:
+    """What becomes of the backward where results have no gradient, and the carries that have one at some step."""
+    carried = [c for c in graph.gradients[: len(graph.carry)] if c is not None]
+    zero = {place for place, x in seeds.items() if x is None}
+    pairs = zip(graph.gradients, graph.carry_gradients, strict=False)
+    gradients = {c: g for c, g in pairs if c is not None and g is not None}
+    nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
+    while True:
+        equal = drop_zeros(nodes, zero, replace=False)
+        wrong = {c for c, g in gradients.items() if c in zero and equal.get(g, g) is not None}
+        if not wrong:
+            return drop_zeros(nodes, zero, replace=True), [c for c in carried if c not in zero]
+        zero -= wrong
+
+
+def _zeros(like: Tensor, *left: int) -> Tensor:
+    return torch.zeros((*left, *like.shape), dtype=like.dtype, device=like.device)
+
+
+def _drawn(draws: Sequence[_Draws], steps: int, reverse: bool) -> dict[fx.Node, Tensor]:
+    """The draws of all steps; in the order of the steps where the uncompiled stream is to be followed."""
+    if not draws:
+        return {}
+    kinds = tuple(RANDOM[d.target] for d in draws)
+    if inductor.fallback_random:
+        shapes = tuple((tuple(d.like.shape), d.like.dtype, d.like.device) for d in draws)
+        rows = torch.ops.pyro_elbo.draws(steps, reverse, register_draws(kinds, shapes))
+    else:
+        rows = [torch.empty((steps, *d.like.shape), dtype=d.like.dtype, device=d.like.device) for d in draws]
+        rows = [x.normal_() if kind == "normal" else x.uniform_() for kind, x in zip(kinds, rows, strict=True)]
+    result = {}
+    for d, x in zip(draws, rows, strict=False):
+        for op, number in d.args:
+            x = op(x, number)
+        result[d.place] = x
+    return result
+
+
+class Loops:
+    """Runs the scans of one captured step as parts of its graph."""
+
+    def __init__(self) -> None:
+        self._numbers, self._ran, self._is_tracing = Numbers(), [], False
+
+    def __call__(
+        self, body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The last carry and the outs of all steps, time first.
+
+        Args:
+            body: (carry, inputs of one step) -> (next carry, outs).
+            carry: of the shapes that the step makes.
+            inputs: time first.
+            steps: how many.
+            reverse: run from the last step to the first.
+        """
+        with self._tracing():
+            known, other = self._known(body, carry, inputs, steps, reverse)
+        rest = [i for i in range(len(carry)) if i not in known]
+        extra = [] if other is None else [other.states[j] for j in known.values()]
+
+        def reduced(state: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            given = len(row) - len(extra)
+            whole = dict(zip(rest, state, strict=True)) | dict(zip(known, row[given:], strict=True))
+            new, outs = body([whole[i] for i in range(len(carry))], row[:given])
+            return [new[i] for i in rest], [*outs, *state]  # what the carry was may serve another loop
+
+        state, columns = [carry[i] for i in rest], [*inputs, *extra]
+        with self._tracing(), disable_proxy_modes_tracing():
+            seen: list[Tensor] = []
+            alone = _forward(reduced, state, columns, seen)
+            step = _to_run(reduced, state, columns, seen, alone.constants)
+        results = list(_Scan.apply(_Bound(step, steps, reverse, 1 + len(self._ran)), *step.constants, *state, *columns))
+        finals, outs, states = (
+            results[: len(rest)],
+            results[len(rest) : -len(rest) or None],
+            results[-len(rest) or len(results) :],
+        )
+        if rest:
+            self._remember(alone, state, columns, finals, outs, states, steps, reverse)
+        last = dict(zip(rest, finals, strict=True)) | {
+            i: other.finals[j] for i, j in known.items() if other is not None
+        }
+        return [last[i] for i in range(len(carry))], outs
+
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        """Refuse scans inside of a step while it is traced."""
+        if self._is_tracing:
+            raise CompileError(
+                "A pe.scan inside of a step of pe.scan cannot be compiled: write the inner loop out, or use "
+                "compile=False."
+            )
+        self._is_tracing = True
+        try:
+            yield
+        finally:
+            self._is_tracing = False
+
+    def _known(
+        self, body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
+    ) -> tuple[dict[int, int], Ran | None]:
+        """Which parts of the carry a loop before has computed, and which loop."""
+        alike = [x for x in self._ran if (x.steps, x.reverse) == (steps, reverse)]
+        if not alike:
+            return {}, None
+        with disable_proxy_modes_tracing():
+            step = _forward(body, carry, inputs, [])
+        graph, numbers = step.graph, self._numbers
+        leaves = {p: ("constant", numbers(x)) for p, x in zip(graph.constants, step.constants, strict=True)}
+        leaves |= {p: ("over time", numbers(x)) for p, x in zip(graph.inputs, inputs, strict=True)}
+        for other in alike:
+            if known := shared_states(graph, leaves, [numbers(c) for c in carry], other):
+                return known, other
+        return {}, None
+
+    def _remember(
+        self,
+        step: _Traced,
+        carry: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        finals: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        steps: int,
+        reverse: bool,
+    ) -> None:
+        graph, numbers = step.graph, self._numbers
+        leaves = {("constant", numbers(x)): p for p, x in zip(graph.constants, step.constants, strict=True)}
+        leaves |= {("over time", numbers(x)): p for x, p in zip(outs, graph.outs, strict=False)}
+        leaves |= {("over time", numbers(x)): p for p, x in zip(graph.inputs, inputs, strict=True)}
+        starts = tuple(numbers(c) for c in carry)
+        self._ran.append(Ran(graph, steps, reverse, leaves, starts, tuple(states), tuple(finals)))

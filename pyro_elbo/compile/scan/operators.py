@@ -1,0 +1,147 @@
+"""The operators of a captured graph that stand for loops over time: calls of one step's machine code, and draws.
+
+They are known by a number that depends on what they do, so that compiled graphs find them in other processes.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.compile_utils import rand_ops
+from torch._inductor import config as inductor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from pyro_elbo.compile import inductor as executable
+from pyro_elbo.compile.capture import Graph, decompositions, optimise, write_out_alpha
+
+
+@dataclass
+class _Loop:
+    """What the operator with its key runs: the recurrence of one step, which fills the room that it is given."""
+
+    module: fx.GraphModule
+    inputs: tuple[Tensor, ...]
+    exports: tuple[tuple[torch.Size, torch.dtype], ...]
+    reverse: bool
+    machine: Any = None
+
+    def room(self, carry: Sequence[Tensor], like: Tensor, steps: int) -> list[Tensor]:
+        """Tensors for the carry before and after all steps, and for what each step exports; and one that pads."""
+        states = [c.new_empty((steps + 1, *c.shape)) for c in carry]
+        return (
+            states + [like.new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports] + [_padding(like)]
+        )
+
+
+def _padding(like: Tensor) -> Tensor:
+    """One output more: Inductor's C++ wrapper (torch 2.13) takes a list of one tensor for the tensor."""
+    return like.new_empty(0)
+
+
+_loops: dict[int, _Loop] = {}
+_library = torch.library.Library("pyro_elbo", "DEF")
+_library.define("loop(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key) -> Tensor[]")
+
+
+def _meta(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
+    return _loops[key].room(carry, (*carry, *inputs, *constants)[0], steps)
+
+
+def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
+    loop = _loops[key]
+    room = _meta(constants, carry, inputs, steps, key)
+    states, exports = room[: len(carry)], room[len(carry) : -1]
+    for state, c in zip(states, carry, strict=True):
+        state[steps if loop.reverse else 0].copy_(c)
+    before, after = (slice(1, None), slice(steps)) if loop.reverse else (slice(steps), slice(1, None))
+    columns = [x.unbind() for x in (*(s[before] for s in states), *inputs, *(s[after] for s in states), *exports)]
+    rows = list(zip(*columns, strict=True))
+    rows = rows[::-1] if loop.reverse else rows
+    fixed = [_laid_out(x, like) for x, like in zip(constants, loop.inputs, strict=False)]
+    entry = executable.entry_point(loop.machine) if on_cpu(fixed + list(rows[0])) else None
+    if entry is None:
+        for row in rows:
+            loop.machine([*fixed, *row])
+        return room
+    handles = executable.Handles(fixed), executable.Handles(x for row in rows for x in row)
+    message = executable.driver().run(entry, handles[0].capsules, [], handles[1].capsules, steps)
+    if message is not None:
+        raise RuntimeError(f"The compiled step failed: {message.decode()}")
+    return room
+
+
+def on_cpu(tensors: Iterable[Tensor]) -> bool:
+    """Whether the C++ driver can call what is compiled for these tensors."""
+    return all(x.device.type == "cpu" for x in tensors)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    return x if x.stride() == like.stride() else torch.empty_strided(like.shape, like.stride(), dtype=x.dtype).copy_(x)
+
+
+_library.impl("loop", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("pyro_elbo::loop", _meta, lib=_library)
+
+
+def key_of(x: Any) -> int:
+    """A number that is the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(x).encode()).digest()[:7], "little")
+
+
+_streams: dict[int, tuple[tuple[str, ...], tuple[Any, ...]]] = {}
+_library.define("draws(int steps, bool reverse, int key) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,))
+rand_ops.append(torch.ops.pyro_elbo.draws)  # two calls with the same arguments are not the same
+
+
+def register_draws(kinds: tuple[str, ...], shapes: tuple[Any, ...]) -> int:
+    """Keep what a step draws and return the key by which the operator finds it."""
+    key = key_of((kinds, shapes))
+    _streams[key] = kinds, shapes
+    return key
+
+
+def _room_for_draws(steps: int, reverse: bool, key: int) -> list[Tensor]:
+    rows = [torch.empty((steps, *shape), dtype=dtype, device=device) for shape, dtype, device in _streams[key][1]]
+    return [*rows, _padding(rows[0])]
+
+
+def _draw(steps: int, reverse: bool, key: int) -> list[Tensor]:
+    """Draw for one step after the other, as a program does."""
+    rows = _room_for_draws(steps, reverse, key)
+    for t in reversed(range(steps)) if reverse else range(steps):
+        for kind, x in zip(_streams[key][0], rows, strict=False):
+            x[t].normal_() if kind == "normal" else x[t].uniform_()
+    return rows
+
+
+_library.impl("draws", _draw, "CompositeExplicitAutograd")
+torch.library.register_fake("pyro_elbo::draws", _room_for_draws, lib=_library)
+
+
+def register(module: fx.GraphModule, inputs: Sequence[Tensor], exports: Any, reverse: bool, number: int) -> int:
+    """Keep a recurrence for compilation and return the key by which the operator finds it, in any process.
+
+    Loops with one key and the same arguments are computed once; ``number`` tells apart those that draw.
+    """
+    layout = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs]
+    key = key_of((module.code, layout, exports, reverse, number))
+    _loops.setdefault(key, _Loop(module, tuple(inputs), exports, reverse))
+    return key
+
+
+def compile_pending() -> None:
+    """Compile the recurrences of the loops that were captured last."""
+    for loop in _loops.values():
+        if loop.machine is None:
+            mode = FakeTensorMode(shape_env=ShapeEnv())
+            real = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in loop.inputs]
+            fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in real)
+            with mode:
+                graph = make_fx(loop.module, decompositions(not inductor.fallback_random))(*fakes)
+            write_out_alpha(graph.graph)
+            loop.machine = executable.compile_graph(Graph(optimise(graph, mode, fakes), (), (), fakes), on_cpu(real))

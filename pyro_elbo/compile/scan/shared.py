@@ -1,0 +1,134 @@
+"""Which state of a loop another loop has computed already.
+
+A guide and a model that scan the same cell over the same inputs compute the same hidden states twice. Two states are
+the same if they start from the same value and if, assuming that they are the same at one step, they are at the next.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+from pyro_elbo.compile.scan.partition import StepGraph, is_random
+
+aten = torch.ops.aten
+
+
+class Numbers:
+    """Numbers tensors of the graph that is being captured, equal ones for tensors that are computed alike."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self._of: dict[fx.Node, int] = {}
+        self._permuted: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._alive: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> int:
+        """The number of a tensor."""
+        mode = get_proxy_mode()
+        node = None if mode is None else get_proxy_slot(x, mode.tracer, None, lambda slot: slot.proxy.node)
+        if node is None:
+            self._alive.append(x)
+            return self._number(("constant", id(x)))
+        return self._node(node)
+
+    def _number(self, key: Hashable) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def _node(self, node: fx.Node) -> int:
+        waiting = [node]
+        while waiting:
+            top = waiting[-1]
+            unknown = [x for x in top.all_input_nodes if x not in self._of]
+            if unknown:
+                waiting += unknown
+            else:
+                waiting.pop()
+                self._of[top] = self._compute(top)
+        return self._of[node]
+
+    def _compute(self, node: fx.Node) -> int:
+        if node.op == "get_attr":
+            return self._number(("attribute", node.target))
+        if node.op != "call_function" or is_random(node):
+            return self._number(node)
+        if node.target is aten.permute.default:
+            of, dims = node.args
+            return self._permute(self._of[of], tuple(dims))  # type: ignore[index, arg-type]
+        return self._number(key_of(node, self._of.__getitem__))
+
+    def _permute(self, of: int, dims: tuple[int, ...]) -> int:
+        """A permutation of a permutation is one."""
+        of, before = self._permuted.get(of, (of, tuple(range(len(dims)))))
+        dims = tuple(before[d] for d in dims)
+        if dims == tuple(range(len(dims))):
+            return of
+        number = self._number(("permute", of, dims))
+        self._permuted[number] = of, dims
+        return number
+
+
+def key_of(node: fx.Node, value: Callable[[fx.Node], Any]) -> Hashable:
+    """What a node computes, with its arguments replaced."""
+
+    def freeze(x: Any) -> Hashable:
+        if isinstance(x, fx.Node):
+            return "node", value(x)
+        if isinstance(x, list | tuple):
+            return tuple(map(freeze, x))
+        return type(x), x
+
+    return node.target, freeze(node.args), tuple((k, freeze(v)) for k, v in sorted(node.kwargs.items()))
+
+
+Leaf = tuple[str, int]
+"""``"constant"`` or ``"over time"``, and the number of the tensor."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A loop that is part of the graph.
+
+    Attributes:
+        steps, reverse: how often and in which direction it runs.
+        leaves: what its constants, inputs and outs are -> the node that stands for it.
+        starts: the number of each state's first value.
+        states: each state before every step, time first.
+        finals: the last ones.
+    """
+
+    graph: StepGraph
+    steps: int
+    reverse: bool
+    leaves: dict[Leaf, fx.Node]
+    starts: tuple[int, ...]
+    states: tuple[Tensor, ...]
+    finals: tuple[Tensor, ...]
+
+
+def shared_states(graph: StepGraph, leaves: dict[fx.Node, Leaf], starts: Sequence[int], other: Ran) -> dict[int, int]:
+    """Which states of a loop are which states of another one that has run."""
+    index = {key_of(n, lambda x: x): n for n in other.graph.graph.nodes if n.op == "call_function" and not is_random(n)}
+    same = {place: other.leaves[number] for place, number in leaves.items() if number in other.leaves}
+    pairs: dict[int, int] = {}
+    for i, start in enumerate(starts):
+        free = [j for j, x in enumerate(other.starts) if x == start and j not in pairs.values()]
+        if free:
+            pairs[i] = free[0]
+    nodes = [n for n in graph.graph.nodes if n.op == "call_function" and not is_random(n)]
+    while pairs:
+        found = same | {graph.carry[i]: other.graph.carry[j] for i, j in pairs.items()}
+        for node in nodes:
+            if all(x in found for x in node.all_input_nodes):
+                match = index.get(key_of(node, found.__getitem__))
+                if match is not None:
+                    found[node] = match
+        wrong = [i for i, j in pairs.items() if found.get(graph.next_carry[i]) is not other.graph.next_carry[j]]
+        if not wrong:
+            return pairs
+        for i in wrong:
+            del pairs[i]
+    return {}

@@ -1,0 +1,403 @@
+"""Programs, objective and optimiser -> steps that run as one compiled graph.
+
+A step that is new (another shape, another mode, another value of something that Python froze) runs once as it is: that
+makes lazy parameters and the optimiser's state, and gives Pyro's own errors. When it comes again it is captured
+(:mod:`pyro_elbo.compile.capture`), compiled (:mod:`pyro_elbo.compile.inductor`) and from then on run under guard
+(:mod:`pyro_elbo.compile.guard`).
+"""
+
+import math
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyro
+import torch
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils import _pytree as pytree
+
+from pyro_elbo.assumptions import capturing
+from pyro_elbo.compile.guard import Guard
+from pyro_elbo.compile.optimizer import Plan, Update, check_own, check_traceable, trace_update, watch
+from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, PyroElboError
+from pyro_elbo.objectives.elbo import TraceBeta_ELBO
+from pyro_elbo.programs.explain import failed_line
+from pyro_elbo.programs.sites import Parameters, Program, captured_parameters
+from pyro_elbo.terms.terms import Terms
+
+if TYPE_CHECKING:
+    from pyro_elbo.compile.inductor import Executable
+
+Kind = Literal["train", "evaluate"]
+Key = tuple[Any, ...]
+Record = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names): loss and totals in nats
+
+_VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine")
+MAX_MISSES = 8  # steps in a row for which something has changed
+MAX_SHAPES = 64  # kinds of data
+
+
+@dataclass
+class _Step:
+    """A step that ran once: what it used, recorded and relies on, and its graph once it came again."""
+
+    parameters: dict[str, Tensor]
+    plan: Plan
+    gradients: dict[Tensor, Tensor]
+    sites: tuple[str, ...]
+    names: tuple[str, ...]
+    guard: Guard
+    execute: "Executable | None" = None
+
+    def broken(self) -> str | None:
+        """The name of something that the step relies on and that has changed."""
+        if (changed := self.guard.broken() or self.plan.broken()) is not None or self.execute is None:
+            return changed
+        return None if self.execute.fits() else "the layout of a parameter or buffer"
+
+
+def totals(terms: Terms) -> dict[str, Tensor]:
+    """The totals of a step, scaled to the full data, in nats: bound, rate, distortion, and the share of every site."""
+    sites = {f"kl/{n}": x for n, x in terms.kl_total.items()}
+    sites |= {f"log_likelihood/{n}": x for n, x in terms.log_likelihood_total.items()}
+    sites |= {f"penalty/{n}": x.nats * terms.num_data for n, x in terms.penalties.items()}
+    return {"elbo": terms.elbo, "rate": terms.rate, "distortion": terms.distortion} | sites
+
+
+class Steps:
+    """Steps of one objective over one pair of programs, compiled when they are repeated.
+
+    Args:
+        update: how parameters follow their gradients.
+        compile: whether to compile them; otherwise every step runs in Python.
+        per_datum: whether the loss is divided by the rows of the full data.
+        fallback_random: draw with torch's operators in the program's order, which gives the stream of an uncompiled
+            run; otherwise all noise of a step is drawn at once.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        loss: TraceBeta_ELBO,
+        update: Update,
+        *,
+        compile: bool = True,
+        per_datum: bool = False,
+        fallback_random: bool = False,
+    ) -> None:
+        self.model, self.guide, self.loss, self.update = model, guide, loss, update
+        self.compile, self.per_datum, self.fallback_random = compile, per_datum, fallback_random
+        self._known: dict[Key, list[_Step]] = {}
+        self._misses = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_known": {}, "_misses": 0}  # graphs belong to their tensors, copies have others
+
+    def train(self, args: tuple, kwargs: dict[str, Any], steps: int = 1) -> Record:
+        """Take steps on the same data; a step that is not usable changes nothing.
+
+        Raises:
+            CompileError: the step cannot be one graph, or what Python froze changes at every step.
+            NonFiniteError: the objective is not finite; the parameters are those before that step.
+        """
+        return self._run("train", args, kwargs, steps)
+
+    def evaluate(self, args: tuple, kwargs: dict[str, Any]) -> Record:
+        """The loss and the totals without a step."""
+        return self._run("evaluate", args, kwargs, 1)
+
+    def _run(self, kind: Kind, args: tuple, kwargs: dict[str, Any], steps: int) -> Record:
+        if not self.compile or _PYRO_STACK:  # handlers around the step would be captured with it
+            return self._as_they_are(kind, args, kwargs, steps)
+        key, leaves, spec = _describe(kind, args, kwargs)
+        known = self._known.setdefault(key, [])
+        changed = "the program"
+        for step in known:
+            if (broken := step.broken()) is None:
+                if step.execute is None:
+                    self._capture(step, kind, leaves, spec)
+                else:
+                    self._misses = 0
+                data = [x for x in leaves if isinstance(x, Tensor)]
+                return self._execute(step, args, kwargs, data, steps)
+            changed = broken
+        self._check_misses(changed if known else None)
+        step, (names, first) = self._as_it_is(kind, args, kwargs)
+        known[:] = [step, *known[: MAX_MISSES - 1]]
+        if steps == 1:
+            return names, first
+        return names, np.concatenate([first, self._run(kind, args, kwargs, steps - 1)[1]])
+
+    def _check_misses(self, changed: str | None) -> None:
+        """Refuse to make graphs for ever; ``changed`` is None where the shapes of the data are new."""
+        self._misses += changed is not None
+        if self._misses > MAX_MISSES or len(self._known) > MAX_SHAPES:
+            what = f"'{changed}' changes" if changed is not None else "the shapes of the data change"
+            raise CompileError(
+                f"Too few steps can use the same graph: {what} again and again, and a graph is made for fixed ones. "
+                "Pass what changes as a tensor argument, pad the data, or use compile=False."
+            )
+
+    def _loss(self, terms: Terms) -> Tensor:
+        return -terms.objective / terms.num_data if self.per_datum else -terms.objective
+
+    def _record(self, terms: Terms, loss: Tensor) -> dict[str, Tensor]:
+        count = terms.num_data if self.per_datum else 1
+        return {"loss": loss.detach()} | {name: x.detach() / count for name, x in totals(terms).items()}
+
+    def _as_they_are(self, kind: Kind, args: tuple, kwargs: dict[str, Any], steps: int) -> Record:
+        records = [self._in_python(kind, args, kwargs)[1] for _ in range(steps)]
+        return tuple(records[0]), np.array([[x.item() for x in record.values()] for record in records])
+
+    def _in_python(
+        self, kind: Kind, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Terms, dict[str, Tensor], Parameters]:
+        """Run a step as pyro.infer.SVI does; return its terms, what it records, and the parameters that it used."""
+        with torch.set_grad_enabled(kind == "train"), captured_parameters() as parameters:
+            terms = self.loss.terms(self.model, self.guide, *args, **kwargs)
+            loss = self._loss(terms)
+        if kind == "train" and loss.requires_grad:
+            self.loss.count_step(loss, terms).backward()
+            check_own(parameters)
+            self.update(parameters)
+            pyro.infer.util.zero_grads(parameters.values())
+        return terms, self._record(terms, loss), parameters
+
+    def _as_it_is(self, kind: Kind, args: tuple, kwargs: dict[str, Any]) -> tuple[_Step, Record]:
+        """Run a step in Python and note what a graph of it would rely on."""
+        terms, record, parameters = self._in_python(kind, args, kwargs)
+        trained = kind == "train" and terms.objective.requires_grad
+        critics = [critic.optimiser for critic in self.loss.critics.values()]
+        plan = Plan(optimisers := self.update.optimisers(parameters) + critics if trained else [])
+        guard = Guard(self.model, self.guide, args, kwargs)
+        guard.watch(vars(self.loss), (name for name in vars(self.loss) if name != "step"))
+        watch(guard, optimisers)
+        store = pyro.get_param_store()
+        guard.watch(lambda: store._params, (name for name in parameters if name in store._params))
+        held = [p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
+        guard.watch_attributes("grad", [p for p in held if id(p) not in map(id, parameters.values())])
+        gradients = {p: p.grad for p in held if p.grad is not None}
+        step = _Step(parameters, plan, gradients, tuple(terms.sites), tuple(record), guard)
+        return step, (step.names, np.array([[x.item() for x in record.values()]]))
+
+    def _capture(self, step: _Step, kind: Kind, leaves: list[Any], spec: Any) -> None:
+        """Make the graph of a step that comes the second time."""
+        if torch.__version__ < "2.13":  # make_fx and Inductor's interfaces move
+            raise CompileError(f"Compiled steps need torch 2.13 or later, this is {torch.__version__}: compile=False.")
+        from torch._inductor.config import patch as inductor  # takes a second to import
+
+        from pyro_elbo.compile.capture import capture
+        from pyro_elbo.compile.inductor import Executable, compiling
+        from pyro_elbo.compile.scan.lower import Loops
+        from pyro_elbo.compile.scan.operators import compile_pending
+
+        schedules, validate = self.loss.schedules, pyro.settings.get("validate_distributions_pyro")
+
+        def function(*inputs: Tensor) -> Tensor:
+            *tensors, scalars, alive, record = inputs
+            args, kwargs = _arguments(leaves, spec, tensors)
+            values = iter([scalars[i] for i in range(len(scalars))])
+            beta = {schedule: next(values) for schedule in schedules}
+            with capturing(validate, Loops()) as assumed, torch.set_grad_enabled(kind == "train"):
+                terms = self.loss.evaluate(self.model, self.guide, args, kwargs, beta.__getitem__)
+                _check_sites(step.sites, tuple(terms.sites))
+                loss = self._loss(terms)
+                recorded = self._record(terms, loss)
+            if step.plan.optimisers:
+                trace_update(self.update, step.plan, _gradients(loss, step), _critic_gradients(terms), values)
+            usable = torch.stack([alive, torch.isfinite(loss.detach()), *assumed]).all()
+            record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), usable)]))
+            alive.copy_(usable)
+            return usable
+
+        device = next((p.device for p in step.parameters.values()), torch.get_default_device())
+        scalars, record = (
+            torch.zeros(n, dtype=torch.float64, device=device)
+            for n in (len(self._scalars(step, 0)), len(step.names) + 1)
+        )
+        row = scalars, torch.ones((), dtype=torch.bool, device=device), record
+        inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
+        with _explain_capture(step.guard.generators), inductor(fallback_random=self.fallback_random), compiling():
+            _check_reachable(step.guard)
+            check_traceable(step.plan.optimisers, step.parameters)
+            with _side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
+                graph = capture(function, inputs, kept=2, lift_noise=not self.fallback_random)
+            compile_pending()
+            step.execute = Executable(graph, row)
+
+    def _scalars(self, step: _Step, ahead: int) -> list[float]:
+        taken = self.loss.step + ahead
+        return [schedule(taken) for schedule in self.loss.schedules] + step.plan.numbers(ahead)
+
+    def _execute(self, step: _Step, args: tuple, kwargs: dict[str, Any], data: list[Tensor], steps: int) -> Record:
+        constant = self.loss.step >= self.loss.settled and not step.plan.counts_in_python
+        values = [self._scalars(step, ahead) for ahead in range(1 if constant else steps)] * (steps if constant else 1)
+        execute: Any = step.execute
+        try:
+            record = execute(data, values)
+        except RuntimeError:
+            with torch.no_grad():
+                self.loss.terms(self.model, self.guide, *args, **kwargs)  # Pyro's and torch's own words for it
+            raise
+        usable = int(record[:, -1].sum())
+        if step.plan.optimisers:
+            self.loss.step += usable
+            step.plan.advance(usable)
+        if usable < steps:
+            step.execute.flag.fill_(True)
+            self._explain_unusable(step, record[usable], args, kwargs)
+        return step.names, record[:, :-1]
+
+    def _explain_unusable(self, step: _Step, row: np.ndarray, args: tuple, kwargs: dict[str, Any]) -> None:
+        with torch.no_grad(), step.execute.unchanged():
+            self.loss.terms(self.model, self.guide, *args, **kwargs)  # names the site and the rows, if it fails again
+        values = dict(zip(step.names, row.tolist(), strict=False))
+        bad = [name for name, x in values.items() if not math.isfinite(x)]
+        if not bad:
+            raise CompileError(
+                "Masks or scales of a site that were equal in model and guide when the step was captured now differ. "
+                "Use the same mask in both programs, or compile=False."
+            )
+        raise NonFiniteError(
+            f"The objective is not finite ({', '.join(f'{name} {values[name]}' for name in bad)}); the parameters are "
+            "those before this step. Look for data outside the support, NaN in the data or a diverging parameter."
+        )
+
+
+def _gradients(loss: Tensor, step: _Step) -> dict[Tensor, Tensor]:
+    """The gradient of every parameter that the optimisers move; those that this step gives none keep what they hold."""
+    trained = [p for p in step.parameters.values() if p.requires_grad]
+    found = zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True)
+    gradients = {p: g for p, g in found if g is not None}
+    if sparse := [tuple(p.shape) for p, g in gradients.items() if g.layout is not torch.strided]:
+        raise CompileError(
+            f"Parameters of shapes {sparse} have sparse gradients, which a compiled step cannot hold. Leave out "
+            "sparse=True of the nn.Embedding, or use compile=False."
+        )
+    return {p: g for p, g in step.gradients.items() if p not in gradients} | gradients
+
+
+def _critic_gradients(terms: Terms) -> dict[Tensor, Tensor]:
+    """The gradient of every critic's parameter."""
+    pairs = [zip(critic.network.parameters(), found, strict=True) for critic, found in terms.critic_gradients()]
+    return {p: gradient for pair in pairs for p, gradient in pair}
+
+
+def _check_reachable(guard: Guard) -> None:
+    if guard.refused:
+        raise CompileError(f"The programs use {guard.refused[0]}, or use compile=False.")
+
+
+def _check_sites(expected: tuple[str, ...], found: tuple[str, ...]) -> None:
+    if changed := sorted(set(expected) ^ set(found)):
+        raise CompileError(
+            f"The sites {changed} come and go from run to run: a compiled step is one graph with fixed sites. Keep "
+            "the sites and mask them (pyro.poutine.mask), or use compile=False."
+        )
+
+
+def _describe(kind: Kind, args: tuple, kwargs: dict[str, Any]) -> tuple[Key, list[Any], Any]:
+    """What a graph is made for: the shapes of tensors, the values of all else, and Pyro's settings."""
+    if kwargs or not all(isinstance(x, Tensor) for x in args):
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+    else:
+        leaves, spec = list(args), None
+    autocast = [torch.get_autocast_dtype(x) for x in ("cpu", "cuda") if torch.is_autocast_enabled(x)]
+    return (kind, spec, torch.get_default_dtype(), *autocast, *map(_describe_leaf, leaves)), leaves, spec
+
+
+def _arguments(leaves: list[Any], spec: Any, tensors: Iterable[Tensor]) -> tuple[tuple, dict[str, Any]]:
+    """Put other tensors in the place of those among the arguments."""
+    given = iter(tensors)
+    replaced = [next(given) if isinstance(x, Tensor) else x for x in leaves]
+    return (tuple(replaced), {}) if spec is None else pytree.tree_unflatten(replaced, spec)
+
+
+def _describe_leaf(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        if x.requires_grad:
+            raise ArgumentError(
+                "An argument of the programs requires a gradient: a compiled step trains parameters only. Pass "
+                "x.detach(), or make it a pyro.param."
+            )
+        return x.shape, x.stride(), x.dtype, x.device
+    if isinstance(x, np.ndarray):
+        raise ArgumentError(
+            f"An argument of the programs is a NumPy array of shape {x.shape}, whose values a graph would freeze. "
+            "Pass torch.as_tensor(x)."
+        )
+    if isinstance(x, bool | int | float | complex | str | None | np.generic):
+        return type(x), x
+    return _Identity(x)
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """An object as itself: no other compares equal, and it lives as long as what was made for it."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@contextmanager
+def _side_effects(guard: Guard) -> Iterator[None]:
+    """Undo what a captured run changed on the Python side, and refuse to do without it in later steps."""
+    try:
+        yield
+    finally:
+        changed = guard.broken()
+        guard.restore()
+    if changed is not None:
+        raise CompileError(
+            f"The program sets '{changed}' as it runs, which a compiled step would not do. Change tensors in place "
+            "(buffer.copy_(...)), keep records outside of the programs, or use compile=False."
+        )
+
+
+@contextmanager
+def _explain_capture(generators: list[Any]) -> Iterator[None]:
+    """Say where and why a program cannot be one graph."""
+    before = _states(generators)
+    try:
+        yield
+    except PyroElboError:
+        raise
+    except Exception as error:
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        unknown = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+        what = "needs a value that only a run knows" if unknown else f"fails while it is captured ({reason})"
+        raise CompileError(
+            f"{failed_line(error)} {what}: a compiled step is one graph on tensors. Write torch.where or "
+            "pyro.poutine.mask for a branch on a value, pass sizes as Python numbers, or use compile=False."
+        ) from error
+    if before != _states(generators):
+        raise CompileError(
+            "The program seeds torch, or draws from Python's or NumPy's random numbers, which a graph would freeze. "
+            "Draw from pyro.sample or torch, pass the numbers as tensors, or use compile=False."
+        )
+
+
+def _states(generators: list[Any]) -> list[str]:
+    """The states of torch's random generator, and of those of Python and NumPy that the programs can reach."""
+    states: list[Any] = [torch.get_rng_state().tolist()]  # fake draws leave it alone, seeding does not
+    for generator in generators:
+        if isinstance(generator, random.Random):
+            states.append(generator.getstate())
+        elif isinstance(generator, np.random.RandomState):
+            states.append(generator.get_state(legacy=False))
+        else:
+            states.append(generator.bit_generator.state)
+    with np.printoptions(threshold=sys.maxsize):
+        return [repr(state) for state in states]

@@ -1,0 +1,267 @@
+r"""Estimators of what a latent knows, from one set of draws: see :class:`pyro_elbo.MutualInformation`.
+
+.. math:: I_q(z; s) = E \log q(z \mid s) - E \log q(z)
+
+With its own density a row looks better known than it is, without it less: the two means bracket the truth.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pyro_elbo.assumptions import holds, is_capturing
+from pyro_elbo.errors import DataError, SiteError, count_nonfinite
+from pyro_elbo.information.aggregate import Encoded, Mixture, Pairs, in_blocks
+from pyro_elbo.programs.sites import Plate, Site
+from pyro_elbo.terms.terms import PenaltyTerm, Term, Terms
+
+Given = str | Callable[..., Tensor] | tuple["str | Callable[..., Tensor]", ...]
+ERRORS = 2.5  # standard errors on either side of a bracket: 95 % for means of skewed ratios, see _margins
+
+
+@dataclass(frozen=True)
+class View:
+    """What a penalty looks at: the terms, the programs' arguments, and the latent's rows."""
+
+    terms: Terms
+    args: tuple
+    kwargs: Mapping[str, Any]
+    latent: str
+    term: Term
+    plate: Plate
+
+    @property
+    def draws(self) -> Iterator[Site]:
+        """The latent's draws, one site per run of the programs."""
+        for site in self.term.draws:
+            if not site.fn.has_rsample:
+                raise SiteError(
+                    f"Latent '{self.latent}' has no pathwise gradient ({type(site.fn).__name__}), which penalties "
+                    "need. Draw it from a reparameterised or a relaxed distribution (pyro's RelaxedBernoulli...)."
+                )
+            yield site
+
+    @property
+    def encoded(self) -> Iterator[Encoded]:
+        """The latent's draws with their densities."""
+        return (Encoded(site, self.plate, self.terms.particle_dim) for site in self.draws)
+
+    def attribute(self, given: Given) -> Float[Tensor, "rows columns"]:
+        """The values of an attribute, row by row of the latent's plate."""
+        parts = given if isinstance(given, tuple) else (given,)
+        return torch.cat([self._column(part) for part in parts], 1)
+
+    def _column(self, given: str | Callable[..., Tensor]) -> Tensor:
+        if callable(given):
+            name, value, axis = label(given), given(*self.args, **self.kwargs), 0
+        else:
+            name, (value, axis) = given, self._observed(given)
+        if not isinstance(value, Tensor) or not value.dim() or value.shape[axis] != self.plate.size:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise DataError(
+                f"Attribute '{name}': expected {self.plate.size} rows, those of plate '{self.plate.name}' around "
+                f"latent '{self.latent}', got {got}. Give it one value, or one row of values, per datum."
+            )
+        columns = value.movedim(axis, 0).reshape(self.plate.size, -1)
+        if not columns.is_floating_point():
+            columns = columns.to(self.term.nats.dtype)
+        if not holds(torch.isfinite(columns).all()):
+            raise DataError(
+                f"Attribute '{name}': {count_nonfinite(columns)}. Leave out the rows where it is missing, or make "
+                "'missing' a level of its own."
+            )
+        return columns.to(self.term.nats)
+
+    def _observed(self, name: str) -> tuple[Tensor, int]:
+        found = self.terms.sites.get(name)
+        if found is None or found.kind != "likelihood" or not found.draws:
+            names = [n for n, t in self.terms.sites.items() if t.kind == "likelihood"]
+            raise SiteError(
+                f"given='{name}' is no observed site of the model, which observes {names}. Name one of them, or pass "
+                f"a function of the model's arguments: given=lambda x, {name}: {name}."
+            )
+        site = found.draws[0]
+        if self.plate.name not in [p.name for p in site.plates]:
+            raise SiteError(
+                f"given='{name}' lies outside of plate '{self.plate.name}' of latent '{self.latent}': expected one "
+                "value per row. Observe it inside of the plate."
+            )
+        return site.value, self.plate.dim - site.event_dim + site.value.dim()
+
+
+def label(given: Given) -> str:
+    """How an attribute is called in names and messages."""
+    if isinstance(given, tuple):
+        return ", ".join(label(part) for part in given)
+    if isinstance(given, str):
+        return given
+    name = getattr(given, "__name__", type(given).__name__)
+    return "s" if name == "<lambda>" else name
+
+
+def check_varies(name: str, s: Tensor) -> None:
+    """Raise DataError where all rows have the same value."""
+    if not holds((s != s[:1]).any()):
+        raise DataError(
+            f"Attribute '{name}' has one level only, {s[0].tolist()}, in {len(s)} rows: nothing can be said about it. "
+            "Take larger batches or a stratified loader, and look whether the data hold another level at all."
+        )
+
+
+def counted(view: View) -> Bool[Tensor, "rows"]:
+    """Which rows of the latent count."""
+    return next(view.encoded).rows
+
+
+def flat_draws(view: View, site: Site) -> Float[Tensor, "particles rows elements"]:
+    """The latent's draws, everything within a row side by side."""
+    return Encoded(site, view.plate, view.terms.particle_dim).draws
+
+
+def mean_over_rows(x: Float[Tensor, "*particles rows"], rows: Bool[Tensor, "rows"]) -> Float[Tensor, ""]:
+    """Mean over particles and over the rows that count."""
+    rows = rows.expand(x.shape)
+    return torch.where(rows, x, 0.0).sum() / rows.sum()
+
+
+def peer_weights(
+    y: Float[Tensor, "rows columns"], rows: Bool[Tensor, "rows"], block: slice = slice(None)
+) -> Float[Tensor, "#block rows"]:
+    """Weights of each row of a block over the rows with the same y, which add up to one."""
+    same = _alike(y, block) & rows
+    return same.to(y) / same.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _alike(x: Float[Tensor, "rows columns"], block: slice) -> Bool[Tensor, "block rows"]:
+    """Which rows have the values of each row of a block."""
+    if not x.shape[1]:
+        return torch.ones(1, len(x), dtype=torch.bool, device=x.device)
+    return (x[block, None] == x).all(-1)
+
+
+def information_between_levels(view: View, name: str, s: Tensor, y: Tensor) -> PenaltyTerm:
+    """Log q(z | s) - log q(z) from the densities of the batch, with and without each row's own."""
+    found = []
+    for encoded in view.encoded:
+
+        def block(
+            start: int, stop: int, rows: Tensor = encoded.rows, pairs: Pairs = encoded.pairs
+        ) -> tuple[Tensor, ...]:
+            found, peers = pairs(start, stop), _alike(y, slice(start, stop)) & rows
+            level = peers & _alike(s, slice(start, stop))
+            of_level, of_peers = (Mixture.of(found, among, start) for among in (level, peers))
+            with_own = of_level.with_own - of_peers.with_own
+            without = of_level.without_own - of_peers.without_own
+            return with_own, without.detach(), level.sum(-1).expand(with_own.shape)
+
+        high, low, count = in_blocks(block, len(s), len(s))
+        _check_discrete(name, count[0], encoded.rows)
+        found.append((high, low, encoded.rows, encoded.rows & (count[0] > 1)))
+    high = torch.stack([mean_over_rows(high, rows) for high, _, rows, _ in found]).mean()
+    low = torch.stack([mean_over_rows(low, paired) for _, low, _, paired in found]).mean()
+    margins = [_margins(high.detach(), low, rows, paired) for high, low, rows, paired in found]
+    return PenaltyTerm(high, "upper", low, high.detach(), torch.stack(margins).mean(0))
+
+
+def _margins(high: Tensor, low: Tensor, rows: Tensor, paired: Tensor) -> Float[Tensor, "2"]:
+    """2.5 standard errors below and above; more below where few rows of small ratio decide the mean.
+
+    Rows are independent to first order. Their ratios are bounded above by H(s) and have a long tail below, so that a
+    sample without its rare rows looks too good: Johnson's correction of a mean's interval for skewness.
+
+    References:
+        Johnson (1978), Modified t tests and confidence intervals for asymmetrical populations, JASA 73.
+    """
+    high, low, count = high.mean(0), low.mean(0), rows.sum()
+    centred = torch.where(paired, low - mean_over_rows(low, paired), 0.0)
+    spread = _spread(high, rows).maximum(_spread(low, paired))
+    skewness = centred.pow(3).sum() / (paired.sum() * _spread(low, paired).pow(3)).clamp(
+        min=torch.finfo(low.dtype).tiny
+    )
+    longer = (1 + 2 * ERRORS**2) / (6 * count.sqrt()) * (-skewness).clamp(min=0.0)
+    return torch.stack([ERRORS + longer, torch.full_like(longer, ERRORS)]) * spread / count.sqrt()
+
+
+def _spread(x: Float[Tensor, "rows"], rows: Bool[Tensor, "rows"]) -> Float[Tensor, ""]:
+    return (torch.where(rows, x - mean_over_rows(x, rows), 0.0).square().sum() / (rows.sum() - 1)).sqrt()
+
+
+def _check_discrete(name: str, count: Tensor, rows: Tensor) -> None:
+    if not is_capturing() and bool((count[rows] < 2).all()):
+        raise DataError(
+            f"Attribute '{name}' has a different value in each of {int(rows.sum())} rows: it looks continuous, and "
+            "estimator='aggregate' compares levels. Use estimator='hsic', 'variational' or 'club', or bin it."
+        )
+
+
+def information_on_data(view: View) -> PenaltyTerm:
+    """I(z; x): log q(z | x) - log q(z), with the weights of the full data."""
+    values, margins = [], []
+    for encoded in view.encoded:
+
+        def block(
+            start: int, stop: int, rows: Tensor = encoded.rows, pairs: Pairs = encoded.pairs
+        ) -> tuple[Tensor, ...]:
+            found = Mixture.of(pairs(start, stop), rows, start)
+            means = found.of_full_data(view.plate.full_size), found.with_own, found.without_own
+            return tuple(found.own - mean for mean in means)
+
+        found = in_blocks(block, view.plate.size, view.plate.size)
+        values.append(torch.stack([mean_over_rows(x, encoded.rows) for x in found]))
+        error = ERRORS * _spread(found[0].detach().mean(0), encoded.rows) / encoded.rows.sum().sqrt()
+        margins.append(error.expand(2))
+    nats, low, high = torch.stack(values).mean(0)
+    return PenaltyTerm(nats, "debiased", low.detach(), high.detach(), torch.stack(margins).mean(0))
+
+
+def variational(view: View, given: Given) -> PenaltyTerm:
+    """KL(q(z | x) || p(z)) - E log p(x | z, s), less the unknown constant H(x | s)."""
+    names = given if isinstance(given, tuple) else (given,)
+    likelihood = sum(x for n, x in view.terms.log_likelihood_total.items() if n not in names)
+    return PenaltyTerm((view.terms.kl_total[view.latent] - likelihood) / view.terms.num_data, "upper, up to a constant")
+
+
+def hsic(view: View, s: Tensor, y: Tensor) -> PenaltyTerm:
+    """The mean product of two kernels, centred within the levels of y: its means over rows, level by level."""
+    rows, count = counted(view), len(s)
+    of_s = _scaled(s.unsqueeze(0), rows)
+    values = []
+    for site in view.draws:
+        of_z = _scaled(flat_draws(view, site), rows)
+
+        def products(start: int, stop: int, of_z: Tensor = of_z) -> tuple[Tensor, ...]:
+            peers = peer_weights(y, rows, slice(start, stop))
+            kernel_z, kernel_s = (_kernel(x, start, stop) for x in (of_z, of_s))
+            means = [(kernel * peers).sum(-1) for kernel in (kernel_z * kernel_s, kernel_z, kernel_s)]
+            return tuple(x.expand(len(of_z), -1) for x in means)
+
+        product, mean_z, mean_s = in_blocks(products, count, count)
+
+        def levels(start: int, stop: int, means: tuple[Tensor, ...] = (mean_z, mean_s)) -> tuple[Tensor, ...]:
+            peers = peer_weights(y, rows, slice(start, stop))
+            return tuple((x @ peers.mT).expand(-1, stop - start) for x in means)
+
+        level_z, level_s = in_blocks(levels, count, count)
+        values.append(mean_over_rows(product - 2 * mean_z * mean_s + level_z * level_s, rows))
+    return PenaltyTerm(torch.stack(values).mean(), "index")
+
+
+def _scaled(x: Float[Tensor, "*particles rows columns"], rows: Tensor) -> Float[Tensor, "*particles rows columns"]:
+    """Rows whose mean squared distance is one."""
+    mean = torch.where(rows[:, None], x, 0.0).sum(-2, keepdim=True) / rows.sum()
+    x = x - mean.detach()
+    square = 2 * torch.where(rows, x.square().sum(-1), 0.0).sum(-1) / rows.sum()
+    return x / square.sqrt()[..., None, None]
+
+
+def _kernel(
+    x: Float[Tensor, "*particles rows columns"], start: int, stop: int
+) -> Float[Tensor, "*particles block rows"]:
+    """exp(-½ |x_i - x_j|²) for the rows i of a block."""
+    square = x.square().sum(-1)
+    distance = square[..., start:stop, None] + square[..., None, :] - 2 * x[..., start:stop, :] @ x.mT
+    return (-0.5 * distance.clamp(min=0.0)).exp()

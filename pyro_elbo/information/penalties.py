@@ -1,0 +1,328 @@
+r"""Penalties on what a latent knows: mutual information and total correlation of the aggregate posterior.
+
+.. math:: \text{objective} = \text{bound} - \sum_k \lambda_k\, N\, I_k
+
+A penalty is a function of the terms of the bound (the draws and the densities that they came from) and of the
+arguments of the programs; it leaves every term as it is. Its value is in nats per datum, its share of the objective is
+scaled to the full data as the terms are.
+"""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pyro_elbo.errors import ArgumentError, SiteError
+from pyro_elbo.information.aggregate import Mixture, Pairs, in_blocks
+from pyro_elbo.information.critics import Critic, Spec, count_levels
+from pyro_elbo.information.estimators import (
+    Given,
+    View,
+    check_varies,
+    counted,
+    flat_draws,
+    hsic,
+    information_between_levels,
+    information_on_data,
+    label,
+    mean_over_rows,
+    peer_weights,
+    variational,
+)
+from pyro_elbo.schedules import Capacity, Schedule
+from pyro_elbo.terms.terms import PenaltyTerm, Terms
+
+Estimator = Literal["aggregate", "variational", "club", "adversarial", "hsic"]
+Critics = dict[str, Critic]
+
+
+class Penalty(ABC):
+    """What an objective may pay for beside the KL.
+
+    Attributes:
+        latent: the site whose information counts; it lies in a plate whose rows are data.
+        weight: λ, a number or a schedule; negative to reward instead.
+    """
+
+    latent: str
+    weight: float | Schedule
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name under which terms, histories and tables show it."""
+
+    @abstractmethod
+    def _estimate(self, view: View, critics: Critics) -> PenaltyTerm:
+        """The value on one set of draws."""
+
+    def __call__(
+        self, terms: Terms, args: tuple, kwargs: Mapping[str, Any], weight: float | Tensor, critics: Critics
+    ) -> PenaltyTerm:
+        """PenaltyTerm the penalty.
+
+        Args:
+            terms: of the bound.
+            args: the programs' arguments.
+            kwargs: likewise.
+            weight: λ at this step.
+            critics: the critics that were made so far, by the penalty's name; a new one is added.
+
+        Raises:
+            SiteError: the latent is missing, or has no rows, no density or no pathwise gradient.
+            DataError: an attribute cannot be used.
+        """
+        view = self._view(terms, args, kwargs)
+        free = not isinstance(weight, Tensor) and weight == 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (free and not self.has_critic)):
+            estimate = self._estimate(view, critics)
+        scale = torch.as_tensor(view.term.scale).double().mean().to(terms.objective) * view.plate.size
+        return replace(estimate, weight=weight, scale=scale)
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether something is trained beside the programs."""
+        return False
+
+    def _view(self, terms: Terms, args: tuple, kwargs: Mapping[str, Any]) -> View:
+        term = terms.sites.get(self.latent)
+        if term is None or term.kind != "latent":
+            latents = [n for n, t in terms.sites.items() if t.kind == "latent"]
+            raise SiteError(
+                f"{self.name}: '{self.latent}' is no latent of model and guide, which share {latents}. Name one of "
+                "them."
+            )
+        if not term.plates:
+            raise SiteError(
+                f"{self.name}: latent '{self.latent}' lies in no plate, so that all data share one value. Penalise a "
+                "latent that each datum has its own of, inside of the data's pyro.plate."
+            )
+        if not term.draws:
+            raise SiteError(
+                f"{self.name}: '{self.latent}' is joined from the steps of a loop. Penalise a latent that each datum "
+                "has one of."
+            )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise ArgumentError(
+                f"{self.name}: the aggregate posterior of a batch lies on several processes, and each would see its "
+                "own part. Train with devices=1."
+            )
+        return View(terms, args, kwargs, self.latent, term, term.plates[0])
+
+
+@dataclass(frozen=True)
+class MutualInformation(Penalty):
+    r"""λ I_q(z; s): what a latent tells of an attribute of the data; or I_q(z; x), of which datum it came from.
+
+    .. math:: I_q(z; s) = E \log \frac{q(z \mid s)}{q(z)}
+
+    Args:
+        latent: the site z.
+        given: the attribute s: an observed site of the model, a function of the programs' arguments that returns one
+            row per datum, or a tuple of these (their joint levels). None: the datum itself.
+        weight: λ, a number or a schedule.
+        estimator: how the information is estimated (nats per datum, except for ``hsic``):
+
+            * ``"aggregate"``: the densities of the batch's encoder, averaged within a level and over all. s must be
+              discrete. The value includes each row's own density: an upper bound in expectation, by up to log B for
+              tiny batches. ``low`` leaves the row out, ``high`` keeps it: the truth lies between. For I(z; x) the
+              value weighs the rows as in the full data, ``low`` (with the own row) is at most log B.
+            * ``"variational"``: :math:`KL(q(z|x) \| p(z)) - E \log p(x|z,s)`, an upper bound up to the constant
+              H(x | s), with the model's decoder, which must see s. No other assumption on s. x is all that the model
+              observes but s, a target y included, with the scales of its sites.
+            * ``"club"``: :math:`E_{p(z,s)} \log r(s|z) - E_{p(z)p(s)} \log r(s|z)` with a trained critic r: an upper
+              bound where r is good, otherwise neither.
+            * ``"adversarial"``: :math:`H(s) + E \log r(s|z)`, a lower bound: that this critic finds nothing is no
+              proof that nothing is there.
+            * ``"hsic"``: Hilbert-Schmidt independence of z and s with Gaussian kernels as wide as the batch; for
+              continuous s. No information, but zero only at independence.
+        conditional_on: a discrete attribute y as ``given``: the penalty is I(z; s | y) (equalised odds).
+        levels: levels of each column of s for critics; counted in the first batch if omitted. Whole numbers from 0
+            are levels, all else is continuous.
+        hidden: widths of the critic's hidden layers.
+        critic_lr: rate of the critic's own Adam.
+        seed: of the critic's first weights.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
+        >>> def model(x, s):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z + s, 1.0), obs=x)
+        >>> def guide(x, s):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
+        >>> penalty = pe.MutualInformation("z", given=lambda x, s: s, weight=10.0)
+        >>> s = torch.arange(400) % 2
+        >>> _ = torch.manual_seed(0)
+        >>> found = pe.TraceBeta_ELBO(penalties=[penalty]).terms(model, guide, 4.0 * s, s).penalties["I(z; s)"]
+        >>> print(f"{found.low:.2f} <= I <= {found.high:.2f} nats")  # two normals two standard deviations apart
+        0.35 <= I <= 0.35 nats
+
+    References:
+        Moyer, Gao, Brekelmans, Galstyan, Ver Steeg (2018), arXiv:1805.09458 (variational); Cheng, Hao, Dai, Liu, Gan,
+        Carin (2020), arXiv:2006.12013 (CLUB); Ganin, Lempitsky (2015), arXiv:1409.7495 (adversarial); Gretton,
+        Bousquet, Smola, Schölkopf (2005), ALT (HSIC); Poole, Ozair, van den Oord, Alemi, Tucker (2019),
+        arXiv:1905.06922 (directions of the batch estimates).
+    """
+
+    latent: str
+    given: Given | None = None
+    weight: float | Schedule = 1.0
+    estimator: Estimator = "aggregate"
+    conditional_on: Given | None = None
+    levels: int | tuple[int, ...] | None = None
+    hidden: tuple[int, ...] = (64, 64)
+    critic_lr: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_weight("MutualInformation", self.weight)
+        if self.estimator not in get_args(Estimator):
+            raise ArgumentError(f"estimator must be one of {get_args(Estimator)}, got {self.estimator!r}.")
+        if self.given is None and (self.estimator != "aggregate" or self.conditional_on is not None):
+            raise ArgumentError(
+                "Without an attribute the penalty is I(z; x), which only estimator='aggregate' knows, unconditionally. "
+                "Pass given=..., a site of the model or a function of its arguments."
+            )
+        if self.estimator == "variational" and self.conditional_on is not None:
+            raise ArgumentError("estimator='variational' bounds I(z; s) alone. Use another one for I(z; s | y).")
+        if not self.critic_lr > 0:
+            raise ArgumentError(f"critic_lr must be positive, got {self.critic_lr}. Use about 1e-3, the default.")
+        if self.estimator == "adversarial":
+            _say_once(
+                "estimator='adversarial' is a lower bound on the information: a critic that finds nothing does not "
+                "show that nothing is there. Judge the latent by pe.audit, with fresh probes."
+            )
+
+    @property
+    def name(self) -> str:
+        """I(z; s), or I(z; s | y)."""
+        given = "x" if self.given is None else label(self.given)
+        return (
+            f"I({self.latent}; {given})"
+            if self.conditional_on is None
+            else (f"I({self.latent}; {given} | {label(self.conditional_on)})")
+        )
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether something is trained beside the programs."""
+        return self.estimator in ("club", "adversarial")
+
+    def _estimate(self, view: View, critics: Critics) -> PenaltyTerm:
+        if self.given is None:
+            return information_on_data(view)
+        s = view.attribute(self.given)
+        y = s.new_zeros(len(s), 0) if self.conditional_on is None else view.attribute(self.conditional_on)
+        check_varies(label(self.given), s)
+        if self.estimator == "aggregate":
+            return information_between_levels(view, label(self.given), s, y)
+        if self.estimator == "variational":
+            return variational(view, self.given)
+        if self.estimator == "hsic":
+            return hsic(view, s, y)
+        return self._by_critic(view, s, y, critics)
+
+    def _by_critic(self, view: View, s: Tensor, y: Tensor, critics: Critics) -> PenaltyTerm:
+        """Log r(s | z) of a critic: against other rows' s (club), or as it is (adversarial)."""
+        z = torch.cat([flat_draws(view, site) for site in view.draws])
+        z = torch.cat([z, y.expand(len(z), *y.shape)], -1)
+        if self.name not in critics:
+            levels = (self.levels,) * s.shape[1] if isinstance(self.levels, int) else self.levels
+            levels = count_levels(s) if levels is None else levels
+            spec = Spec(z.shape[-1], s.shape[1], levels, tuple(self.hidden), self.critic_lr, self.seed)
+            critics[self.name] = spec.make(s)
+        critic, rows = critics[self.name], counted(view)
+        out, peers = critic.frozen(z), peer_weights(y, rows)
+        found = critic.log_prob(out, s)
+        found = found - critic.expected(out, s, peers) if self.estimator == "club" else found + critic.entropy(s, peers)
+        nats = torch.where(rows, found, 0.0).sum() / (rows.sum() * len(z))
+        direction = "upper" if self.estimator == "club" else "lower"
+        return PenaltyTerm(nats, direction, critic=critic, critic_loss=critic.loss(z, s, rows))
+
+
+@dataclass(frozen=True)
+class TotalCorrelation(Penalty):
+    r"""λ TC(z) = λ KL(q(z) ‖ Π_d q(z_d)): how far the aggregate posterior is from independent dimensions.
+
+    The densities of the full data are estimated from the batch with the debiased weights of
+    :meth:`pyro_elbo.aggregate.Mixture.of_full_data`; the value is low for small batches and right for the full data.
+    With weight β - 1 beside β = 1 this is β-TCVAE.
+
+    Args:
+        latent: the site z.
+        weight: λ, a number or a schedule.
+        groups: sets of dimensions that count as one each, for the correlation between groups (HFVAE); every dimension
+            alone if omitted.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+
+    Example:
+        >>> import pyro_elbo as pe
+        >>> loss = pe.TraceBeta_ELBO(penalties=[pe.TotalCorrelation("z", weight=5.0)])  # β-TCVAE with β = 6
+
+    References:
+        Watanabe (1960), IBM Journal; Chen, Li, Grosse, Duvenaud (2018), arXiv:1802.04942; Esmaeili et al. (2019),
+        arXiv:1804.02086.
+    """
+
+    latent: str
+    weight: float | Schedule = 1.0
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_weight("TotalCorrelation", self.weight)
+
+    @property
+    def name(self) -> str:
+        """TC(z)."""
+        return f"TC({self.latent})" if self.groups is None else f"TC({self.latent}: {self.groups})"
+
+    def _estimate(self, view: View, critics: Critics) -> PenaltyTerm:
+        values = []
+        for encoded in view.encoded:
+            self._check_groups(encoded.draws.shape[-1])
+
+            def block(
+                start: int, stop: int, rows: Tensor = encoded.rows, pairs: Pairs = encoded.pairs_per_element
+            ) -> tuple[Tensor, ...]:
+                elements = parts = pairs(start, stop)
+                if self.groups is not None:
+                    parts = torch.stack([elements[:, :, list(group)].sum(2) for group in self.groups], 2)
+                joint, marginals = (Mixture.of(x, rows, start) for x in (elements.sum(2), parts.transpose(1, 2)))
+                full = view.plate.full_size
+                return joint.of_full_data(full), marginals.of_full_data(full).mT
+
+            joint, marginals = in_blocks(block, view.plate.size, view.plate.size * encoded.draws.shape[-1])
+            values.append(mean_over_rows(joint - marginals.sum(-1), encoded.rows))
+        return PenaltyTerm(torch.stack(values).mean(), "debiased")
+
+    def _check_groups(self, size: int) -> None:
+        if self.groups is not None and sorted(d for group in self.groups for d in group) != list(range(size)):
+            raise ArgumentError(
+                f"{self.name}: expected groups that hold each of the {size} dimensions of '{self.latent}' once, got "
+                f"{self.groups}."
+            )
+
+
+def _check_weight(kind: str, weight: float | Schedule) -> None:
+    if isinstance(weight, Capacity):
+        raise ArgumentError(f"{kind}: pe.Capacity sets a target for a KL; the weight of a penalty is a number.")
+    if not isinstance(weight, Schedule) and not math.isfinite(weight):
+        raise ArgumentError(f"{kind}: expected a finite number or a schedule as weight, got {weight}.")
+
+
+@cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=5)

@@ -1,0 +1,265 @@
+r"""The Trace_ELBO variants: :class:`pyro.infer.ELBO` adapters over terms, weighting and estimator.
+
+An objective is maximised; Pyro minimises a loss. The one minus sign of the library lives here.
+
+The number of optimisation steps, which schedules ask for, is counted where steps really happen: a backward
+through the loss marks the objective, and the next step of any ``torch.optim`` optimiser (Pyro's wrappers use them
+too) advances it, once. Evaluation never does.
+"""
+
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from pyro_elbo.errors import ArgumentError
+from pyro_elbo.information.critics import Critic
+from pyro_elbo.information.penalties import Penalty
+from pyro_elbo.objectives.score_function import surrogate
+from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
+from pyro_elbo.programs.sites import Program, check_initialised, guess_plate_nesting, run
+from pyro_elbo.schedules import Schedule
+from pyro_elbo.terms.evaluate import KLForm, evaluate, stack_particles
+from pyro_elbo.terms.terms import Term, Terms
+
+
+class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
+    r"""The evidence lower bound with a weight on the KL.
+
+    .. math:: E_q[\log p(x \mid z)] - \sum_s \beta_s\, KL(q(z_s) \,\|\, p(z_s))
+
+    Usable wherever Pyro takes an ELBO: ``pyro.infer.SVI``, the module form, Lightning.
+
+    Args:
+        beta: a number, a tensor that broadcasts against the plates, a schedule, or ``{site: any of these}``
+            (sites that are not named have β = 1).
+        kl: ``"auto"``: analytic where a formula exists and is exact, site by site; ``"sampled"``: always
+            log q - log p at the draw.
+        free_bits: nats per latent dimension (per site where the KL does not factorise) that cost nothing less.
+        num_particles: draws per step, averaged.
+        vectorize_particles: draw them in one run, inside a plate on the left of all others.
+        max_plate_nesting: how many batch dimensions the plates use; found by a trial run if omitted.
+        retain_graph: keep the autograd graph after ``loss_and_grads``.
+        penalties: what is paid beside the KL, such as :class:`MutualInformation`.
+
+    Raises:
+        ArgumentError: a weight is negative, NaN or infinite, or another argument is out of range.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> terms = TraceBeta_ELBO(beta=4.0, kl="sampled").terms(model, guide, torch.tensor(1.0))
+        >>> round(terms.elbo.item(), 4)  # the guide is the posterior: log p(x), whatever the draw
+        -1.5155
+
+    References:
+        Higgins et al. (2017), β-VAE: Learning basic visual concepts with a constrained variational framework,
+        ICLR; Kingma, Welling (2014), arXiv:1312.6114.
+    """
+
+    def __init__(
+        self,
+        beta: Beta = 1.0,
+        *,
+        kl: KLForm = "auto",
+        free_bits: float = 0.0,
+        num_particles: int = 1,
+        vectorize_particles: bool = False,
+        max_plate_nesting: float = math.inf,
+        retain_graph: bool | None = None,
+        penalties: Sequence[Penalty] = (),
+    ) -> None:
+        if kl not in ("auto", "sampled"):
+            raise ArgumentError(f"kl must be 'auto' or 'sampled', got {kl!r}.")
+        if num_particles < 1:
+            raise ArgumentError(f"num_particles must be at least 1, got {num_particles}.")
+        super().__init__(num_particles=num_particles, retain_graph=retain_graph)
+        self.vectorize_particles = vectorize_particles
+        self.max_plate_nesting = max_plate_nesting
+        self.kl: KLForm = kl
+        self.weighting = KLWeighting(beta, free_bits)
+        self.penalties = tuple(penalties)
+        names = [penalty.name for penalty in self.penalties]
+        if len(set(names)) < len(names):
+            raise ArgumentError(f"Each penalty needs a name of its own, got {names}: add up the weights of equal ones.")
+        self.critics: dict[str, Critic] = {}
+        self.step = 0
+
+    def __call__(self, model: Any, guide: Any) -> "TermsModule":
+        """Bind model and guide to a module whose forward is the loss (Pyro's ELBOModule, with terms)."""
+        return TermsModule(model, guide, self)
+
+    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
+        """Evaluate every term of the bound on one set of draws.
+
+        Returns:
+            The terms in nats; ``objective`` uses the weights of the current step and carries the gradient of
+            the estimator.
+
+        Raises:
+            SiteError: model and guide do not fit each other.
+            NonFiniteError: data or a term hold NaN or infinity.
+        """
+        terms = self.evaluate(model, guide, args, kwargs, lambda schedule: schedule(self.step))
+        if not torch.isfinite(terms.objective):
+            terms.check_finite()
+        return terms
+
+    def evaluate(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
+    ) -> Terms:
+        """:meth:`terms` as a function of what the schedules say, without looking at any number."""
+        return self._penalise(self._bounded(model, guide, args, kwargs, value), args, kwargs, value)
+
+    def _bounded(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
+    ) -> Terms:
+        sites, particle_dim = self._sites(model, guide, args, kwargs)
+        weighted, constant = self.weighting(sites, particle_dim, value)
+        return Terms(sites, particle_dim, self._bound(sites, weighted, constant, particle_dim))
+
+    def _penalise(self, terms: Terms, args: tuple, kwargs: dict[str, Any], value: ScheduleValue) -> Terms:
+        found, objective = {}, terms.objective
+        for penalty in self.penalties:
+            weight = value(penalty.weight) if isinstance(penalty.weight, Schedule) else penalty.weight
+            found[penalty.name] = penalty(terms, args, kwargs, weight, self.critics)
+            if isinstance(weight, Tensor) or weight != 0:
+                objective = objective - found[penalty.name].cost
+        return replace(terms, objective=objective, penalties=found)
+
+    _bound = staticmethod(surrogate)
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """-objective as a number, without gradients; no step is counted."""
+        with torch.no_grad():
+            return -self.terms(model, guide, *args, **kwargs).objective.item()
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
+        """-objective, differentiable; a backward through it followed by an optimiser's step counts as a step."""
+        terms = self.terms(model, guide, *args, **kwargs)
+        return self.count_step(-terms.objective, terms)
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """-objective as a number, after a backward through it."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return loss.item()
+
+    @property
+    def settled(self) -> int:
+        """The step from which no schedule changes any more; 0 for constant weights."""
+        schedules = [p.weight for p in self.penalties if isinstance(p.weight, Schedule)]
+        return max([self.weighting.settled, *(schedule.settled for schedule in schedules)])
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The different schedules that the objective asks."""
+        penalties = (p.weight for p in self.penalties if isinstance(p.weight, Schedule))
+        return tuple(dict.fromkeys([*self.weighting.schedules, *penalties]))
+
+    def beta_at(self, step: int, sites: Iterable[str]) -> dict[str, float]:
+        """β of each site at a step, averaged over data; a ``Capacity`` gives its target in nats."""
+        return self.weighting.at(step, sites)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be saved beside parameters and optimiser for an exact continuation: step count and critics."""
+        critics = {"critics": {n: critic.state() for n, critic in self.critics.items()}} if self.critics else {}
+        return {"step": self.step} | critics
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.step = int(state["step"])
+        self.critics = {n: Critic.restored(critic) for n, critic in state.get("critics", {}).items()}
+
+    def advance(self) -> None:
+        """Count one step of an optimiser, and let the critics take theirs."""
+        self.step += 1
+        for critic in self.critics.values():
+            critic.step()
+
+    def _sites(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Term], int | None]:
+        if self.vectorize_particles and self.num_particles > 1:
+            nesting = self._nesting(model, guide, args, kwargs)
+            pair = run(model, guide, args, kwargs, self.num_particles, nesting)
+            return evaluate(pair, self.kl), pair.particle_dim
+        return stack_particles([evaluate(run(model, guide, args, kwargs), self.kl) for _ in range(self.num_particles)])
+
+    def _nesting(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> int:
+        if math.isinf(self.max_plate_nesting):
+            self.max_plate_nesting = guess_plate_nesting(model, guide, args, kwargs)
+        return int(self.max_plate_nesting)
+
+    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> None:
+        raise NotImplementedError("The terms of the bound replace Pyro's pair of traces: call .terms(...).")
+
+    def count_step(self, loss: Float[Tensor, "*"], terms: Terms) -> Float[Tensor, "*"]:
+        """Return ``loss``, marked so that the optimiser's step after its backward counts as one step.
+
+        The critics of ``terms`` get their gradients, and step then too.
+        """
+        if loss.requires_grad:
+            loss.register_hook(lambda _: _awaiting.add(self))
+            for critic, gradients in terms.critic_gradients():
+                critic.accept(gradients)
+        return loss
+
+
+class TermsModule(ELBOModule):
+    """Pyro's ELBOModule with the terms of the bound; its state_dict carries the step count of the schedules."""
+
+    elbo: TraceBeta_ELBO
+
+    def terms(self, *args: Any, **kwargs: Any) -> Terms:
+        """Evaluate every term of the bound: see :meth:`TraceBeta_ELBO.terms`."""
+        return self.elbo.terms(self.model, self.guide, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> "TermsModule":
+        """As in torch; the modules whose methods are the programs follow (dropout, batch norm)."""
+        for program in (self.model, self.guide):
+            owner = getattr(program, "__self__", None)
+            if isinstance(owner, torch.nn.Module):
+                owner.train(mode)
+        return super().train(mode)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch, but refuses guides that have no parameters yet: an optimiser would silently miss them.
+
+        Raises:
+            GuideError: an AutoGuide inside has never run.
+        """
+        check_initialised(self)
+        return super().named_parameters(*args, **kwargs)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Step count and critics, saved with the parameters."""
+        return self.elbo.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore step count and critics."""
+        self.elbo.load_state_dict(state)
+
+
+_awaiting: "weakref.WeakSet[TraceBeta_ELBO]" = weakref.WeakSet()
+
+
+def _advance(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    while _awaiting:
+        _awaiting.pop().advance()
+
+
+register_optimizer_step_post_hook(_advance)

@@ -1,0 +1,119 @@
+r"""Tighter bounds than the ELBO, from several particles.
+
+.. math:: L_K = \sum_n s_n \log \frac1K \sum_k w_{nk}, \qquad
+    \log w_{nk} = \log p(x_n, z_{nk}) - \log q(z_{nk} \mid x_n)
+
+per row n of the plates that all sites share, scaled to the full data outside of the logarithm (inside it is no bound).
+
+References:
+    Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519; Mnih, Rezende (2016), arXiv:1602.06725 (the gradient of sites
+    without pathwise gradient).
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_elbo.errors import SiteError
+from pyro_elbo.sequences.stacked import log_mean_exp, masked
+from pyro_elbo.terms.terms import Term
+
+
+def importance_weighted(
+    sites: Mapping[str, Term], weighted: Mapping[str, Tensor], constant: float | Tensor, particle_dim: int | None
+) -> Float[Tensor, ""]:
+    """The importance-weighted bound, with its gradient.
+
+    Args:
+        sites: the terms, sampled and not analytic.
+        weighted: what the objective pays for each KL site, shaped like the term's nats.
+        constant: nats subtracted once.
+        particle_dim: the batch dimension of the particles, if any.
+
+    Raises:
+        SiteError: the data are subsampled, and a latent lies outside of their plate; or a site without pathwise
+            gradient has a weight other than one.
+    """
+    keep = _shared_dims(sites, particle_dim)
+    paid = weighted if particle_dim is None else {n: _with_gradient(sites[n], x) for n, x in weighted.items()}
+    log_w = sum(_kept(-paid[n] if t.is_kl else t.nats, keep) for n, t in sites.items())
+    assert isinstance(log_w, Tensor)
+    bound = log_w if particle_dim is None else log_mean_exp(log_w, particle_dim)
+    scores = [_kept(t.score, keep) for t in sites.values() if t.score is not None]
+    if scores:
+        score = sum(scores) * _signal(log_w, bound, particle_dim).detach()
+        score = score if particle_dim is None else score.sum(particle_dim, keepdim=True)
+        bound = bound + score - score.detach()
+    return (bound * shared_scale(sites)).sum() - constant
+
+
+def _with_gradient(term: Term, paid: Tensor) -> Tensor:
+    """What is paid for a site, with the gradient of log q also where draws carry none.
+
+    Its mean is zero under q, but not under the weights w_k / Σ w that the logarithm of a mean puts on it.
+    """
+    if term.score is None:
+        return paid
+    if paid is not term.nats:
+        raise SiteError(
+            f"Site '{term.name}' has no pathwise gradient: inside of log weights its KL must have weight one. Use "
+            "beta=1 without free_bits, or the ELBO."
+        )
+    steps = term.steps
+    if steps is None or steps.score is None:
+        log_q = masked(term.score, term.mask)
+    else:
+        log_q = masked(steps.score, steps.mask).sum(-1)
+    return paid + log_q - log_q.detach()
+
+
+def _signal(log_w: Tensor, bound: Tensor, particle_dim: int | None) -> Tensor:
+    """What a particle adds to the bound, compared with one whose log weight is the mean of the others."""
+    if particle_dim is None or log_w.shape[particle_dim] == 1:
+        return bound
+    count = log_w.shape[particle_dim]
+    others = (log_w.sum(particle_dim, keepdim=True) - log_w) / (count - 1)
+    eye = torch.eye(count, dtype=torch.bool, device=log_w.device)
+    moved = log_w.movedim(particle_dim, -1)
+    without = torch.where(eye, others.movedim(particle_dim, -1).unsqueeze(-1), moved.unsqueeze(-2))
+    baseline = (without.logsumexp(-1) - math.log(count)).movedim(-1, particle_dim)
+    return bound - baseline
+
+
+def _shared_dims(sites: Mapping[str, Term], particle_dim: int | None) -> set[int]:
+    """The dimensions whose rows are independent: those of plates around every site; and the particles'."""
+    shared = set.intersection(*(set(t.plates) for t in sites.values()))
+    for name, term in sites.items():
+        others = [p for p in term.plates if p not in shared and p.size != p.full_size]
+        if others:
+            raise SiteError(
+                f"Site '{name}': plate '{others[0].name}' is subsampled, but not all sites lie in it, so that no row "
+                "has a weight of its own and the bound would not be one. Take the full data, or put every latent "
+                "into the plate."
+            )
+    return {p.dim for p in shared} | ({particle_dim} if particle_dim is not None else set())
+
+
+def _kept(x: Tensor, keep: set[int]) -> Tensor:
+    """Sum over all dimensions but those to keep."""
+    gone = [d for d in range(-x.dim(), 0) if d not in keep]
+    return x.sum(gone, keepdim=True) if gone else x
+
+
+def shared_scale(sites: Mapping[str, Term]) -> float | Tensor:
+    """The one scale of all sites.
+
+    Raises:
+        SiteError: they differ.
+    """
+    scales = [t.scale for t in sites.values()]
+    first = scales[0]
+    if any(isinstance(s, Tensor) or s != first for s in scales):
+        raise SiteError(
+            f"The sites {list(sites)} have different scales, {scales}: log weights of a row need one. Scale model and "
+            "guide as a whole (the plate's subsampling does)."
+        )
+    return first

@@ -1,0 +1,187 @@
+"""Named settings of the objective: importance-weighted, penalised, over time. See :mod:`pyro_elbo.objectives.elbo`."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_elbo.errors import ArgumentError
+from pyro_elbo.information.estimators import Given
+from pyro_elbo.information.penalties import Estimator, MutualInformation
+from pyro_elbo.objectives.elbo import TraceBeta_ELBO
+from pyro_elbo.objectives.importance import importance_weighted, shared_scale
+from pyro_elbo.objectives.score_function import surrogate
+from pyro_elbo.objectives.weighting import Beta, ScheduleValue
+from pyro_elbo.programs.sites import Program, run_filter
+from pyro_elbo.schedules import Schedule
+from pyro_elbo.terms.evaluate import evaluate
+from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, over_time
+from pyro_elbo.terms.terms import Term, Terms
+
+
+class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
+    r"""The importance-weighted bound, per row of the data.
+
+    .. math:: \sum_n s_n \log \frac1K \sum_k \frac{p(x_n, z_{nk})}{q(z_{nk} \mid x_n)}
+
+    A bound on log p(x) that grows with K, with subsampling too. Latents outside of the data's plate make one weight of
+    all rows, which needs the full data. ``terms.objective`` is the bound; ``terms.elbo`` stays the ELBO.
+
+    Args:
+        num_particles: K.
+        options: those of :class:`TraceBeta_ELBO`; β other than 1 gives an objective that is no bound on log p(x).
+
+    Raises:
+        SiteError: the data are subsampled and a latent lies outside of their plate; scales differ between sites.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> loss = TraceIW_ELBO(num_particles=16, vectorize_particles=True)
+        >>> round(loss.loss(model, guide, torch.tensor(1.0)), 4)  # the guide is the posterior: -log p(x)
+        1.5155
+
+    References:
+        Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519.
+    """
+
+    def __init__(self, num_particles: int = 2, *, beta: Beta = 1.0, **options: Any) -> None:
+        super().__init__(beta, kl="sampled", num_particles=num_particles, **options)
+
+    _bound = staticmethod(importance_weighted)
+
+
+class TraceMI_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
+    r"""The ELBO less a penalty on what a latent tells of an attribute.
+
+    .. math:: E[\text{ELBO}] - \lambda N\, I_q(z; s)
+
+    :class:`TraceBeta_ELBO` with one :class:`MutualInformation`.
+
+    Args:
+        latent: the site z, as in :class:`MutualInformation`.
+        given: the attribute s.
+        weight: λ per datum, a number or a schedule.
+        estimator: how the information is estimated.
+        beta: weight of the KL.
+        conditional_on: y, for I(z; s | y).
+        options: those of :class:`TraceBeta_ELBO`.
+
+    Example:
+        >>> loss = TraceMI_ELBO(latent="z", given="s", weight=10.0, estimator="aggregate", beta=1.0)
+        >>> loss.penalties[0].name
+        'I(z; s)'
+
+    References:
+        Moyer, Gao, Brekelmans, Galstyan, Ver Steeg (2018), arXiv:1805.09458; Louizos, Swersky, Li, Welling, Zemel
+        (2016), arXiv:1511.00830.
+    """
+
+    def __init__(
+        self,
+        latent: str,
+        given: Given | None = None,
+        weight: float | Schedule = 1.0,
+        estimator: Estimator = "aggregate",
+        beta: Beta = 1.0,
+        *,
+        conditional_on: Given | None = None,
+        **options: Any,
+    ) -> None:
+        penalty = MutualInformation(latent, given, weight, estimator, conditional_on)
+        super().__init__(beta, penalties=(penalty, *options.pop("penalties", ())), **options)
+
+
+class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
+    r"""The bound of a sequence model, step by step.
+
+    .. math:: \sum_t E_q[\log p(x_t \mid z_{\le t}, x_{<t})]
+        - \sum_t \beta_t\, E_q[KL(q(z_t \mid z_{<t}, x) \,\|\, p(z_t \mid z_{<t}, x_{<t}))]
+
+    Terms have a dimension ``time``: those of :func:`pyro_elbo.scan`, and those of loops over ``z_0, z_1, ...``, which
+    become one term ``z``. The guide may filter (q(z_t | x_{\le t})) or smooth (q(z_t | x_{1:T})).
+
+    Args:
+        beta: as in :class:`TraceBeta_ELBO`; a tensor of shape (T,) is a β per step.
+        normalize: what the objective is divided by: ``"total"`` by nothing, ``"sequence"`` by the number of sequences,
+            ``"frame"`` by the number of real frames (lengths and masks), ``"step"`` by T. The other numbers of the
+            terms stay totals.
+        bound: ``"elbo"``; ``"importance"``: the log of the mean weight of ``num_particles`` particles, per sequence;
+            ``"filtering"``: the same with resampling, which stays tight for long sequences (model and guide draw
+            all latents in one pe.scan each; ``terms.elbo`` is then an average over resampled particles, no bound).
+        resample: with ``"filtering"``, the part of the particles below which the effective sample size makes a
+            sequence resample; 1 resamples at every step, 0 never.
+        options: those of :class:`TraceBeta_ELBO`.
+
+    Raises:
+        SiteError: the numbered sites of a loop differ in their plates.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     z = torch.tensor(0.0)
+        ...     for t in range(len(x)):
+        ...         z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+        ...         pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
+        >>> def guide(x):
+        ...     for t in range(len(x)):
+        ...         pyro.sample(f"z_{t}", dist.Normal(x[t], 0.7))
+        >>> TraceTimestep_ELBO().terms(model, guide, torch.zeros(5)).kl["z"].shape
+        torch.Size([5])
+
+    References:
+        Chung et al. (2015), arXiv:1506.02216; Krishnan, Shalit, Sontag (2017), arXiv:1609.09869; Maddison et al.
+        (2017), arXiv:1705.09279.
+    """
+
+    def __init__(
+        self,
+        beta: Beta = 1.0,
+        *,
+        normalize: Normalize = "total",
+        bound: SequenceBound = "elbo",
+        resample: float = 0.5,
+        **options: Any,
+    ) -> None:
+        self.normalize: Normalize = normalize
+        self.bound: SequenceBound = bound
+        self.resample = resample
+        for name, given, known in (("normalize", normalize, Normalize), ("bound", bound, SequenceBound)):
+            if given not in get_args(known):
+                raise ArgumentError(f"{name} must be one of {get_args(known)}, got {given!r}.")
+        if not 0 <= resample <= 1:
+            raise ArgumentError(f"resample must be between 0 and 1, got {resample}.")
+        options |= {} if bound == "elbo" else {"kl": "sampled"}
+        options |= {"vectorize_particles": True} if bound == "filtering" else {}
+        super().__init__(beta, **options)
+        if bound == "filtering" and (self.num_particles < 2 or not self.weighting.is_identity()):
+            raise ArgumentError("bound='filtering' needs num_particles >= 2, and takes neither beta nor free_bits.")
+
+    def _bounded(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
+    ) -> Terms:
+        if self.bound == "filtering":
+            terms = self._filtered(model, guide, args, kwargs)
+        else:
+            terms = super()._bounded(model, guide, args, kwargs, value)
+        return replace(terms, objective=terms.objective / divisor(terms.sites, self.normalize))
+
+    def _bound(self, *terms: Any) -> Float[Tensor, ""]:
+        return (importance_weighted if self.bound == "importance" else surrogate)(*terms)
+
+    def _filtered(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> Terms:
+        nesting = self._nesting(model, guide, args, kwargs)
+        pair, log_evidence = run_filter(model, guide, args, kwargs, self.num_particles, nesting, self.resample)
+        sites = evaluate(pair, "sampled")
+        return Terms(sites, pair.particle_dim, (log_evidence * shared_scale(sites)).sum())
+
+    def _sites(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Term], int | None]:
+        sites, particle_dim = super()._sites(model, guide, args, kwargs)
+        return over_time(sites), particle_dim

@@ -1,0 +1,178 @@
+r"""Terms -> the weighted KL of the objective.
+
+.. math:: \text{objective} = \sum \log p(x \mid z) - \sum_s \text{weighted}_s
+
+A weighting never touches the terms: it returns, site by site, what the objective pays in place of the KL.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_elbo.errors import ArgumentError
+from pyro_elbo.schedules import Capacity, Schedule
+from pyro_elbo.sequences.stacked import masked, over_event
+from pyro_elbo.terms.terms import Term, num_data, scaled_sum
+
+Weight = float | Tensor | Schedule
+Beta = Weight | Mapping[str, Weight]
+ScheduleValue = Callable[[Schedule], float | Tensor]
+
+
+@dataclass(frozen=True)
+class KLWeighting:
+    r"""β for every site, and the nats per dimension that are free.
+
+    * a number, or a tensor that broadcasts against the site's plates (a β per datum), and time if the site has it
+      (shape (T,): a β per step): :math:`\beta\,KL`;
+    * a schedule: the same with the β of the step; :class:`Capacity`: :math:`\gamma\,|KL - C|`;
+    * free bits: per latent dimension where the KL factorises, per site otherwise,
+      :math:`\beta \max(\lambda, \overline{KL})` with the mean over the data of the run, and over their real steps.
+
+    References:
+        Higgins et al. (2017), β-VAE, ICLR; Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling (2016),
+        arXiv:1606.04934 (free bits); Burgess et al. (2018), arXiv:1804.03599 (capacity).
+    """
+
+    beta: Beta = 1.0
+    free_bits: float = 0.0
+    _schedules: Mapping[str | None, Weight] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        per_site = self.beta if isinstance(self.beta, Mapping) else {None: self.beta}
+        for name, weight in per_site.items():
+            _check_weight("beta" if name is None else f"beta['{name}']", weight)
+        if not (math.isfinite(self.free_bits) and self.free_bits >= 0):
+            raise ArgumentError(f"free_bits must be a finite number of nats >= 0, got {self.free_bits}.")
+        if self.free_bits and any(isinstance(w, Capacity) for w in per_site.values()):
+            raise ArgumentError("free_bits and pe.Capacity both set a target for the KL: choose one of them.")
+        object.__setattr__(self, "_schedules", dict(per_site))
+
+    @property
+    def settled(self) -> int:
+        """The step from which no weight changes any more."""
+        return max((w.settled for w in self._schedules.values() if isinstance(w, Schedule)), default=0)
+
+    def is_identity(self) -> bool:
+        """Whether the weighted KL is the KL itself."""
+        return self.free_bits == 0 and not isinstance(self.beta, Tensor | Schedule | Mapping) and self.beta == 1
+
+    def at(self, step: int, sites: Iterable[str]) -> dict[str, float]:
+        """β of each site at a step, averaged over data (for a Capacity, its target in nats)."""
+        weights = {name: self._of(name) for name in sites}
+        values = {n: w(step) if isinstance(w, Schedule) else w for n, w in weights.items()}
+        return {name: float(torch.as_tensor(w).mean()) for name, w in values.items()}
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The different schedules among the weights."""
+        return tuple(dict.fromkeys(w for w in self._schedules.values() if isinstance(w, Schedule)))
+
+    def __call__(
+        self, sites: Mapping[str, Term], particle_dim: int | None, value: ScheduleValue
+    ) -> tuple[dict[str, Tensor], float | Tensor]:
+        """Return what the objective pays per site, shaped like the term's nats, and a constant.
+
+        Args:
+            sites: the terms of the bound.
+            particle_dim: the batch dimension of the particles, if any.
+            value: gives what a schedule says at this step.
+
+        Raises:
+            ArgumentError: a weight names no KL site, or a tensor does not broadcast against the plates.
+        """
+        terms = {name: t for name, t in sites.items() if t.is_kl}
+        if self.is_identity():
+            return {name: t.nats for name, t in terms.items()}, 0.0
+        self._check_names(terms)
+        gates, constant = self._capacity(sites, particle_dim, value)
+        weighted = {}
+        for name, term in terms.items():
+            weight = gates[name] if name in gates else self._of(name)
+            if isinstance(weight, Schedule):
+                weight = value(weight)
+            elif isinstance(weight, Tensor) and name not in gates:
+                _check_broadcast(term.steps or term, weight)
+            weighted[name] = self._pay(term, weight, per_step=isinstance(self._of(name), Tensor))
+        return weighted, constant
+
+    def _pay(self, term: Term, weight: float | Tensor, per_step: bool) -> Tensor:
+        if term.steps is not None and (per_step or self.free_bits):
+            return self._pay(term.steps, weight, per_step).sum(-1)
+        return (self._free(term) if self.free_bits else term.nats) * weight
+
+    def _of(self, name: str) -> Weight:
+        return self._schedules.get(name, self._schedules.get(None, 1.0))
+
+    def _capacity(
+        self, sites: Mapping[str, Term], particle_dim: int | None, value: ScheduleValue
+    ) -> tuple[dict[str, float | Tensor], float | Tensor]:
+        """γ|KL - C| as a multiplier ±γ on the KL of each site and a constant, one target per schedule."""
+        groups: dict[Capacity, list[str]] = {}
+        for name, term in sites.items():
+            weight = self._of(name)
+            if term.is_kl and isinstance(weight, Capacity):
+                groups.setdefault(weight, []).append(name)
+        gates, constant = {}, 0.0
+        for capacity, names in groups.items():
+            total = torch.stack([scaled_sum(sites[n], sites[n].nats.detach(), particle_dim) for n in names]).sum()
+            target = value(capacity) * num_data(sites)
+            sign = torch.sign(total - target) * capacity.gamma
+            gates |= dict.fromkeys(names, sign)
+            constant = constant - sign * target
+        return gates, constant
+
+    def _free(self, term: Term) -> Tensor:
+        """Max(λ, mean KL) per dimension as a tensor per datum; below λ the gradient is zero."""
+        events = len(term.event_shape)
+        nats = term.per_dim() if term.per_dim is not None else term.nats
+        events = events if term.per_dim is not None else 0
+        mean = _mean_over_data(nats.detach(), term, events)
+        floored = torch.where(mean > self.free_bits, nats, nats.new_tensor(self.free_bits))
+        if isinstance(term.mask, Tensor):
+            floored = masked(floored, over_event(term.mask, events))
+        return floored.flatten(floored.dim() - events).sum(-1) if events else floored
+
+    def _check_names(self, terms: Mapping[str, Term]) -> None:
+        if None in self._schedules:
+            return
+        for name in self._schedules:
+            if name not in terms:
+                raise ArgumentError(f"beta names the site '{name}', but the latent sites are {list(terms)}.")
+        for name, term in terms.items():
+            if term.kind == "auxiliary" and name not in self._schedules:
+                raise ArgumentError(
+                    f"beta per site: the guide draws through its auxiliary site '{name}', whose entropy belongs to no "
+                    f"single site. Give it a weight as well (beta={{'{name}': ..., ...}}), or use one beta for all."
+                )
+
+
+def _check_weight(what: str, weight: Weight) -> None:
+    values = weight if isinstance(weight, Tensor) else torch.tensor(0.0 if isinstance(weight, Schedule) else weight)
+    if not (torch.isfinite(values) & (values >= 0)).all():
+        shown = "a tensor with NaN, infinity or negative entries" if isinstance(weight, Tensor) else weight
+        raise ArgumentError(f"{what} must be finite and >= 0, got {shown}.")
+
+
+def _check_broadcast(term: Term, weight: Tensor) -> None:
+    sizes = {p.dim: p.size for p in term.plates}
+    if any(n not in (1, sizes.get(d - weight.dim(), 1)) for d, n in enumerate(weight.shape)):
+        plates = {p.name: p.size for p in term.plates}
+        raise ArgumentError(
+            f"Site '{term.name}': expected a beta that broadcasts against its plates {plates}, got shape "
+            f"{tuple(weight.shape)}."
+        )
+
+
+def _mean_over_data(x: Tensor, term: Term, event_dim: int) -> Tensor:
+    """Mean over particles and over the unmasked data, one number per element of the event."""
+    batch = tuple(range(x.dim() - event_dim))
+    if not batch:
+        return x
+    if isinstance(term.mask, Tensor):
+        mask = term.mask.expand(x.shape[: x.dim() - event_dim])
+        return x.sum(batch) / mask.sum().clamp(min=1)
+    return x.mean(batch)

@@ -1,0 +1,355 @@
+"""Draws -> ArviZ: InferenceData on ArviZ 0.x, xarray.DataTree from 1 on. One builder makes the groups of both."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_elbo.errors import ArgumentError
+from pyro_elbo.posterior.draws import Arrays, Draws, draw, predict, seeded
+from pyro_elbo.posterior.importance import resample
+from pyro_elbo.posterior.psis import MIN_DRAWS
+from pyro_elbo.programs.sites import Plate, Program, captured_parameters, check_initialised
+
+if TYPE_CHECKING:
+    import xarray
+
+Groups = dict[str, "xarray.Dataset"]
+Plates = Mapping[str, tuple[Plate, ...]]
+
+SAMPLE_DIMS = ("chain", "draw")
+
+
+class Options(NamedTuple):
+    """The options of :func:`to_arviz`."""
+
+    num_samples: int = 1000
+    resample: str | None = None
+    predictive: bool = True
+    prior: bool = True
+    history: Any = None
+    coords: Mapping[str, Sequence[Any]] = {}
+    seed: int = 0
+    dims: Mapping[str, Sequence[str]] = {}
+
+
+class _Names(NamedTuple):
+    """The names of all variables, which no dimension may have, and of event dimensions: the user's, and of time."""
+
+    taken: set[str]
+    given: Mapping[str, Sequence[str]]
+    times: Mapping[str, str]
+
+
+def to_arviz(
+    model: Program | Sequence[Program],
+    guide: Program | Sequence[Program],
+    *args: Any,
+    num_samples: int = 1000,
+    resample: str | None = None,
+    predictive: bool = True,
+    prior: bool = True,
+    history: Any = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Any:
+    r"""Export a fitted posterior, with what its diagnostics need, to ArviZ.
+
+    Groups: ``posterior`` (latents and deterministics), ``unconstrained_posterior``, ``sample_stats`` (``lp``,
+    ``lp_approx``, ``log_weight``, and ``log_weight_local`` per row where all latents are local; k-hat in its attribute
+    ``pareto_k``, one number a chain, the worst row where latents are local), ``log_likelihood``,
+    ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``, ``constant_data`` and
+    ``training``. Dimensions are ``chain``, ``draw``, the plates' names, and ``<site>_dim_0`` ... for events.
+
+    Args:
+        model, guide: the programs, or lists of them: several restarts, which become chains. Give every restart its own
+            guide, an AutoGuide or a PyroModule: these run with their own parameters, not with those of Pyro's store.
+        args, kwargs: arguments of both programs.
+        num_samples: draws per chain.
+        resample: ``"psis"`` draws again in proportion to the Pareto-smoothed importance weights.
+        predictive, prior: whether to add the groups of predictive and of prior draws. Flat priors cannot be sampled;
+            the prior is then left out and ``posterior.attrs["prior_skipped"]`` says why.
+        history: what ``fit`` returned, or its ``history``.
+        coords: labels of dimensions.
+        dims: names of a site's event dimensions, in place of ``<site>_dim_0`` ...
+        seed: of all draws.
+
+    Returns:
+        ``arviz.InferenceData`` on ArviZ 0.x, ``xarray.DataTree`` on ArviZ 1 and later; densities in nats.
+
+    Raises:
+        ArgumentError: lists of different length, guides that share their parameters, ``coords`` or ``dims`` that do
+            not fit.
+        GuideError: a guide that has never run, or ``resample`` with a point estimate.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> x = torch.randn(20)
+        >>> guide(x)["z"].shape
+        torch.Size([])
+        >>> data = pe.to_arviz(model, guide, x, num_samples=50)
+        >>> dict(data["log_likelihood"]["x"].sizes)
+        {'chain': 1, 'draw': 50, 'data': 20}
+    """
+    options = Options(num_samples, resample, predictive, prior, history, coords or {}, seed, dims or {})
+    return to_container(build_groups(model, guide, args, kwargs, options))
+
+
+def to_container(groups: Groups, major: int | None = None) -> Any:
+    """Wrap groups for ArviZ's major version (the installed one by default)."""
+    import arviz
+    import xarray
+
+    major = int(arviz.__version__.split(".")[0]) if major is None else major
+    wrapped: dict[str, Any] = dict(groups)
+    return arviz.InferenceData(**wrapped) if major == 0 else xarray.DataTree.from_dict(groups)
+
+
+def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], options: Options) -> Groups:
+    """Make all groups as Datasets: see :func:`to_arviz`."""
+    if options.resample not in (None, "psis"):
+        raise ArgumentError(f"resample must be None or 'psis', got {options.resample!r}.")
+    chains = _restarts(model, guide)
+    attributes: dict[str, Any] = {
+        "inference_library": "pyro_elbo",
+        "inference_library_version": version("pyro-elbo"),
+        "sampling": "variational",
+    }
+    parts: list[tuple[Draws, dict[str, tuple[Arrays, Plates]]]] = []
+    owners: dict[int, int] = {}
+    ks: list[float] = []
+    for i, (p, q) in enumerate(chains):
+        with _own_parameters(chains, i):
+            if len(chains) > 1:
+                _check_not_shared(q, args, kwargs, i, owners)
+            rows = parts[0][0].rows if parts else None  # all chains speak of the same data
+            drawn = draw(p, q, args, kwargs, options.num_samples, seed=options.seed + i, rows=rows)
+            if not drawn.point and options.num_samples >= MIN_DRAWS:
+                ks.append(float(drawn.smooth().pareto_k.max()))
+            parts.append(_chain(p, drawn, args, kwargs, options, options.seed + i, attributes))
+    drawn, arrays = parts[-1][0], [part for _, part in parts]
+    taken = {n for part in arrays for group, _ in part.values() for n in group}
+    names = _Names(taken, options.dims, drawn.times)
+    shared = [g for g in arrays[0] if all(g in part for part in arrays)]
+    if unknown := options.dims.keys() - names.taken:
+        raise ArgumentError(f"dims: {sorted(unknown)} are not among the variables {sorted(names.taken)}.")
+    groups = {group: _stack_chains([part[group] for part in arrays], _names_in(group, names)) for group in shared}
+    groups |= _data_groups(drawn, chains[0][0], args, kwargs, names)
+    groups = {name: ds.assign_attrs(attributes) for name, ds in groups.items() if ds.data_vars}
+    stats: dict[str, Any] = {"point_estimate": 1} if any(d.point for d, _ in parts) else {}
+    if ks:
+        stats["pareto_k"] = ks if len(ks) > 1 else ks[0]  # a file gives back a list of one number as the number
+    groups["sample_stats"] = groups["sample_stats"].assign_attrs(stats)
+    groups = _labelled(groups, options.coords)
+    history = getattr(options.history, "history", options.history)
+    return groups | ({"training": history} if history is not None else {})
+
+
+def _names_in(group: str, names: _Names) -> _Names:
+    """Densities carry the site's name but have no event dimensions, time included, to name."""
+    return names._replace(given={}, times={}) if group in ("log_prior", "log_likelihood") else names
+
+
+def _chain(
+    model: Program,
+    drawn: Draws,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    options: Options,
+    seed: int,
+    attributes: dict[str, Any],
+) -> tuple[Draws, dict[str, tuple[Arrays, Plates]]]:
+    """The draws of one restart, resampled if wanted, and its groups."""
+    if options.resample:
+        drawn = resample(drawn, torch.Generator().manual_seed(seed))
+        attributes["resampled"] = options.resample
+    part = _posterior_groups(drawn)
+    observed = drawn.observed.keys()
+    if options.predictive and observed:
+        arrays, plates = predict(model, args, kwargs, drawn, seed)
+        part["posterior_predictive"] = ({n: arrays[n] for n in observed}, plates)
+    if options.prior:
+        part |= _prior_groups(model, args, kwargs, drawn, seed, attributes)
+    return drawn, part
+
+
+def _restarts(model: Any, guide: Any) -> list[tuple[Program, Program]]:
+    """Pair models and guides, one pair per chain."""
+    guides = list(guide) if isinstance(guide, list | tuple) else [guide]
+    models = list(model) if isinstance(model, list | tuple) else [model] * len(guides)
+    if len(models) != len(guides):
+        raise ArgumentError(f"expected as many models as guides, got {len(models)} and {len(guides)}.")
+    if len(guides) > 1 and not all(isinstance(g, PyroModule) for g in guides):
+        raise ArgumentError(
+            "several guides as chains must be modules with parameters of their own (AutoGuides or PyroModules): "
+            "functions share Pyro's parameter store."
+        )
+    return list(zip(models, guides, strict=True))
+
+
+@contextmanager
+def _own_parameters(chains: list[tuple[Program, Program]], index: int) -> Iterator[None]:
+    """Let the modules of one of several chains use their own parameters.
+
+    Pyro's store would give all modules that ask for a name the same tensor. Modules that were made under
+    ``module_local_params`` have a store each; for others the names of modules are taken out of the store, and they
+    register themselves again.
+    """
+    modules = [m for pair in chains for m in pair if isinstance(m, PyroModule)]
+    if len(chains) == 1:
+        yield
+    elif all(hasattr(m._pyro_context, "param_state") for m in chains[index] if isinstance(m, PyroModule)):
+        with pyro.settings.context(module_local_params=True):
+            yield
+    else:
+        store = pyro.get_param_store()
+        paths = [f"{m._pyro_name}.{n}".strip(".") for m in modules for n, _ in m.named_parameters()]
+        names = {path.removesuffix("_unconstrained") for path in paths}
+        state: Any = {part: {n: x for n, x in d.items() if n not in names} for part, d in store.get_state().items()}
+        with pyro.settings.context(module_local_params=False), store.scope(state):
+            yield
+
+
+def _check_not_shared(
+    guide: Program, args: tuple, kwargs: Mapping[str, Any], index: int, owners: dict[int, int]
+) -> None:
+    """Refuse a guide that reads a parameter of a previous one: they are one restart, not two."""
+    check_initialised(guide)
+    with torch.no_grad(), seeded(0), captured_parameters() as used:
+        guide(*args, **kwargs)
+    for p in [*used.values(), *(guide.parameters() if isinstance(guide, nn.Module) else ())]:
+        if owners.setdefault(id(p), index) != index:
+            raise ArgumentError(
+                f"guides {owners[id(p)]} and {index} share their parameters, so they are one restart, not two. Make "
+                "and fit each guide under pyro.settings.context(module_local_params=True), or clear the parameter "
+                "store before each fit."
+            )
+
+
+def _posterior_groups(drawn: Draws) -> dict[str, tuple[Arrays, Plates]]:
+    stats: Arrays = {"lp": drawn.log_p, "lp_approx": drawn.log_q, "log_weight": drawn.log_weight}
+    if drawn.resampled:
+        stats["log_weight"] = torch.zeros_like(drawn.log_weight)
+    plates = dict(drawn.plates)
+    if drawn.local_log_weight is not None and drawn.data_plate is not None:
+        local = drawn.local_log_weight
+        stats["log_weight_local"] = torch.zeros_like(local) if drawn.resampled else local
+        plates["log_weight_local"] = (drawn.data_plate,)
+    return {
+        "posterior": (drawn.latents | drawn.deterministics, plates),
+        "unconstrained_posterior": (drawn.unconstrained, plates),
+        "sample_stats": (stats, plates),
+        "log_likelihood": ({n: drawn.log_likelihood[n] for n in drawn.observed}, plates),
+        "log_prior": (drawn.log_prior, plates),
+    }
+
+
+def _prior_groups(
+    model: Program, args: tuple, kwargs: Mapping[str, Any], drawn: Draws, seed: int, attributes: dict[str, Any]
+) -> dict[str, tuple[Arrays, Plates]]:
+    try:
+        arrays, plates = predict(model, args, kwargs, drawn, seed, prior=True)
+    except (NotImplementedError, ValueError) as error:
+        # The program ran with draws from the guide: what fails here is a prior that is flat, or overflows.
+        attributes["prior_skipped"] = f"the prior cannot be sampled ({error or 'improper'})"
+        return {}
+    return {
+        "prior": ({n: x for n, x in arrays.items() if n not in drawn.observed}, plates),
+        "prior_predictive": ({n: x for n, x in arrays.items() if n in drawn.observed}, plates),
+    }
+
+
+def _stack_chains(parts: list[tuple[Arrays, Plates]], names: _Names) -> "xarray.Dataset":
+    import xarray
+
+    variables = {}
+    for name in parts[0][0]:
+        values = torch.stack([arrays[name] for arrays, _ in parts])
+        dims, shape = _dims(name, values.shape[2:], parts[0][1].get(name, ()), names)
+        variables[name] = (SAMPLE_DIMS + dims, _numpy(values.reshape((*values.shape[:2], *shape))))
+    return xarray.Dataset(variables)
+
+
+def _dims(
+    name: str, shape: Sequence[int], plates: tuple[Plate, ...], names: _Names
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Name dimensions after the plates, then ``<site>_dim_i``; return names and shape.
+
+    A deterministic counts its plates, and the gaps between them, as event: if the sizes on the left are those of the
+    plates, they are the plates. A dimension named like a variable would swallow it: it gets the suffix ``_dim``.
+    """
+    sizes = {p.dim: p.size for p in plates}
+    batch = [sizes.get(d, 1) for d in range(min(sizes, default=0), 0)]
+    if len(shape) > len(plates) and list(shape[: len(batch)]) == batch:
+        shape = [p.size for p in plates] + list(shape[len(batch) :])
+    if list(shape[: len(plates)]) != [p.size for p in plates]:
+        plates = ()
+    named = [f"{p.name}_dim" if p.name in names.taken or p.name in SAMPLE_DIMS else p.name for p in plates]
+    if name in names.times and len(shape) > len(named):
+        named.append(names.times[name])
+    event = list(names.given.get(name, [f"{name}_dim_{i}" for i in range(len(shape) - len(named))]))
+    if len(named) + len(event) != len(shape):
+        raise ArgumentError(
+            f"dims['{name}']: expected {len(shape) - len(named)} names of event dimensions, got {event}."
+        )
+    return (*named, *event), tuple(shape)
+
+
+def _data_groups(drawn: Draws, model: Program, args: tuple, kwargs: Mapping[str, Any], names: _Names) -> Groups:
+    import xarray
+
+    def variable(name: str, x: Tensor, plates: tuple[Plate, ...]) -> tuple[tuple[str, ...], Any]:
+        dims, shape = _dims(name, x.shape, plates, names._replace(taken=names.taken | {name}))
+        return dims, _numpy(x.reshape(shape))
+
+    constants = {}
+    every = {p for stack in drawn.plates.values() for p in stack}
+    for name, x in _tensors(model, args, kwargs).items():
+        if not any(_same_values(x, o) for o in drawn.observed.values()):
+            rows = [p for p in every if x.dim() and p.size == x.shape[0]]
+            dims, values = variable(name, x, tuple(rows) if len({p.name for p in rows}) == 1 else ())
+            # an argument named like a site need not have its shape
+            constants[name] = tuple(d.replace(f"{name}_dim_", f"{name}_data_dim_") for d in dims), values
+    observed = {n: variable(n, x, drawn.plates[n]) for n, x in drawn.observed.items()}
+    return {"observed_data": xarray.Dataset(observed), "constant_data": xarray.Dataset(constants)}
+
+
+def _same_values(x: Tensor, observed: Tensor) -> bool:
+    """Whether an argument is what a site observes, in which what was missing has been filled in."""
+    return x.shape == observed.shape and bool(((x == observed) | x.isnan()).all())
+
+
+def _tensors(model: Program, args: tuple, kwargs: Mapping[str, Any]) -> Arrays:
+    """The model's tensor arguments by the names of its signature."""
+    signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    bound = signature.bind(*args, **kwargs).arguments
+    return {name: x for name, x in bound.items() if isinstance(x, Tensor)}
+
+
+def _labelled(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> Groups:
+    sizes = {name: size for ds in groups.values() for name, size in ds.sizes.items()}
+    for name, values in coords.items():
+        if len(values) != sizes.get(name):
+            raise ArgumentError(
+                f"coords['{name}']: got {len(values)} labels, expected "
+                f"{sizes[name] if name in sizes else f'one of the dimensions {sorted(map(str, sizes))}'}."
+            )
+    labels = {name: list(coords.get(str(name), range(size))) for name, size in sizes.items()}
+    return {group: ds.assign_coords({n: labels[n] for n in ds.sizes}) for group, ds in groups.items()}
+
+
+def _numpy(x: Tensor) -> Any:
+    return x.detach().cpu().numpy()

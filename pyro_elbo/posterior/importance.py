@@ -1,0 +1,170 @@
+"""Draws -> what they say about the evidence and about the guide's fit: k-hat, leave-one-out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_elbo.errors import ArgumentError, GuideError
+from pyro_elbo.posterior.draws import POINT_ESTIMATE, Draws, draw
+from pyro_elbo.posterior.psis import describe_k, pareto_k_threshold, psis
+from pyro_elbo.programs.sites import Plate, Program
+
+SAMPLE_DIMS = ("chain", "draw")
+
+
+@dataclass(frozen=True)
+class ParetoK:
+    """How far the guide can be trusted, read off the tail of its importance weights; print it for plain words.
+
+    Attributes:
+        k: k-hat, per row of the data plate where all latents are local, a scalar otherwise.
+        ess: effective sample size of the smoothed weights, same shape.
+        num_samples: draws used.
+        plate: the data plate's name, None for joint weights.
+    """
+
+    k: Tensor
+    ess: Tensor
+    num_samples: int
+    plate: str | None
+
+    def __str__(self) -> str:
+        if self.plate is None:
+            return (
+                f"k-hat {self.k.item():.2f}, effective draws {self.ess.item():.0f} of {self.num_samples}: "
+                f"{describe_k(self.k.item(), self.num_samples)}"
+            )
+        limit = pareto_k_threshold(self.num_samples)
+        high = int((self.k >= limit).sum())
+        middle, worst = self.k.median().item(), self.k.max().item()
+        verdict = (
+            "The guide is a usable approximation of every row's posterior."
+            if high == 0
+            else f"Where k-hat reaches {limit:.2f} the guide misses part of the posterior: importance weighting cannot "
+            "repair those rows. A richer guide or longer training may."
+        )
+        return (
+            f"k-hat per row of '{self.plate}': median {middle:.2f}, worst {worst:.2f}; {high} of {len(self.k)} rows at "
+            f"or above {limit:.2f}. {verdict}"
+        )
+
+
+def pareto_k(
+    model: Program, guide: Program, *args: Any, num_samples: int = 4000, seed: int | None = 0, **kwargs: Any
+) -> ParetoK:
+    r"""Diagnose a guide by the tail of its importance weights p(x, z) / q(z).
+
+    Below 0.5 the weights have finite variance, below min(1 - 1/log10(S), 0.7) they can be used, above the guide is a
+    bad approximation. With amortised guides (all latents inside the data plate) every row is judged on its own: the
+    joint weights of many rows are always bad.
+
+    Args:
+        args, kwargs: arguments of model and guide.
+        num_samples: draws; k-hat is noisy below about 4000.
+        seed: of the draws; None continues the caller's random stream.
+
+    Raises:
+        GuideError: a point-estimate guide, or one that has never run.
+        WeightsError: too few draws, or weights that are NaN.
+
+    References:
+        Yao, Vehtari, Simpson, Gelman (2018), Yes, but did it work?, arXiv:1802.02538; Vehtari, Simpson, Gelman, Yao,
+        Gabry (2024), Pareto smoothed importance sampling, arXiv:1507.02646.
+    """
+    draws = draw(model, guide, args, kwargs, num_samples, seed=seed)
+    smoothed = draws.smooth()
+    local = draws.local_log_p is not None and draws.data_plate is not None
+    return ParetoK(smoothed.pareto_k, smoothed.ess, num_samples, draws.data_plate.name if local else None)
+
+
+def resample(draws: Draws, generator: torch.Generator) -> Draws:
+    """Draw with replacement in proportion to the smoothed weights; what is returned has uniform weights.
+
+    Where all latents are local every row of the data plate is drawn on its own.
+
+    Raises:
+        GuideError: the guide is a point estimate.
+    """
+    weights = draws.smooth().log_weights.exp()
+    index = torch.multinomial(weights, len(draws.log_p), replacement=True, generator=generator)
+    if draws.data_plate is None or draws.local_log_p is None or draws.local_log_q is None:
+        return _pick(draws, lambda x, _: x[index], draws.log_p[index], draws.log_q[index])
+    name, rows = draws.data_plate.name, index.T
+
+    def by_row(x: Tensor, plates: tuple[Plate, ...]) -> Tensor:
+        names = [p.name for p in plates]
+        dim = 1 + names.index(name) if name in names else x.dim()
+        if x.dim() <= dim or x.shape[dim] != rows.shape[1]:
+            return x  # the same for every row, as a deterministic may be
+        shape = [1] * x.dim()
+        shape[0], shape[dim] = rows.shape
+        return x.gather(0, rows.reshape(shape).expand_as(x))
+
+    local = draws.local_log_p.gather(0, rows), draws.local_log_q.gather(0, rows)
+    scale = draws.data_plate.full_size / draws.data_plate.size
+    picked = _pick(draws, by_row, *(x.sum(1) * scale for x in local))
+    return replace(picked, local_log_p=local[0], local_log_q=local[1])
+
+
+def _pick(draws: Draws, pick: Callable[[Tensor, tuple[Plate, ...]], Tensor], log_p: Tensor, log_q: Tensor) -> Draws:
+    names = ("latents", "unconstrained", "deterministics", "log_likelihood", "log_prior")
+    fields: dict[str, Any] = {
+        name: {site: pick(x, draws.plates[site]) for site, x in getattr(draws, name).items()} for name in names
+    }
+    return replace(draws, **fields, log_p=log_p, log_q=log_q, resampled=True)
+
+
+def loo(data: Any, var_name: str | None = None) -> Any:
+    r"""Leave-one-out predictive density of an exported fit, corrected for the variational posterior.
+
+    The ratio of datum i is :math:`p(x_{-i}, z) / q(z)`, that is the draw's weight divided by p(x_i | z), smoothed by
+    this library's PSIS; the accounting is arviz-stats'. Where latents are local, the row's own weight is used.
+
+    Args:
+        data: what :func:`pyro_elbo.to_arviz` returned, also after a NetCDF round trip.
+        var_name: the observed site, where there are several.
+
+    Returns:
+        arviz-stats' ELPDData with pointwise values, log scale (nats).
+
+    Raises:
+        ArgumentError: several observed sites and no ``var_name``, or no log likelihood.
+        GuideError: the fit is a point estimate.
+
+    References:
+        Magnusson, Andersen, Jonasson, Vehtari (2019), Bayesian leave-one-out cross-validation for large data,
+        arXiv:1904.10679; Vehtari, Gelman, Gabry (2017), arXiv:1507.04544.
+    """
+    import arviz_stats
+    import xarray
+
+    tree = data if isinstance(data, xarray.DataTree) else data.to_datatree()
+    names = [str(n) for n in tree["log_likelihood"].data_vars] if "log_likelihood" in tree.children else []
+    if var_name is None and len(names) == 1:
+        var_name = names[0]
+    if var_name not in names:
+        raise ArgumentError(f"var_name must be one of the observed sites {names}, got {var_name!r}.")
+    likelihood: Any = tree["log_likelihood"][var_name]
+    stats = tree["sample_stats"]
+    if stats.attrs.get("point_estimate"):
+        raise GuideError(POINT_ESTIMATE)
+    local = stats.data_vars.get("log_weight_local")
+    weight = stats["log_weight"] if local is None or not set(local.dims) <= set(likelihood.dims) else local
+    log_weights, k = _smooth(weight - likelihood, likelihood.dims)
+    result = arviz_stats.loo(tree, pointwise=True, var_name=var_name, log_weights=log_weights, pareto_k=k)
+    # arviz-stats takes the draws as they are for the density with the datum left in; here they have weights as well.
+    full, _ = _smooth(weight.broadcast_like(likelihood), likelihood.dims)
+    inside = torch.tensor((full + likelihood).stack(sample=SAMPLE_DIMS).transpose(..., "sample").values).logsumexp(-1)
+    result.p = float(inside.sum()) - float(result.elpd)
+    return result
+
+
+def _smooth(ratio: Any, dims: tuple[str, ...]) -> tuple[Any, Any]:
+    """Smoothed log weights and k-hat of log ratios that are DataArrays over draws and data."""
+    flat = ratio.stack(sample=SAMPLE_DIMS).transpose(..., "sample")
+    smoothed = psis(torch.tensor(flat.values))
+    log_weights = flat.copy(data=smoothed.log_weights.numpy()).unstack("sample").transpose(*dims)
+    return log_weights, flat.isel(sample=0, drop=True).copy(data=smoothed.pareto_k.numpy())

@@ -1,0 +1,359 @@
+r"""The terms of the bound, and their reductions.
+
+.. math:: \text{elbo} = \sum \log p(x \mid z) - \sum KL(q(z) \,\|\, p(z))
+
+Everything downstream (weighting, penalties, importance bounds, history, diagnosis, export) is a function of
+:class:`Terms`. All numbers are nats. A :class:`Term` keeps one site's contribution before scaling and before
+any reduction; the properties of :class:`Terms` reduce them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_elbo.errors import ArgumentError, NonFiniteError, count_nonfinite
+from pyro_elbo.information.critics import Critic
+from pyro_elbo.programs.sites import Plate, Site, by_dim
+
+if TYPE_CHECKING:
+    import xarray
+
+Kind = Literal["likelihood", "factor", "latent", "auxiliary"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One site's contribution to the bound, unscaled and masked.
+
+    Attributes:
+        nats: log p for a ``likelihood`` or a ``factor``; the KL, or log q - log p at the draw, for a
+            ``latent``; log q for an ``auxiliary`` site. Batch dimensions as in the run, particles on the left.
+        score: log q of a site without pathwise gradient (times its reward it is the score-function
+            estimator), otherwise None.
+        per_dim: gives the KL per element of the event, where it factorises, otherwise None.
+        steps: the same term with time as the innermost plate, if the site has a dimension of time; ``nats`` is its
+            sum over time.
+        draws: the site that was drawn or observed, the guide's for latents: one per run of the programs (one per
+            particle, unless particles are vectorised).
+    """
+
+    name: str
+    kind: Kind
+    plates: tuple[Plate, ...]
+    scale: float | Tensor
+    mask: Tensor | bool | None
+    event_shape: torch.Size
+    nats: Tensor
+    is_analytic: bool = False
+    score: Tensor | None = None
+    per_dim: Callable[[], Tensor] | None = None
+    steps: "Term | None" = None
+    draws: tuple[Site, ...] = ()
+
+    @property
+    def is_kl(self) -> bool:
+        """Whether the term belongs to the rate."""
+        return self.kind in ("latent", "auxiliary")
+
+
+@dataclass(frozen=True)
+class PenaltyTerm:
+    """One penalty's contribution to the objective, and what its estimator knows.
+
+    Attributes:
+        nats: the value that the objective pays for, per datum (dimensionless for ``hsic``), with its gradient.
+        direction: what the value is to the truth in expectation: ``"upper"`` or ``"lower"`` bound, ``"upper, up to a
+            constant"``, ``"debiased"``, or ``"index"``, a measure that is zero at independence but no information.
+        low, high: two estimates, with expectations below and above the truth; None where there are none.
+        margins: sampling error below ``low`` and above ``high``, over rows.
+        weight: λ at this step.
+        scale: rows of the full data.
+        critic, critic_loss: what the estimator trains beside the programs, and its loss.
+    """
+
+    nats: Float[Tensor, ""]
+    direction: str
+    low: Float[Tensor, ""] | None = None
+    high: Float[Tensor, ""] | None = None
+    margins: Float[Tensor, "2"] | None = None
+    weight: float | Tensor = 0.0
+    scale: float | Tensor = 1.0
+    critic: Critic | None = None
+    critic_loss: Float[Tensor, ""] | None = None
+
+    @property
+    def bracket(self) -> tuple[float, float] | None:
+        """Where the truth lies in at least 95 % of batches of 128 rows and more; None where it cannot be said."""
+        if self.low is None or self.high is None or self.margins is None:
+            return None
+        below, above = self.margins.tolist()
+        return self.low.item() - below, self.high.item() + above
+
+    @property
+    def cost(self) -> Float[Tensor, ""]:
+        """The share of the objective: λ N I, nats."""
+        return self.weight * self.scale * self.nats
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Every term of the evidence lower bound, in nats.
+
+    Per-site tensors have the shape of the site's plates (outermost plate first by dimension), then of time where the
+    site has a dimension of time; they are unscaled and averaged over particles. Totals are scaled to the full data.
+
+    Attributes:
+        sites: the unreduced term of each site.
+        particle_dim: the batch dimension of the particles, counted from the right; None for one particle.
+        objective: what training maximises: the weighted bound, with the gradient of the estimator. Differentiate
+            this one; the other numbers carry pathwise gradients only.
+        penalties: what each penalty of the objective found, by its name.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.7))
+        >>> _ = pyro.set_rng_seed(0)
+        >>> pe.TraceBeta_ELBO(beta=0.5).terms(model, guide, torch.tensor([1.0, -2.0]))
+        Terms in nats per datum, of 2; objective -2.73519
+          elbo                  -1.5747
+          log_likelihood x      -1.1605
+          kl z                   0.4142
+    """
+
+    sites: Mapping[str, Term]
+    particle_dim: int | None
+    objective: Float[Tensor, ""]
+    penalties: Mapping[str, PenaltyTerm] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The bound and every site's share of it, in nats per datum, and the objective as it is maximised."""
+        shares = {"elbo": self.elbo}
+        shares |= {f"log_likelihood {name}": x for name, x in self.log_likelihood_total.items()}
+        shares |= {f"kl {name}": x for name, x in self.kl_total.items()}
+        figures = {name: x.item() / self.num_data for name, x in shares.items()}
+        figures |= {f"penalty {name}": penalty.nats.item() for name, penalty in self.penalties.items()}
+        width = max(map(len, figures))
+        notes = {f"kl {name}": "" if exact else "  (at the draw)" for name, exact in self.is_analytic.items()}
+        lines = [f"  {name:{width}} {x:12.4f}{notes.get(name, '')}" for name, x in figures.items()]
+        title = f"Terms in nats per datum, of {self.num_data}; objective {self.objective.item():.6g}"
+        return "\n".join([title, *lines])
+
+    @cached_property
+    def distortion(self) -> Float[Tensor, ""]:
+        """-Σ log p(x | z), scaled to the full data: nats, smaller is better."""
+        return -self._sum(t for t in self.sites.values() if not t.is_kl)
+
+    @cached_property
+    def rate(self) -> Float[Tensor, ""]:
+        """Σ KL(q(z) ‖ p(z)), scaled to the full data: nats."""
+        return self._sum(t for t in self.sites.values() if t.is_kl)
+
+    @cached_property
+    def elbo(self) -> Float[Tensor, ""]:
+        """-distortion - rate: the bound at β = 1 without penalties, nats, to be maximised."""
+        return -self.distortion - self.rate
+
+    @cached_property
+    def log_likelihood(self) -> dict[str, Tensor]:
+        """Log p(x | z) of each observed site and factor, shaped like its plates."""
+        return {name: self._by_plate(t) for name, t in self.sites.items() if not t.is_kl}
+
+    @cached_property
+    def kl(self) -> dict[str, Tensor]:
+        """KL of each latent site (log q of an auxiliary site of the guide), shaped like its plates.
+
+        A single-draw estimate (``is_analytic`` False) may be negative: that is noise, not an error.
+        """
+        return {name: self._by_plate(t) for name, t in self.sites.items() if t.is_kl}
+
+    @cached_property
+    def kl_per_dim(self) -> dict[str, Tensor]:
+        """KL per latent dimension, shape plates + event, for the sites whose KL factorises."""
+        result = {}
+        for name, site in self.sites.items():
+            term = site.steps or site
+            if term.kind == "latent" and not term.event_shape:
+                result[name] = self.kl[name]
+            elif term.per_dim is not None:
+                result[name] = self._by_plate(site, per_dim=True)
+        return result
+
+    @cached_property
+    def is_analytic(self) -> dict[str, bool]:
+        """Whether the KL of each latent site is exact given its parents (True) or an estimate at the draw."""
+        return {name: t.is_analytic for name, t in self.sites.items() if t.is_kl}
+
+    @cached_property
+    def scale(self) -> dict[str, float | Tensor]:
+        """The factor by which each site's nats enter the totals (subsampling N/B, ``poutine.scale``)."""
+        return {name: t.scale for name, t in self.sites.items()}
+
+    @cached_property
+    def plates(self) -> dict[str, tuple[Plate, ...]]:
+        """The plates of each site, in the order of its tensor's dimensions, and its time as if it were one."""
+        return {name: by_dim((t.steps or t).plates) for name, t in self.sites.items()}
+
+    @cached_property
+    def kl_total(self) -> dict[str, Tensor]:
+        """Each site's share of ``rate``: a scalar, scaled to the full data."""
+        return {name: self._sum([t]) for name, t in self.sites.items() if t.is_kl}
+
+    @cached_property
+    def log_likelihood_total(self) -> dict[str, Tensor]:
+        """Each observed site's and factor's share of ``-distortion``: a scalar, scaled to the full data."""
+        return {name: self._sum([t]) for name, t in self.sites.items() if not t.is_kl}
+
+    @property
+    def data_plate(self) -> Plate | None:
+        """The outermost plate that all observed sites share: one row of it is a datum."""
+        return data_plate(self.sites)
+
+    @property
+    def num_frames(self) -> Float[Tensor, ""]:
+        """Real frames, scaled to the full data: steps of sequences that some observed site counts (lengths, masks)."""
+        return num_frames(self.sites)
+
+    @property
+    def num_data(self) -> int:
+        """Rows of the full data by which totals are divided for a figure per datum; 1 without a data plate."""
+        return num_data(self.sites)
+
+    def to_dataset(self) -> "xarray.Dataset":
+        """All terms as labelled arrays: dimensions are named after the plates.
+
+        Variables: ``elbo``, ``objective``, ``rate``, ``distortion`` (scalars), ``log_likelihood_<site>``,
+        ``kl_<site>`` (per plate) and ``kl_per_dim_<site>`` (with ``<site>_dim_0`` ...), all in nats; with penalties,
+        ``penalty`` (penalty_name), nats per datum, unweighted.
+        """
+        import xarray
+
+        totals = {n: ((), getattr(self, n)) for n in ("elbo", "objective", "rate", "distortion")}
+        sites = {
+            f"{group}_{name}": (self._dims(name, values), values)
+            for group in ("log_likelihood", "kl", "kl_per_dim")
+            for name, values in getattr(self, group).items()
+        }
+        variables = {
+            name: (dims, x.detach().cpu().numpy(), {"units": "nats"}) for name, (dims, x) in (totals | sites).items()
+        }
+        coords = {"penalty_name": list(self.penalties)} if self.penalties else {}
+        if self.penalties:
+            values = [p.nats.item() for p in self.penalties.values()]
+            variables["penalty"] = (("penalty_name",), values, {"units": "nats per datum"})
+        return xarray.Dataset(variables, coords, attrs={"num_data": self.num_data})
+
+    def critic_gradients(self) -> Iterator[tuple[Critic, list[Tensor]]]:
+        """Each critic with the gradient of its loss, in the order of its parameters."""
+        for penalty in self.penalties.values():
+            if penalty.critic is not None and penalty.critic_loss is not None:
+                parameters = list(penalty.critic.network.parameters())
+                yield penalty.critic, list(torch.autograd.grad(penalty.critic_loss, parameters))
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError for the first site whose term holds NaN or infinity."""
+        for name, term in self.sites.items():
+            if not torch.isfinite(term.nats).all():
+                what = "log q - log p" if term.is_kl else "log-likelihood"
+                per_row = self._by_plate(term)
+                dims = ", ".join(p.name for p in self.plates[name])
+                raise NonFiniteError(
+                    f"Site '{name}': {what}: {count_nonfinite(per_row)}{dims and f' of ({dims})'}. Look for data "
+                    "outside the support, NaN in the data or a diverged parameter; missing values belong under "
+                    "pyro.poutine.mask."
+                )
+        for name, penalty in self.penalties.items():
+            if not torch.isfinite(penalty.nats):
+                raise NonFiniteError(
+                    f"The penalty {name} is {penalty.nats.item()} although every term is finite: look for levels of "
+                    "one row only, and for a density that is narrower than its own rounding."
+                )
+        if not torch.isfinite(self.objective):
+            raise NonFiniteError(
+                f"The objective is {self.objective.item()} although every term is finite: a weight (β or scale) is "
+                "too large."
+            )
+
+    def _sum(self, terms: Iterable[Term]) -> Tensor:
+        total = sum((scaled_sum(t, t.nats, self.particle_dim) for t in terms), start=0.0)
+        return total if isinstance(total, Tensor) else self.objective.new_zeros(())
+
+    def _by_plate(self, site: Term, per_dim: bool = False) -> Tensor:
+        """Average over particles and keep exactly the dimensions of the plates and of time (and of the event)."""
+        term, particles = site.steps or site, self.particle_dim
+        if particles is not None and site.steps is not None:
+            particles -= 1
+        x, event_dim = term.nats, 0
+        if per_dim and term.per_dim is not None:
+            x, event_dim = term.per_dim(), len(term.event_shape)
+        if particles is not None and x.dim() - event_dim >= -particles:
+            x = x.mean(particles - event_dim, keepdim=True)
+        dims = {p.dim for p in term.plates}
+        for d in range(event_dim - x.dim(), 0):
+            if d not in dims:
+                x = x.squeeze(d - event_dim)
+        shape = torch.Size(p.size for p in by_dim(term.plates))
+        return x.expand(shape + x.shape[x.dim() - event_dim :])
+
+    def _dims(self, name: str, values: Tensor) -> tuple[str, ...]:
+        plates = tuple(p.name for p in self.plates[name])
+        return plates + tuple(f"{name}_dim_{i}" for i in range(values.dim() - len(plates)))
+
+
+def shared_plate(stacks: Iterable[tuple[Plate, ...]]) -> Plate | None:
+    """The outermost plate that all stacks of plates hold."""
+    first, *others = list(stacks) or [()]
+    return next((p for p in first if all(p in stack for stack in others)), None)
+
+
+def data_plate(sites: Mapping[str, Term]) -> Plate | None:
+    """The outermost plate that all observed sites share."""
+    return shared_plate(t.plates for t in sites.values() if t.kind == "likelihood")
+
+
+def num_data(sites: Mapping[str, Term]) -> int:
+    """Rows of the full data: those of the data plate, 1 without one."""
+    plate = data_plate(sites)
+    return plate.full_size if plate else 1
+
+
+def num_frames(sites: Mapping[str, Term]) -> Float[Tensor, ""]:
+    """Steps of sequences that some observed site counts, scaled to the full data."""
+    terms = [t for t in sites.values() if t.kind == "likelihood" and t.steps is not None]
+    if not terms:
+        raise ArgumentError("No observed site has a dimension of time: there are no frames to count.")
+    counted = sum(frames(t).to(torch.float64) for t in terms) > 0
+    return (counted * terms[0].scale).sum()
+
+
+def frames(term: Term) -> Tensor:
+    """Which steps of which sequences a term counts, with the dimensions of its plates and time."""
+    steps = term.steps or term
+    shape = [1] * -min(p.dim for p in steps.plates)
+    for plate in steps.plates:
+        shape[plate.dim] = plate.size
+    counted = torch.ones(shape, dtype=torch.bool, device=steps.nats.device)
+    return counted if steps.mask is None else counted & steps.mask
+
+
+def scaled_sum(term: Term, x: Tensor, particle_dim: int | None) -> Tensor:
+    """Sum over data, scaled to the full data, averaged over particles."""
+    total = (x if is_one(term.scale) else x * term.scale).sum()
+    if particle_dim is not None and x.dim() >= -particle_dim:
+        total = total / x.shape[particle_dim]
+    return total
+
+
+def is_one(scale: float | Tensor) -> bool:
+    """Whether a scale is the plain number one."""
+    return not isinstance(scale, Tensor) and scale == 1

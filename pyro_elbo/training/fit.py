@@ -1,0 +1,353 @@
+"""Programs and data -> fitted parameters and a history. The loop is Lightning's; this module prepares and explains."""
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_elbo import errors
+from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError
+from pyro_elbo.objectives.elbo import TermsModule, TraceBeta_ELBO
+from pyro_elbo.programs.sites import Program, captured_parameters
+from pyro_elbo.terms.terms import Terms
+from pyro_elbo.training import history as histories
+
+if TYPE_CHECKING:
+    import xarray
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What :func:`fit` returns.
+
+    Attributes:
+        model, guide, loss: as given; the parameters are trained in place.
+        history: Dataset over ``epoch`` x ``split`` (x ``latent``), nats per datum.
+        best_epoch: the epoch after warm-up with the highest validation ELBO at β = 1 (training ELBO without
+            validation data).
+        stopped_early: whether patience ran out before ``max_epochs``.
+        best_path, last_path: checkpoints, None without ``dir``.
+    """
+
+    model: Program
+    guide: Program
+    loss: TraceBeta_ELBO
+    history: "xarray.Dataset"
+    best_epoch: int
+    stopped_early: bool
+    best_path: Path | None
+    last_path: Path | None
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    train: Any,
+    valid: Any = None,
+    *,
+    loss: TraceBeta_ELBO | None = None,
+    lr: float = 1e-3,
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+    max_epochs: int = 50,
+    batch_size: int | None = 128,
+    patience: int | None = None,
+    dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    devices: int = 1,
+    grad_clip: float | None = None,
+    compile: bool = False,
+    progress: bool = True,
+) -> FitResult:
+    r"""Train model and guide: epochs, validation, early stopping, checkpoints, on Lightning's Trainer.
+
+    The gradient is that of ``loss`` divided by the rows of the full data. The progress bar and the history show the
+    ELBO at β = 1 in nats per datum beside the loss.
+
+    Args:
+        train: a tensor, a tuple of tensors (the programs' arguments), a dict (keyword arguments), a Dataset or a
+            DataLoader. Rows are data.
+        valid: the same, for validation after every epoch with fixed noise.
+        loss: the objective; ``TraceBeta_ELBO()`` if omitted.
+        lr: step size of Adam. Ignored where ``optimizer`` is given.
+        optimizer: from parameters to a torch optimiser.
+        batch_size: rows per step; None for all.
+        patience: stop after so many epochs without a better validation ELBO, counted after warm-up, and go back to
+            the best epoch's parameters. Without it the last epoch's stay.
+        dir: folder for ``best.ckpt``, ``last.ckpt`` and ``history.nc``.
+        resume: continue from ``dir/last.ckpt``, exactly as if training had not stopped (unless a DataLoader draws
+            from a generator of its own). ``max_epochs`` counts from the start.
+        seed: repeats a run bit for bit on a CPU. The caller's random state is left as it was.
+        devices: processes on this machine; gradients are averaged, every process draws its own noise.
+        grad_clip: largest norm of the gradient.
+        compile: whether to run steps that come again as one compiled graph (see :class:`SVI`), on one device.
+        progress: whether to show the progress bar.
+
+    Raises:
+        ArgumentError: a schedule outlasts the training, arguments do not go together, or ``optimizer`` makes no torch
+            optimiser.
+        DataError: no data, tensors of different length, or minibatches of a model that does not know of them.
+        CheckpointError: the folder cannot be written, or a checkpoint is damaged or of other programs.
+        GuideError: the parameter store already holds parameters of another guide of the same name, or there is
+            nothing to train.
+        SiteError, NonFiniteError: from the terms.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> result = pe.fit(model, guide, torch.randn(50), batch_size=None, max_epochs=2, progress=False)
+        >>> result.history.sizes["epoch"]
+        2
+    """
+    loss = TraceBeta_ELBO() if loss is None else loss
+    _check_arguments(
+        valid, patience, dir, resume, compile, max_epochs=max_epochs, devices=devices, batch_size=batch_size
+    )
+    with _undisturbed(), tempfile.TemporaryDirectory() as scratch:
+        from pyro_elbo.training import lightning as adapter
+
+        loaders, first = adapter.prepare_data(train, valid, batch_size, seed)
+        batches = -(-len(loaders("train")) // devices)  # a process takes every devices-th row
+        _check_schedule(loss, 0 if resume else loss.step, max_epochs, batches)
+        args, kwargs = adapter.arguments(first)
+        pyro.set_rng_seed(seed)
+        module = loss(model, guide)
+        terms, store = _first_run(module, args, kwargs)
+        _check_minibatches(terms, batches * devices, loaders.rows)
+        make = optimizer if optimizer is not None else (lambda params: torch.optim.Adam(params, lr=lr))
+        programs = adapter.Programs(module, store, make, loaders, seed, progress, compile, grad_clip)
+        optimiser = programs.configure_optimizers()  # one that cannot work is refused before anything is written
+        folder = _writable(Path(dir)) if dir is not None else Path(scratch)
+        keep = dir is not None or patience is not None or devices > 1
+        clip = None if compile else grad_clip  # a compiled step clips by itself
+        trainer = adapter.make_trainer(folder if keep else None, max_epochs, patience, devices, clip, progress)
+        last = folder / "last.ckpt"
+        checkpoint = _checked_checkpoint(last, programs, optimiser, max_epochs) if resume else None
+        with _errors_of_processes():
+            trainer.fit(programs, ckpt_path=checkpoint, weights_only=True)
+        return _finish(programs, trainer, folder, dir is not None, patience, devices)
+
+
+def _check_arguments(
+    valid: Any, patience: int | None, dir: Any, resume: bool, compile: bool, **counts: int | None
+) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ArgumentError(f"{name} must be at least 1, got {count}.")
+    if patience is not None and valid is None:
+        raise ArgumentError("patience needs validation data: pass valid=..., or leave patience out.")
+    if compile and counts["devices"] != 1:
+        raise ArgumentError("compile=True trains on one device: set devices=1, or compile=False.")
+    if resume and dir is None:
+        raise ArgumentError("resume=True needs dir=..., the folder with last.ckpt.")
+
+
+def _check_schedule(loss: TraceBeta_ELBO, taken: int, max_epochs: int, batches: int) -> None:
+    end = taken + max_epochs * batches
+    if loss.settled > end:
+        raise ArgumentError(
+            f"The schedule settles after {loss.settled} optimisation steps, but {max_epochs} epochs of {batches} "
+            f"batches a process end at step {end}: training would end at another β than you asked for. Shorten the "
+            "schedule or raise max_epochs."
+        )
+
+
+@contextmanager
+def _errors_of_processes() -> Iterator[None]:
+    """Let an error of this library leave a process as itself: torch hands over its text alone."""
+    try:
+        yield
+    except torch.multiprocessing.ProcessRaisedException as error:
+        _, found, text = str(error).rpartition("\npyro_elbo.errors.")
+        if not found:
+            raise
+        kind, _, message = text.partition(": ")
+        raise getattr(errors, kind)(message.strip()) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep the caller's random state, and keep Lightning's advertisements and advice off the screen."""
+    import lightning  # noqa: F401  (sets its loggers' levels when imported)
+
+    state = pyro.util.get_rng_state()
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", module=r"lightning|torch\.distributed|torch\.nn\.parallel|torch\.utils\.data"
+            )
+            warnings.filterwarnings("ignore", message=r".*(fork\(\)|LeafSpec|treespec|barrier\(\)).*")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        pyro.util.set_rng_state(state)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tuple[Terms, dict[str, nn.Parameter]]:
+    """Run both programs once so that lazy parameters exist; return the terms and the parameters of no module.
+
+    Tensors of Pyro's store become nn.Parameters in place: optimiser, checkpoint and DDP then see what Pyro sees.
+    """
+    store = pyro.get_param_store()
+    module.eval()  # buffers such as batch-norm statistics must not see the batch twice
+    with torch.no_grad():
+        displaced = _displaced_parameters(module, args, kwargs)
+        with captured_parameters() as used:
+            terms = module.terms(*args, **kwargs)
+    module.train()
+    owned = {id(p) for part in module.children() for p in part.parameters()}
+    if adopted := [name for name, p in displaced.items() if id(p) not in owned]:
+        raise GuideError(
+            f"The parameter store already holds {adopted}, made by another program of the same name, and would "
+            "train those instead. Call pyro.clear_param_store() and make the programs anew, or keep parameters of "
+            "PyroModules apart with pyro.settings.set(module_local_params=True)."
+        )
+    state = store.get_state()
+    state["params"].update(displaced)  # the store follows the modules that are trained now
+    loose = {}
+    for name, p in used.items():
+        if name not in displaced and id(p) not in owned:
+            loose[name] = p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach())
+            state["params"][name] = loose[name]
+    store.set_state(state)
+    return terms, loose
+
+
+def _displaced_parameters(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, nn.Parameter]:
+    """Parameters of modules in the programs whose names in the store belong to other modules.
+
+    Pyro would silently use the store's. An empty store shows which ones the programs bring themselves.
+    """
+    store = pyro.get_param_store()
+    known = dict(store.named_parameters())
+    if not known:
+        return {}
+    with store.scope():
+        module.terms(*args, **kwargs)
+        own = {name: p for name, p in store.named_parameters() if isinstance(p, nn.Parameter)}
+    return {name: p for name, p in own.items() if name in known and known[name] is not p}
+
+
+def _check_minibatches(terms: Terms, batches: int, rows: int) -> None:
+    """Refuse minibatches where the KL of a global latent would be counted once per batch, and wrong full sizes."""
+    plate = terms.data_plate
+    subsampled = plate is not None and plate.full_size != plate.size
+    if subsampled and plate.full_size != rows:
+        raise DataError(
+            f"Plate '{plate.name}' declares {plate.full_size} rows, the training data have {rows}. Give the plate the "
+            "size of the training data."
+        )
+    if batches == 1:
+        return
+    shared = [n for n, t in terms.sites.items() if t.is_kl and (plate is None or plate not in t.plates)]
+    if shared and not subsampled:
+        name = plate.name if plate else "data"
+        raise DataError(
+            f"Site '{shared[0]}' is shared by all data, but the model does not know that it sees {batches} minibatches "
+            f"of {rows} rows: its KL would count {batches} times. Declare the full size, pyro.plate('{name}', {rows}, "
+            "subsample_size=len(x)), in model and guide, or pass batch_size=None and devices=1."
+        )
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise CheckpointError(f"The results folder {folder} cannot be written: {error}. Choose another dir.") from error
+
+
+def _checked_checkpoint(path: Path, programs: Any, optimiser: torch.optim.Optimizer, max_epochs: int) -> str:
+    """Read a checkpoint without running code, and compare it with the programs and the plan."""
+    checkpoint = load_checkpoint(path)
+    shapes = {name: tuple(x.shape) for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
+    expected = {name: tuple(x.shape) for name, x in programs.state_dict().items() if isinstance(x, Tensor)}
+    if shapes != expected:
+        differing = {n: (expected.get(n), shapes.get(n)) for n in expected | shapes if expected.get(n) != shapes.get(n)}
+        raise CheckpointError(
+            f"{path} belongs to other programs; shapes (expected, got): {differing}. Use the model and guide that "
+            "wrote it, or another dir."
+        )
+    ours, theirs = optimiser.state_dict(), checkpoint["optimizer_states"][0]
+    options = [[sorted(group) for group in state["param_groups"]] for state in (ours, theirs)]
+    if options[0] != options[1]:
+        raise CheckpointError(
+            f"{path} was written with another optimiser; options (expected, got): {options}. Pass the optimizer that "
+            "wrote it, or another dir."
+        )
+    if checkpoint["epoch"] >= max_epochs:
+        raise ArgumentError(
+            f"{path} holds {checkpoint['epoch'] + 1} epochs and max_epochs={max_epochs}. It counts from the start of "
+            "training: raise it."
+        )
+    return str(path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of :func:`fit`; nothing in the file can run code.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds more than tensors and plain values.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of damage that the exceptions below report
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist: nothing to resume. Train with the same dir first.") from error
+    except Exception as error:  # on damaged bytes the unpickler raises whatever it stumbles over
+        raise CheckpointError(
+            f"{path} is damaged or is no checkpoint of pe.fit: {error} Delete it, or resume from a copy."
+        ) from error
+    parts = {"state_dict", "history", "optimizer_states", "loops", "epoch", "pytorch-lightning_version"}
+    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
+        missing = sorted(parts - checkpoint.keys()) if isinstance(checkpoint, dict) else sorted(parts)
+        raise CheckpointError(
+            f"{path} is no checkpoint of pe.fit: it lacks {missing}. Delete it, or choose another dir."
+        )
+    return checkpoint
+
+
+def _finish(programs: Any, trainer: Any, folder: Path, keep: bool, patience: int | None, devices: int) -> FitResult:
+    best, last = folder / "best.ckpt", folder / "last.ckpt"
+    if devices > 1:
+        checkpoint = load_checkpoint(last)
+        programs.load_state_dict(checkpoint["state_dict"])
+        programs.records = checkpoint["history"]
+    epochs = len({r["epoch"] for r in programs.records})
+    if patience is not None:
+        steps = programs.module.elbo.step
+        programs.load_state_dict(load_checkpoint(best)["state_dict"])
+        programs.module.elbo.step = steps
+    history = histories.to_dataset(programs.records)
+    if keep:
+        histories.save(history, folder / "history.nc")
+    return FitResult(
+        programs.module.model,
+        programs.module.guide,
+        programs.module.elbo,
+        history,
+        best_epoch=histories.best(programs.records)["epoch"],
+        stopped_early=epochs < trainer.max_epochs,
+        best_path=best if keep else None,
+        last_path=last if keep else None,
+    )

@@ -1,0 +1,108 @@
+"""Terms -> one record per epoch and split -> the training history as labelled arrays.
+
+Records are plain dictionaries of numbers, so that they can live in a checkpoint which is read without running code.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_elbo.terms.terms import Terms
+
+if TYPE_CHECKING:
+    import xarray
+
+Record = dict[str, Any]
+SPLITS = ("train", "valid")
+TOTALS = ("elbo", "distortion", "rate", "loss")
+
+
+def per_datum(terms: Terms) -> dict[str, Tensor]:
+    """Totals and the KL of every site, divided by the rows of the full data (nats per datum)."""
+    with torch.no_grad():
+        totals = {name: getattr(terms, name) for name in TOTALS[:3]} | {"loss": -terms.objective}
+        sites = {f"kl/{name}": value for name, value in terms.kl_total.items()}
+        penalties = {f"penalty/{name}": penalty.nats.detach() for name, penalty in terms.penalties.items()}
+        return {name: value.detach() / terms.num_data for name, value in (totals | sites).items()} | penalties
+
+
+@dataclass
+class Mean:
+    """The running mean of named numbers over the rows of an epoch."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    rows: int = 0
+
+    def add(self, values: Mapping[str, Tensor], rows: int) -> None:
+        """Count ``values``, the means of ``rows`` rows."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * rows
+        self.rows += rows
+
+    def reduce(self) -> dict[str, float]:
+        """The means, over all processes where there are several."""
+        sums = list(self.sums.values())
+        packed = torch.stack([*sums, torch.full_like(sums[0], self.rows)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(packed)
+        means = (packed[:-1] / packed[-1]).tolist()
+        return dict(zip(self.sums, means, strict=True))
+
+
+def best(records: list[Record]) -> Record:
+    """The record with the highest bound at β = 1: of validation where there is one, of epochs after the warm-up.
+
+    While β moves, the bound at β = 1 may be high for weights that nobody asked for.
+    """
+    validated = [r for r in records if r["split"] == "valid"] or records
+    return max([r for r in validated if r["settled"]] or validated, key=lambda r: r["values"]["elbo"])
+
+
+def to_dataset(records: list[Record]) -> "xarray.Dataset":
+    """Records of epochs and splits as a Dataset over ``epoch``, ``split`` and ``latent``.
+
+    Variables: ``elbo``, ``distortion``, ``rate``, ``loss`` (epoch, split), ``kl`` (epoch, split, latent), all in nats
+    per datum; ``beta`` (epoch, latent), the weight at the end of the epoch; with penalties, ``penalty`` (epoch, split,
+    penalty_name), unweighted. What a split lacks is NaN.
+    """
+    import numpy as np
+    import xarray
+
+    epochs = sorted({r["epoch"] for r in records})
+    latents = list(dict.fromkeys(name for r in records for name in r["beta"]))
+    shape = (len(epochs), len(SPLITS))
+    totals = {name: np.full(shape, np.nan) for name in TOTALS}
+    kl, beta = np.full((*shape, len(latents)), np.nan), np.full((len(epochs), len(latents)), np.nan)
+    for r in records:
+        i, j = epochs.index(r["epoch"]), SPLITS.index(r["split"])
+        for name in TOTALS:
+            totals[name][i, j] = r["values"][name]
+        for k, site in enumerate(latents):
+            kl[i, j, k] = r["values"].get(f"kl/{site}", np.nan)
+            beta[i, k] = r["beta"].get(site, np.nan)
+    units = {"units": "nats per datum"}
+    variables: dict[str, Any] = {name: (("epoch", "split"), values, units) for name, values in totals.items()}
+    variables["kl"] = (("epoch", "split", "latent"), kl, units)
+    variables["beta"] = (("epoch", "latent"), beta)
+    coords: dict[str, Any] = {"epoch": epochs, "split": list(SPLITS), "latent": latents}
+    names = list(dict.fromkeys(n for r in records for n in r["values"] if n.startswith("penalty/")))
+    if names:
+        penalty = np.full((*shape, len(names)), np.nan)
+        for r in records:
+            i, j = epochs.index(r["epoch"]), SPLITS.index(r["split"])
+            penalty[i, j] = [r["values"].get(name, np.nan) for name in names]
+        variables["penalty"] = (("epoch", "split", "penalty_name"), penalty, units)
+        coords["penalty_name"] = [name.removeprefix("penalty/") for name in names]
+    return xarray.Dataset(variables, coords=coords)
+
+
+def save(history: "xarray.Dataset", path: Path) -> None:
+    """Write the history as NetCDF: whole, or not at all."""
+    temporary = path.with_suffix(".part")
+    history.to_netcdf(temporary, engine="h5netcdf")
+    os.replace(temporary, path)

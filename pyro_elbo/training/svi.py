@@ -1,0 +1,133 @@
+"""A drop-in for :class:`pyro.infer.SVI` whose steps can run as one compiled graph."""
+
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from pyro_elbo.compile.optimizer import PyroUpdate, TorchUpdate
+from pyro_elbo.compile.steps import Record, Steps
+from pyro_elbo.errors import ArgumentError
+from pyro_elbo.objectives.elbo import TraceBeta_ELBO
+from pyro_elbo.programs.sites import Program
+
+CHUNK = 1000  # steps between two looks at the progress bar
+
+
+class SVI:
+    r"""Stochastic variational inference: :class:`pyro.infer.SVI` for the objectives of this library, compiled.
+
+    With ``compile=True`` a whole step becomes one graph: program, objective, gradient and optimiser. The first step
+    with data of a new shape runs as it is, the second is captured and compiled, and from then on the graph runs, as
+    long as nothing that it froze has changed (see ``docs/compile.md``). Parameters and the optimiser's state are
+    trained in place and can be read, saved and loaded as ever.
+
+    Args:
+        model: the generative program.
+        guide: its variational posterior.
+        optim: a ``pyro.optim`` optimiser, or a ``torch.optim`` one that holds all parameters.
+        loss: an objective of this library.
+        compile: whether to compile steps that are repeated.
+        grad_clip: largest norm of the gradient of all parameters together.
+        fallback_random: draw in a compiled step exactly what an uncompiled one would draw from the same seed. Slower;
+            without it the draws are equal in distribution, seeded by torch's generator all the same.
+
+    Raises:
+        ArgumentError: ``loss`` or ``optim`` is of another kind, or ``grad_clip`` is not positive.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> svi = pe.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pe.TraceBeta_ELBO(), compile=True)
+        >>> losses = svi.run(200, torch.tensor([0.8, 1.2, 1.0]), progress=False)
+        >>> losses.shape
+        torch.Size([200])
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        optim: pyro.optim.PyroOptim | Optimizer,
+        loss: TraceBeta_ELBO,
+        *,
+        compile: bool = False,
+        grad_clip: float | None = None,
+        fallback_random: bool = False,
+    ) -> None:
+        _check_arguments(optim, loss, grad_clip)
+        self.model, self.guide, self.optim, self.loss, self.compile = model, guide, optim, loss, compile
+        update = TorchUpdate(optim, grad_clip) if isinstance(optim, Optimizer) else PyroUpdate(optim, grad_clip)
+        self._steps = Steps(model, guide, loss, update, compile=compile, fallback_random=fallback_random)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(self, "_steps"):
+            raise AttributeError(f"SVI is made once: '{name}' cannot be set. Make a new pe.SVI(...) with it.")
+        super().__setattr__(name, value)
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Take one step and return the loss, an estimate of -objective in nats.
+
+        Raises:
+            CompileError: the step cannot be one graph, or what Python froze changes at every step.
+            NonFiniteError: the objective is not finite; the parameters stay those before the step.
+            SiteError: model and guide do not fit each other.
+        """
+        return self._train(args, kwargs, 1)[1][0, 0].item()
+
+    def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Float64[Tensor, "num_steps"]:
+        """Take many steps on the same data and return the loss of each in nats; compiled, without Python in between.
+
+        ``progress`` shows a bar with the ELBO at β = 1.
+
+        Raises:
+            ArgumentError: ``num_steps`` is less than 1.
+            CompileError, NonFiniteError, SiteError: as for :meth:`step`.
+        """
+        if num_steps < 1:
+            raise ArgumentError(f"num_steps must be at least 1, got {num_steps}.")
+        losses = np.empty(num_steps)
+        with tqdm(total=num_steps, disable=not progress, unit=" steps") as bar:
+            for start in range(0, num_steps, CHUNK):
+                part = losses[start : start + CHUNK]
+                names, values = self._train(args, kwargs, len(part))
+                part[:] = values[:, 0]
+                bar.update(len(part))
+                bar.set_postfix(elbo=f"{values[:, names.index('elbo')].mean():.4g}")
+        return torch.from_numpy(losses)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The loss without a step, in nats; schedules stay where they are."""
+        return self._steps.evaluate(args, kwargs)[1][0, 0].item()
+
+    def _train(self, args: tuple, kwargs: dict[str, Any], steps: int) -> Record:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise ArgumentError(
+                "SVI trains in one process: its steps do not average gradients over ranks. Use pe.fit(..., "
+                "devices=n), or the objective as a module under torch's DistributedDataParallel."
+            )
+        return self._steps.train(args, kwargs, steps)
+
+
+def _check_arguments(optim: Any, loss: Any, grad_clip: float | None) -> None:
+    if not isinstance(loss, TraceBeta_ELBO):
+        raise ArgumentError(
+            f"loss must be an objective of this library such as pe.TraceBeta_ELBO(), got {type(loss).__name__}. "
+            "Pyro's own objectives train with pyro.infer.SVI."
+        )
+    if not isinstance(optim, pyro.optim.PyroOptim | Optimizer):
+        raise ArgumentError(
+            f"optim must be a pyro.optim or a torch.optim optimiser, got {type(optim).__name__}: for example "
+            'pyro.optim.Adam({"lr": 0.01}), or torch.optim.Adam(guide.parameters()) after guide(*args).'
+        )
+    if grad_clip is not None and not grad_clip > 0:
+        raise ArgumentError(f"grad_clip must be positive, got {grad_clip}.")

@@ -1,19 +1,15 @@
 """The evidence lower bound of Pyro programs as terms that one can see and steer."""
 
 from pyro_elbo.errors import PyroElboError
-from pyro_elbo.information.penalties import MutualInformation, TotalCorrelation
-from pyro_elbo.objectives.elbo import TraceBeta_ELBO
-from pyro_elbo.objectives.variants import TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
+from pyro_elbo.information import MutualInformation, TotalCorrelation
+from pyro_elbo.objectives import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
 from pyro_elbo.plots import plot_history, plot_tradeoff
-from pyro_elbo.posterior.arviz import to_arviz
-from pyro_elbo.posterior.importance import ParetoK, loo, pareto_k
-from pyro_elbo.representation.audit import Audit, audit
-from pyro_elbo.representation.kl_decomposition import KLDecomposition, kl_decomposition
+from pyro_elbo.posterior import ParetoK, loo, pareto_k, to_arviz
+from pyro_elbo.representation import Audit, KLDecomposition, audit, kl_decomposition
 from pyro_elbo.schedules import Capacity, Constant, Cyclical, LinearWarmup, Schedule, SigmoidWarmup
-from pyro_elbo.sequences.scan import scan
-from pyro_elbo.terms.terms import Terms
-from pyro_elbo.training.fit import FitResult, fit
-from pyro_elbo.training.svi import SVI
+from pyro_elbo.sequences import scan
+from pyro_elbo.terms import Terms
+from pyro_elbo.training import SVI, FitResult, fit
 
 __version__ = "0.1.0"
 

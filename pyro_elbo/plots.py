@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.representation.audit import Audit, Fairness
-from pyro_elbo.representation.probes import Estimate, Readout
+from pyro_elbo.representation import Audit, Estimate, Fairness, Readout
 
 if TYPE_CHECKING:
     import xarray

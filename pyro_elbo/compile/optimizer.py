@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_elbo.compile.flat_state import Flat, flatten
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.errors import ArgumentError, CompileError
-from pyro_elbo.programs.sites import Parameters
+from pyro_elbo.programs import Parameters
 
 LONG = 1024  # elements of a parameter from which a loop over them is worth a scalar in memory
 

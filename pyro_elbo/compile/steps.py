@@ -26,10 +26,10 @@ from pyro_elbo.assumptions import capturing
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.optimizer import Plan, Update, check_own, check_traceable, trace_update, watch
 from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, PyroElboError
-from pyro_elbo.objectives.elbo import TraceBeta_ELBO
-from pyro_elbo.programs.explain import failed_line
-from pyro_elbo.programs.sites import Parameters, Program, captured_parameters
-from pyro_elbo.terms.terms import Terms
+from pyro_elbo.information import critic_gradients
+from pyro_elbo.objectives import TraceBeta_ELBO
+from pyro_elbo.programs import Parameters, Program, captured_parameters, failed_line
+from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
     from pyro_elbo.compile.inductor import Executable
@@ -286,7 +286,7 @@ def _gradients(loss: Tensor, step: _Step) -> dict[Tensor, Tensor]:
 
 def _critic_gradients(terms: Terms) -> dict[Tensor, Tensor]:
     """The gradient of every critic's parameter."""
-    pairs = [zip(critic.network.parameters(), found, strict=True) for critic, found in terms.critic_gradients()]
+    pairs = [zip(critic.network.parameters(), found, strict=True) for critic, found in critic_gradients(terms)]
     return {p: gradient for pair in pairs for p, gradient in pair}
 
 

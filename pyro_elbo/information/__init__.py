@@ -1,1 +1,26 @@
-"""."""
+"""Penalties on the information that a latent carries, and their estimators.
+
+Takes ``Terms`` and the programs' arguments; gives ``PenaltyTerm``: a value with its direction and bracket.
+``penalties`` holds the public penalties, ``estimators`` the formulas, ``aggregate`` the densities of q(z), ``critics``
+the trained networks.
+Imports terms and below.
+"""
+
+from pyro_elbo.information.aggregate import Encoded, Mixture, in_blocks
+from pyro_elbo.information.critics import Critic
+from pyro_elbo.information.estimators import Given
+from pyro_elbo.information.penalties import Estimator, MutualInformation, Penalty, TotalCorrelation
+from pyro_elbo.information.penalty_term import critic_gradients
+
+__all__ = [
+    "Critic",
+    "Encoded",
+    "Estimator",
+    "Given",
+    "Mixture",
+    "MutualInformation",
+    "Penalty",
+    "TotalCorrelation",
+    "critic_gradients",
+    "in_blocks",
+]

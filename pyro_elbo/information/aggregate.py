@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import CompileError, SiteError
-from pyro_elbo.programs.sites import Plate, Site
-from pyro_elbo.sequences.stacked import OverTime
-from pyro_elbo.terms.evaluate import is_point, univariate
+from pyro_elbo.programs import Plate, Site
+from pyro_elbo.sequences import OverTime
+from pyro_elbo.terms import is_point, univariate
 
 BLOCK = 2**20  # pairs that are in memory at once: about 64 MB with what a gradient needs
 UNROLLED = 32  # blocks in a graph, at most

@@ -16,8 +16,9 @@ from torch import Tensor
 from pyro_elbo.assumptions import holds, is_capturing
 from pyro_elbo.errors import DataError, SiteError, count_nonfinite
 from pyro_elbo.information.aggregate import Encoded, Mixture, Pairs, in_blocks
-from pyro_elbo.programs.sites import Plate, Site
-from pyro_elbo.terms.terms import PenaltyTerm, Term, Terms
+from pyro_elbo.information.penalty_term import PenaltyTerm
+from pyro_elbo.programs import Plate, Site
+from pyro_elbo.terms import Term, Terms
 
 Given = str | Callable[..., Tensor] | tuple["str | Callable[..., Tensor]", ...]
 ERRORS = 2.5  # standard errors on either side of a bracket: 95 % for means of skewed ratios, see _margins

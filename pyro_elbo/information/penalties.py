@@ -35,8 +35,9 @@ from pyro_elbo.information.estimators import (
     peer_weights,
     variational,
 )
+from pyro_elbo.information.penalty_term import PenaltyTerm
 from pyro_elbo.schedules import Capacity, Schedule
-from pyro_elbo.terms.terms import PenaltyTerm, Terms
+from pyro_elbo.terms import Terms
 
 Estimator = Literal["aggregate", "variational", "club", "adversarial", "hsic"]
 Critics = dict[str, Critic]

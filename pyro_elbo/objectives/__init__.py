@@ -1,1 +1,12 @@
-"""."""
+"""The objectives: ``pyro.infer.ELBO`` subclasses over bound, weighting, gradient estimator and penalties.
+
+Takes programs and data; gives ``Terms`` with the objective that training maximizes. ``elbo`` adapts to Pyro and counts
+steps, ``variants`` names settings, ``weighting`` applies beta, ``importance`` is the importance-weighted bound,
+``score_function`` the gradient of sites without a pathwise one.
+Imports information, terms and below.
+"""
+
+from pyro_elbo.objectives.elbo import TermsModule, TraceBeta_ELBO
+from pyro_elbo.objectives.variants import TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
+
+__all__ = ["TermsModule", "TraceBeta_ELBO", "TraceIW_ELBO", "TraceMI_ELBO", "TraceTimestep_ELBO"]

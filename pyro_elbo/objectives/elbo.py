@@ -21,14 +21,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.information.critics import Critic
-from pyro_elbo.information.penalties import Penalty
+from pyro_elbo.information import Critic, Penalty, critic_gradients
 from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
-from pyro_elbo.programs.sites import Program, check_initialised, guess_plate_nesting, run
+from pyro_elbo.programs import Program, check_initialised, guess_plate_nesting, run
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms.evaluate import KLForm, evaluate, stack_particles
-from pyro_elbo.terms.terms import Term, Terms
+from pyro_elbo.terms import KLForm, Term, Terms, evaluate, stack_particles
 
 
 class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
@@ -214,7 +212,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         """
         if loss.requires_grad:
             loss.register_hook(lambda _: _awaiting.add(self))
-            for critic, gradients in terms.critic_gradients():
+            for critic, gradients in critic_gradients(terms):
                 critic.accept(gradients)
         return loss
 

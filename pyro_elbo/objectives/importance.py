@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.sequences.stacked import log_mean_exp, masked
-from pyro_elbo.terms.terms import Term
+from pyro_elbo.masking import log_mean_exp, masked
+from pyro_elbo.terms import Term
 
 
 def importance_weighted(

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_elbo.programs.sites import Plate
-from pyro_elbo.terms.terms import Term, is_one, scaled_sum
+from pyro_elbo.programs import Plate
+from pyro_elbo.terms import Term, is_one, scaled_sum
 
 
 def surrogate(

@@ -7,17 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.information.estimators import Given
-from pyro_elbo.information.penalties import Estimator, MutualInformation
+from pyro_elbo.information import Estimator, Given, MutualInformation
 from pyro_elbo.objectives.elbo import TraceBeta_ELBO
 from pyro_elbo.objectives.importance import importance_weighted, shared_scale
 from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.weighting import Beta, ScheduleValue
-from pyro_elbo.programs.sites import Program, run_filter
+from pyro_elbo.programs import Program, run_filter
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms.evaluate import evaluate
-from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, over_time
-from pyro_elbo.terms.terms import Term, Terms
+from pyro_elbo.terms import Normalize, SequenceBound, Term, Terms, divisor, evaluate, over_time
 
 
 class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)

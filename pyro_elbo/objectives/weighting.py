@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError
+from pyro_elbo.masking import masked, over_event
 from pyro_elbo.schedules import Capacity, Schedule
-from pyro_elbo.sequences.stacked import masked, over_event
-from pyro_elbo.terms.terms import Term, num_data, scaled_sum
+from pyro_elbo.terms import Term, num_data, scaled_sum
 
 Weight = float | Tensor | Schedule
 Beta = Weight | Mapping[str, Weight]

@@ -1,1 +1,11 @@
-"""."""
+"""Draws from the fitted guide, their importance weights, and the export to ArviZ.
+
+Takes model, guide and data; gives ``Draws`` with log p and log q, Pareto-smoothed weights, k-hat, leave-one-out, and
+ArviZ's groups.
+Imports terms and below.
+"""
+
+from pyro_elbo.posterior.arviz import to_arviz
+from pyro_elbo.posterior.importance import ParetoK, loo, pareto_k
+
+__all__ = ["ParetoK", "loo", "pareto_k", "to_arviz"]

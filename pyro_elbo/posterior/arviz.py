@@ -12,10 +12,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.posterior.draws import Arrays, Draws, draw, predict, seeded
+from pyro_elbo.posterior.draws import Arrays, Draws, draw, predict
 from pyro_elbo.posterior.importance import resample
 from pyro_elbo.posterior.psis import MIN_DRAWS
-from pyro_elbo.programs.sites import Plate, Program, captured_parameters, check_initialised
+from pyro_elbo.programs import Plate, Program, captured_parameters, check_initialised, seeded
 
 if TYPE_CHECKING:
     import xarray

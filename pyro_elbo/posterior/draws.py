@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -18,7 +16,7 @@ from torch.distributions import biject_to
 
 from pyro_elbo.errors import ArgumentError, GuideError, SiteError
 from pyro_elbo.posterior.psis import PSIS, psis
-from pyro_elbo.programs.sites import (
+from pyro_elbo.programs import (
     Plate,
     Program,
     Run,
@@ -29,11 +27,11 @@ from pyro_elbo.programs.sites import (
     guess_plate_nesting,
     random_rows,
     run,
+    seeded,
     trace_program,
 )
-from pyro_elbo.sequences.stacked import OverTime
-from pyro_elbo.terms.evaluate import is_point
-from pyro_elbo.terms.terms import shared_plate
+from pyro_elbo.sequences import OverTime
+from pyro_elbo.terms import is_point, shared_plate
 
 Arrays = dict[str, Tensor]
 
@@ -148,23 +146,6 @@ def draw(
         if runs is None:
             runs = [_collect(run(*programs), shapes, 1, nesting) for _ in range(num_samples)]
     return _concatenate(runs, shapes, vectorised, nesting, rows)
-
-
-class seeded:  # noqa: N801  (used as a statement)
-    """Use a seed inside the block and leave the caller's random state as it was; None keeps the caller's stream."""
-
-    def __init__(self, seed: int | None) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.state = pyro.util.get_rng_state()
-        if self.seed is not None:
-            # data that were simulated under the same seed must not be drawn again as noise
-            pyro.set_rng_seed(int(np.random.SeedSequence((self.seed, 1)).generate_state(1)[0]))
-
-    def __exit__(self, *_: object) -> None:
-        if self.seed is not None:
-            pyro.util.set_rng_state(self.state)
 
 
 def predict(

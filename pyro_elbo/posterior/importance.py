@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_elbo.errors import ArgumentError, GuideError
 from pyro_elbo.posterior.draws import POINT_ESTIMATE, Draws, draw
 from pyro_elbo.posterior.psis import describe_k, pareto_k_threshold, psis
-from pyro_elbo.programs.sites import Plate, Program
+from pyro_elbo.programs import Plate, Program
 
 SAMPLE_DIMS = ("chain", "draw")
 

@@ -5,7 +5,6 @@ This is the only module that reads the messages of a Pyro trace. Everything abov
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -14,15 +13,14 @@ import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.distributions.score_parts import ScoreParts
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_elbo.assumptions import assume, is_capturing
-from pyro_elbo.errors import GuideError, NonFiniteError, SiteError, count_nonfinite
+from pyro_elbo.errors import NonFiniteError, SiteError, count_nonfinite
+from pyro_elbo.masking import masked, unmask
 from pyro_elbo.programs.explain import PARTICLES, explain_failure
-from pyro_elbo.sequences.smc import Filter, filtering
-from pyro_elbo.sequences.stacked import OverTime, fill_masked, masked, unmask
+from pyro_elbo.sequences import Filter, OverTime, fill_masked, filtering
 
 Program = Callable[..., Any]
 Role = Literal["latent", "observed", "factor", "auxiliary", "deterministic"]
@@ -226,53 +224,6 @@ class Unobserve(poutine.messenger.Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not msg["infer"].get("_deterministic") and not isinstance(msg["fn"], Unit):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
-
-
-class Parameters(dict[str, Tensor]):
-    """Name -> unconstrained leaf tensor.
-
-    Attributes:
-        displaced: the modules' own parameters in whose place Pyro's store gave those of other modules.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.displaced: dict[str, torch.nn.Parameter] = {}
-
-
-@contextmanager
-def captured_parameters() -> Iterator[Parameters]:
-    """Collect every parameter that programs ask for inside the block; the result is filled when the block ends."""
-    found = Parameters()
-    with poutine.trace(param_only=True) as capture:
-        yield found
-    nodes: dict[str, Any] = dict(capture.trace.nodes)
-    for name, message in nodes.items():
-        value = message["value"]
-        found[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
-        _, *given = message["args"]
-        if given and isinstance(given[0], torch.nn.Parameter) and given[0] is not found[name]:
-            found.displaced[name] = given[0]
-
-
-def uninitialised(module: object) -> list[str]:
-    """Names of the AutoGuides inside ``module`` that have never run and so have no parameters yet."""
-    if not isinstance(module, torch.nn.Module):
-        return []
-    return [
-        f"{name or 'guide'} ({type(part).__name__})"
-        for name, part in module.named_modules()
-        if isinstance(part, AutoGuide) and part.prototype_trace is None
-    ]
-
-
-def check_initialised(guide: object) -> None:
-    """Raise GuideError where an AutoGuide is asked for its parameters or its posterior before its first run."""
-    if names := uninitialised(guide):
-        raise GuideError(
-            f"Not initialised yet: {', '.join(names)}. An AutoGuide makes its parameters when it first sees data: "
-            "call guide(*args) once, or train it, before this."
-        )
 
 
 def _in_particles(program: Program, num_particles: int, max_plate_nesting: int) -> Program:

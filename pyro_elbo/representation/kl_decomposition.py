@@ -15,12 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError
-from pyro_elbo.information.aggregate import Encoded, Mixture, in_blocks
-from pyro_elbo.objectives.elbo import TraceBeta_ELBO
-from pyro_elbo.posterior.draws import seeded
-from pyro_elbo.programs.sites import Program
-from pyro_elbo.terms.evaluate import univariate
-from pyro_elbo.terms.terms import Term, Terms
+from pyro_elbo.information import Encoded, Mixture, in_blocks
+from pyro_elbo.objectives import TraceBeta_ELBO
+from pyro_elbo.programs import Program, seeded
+from pyro_elbo.terms import Term, Terms, univariate
 
 
 @dataclass(frozen=True)

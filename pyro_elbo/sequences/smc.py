@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pyro_elbo.assumptions import captured_loop
 from pyro_elbo.errors import ArgumentError, SiteError
-from pyro_elbo.sequences.stacked import fill_masked, log_mean_exp, masked
+from pyro_elbo.masking import log_mean_exp, masked
+from pyro_elbo.sequences.stacked import fill_masked
 from pyro_elbo.sequences.step import Drawn, Steps
 
 Body = Callable[[list[Tensor], list[Tensor], dict[str, Tensor]], tuple[list[Tensor], list[Tensor]]]

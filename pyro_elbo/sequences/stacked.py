@@ -7,7 +7,6 @@ event: steps are not independent, so they are no plate.
 """
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,31 +14,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from pyro.distributions import TorchDistribution
-from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints, kl, transform_to
 from torch.distributions.transforms import Transform
 
 from pyro_elbo.errors import SiteError
-
-
-def masked(x: Tensor, mask: Tensor | bool | None) -> Tensor:
-    """Put zero where ``mask`` is false (gradients there are zero as well)."""
-    if mask is None or mask is True:
-        return x
-    if mask is False:
-        return torch.zeros_like(x)
-    return torch.where(mask, x, x.new_zeros(()))
-
-
-def log_mean_exp(x: Tensor, dim: int) -> Tensor:
-    """Log of the mean of exp(x) over a dimension, which stays with size one."""
-    return x.logsumexp(dim, keepdim=True) - math.log(x.shape[dim])
-
-
-def over_event(mask: Tensor, event_dim: int) -> Tensor:
-    """A mask over batches as one that broadcasts over the elements of an event."""
-    return mask.reshape(mask.shape + (1,) * event_dim)
+from pyro_elbo.masking import masked, over_event
 
 
 def fill_masked(fn: Distribution, value: Tensor, mask: Tensor | bool | None) -> Tensor:
@@ -239,15 +219,6 @@ def untouched(fn: Distribution) -> Distribution:
     made = copy.copy(fn)
     vars(made).update({key: untouched(x) for key, x in vars(fn).items() if isinstance(x, Distribution)})
     return made
-
-
-def unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool | None]:
-    """Move the masks of ``fn.mask(...)`` to where ``poutine.mask`` puts them."""
-    while isinstance(fn, MaskedDistribution):
-        inner = fn._mask
-        mask = inner if mask is None or mask is True else mask & inner
-        fn = fn.base_dist
-    return fn, mask
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import ArgumentError, CompileError, SiteError
-from pyro_elbo.sequences.stacked import OverTime, Recorded, Run, Structure, take_apart, unmask, untouched
+from pyro_elbo.masking import unmask
+from pyro_elbo.sequences.stacked import OverTime, Recorded, Run, Structure, take_apart, untouched
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 

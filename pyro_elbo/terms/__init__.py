@@ -1,1 +1,28 @@
-"""."""
+"""The terms of the bound: the log-likelihood or KL of each site before any reduction, and their totals.
+
+Takes a ``TracePair``; gives a ``Term`` per site (``evaluate``) and ``Terms``, the value that users see.
+``numbered_sites`` joins the sites ``z_0, z_1, ...`` of a written-out loop into one term over time.
+Imports programs and below.
+"""
+
+from pyro_elbo.terms.evaluate import KLForm, evaluate, is_point, stack_particles, univariate
+from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, over_time
+from pyro_elbo.terms.terms import Term, Terms, is_one, num_data, scaled_sum, shared_plate
+
+__all__ = [
+    "KLForm",
+    "Normalize",
+    "SequenceBound",
+    "Term",
+    "Terms",
+    "divisor",
+    "evaluate",
+    "is_one",
+    "is_point",
+    "num_data",
+    "over_time",
+    "scaled_sum",
+    "shared_plate",
+    "stack_particles",
+    "univariate",
+]

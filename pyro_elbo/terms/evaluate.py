@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
 from pyro_elbo.assumptions import holds
-from pyro_elbo.programs.sites import Run, Site
-from pyro_elbo.sequences.stacked import OverTime, masked, over_event
+from pyro_elbo.masking import masked, over_event
+from pyro_elbo.programs import Run, Site
+from pyro_elbo.sequences import OverTime
 from pyro_elbo.terms.terms import Kind, Term
 
 KLForm = Literal["auto", "sampled"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.programs.sites import Plate
+from pyro_elbo.programs import Plate
 from pyro_elbo.terms.terms import Term, num_data, num_frames
 
 Normalize = Literal["total", "sequence", "frame", "step"]

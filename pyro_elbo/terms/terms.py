@@ -7,18 +7,17 @@ Everything downstream (weighting, penalties, importance bounds, history, diagnos
 any reduction; the properties of :class:`Terms` reduce them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, NonFiniteError, count_nonfinite
-from pyro_elbo.information.critics import Critic
-from pyro_elbo.programs.sites import Plate, Site, by_dim
+from pyro_elbo.programs import Plate, Site, by_dim
 
 if TYPE_CHECKING:
     import xarray
@@ -61,43 +60,11 @@ class Term:
         return self.kind in ("latent", "auxiliary")
 
 
-@dataclass(frozen=True)
-class PenaltyTerm:
-    """One penalty's contribution to the objective, and what its estimator knows.
+@runtime_checkable
+class PenaltyValue(Protocol):
+    """What :class:`Terms` knows of a penalty: its value."""
 
-    Attributes:
-        nats: the value that the objective pays for, per datum (dimensionless for ``hsic``), with its gradient.
-        direction: what the value is to the truth in expectation: ``"upper"`` or ``"lower"`` bound, ``"upper, up to a
-            constant"``, ``"debiased"``, or ``"index"``, a measure that is zero at independence but no information.
-        low, high: two estimates, with expectations below and above the truth; None where there are none.
-        margins: sampling error below ``low`` and above ``high``, over rows.
-        weight: λ at this step.
-        scale: rows of the full data.
-        critic, critic_loss: what the estimator trains beside the programs, and its loss.
-    """
-
-    nats: Float[Tensor, ""]
-    direction: str
-    low: Float[Tensor, ""] | None = None
-    high: Float[Tensor, ""] | None = None
-    margins: Float[Tensor, "2"] | None = None
-    weight: float | Tensor = 0.0
-    scale: float | Tensor = 1.0
-    critic: Critic | None = None
-    critic_loss: Float[Tensor, ""] | None = None
-
-    @property
-    def bracket(self) -> tuple[float, float] | None:
-        """Where the truth lies in at least 95 % of batches of 128 rows and more; None where it cannot be said."""
-        if self.low is None or self.high is None or self.margins is None:
-            return None
-        below, above = self.margins.tolist()
-        return self.low.item() - below, self.high.item() + above
-
-    @property
-    def cost(self) -> Float[Tensor, ""]:
-        """The share of the objective: λ N I, nats."""
-        return self.weight * self.scale * self.nats
+    nats: Tensor
 
 
 @dataclass(frozen=True)
@@ -134,7 +101,7 @@ class Terms:
     sites: Mapping[str, Term]
     particle_dim: int | None
     objective: Float[Tensor, ""]
-    penalties: Mapping[str, PenaltyTerm] = field(default_factory=dict)
+    penalties: Mapping[str, PenaltyValue] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """The bound and every site's share of it, in nats per datum, and the objective as it is maximised."""
@@ -252,13 +219,6 @@ class Terms:
             values = [p.nats.item() for p in self.penalties.values()]
             variables["penalty"] = (("penalty_name",), values, {"units": "nats per datum"})
         return xarray.Dataset(variables, coords, attrs={"num_data": self.num_data})
-
-    def critic_gradients(self) -> Iterator[tuple[Critic, list[Tensor]]]:
-        """Each critic with the gradient of its loss, in the order of its parameters."""
-        for penalty in self.penalties.values():
-            if penalty.critic is not None and penalty.critic_loss is not None:
-                parameters = list(penalty.critic.network.parameters())
-                yield penalty.critic, list(torch.autograd.grad(penalty.critic_loss, parameters))
 
     def check_finite(self) -> None:
         """Raise NonFiniteError for the first site whose term holds NaN or infinity."""

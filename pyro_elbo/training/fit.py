@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from pyro_elbo import errors
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError
-from pyro_elbo.objectives.elbo import TermsModule, TraceBeta_ELBO
-from pyro_elbo.programs.sites import Program, captured_parameters
-from pyro_elbo.terms.terms import Terms
+from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
+from pyro_elbo.programs import Program, captured_parameters
+from pyro_elbo.terms import Terms
 from pyro_elbo.training import history as histories
 
 if TYPE_CHECKING:

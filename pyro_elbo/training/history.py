@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_elbo.terms.terms import Terms
+from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
     import xarray

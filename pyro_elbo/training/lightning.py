@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import pyro
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_elbo.compile.optimizer import TorchUpdate
-from pyro_elbo.compile.steps import Steps
+from pyro_elbo.compile import Steps, TorchUpdate
 from pyro_elbo.errors import ArgumentError, DataError, GuideError
-from pyro_elbo.objectives.elbo import TermsModule
-from pyro_elbo.terms.terms import Terms
+from pyro_elbo.objectives import TermsModule
+from pyro_elbo.programs import mix_seed
+from pyro_elbo.terms import Terms
 from pyro_elbo.training.history import Mean, Record, best, per_datum
 
 Batch = Tensor | tuple | list | dict
@@ -210,7 +209,7 @@ class Programs(lightning.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Start the epoch's random stream, after loaders have taken what they need from the global one."""
         if batch_idx == 0:
-            pyro.set_rng_seed(_mix(self.seed, self.current_epoch, self.global_rank))
+            pyro.set_rng_seed(mix_seed(self.seed, self.current_epoch, self.global_rank))
 
     def on_fit_start(self) -> None:
         """Prepare compiled steps, now that parameters and optimiser are where they stay."""
@@ -256,7 +255,7 @@ class Programs(lightning.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Switch to the noise of validation."""
         self.stream = torch.get_rng_state()
-        torch.manual_seed(_mix(self.seed, 2**31, self.global_rank))
+        torch.manual_seed(mix_seed(self.seed, 2**31, self.global_rank))
         self.valid_mean = Mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -285,7 +284,7 @@ class Programs(lightning.LightningModule):
 
     def _seed_loader(self) -> None:
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # current_epoch lags when a run resumes
-        pyro.set_rng_seed(_mix(self.seed, epoch, self.global_rank, 1))
+        pyro.set_rng_seed(mix_seed(self.seed, epoch, self.global_rank, 1))
 
     def _evaluate(self, batch: Batch, mean: Mean) -> tuple[Terms, dict[str, Tensor]]:
         args, kwargs = arguments(batch)
@@ -356,7 +355,3 @@ def make_trainer(
         num_sanity_val_steps=0,
         inference_mode=False,
     )
-
-
-def _mix(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])

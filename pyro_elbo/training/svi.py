@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pyro_elbo.compile.optimizer import PyroUpdate, TorchUpdate
-from pyro_elbo.compile.steps import Record, Steps
+from pyro_elbo.compile import PyroUpdate, Record, Steps, TorchUpdate
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.objectives.elbo import TraceBeta_ELBO
-from pyro_elbo.programs.sites import Program
+from pyro_elbo.objectives import TraceBeta_ELBO
+from pyro_elbo.programs import Program
 
 CHUNK = 1000  # steps between two looks at the progress bar
 

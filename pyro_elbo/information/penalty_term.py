@@ -1,0 +1,58 @@
+"""The value of a penalty at one step, and the gradients of what it trains."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_elbo.information.critics import Critic
+from pyro_elbo.terms import Terms
+
+
+@dataclass(frozen=True)
+class PenaltyTerm:
+    """One penalty's contribution to the objective, and what its estimator knows.
+
+    Attributes:
+        nats: the value that the objective pays for, per datum (dimensionless for ``hsic``), with its gradient.
+        direction: what the value is to the truth in expectation: ``"upper"`` or ``"lower"`` bound, ``"upper, up to a
+            constant"``, ``"debiased"``, or ``"index"``, a measure that is zero at independence but no information.
+        low, high: two estimates, with expectations below and above the truth; None where there are none.
+        margins: sampling error below ``low`` and above ``high``, over rows.
+        weight: λ at this step.
+        scale: rows of the full data.
+        critic, critic_loss: what the estimator trains beside the programs, and its loss.
+    """
+
+    nats: Float[Tensor, ""]
+    direction: str
+    low: Float[Tensor, ""] | None = None
+    high: Float[Tensor, ""] | None = None
+    margins: Float[Tensor, "2"] | None = None
+    weight: float | Tensor = 0.0
+    scale: float | Tensor = 1.0
+    critic: Critic | None = None
+    critic_loss: Float[Tensor, ""] | None = None
+
+    @property
+    def bracket(self) -> tuple[float, float] | None:
+        """Where the truth lies in at least 95 % of batches of 128 rows and more; None where it cannot be said."""
+        if self.low is None or self.high is None or self.margins is None:
+            return None
+        below, above = self.margins.tolist()
+        return self.low.item() - below, self.high.item() + above
+
+    @property
+    def cost(self) -> Float[Tensor, ""]:
+        """The share of the objective: λ N I, nats."""
+        return self.weight * self.scale * self.nats
+
+
+def critic_gradients(terms: Terms) -> Iterator[tuple[Critic, list[Tensor]]]:
+    """Give each critic of a penalty with the gradient of its loss, in the order of its parameters."""
+    for penalty in terms.penalties.values():
+        if isinstance(penalty, PenaltyTerm) and penalty.critic is not None and penalty.critic_loss is not None:
+            parameters = list(penalty.critic.network.parameters())
+            yield penalty.critic, list(torch.autograd.grad(penalty.critic_loss, parameters))

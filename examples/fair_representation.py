@@ -138,7 +138,7 @@ def train(problem: Problem, weight: float, seed: int, compile: bool) -> FairVAE:
         vae.model,
         vae.guide,
         tuple(problem.train),
-        loss=pe.TraceMI_ELBO(latent="z", given="s", weight=pe.Constant(weight), estimator="aggregate"),
+        loss=pe.TraceMI_ELBO(latent="z", attribute="s", weight=pe.Constant(weight), estimator="aggregate"),
         lr=1e-2 if not problem.hidden else 5e-3,
         batch_size=512,
         max_epochs=problem.epochs,
@@ -154,7 +154,7 @@ def estimate(vae: FairVAE, test: Table, seed: int) -> tuple[float, float]:
     """Where I(z; s) lies, from 4000 test rows, nats."""
     pyro.set_rng_seed(seed)
     some = test.rows(torch.arange(4000))
-    loss = pe.TraceMI_ELBO(latent="z", given="s", weight=0.0)
+    loss = pe.TraceMI_ELBO(latent="z", attribute="s", weight=0.0)
     return loss.terms(vae.model, vae.guide, *some).penalties["I(z; s)"].bracket
 
 

@@ -35,7 +35,7 @@ class FairVAE(nn.Module):
     Observed sites are ``s``, ``x_numeric``, one ``x_<group>`` a group, and ``y``; the latent is ``z``.
 
     Args:
-        numeric: how many of the first columns are numbers; give them standardised.
+        numeric: how many of the first columns are numbers; give them standardized.
         groups: name and number of levels of each categorical column, which follows as so many columns of zeros and a
             one, in this order.
         s_levels: levels of s, whole numbers from 0.
@@ -140,7 +140,7 @@ class Table(NamedTuple):
     """Rows of mixed columns with a sensitive attribute and a target.
 
     Attributes:
-        x: numeric columns first, standardised, then the groups of categories as zeros and a one.
+        x: numeric columns first, standardized, then the groups of categories as zeros and a one.
         s: the sensitive attribute, levels from 0.
         y: the target, 0 or 1.
     """

@@ -167,7 +167,7 @@ class LinearGaussianSSM:
         return observed[..., None, None] * (whitened.T @ whitened), observed[..., None] * h
 
     def _conditionals(self, J: Float[Tensor, "batch time k k"], h: Float[Tensor, "batch time k"]) -> Chain:
-        """The chain's steps, each multiplied by exp(-½ zᵀJ_t z + h_tᵀz) and normalised again.
+        """The chain's steps, each multiplied by exp(-½ zᵀJ_t z + h_tᵀz) and normalized again.
 
         Σ = L M⁻¹ Lᵀ with M = I + LᵀJL and LLᵀ = Q (P₀ at the first step) inverts neither Q nor J.
         """

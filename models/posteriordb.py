@@ -7,7 +7,7 @@ name                                        program
 ==========================================  ============================================================
 ``arK-arK``                                 autoregression of order K, proper priors
 ``earnings-earn_height``                    one predictor, every prior flat
-``eight_schools-eight_schools_noncentered`` hierarchical normal means, non-centred
+``eight_schools-eight_schools_noncentered`` hierarchical normal means, non-centered
 ``gp_pois_regr-gp_regr``                    Gaussian-process regression, hyperparameters only
 ``kidiq-kidscore_momiq``                    one predictor, flat coefficients, half-Cauchy noise scale
 ``low_dim_gauss_mix-low_dim_gauss_mix``     two normal components, assignments summed out, means in order
@@ -245,7 +245,7 @@ def nes_tensors(raw: Raw) -> tuple[Tensor, Tensor]:
 
 
 def eight_schools(sigma: Float[Tensor, " school"], y: Float[Tensor, " school"]) -> None:
-    """Effects of coaching in eight schools, non-centred: y ~ N(θ, σ²), θ = μ + τ θ', θ' ~ N(0, 1).
+    """Effects of coaching in eight schools, non-centered: y ~ N(θ, σ²), θ = μ + τ θ', θ' ~ N(0, 1).
 
     Args:
         sigma: known standard error of each estimate.
@@ -291,15 +291,15 @@ def gp_regr_init(x: Tensor, y: Tensor) -> Values:
 def low_dim_gauss_mix(y: Float[Tensor, " point"]) -> None:
     """Two normal components, assignments summed out: y ~ θ N(μ₁, σ₁²) + (1 - θ) N(μ₂, σ₂²), μ₁ < μ₂.
 
-    The prior of μ is that of two independent N(0, 2²) variables in increasing order. Their centre and their
+    The prior of μ is that of two independent N(0, 2²) variables in increasing order. Their center and their
     gap are independent, N(0, 2²/2) and half-normal with scale 2√2; the map from these to μ has unit Jacobian.
 
     Args:
         y: observed values.
     """
-    centre = pyro.sample("centre", dist.Normal(y.new_zeros(()), 2.0 / math.sqrt(2)))
+    center = pyro.sample("center", dist.Normal(y.new_zeros(()), 2.0 / math.sqrt(2)))
     gap = pyro.sample("gap", dist.HalfNormal(y.new_tensor(2.0 * math.sqrt(2))))
-    mu = pyro.deterministic("mu", torch.stack([centre - gap / 2, centre + gap / 2], -1), event_dim=1)
+    mu = pyro.deterministic("mu", torch.stack([center - gap / 2, center + gap / 2], -1), event_dim=1)
     sigma = pyro.sample("sigma", dist.HalfNormal(y.new_full((2,), 2.0)).to_event(1))
     theta = pyro.sample("theta", dist.Beta(y.new_tensor(5.0), 5.0))
     weights = dist.Categorical(torch.stack([theta, 1 - theta], -1))
@@ -311,7 +311,7 @@ def mixture_init(y: Tensor) -> Values:
     """Start with one component on each half of the data."""
     lower, upper = y[y <= y.median()], y[y > y.median()]
     return {
-        "centre": (lower.mean() + upper.mean()) / 2,
+        "center": (lower.mean() + upper.mean()) / 2,
         "gap": upper.mean() - lower.mean(),
         "sigma": torch.stack([lower.std(), upper.std()]),
         "theta": y.new_tensor(0.5),

@@ -38,7 +38,7 @@ class VAEModel(PyroModule):
 
 
 class VAEGuide(PyroModule):
-    """The amortised posterior: ``forward(x)`` samples z for every row of x; :meth:`encode` gives its moments."""
+    """The amortized posterior: ``forward(x)`` samples z for every row of x; :meth:`encode` gives its moments."""
 
     def __init__(self, x_dim: int = 64, z_dim: int = 8, hidden: int = 128, total: int = 16) -> None:
         super().__init__()

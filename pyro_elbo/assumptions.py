@@ -12,7 +12,7 @@ _validating: ContextVar[bool] = ContextVar("validating", default=False)
 _loop: ContextVar[Callable[..., Any] | None] = ContextVar("loop", default=None)
 
 
-def holds(condition: Tensor) -> bool:
+def check_or_defer(condition: Tensor) -> bool:
     """Whether a scalar condition is true; while capturing, assume so and let every step check it."""
     assumed = _assumptions.get()
     if assumed is None:
@@ -21,7 +21,7 @@ def holds(condition: Tensor) -> bool:
     return True
 
 
-def assume(condition: Callable[[], Tensor]) -> None:
+def defer_check(condition: Callable[[], Tensor]) -> None:
     """While capturing, have every step check a condition that an uncaptured run checks elsewhere."""
     assumed = _assumptions.get()
     if assumed is not None and _validating.get():
@@ -33,7 +33,7 @@ def is_capturing() -> bool:
     return _assumptions.get() is not None
 
 
-def captured_loop() -> Callable[..., Any] | None:
+def active_loop() -> Callable[..., Any] | None:
     """What runs the steps of a scan while a step is captured; None otherwise."""
     return _loop.get()
 

@@ -21,7 +21,7 @@ class NonFiniteError(PyroElboError):
 
 
 class GuideError(PyroElboError):
-    """A guide cannot do what is asked: it is not initialised yet, or it has no density."""
+    """A guide cannot do what is asked: it is not initialized yet, or it has no density."""
 
 
 class DataError(PyroElboError):
@@ -33,7 +33,7 @@ class CheckpointError(PyroElboError):
 
 
 class CompileError(PyroElboError):
-    """A program, an optimiser or an argument cannot become part of one compiled graph."""
+    """A program, an optimizer or an argument cannot become part of one compiled graph."""
 
 
 class WeightsError(PyroElboError):

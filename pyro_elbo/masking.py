@@ -22,7 +22,7 @@ def log_mean_exp(x: Tensor, dim: int) -> Tensor:
     return x.logsumexp(dim, keepdim=True) - math.log(x.shape[dim])
 
 
-def over_event(mask: Tensor, event_dim: int) -> Tensor:
+def expand_to_event(mask: Tensor, event_dim: int) -> Tensor:
     """A mask over batches as one that broadcasts over the elements of an event."""
     return mask.reshape(mask.shape + (1,) * event_dim)
 

@@ -61,14 +61,14 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
 
 
 def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes] | None" = None) -> "list[Axes]":
-    """What forgetting costs: audits over the weight λ of a penalty, for one way of penalising or several.
+    """What forgetting costs: audits over the weight λ of a penalty, for one way of penalizing or several.
 
     Four views: accuracy of the best fresh probe of s, and of y, over λ; how much predictions of y differ between levels
     of s, over λ; and both accuracies against each other, a point for every λ. Bands are 95 % intervals, dotted lines
     what a constant prediction reaches. λ is logarithmic, with 0 at its own place.
 
     Args:
-        curves: a label for every way of penalising, and its audits by weight: ``{"aggregate": {0.0: audit, ...}}``.
+        curves: a label for every way of penalizing, and its audits by weight: ``{"aggregate": {0.0: audit, ...}}``.
             All audits are of the same s and y.
         axes: four matplotlib axes to draw into; a new figure if omitted.
 
@@ -127,10 +127,10 @@ def _points(label: str, audits: Mapping[float, Audit]) -> list[_Point]:
 
 
 def _plot_band(
-    axes: "Axes", weights: Sequence[float], estimates: Sequence[Estimate], colour: str, label: str | None, ls: str = "-"
+    axes: "Axes", weights: Sequence[float], estimates: Sequence[Estimate], color: str, label: str | None, ls: str = "-"
 ) -> None:
-    axes.plot(weights, [e.value for e in estimates], color=colour, ls=ls, marker="o", ms=4, label=label)
-    axes.fill_between(weights, [e.low for e in estimates], [e.high for e in estimates], color=colour, alpha=0.15, lw=0)
+    axes.plot(weights, [e.value for e in estimates], color=color, ls=ls, marker="o", ms=4, label=label)
+    axes.fill_between(weights, [e.low for e in estimates], [e.high for e in estimates], color=color, alpha=0.15, lw=0)
 
 
 def _plot_accuracy(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, Readout]]]) -> None:
@@ -147,15 +147,15 @@ def _plot_gaps(axes: "Axes", lines: Mapping[str, Sequence[_Point]]) -> None:
     from matplotlib.lines import Line2D
 
     for i, points in enumerate(lines.values()):
-        weights, colour = [p.weight for p in points], _CURVES[i % len(_CURVES)]
-        _plot_band(axes, weights, [p.fairness.demographic_parity for p in points], colour, None)
-        _plot_band(axes, weights, [p.fairness.equalized_odds for p in points], colour, None, "--")
+        weights, color = [p.weight for p in points], _CURVES[i % len(_CURVES)]
+        _plot_band(axes, weights, [p.fairness.demographic_parity for p in points], color, None)
+        _plot_band(axes, weights, [p.fairness.equalized_odds for p in points], color, None, "--")
     first = next(iter(lines.values()))[0]
     axes.axhline(first.fairness.label_parity.value, **_REFERENCE)
     black: dict[str, Any] = {"color": "black", "lw": 1.2}
     styles = {
         "demographic parity": Line2D([], [], **black),
-        "equalised odds": Line2D([], [], ls="--", **black),
+        "equalized odds": Line2D([], [], ls="--", **black),
         "parity of the labels": Line2D([], [], **_REFERENCE),
     }
     axes.set(xlabel="weight λ", ylabel=f"difference between levels of {first.s.name}")
@@ -203,15 +203,15 @@ def _label_points(axes: "Axes", lines: Mapping[str, Sequence[_Point]]) -> None:
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()  # positions are known only after the layout
-    coloured = [(_CURVES[i % len(_CURVES)], p) for i, points in enumerate(lines.values()) for p in points]
-    places = [(p.s.best.accuracy.value, p.y.best.accuracy.value) for _, p in coloured]
+    colored = [(_CURVES[i % len(_CURVES)], p) for i, points in enumerate(lines.values()) for p in points]
+    places = [(p.s.best.accuracy.value, p.y.best.accuracy.value) for _, p in colored]
     taken = [Bbox([place - 3, place + 3]) for place in axes.transData.transform(places)]
     taken.append(axes.get_legend().get_window_extent())
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
-    for (colour, point), place in zip(coloured, places, strict=True):
+    for (color, point), place in zip(colored, places, strict=True):
         for dx, dy, horizontal, vertical in _SIDES:
             label = axes.annotate(
-                f"{point.weight:g}", place, (dx, dy), color=colour, ha=horizontal, va=vertical, **style
+                f"{point.weight:g}", place, (dx, dy), color=color, ha=horizontal, va=vertical, **style
             )
             box = label.get_window_extent()
             if box.count_overlaps(taken) == 0:

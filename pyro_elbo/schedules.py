@@ -1,7 +1,7 @@
-r"""Schedules: the number of optimisation steps taken -> the weight :math:`\beta` of the KL.
+r"""Schedules: the number of optimization steps taken -> the weight :math:`\beta` of the KL.
 
 A schedule is a frozen value and a pure function of the step, so that it needs no state of its own: the
-objective counts the optimisation steps (see :mod:`pyro_elbo.objectives.elbo`) and asks.
+objective counts the optimization steps (see :mod:`pyro_elbo.objectives.elbo`) and asks.
 """
 
 import math
@@ -12,11 +12,11 @@ from pyro_elbo.errors import ArgumentError
 
 
 class Schedule(ABC):
-    """A function from the number of optimisation steps taken so far to a weight."""
+    """A function from the number of optimization steps taken so far to a weight."""
 
     @abstractmethod
     def __call__(self, step: int) -> float:
-        """Return the weight after ``step`` optimisation steps."""
+        """Return the weight after ``step`` optimization steps."""
 
     @property
     @abstractmethod
@@ -53,7 +53,7 @@ class Constant(Schedule):
         _check_weight(self, value=self.value)
 
     def __call__(self, step: int) -> float:
-        """The weight after ``step`` optimisation steps."""
+        """The weight after ``step`` optimization steps."""
         return self.value
 
     @property
@@ -83,7 +83,7 @@ class LinearWarmup(Schedule):
         _check_steps(self, self.steps)
 
     def __call__(self, step: int) -> float:
-        """The weight after ``step`` optimisation steps."""
+        """The weight after ``step`` optimization steps."""
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
     @property
@@ -119,7 +119,7 @@ class SigmoidWarmup(Schedule):
             raise ArgumentError(f"SigmoidWarmup: steepness must be positive, got {self.steepness}.")
 
     def __call__(self, step: int) -> float:
-        """The weight after ``step`` optimisation steps."""
+        """The weight after ``step`` optimization steps."""
         # tanh(k (t - 1/2) / 2) is the logistic curve rescaled to (-1, 1); dividing by its value at t = 1
         # makes the ends exact.
         t = min(step / self.steps, 1.0)
@@ -162,7 +162,7 @@ class Cyclical(Schedule):
             )
 
     def __call__(self, step: int) -> float:
-        """The weight after ``step`` optimisation steps."""
+        """The weight after ``step`` optimization steps."""
         if step >= self.steps:
             return self.end
         phase = (step * self.cycles / self.steps) % 1.0
@@ -200,7 +200,7 @@ class Capacity(Schedule):
         _check_steps(self, self.steps)
 
     def __call__(self, step: int) -> float:
-        """The weight after ``step`` optimisation steps."""
+        """The weight after ``step`` optimization steps."""
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
     @property

@@ -46,7 +46,7 @@ SETTINGS = {
     "auto": {},
     "sampled": {"kl": "sampled"},
     "loop": {"num_particles": 2},
-    "vectorised": {"num_particles": 2, "vectorize_particles": True},
+    "vectorized": {"num_particles": 2, "vectorize_particles": True},
     "nesting given": {"num_particles": 2, "vectorize_particles": True, "max_plate_nesting": 2},
 }
 
@@ -383,7 +383,7 @@ def guide_list(program):
 @pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, guide_list], ids=lambda k: k.__name__)
 def test_an_autoguide_without_parameters(kind):
     module = pe.TraceBeta_ELBO()(model, kind(model))
-    with refuses(GuideError, "Auto", "guide", "initialised"):
+    with refuses(GuideError, "Auto", "guide", "initialized"):
         list(module.parameters())
     with refuses(GuideError, "Auto", "guide"):
         torch.optim.Adam(module.parameters())

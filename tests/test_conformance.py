@@ -470,7 +470,7 @@ def test_compiled_steps_equal_eager_ones_under_every_setting(settings):
 
 
 # The latents on whose rows a penalty can act: in a plate, with a density and a pathwise gradient.
-PENALISED = {
+PENALizED = {
     "local latents": "z",
     "nested plates": "m",
     "subsampled plate": "z",
@@ -480,35 +480,35 @@ PENALISED = {
     "flow guide": "z",
     "exact posterior, local": "z",
 }
-ONE_PIECE = ("flow guide", "exact posterior, local")  # densities that do not factorise have no total correlation
-PENALISED_PAIRS = [
+ONE_PIECE = ("flow guide", "exact posterior, local")  # densities that do not factorize have no total correlation
+PENALizED_PAIRS = [
     pytest.param(program, kind, id=f"{program.name}, {kind.__name__}")
     for program in PROGRAMS
     for kind in (pe.MutualInformation, pe.TotalCorrelation)
-    if program.name in PENALISED and not (program.name in ONE_PIECE and kind is pe.TotalCorrelation)
+    if program.name in PENALizED and not (program.name in ONE_PIECE and kind is pe.TotalCorrelation)
 ]
 
 
-@pytest.mark.parametrize(("program", "kind"), PENALISED_PAIRS)
+@pytest.mark.parametrize(("program", "kind"), PENALizED_PAIRS)
 def test_penalties_leave_the_elbo_alone_and_cost_nothing_at_weight_zero(program, kind):
     guide = program.guide(program.model)
     create_parameters(guide, program.args)
     plain = value_and_gradient(pe.TraceBeta_ELBO(), program.model, guide, program.args)
-    free = pe.TraceBeta_ELBO(penalties=[kind(PENALISED[program.name], weight=0.0)])
+    free = pe.TraceBeta_ELBO(penalties=[kind(PENALizED[program.name], weight=0.0)])
     assert_same(value_and_gradient(free, program.model, guide, program.args), plain)
     pyro.set_rng_seed(3)
     expected = pe.TraceBeta_ELBO().terms(program.model, guide, *program.args)
     pyro.set_rng_seed(3)
-    loss = pe.TraceBeta_ELBO(penalties=[kind(PENALISED[program.name], weight=2.0)])
+    loss = pe.TraceBeta_ELBO(penalties=[kind(PENALizED[program.name], weight=2.0)])
     terms = loss.terms(program.model, guide, *program.args)
     assert terms.elbo == expected.elbo
     (penalty,) = terms.penalties.values()
-    rows = terms.scale[PENALISED[program.name]] * terms.plates[PENALISED[program.name]][0].size
+    rows = terms.scale[PENALizED[program.name]] * terms.plates[PENALizED[program.name]][0].size
     torch.testing.assert_close(terms.objective, expected.objective - 2.0 * rows * penalty.nats)
 
 
 @pytest.mark.parametrize("name", ["nested plates", "poutine.mask"])
 def test_compiled_steps_equal_eager_ones_with_a_penalty(name):
     program = next(p for p in PROGRAMS if p.name == name)
-    penalties = [pe.MutualInformation(PENALISED[name], weight=pe.LinearWarmup(0.0, 2.0, steps=5))]
+    penalties = [pe.MutualInformation(PENALizED[name], weight=pe.LinearWarmup(0.0, 2.0, steps=5))]
     assert_compiled_equals_eager(program, 20, lambda: pe.TraceBeta_ELBO(penalties=penalties))

@@ -1,4 +1,4 @@
-"""Schedules as functions of the step, and the counting of optimisation steps."""
+"""Schedules as functions of the step, and the counting of optimization steps."""
 
 import pyro
 import pyro.distributions as dist
@@ -73,11 +73,11 @@ def test_svi_step_advances_and_evaluation_does_not():
     assert loss.beta_at(loss.step, ["z"]) == {"z": pytest.approx(0.4)}
 
 
-def test_torch_loop_advances_once_per_optimiser_step_and_not_per_backward():
+def test_torch_loop_advances_once_per_optimizer_step_and_not_per_backward():
     loss = pe.TraceBeta_ELBO(beta=pe.LinearWarmup(0.0, 1.0, steps=10))
     auto = AutoNormal(model)
     module = loss(model, auto)
-    module(X)  # data-dependent initialisation: no backward, no step
+    module(X)  # data-dependent initialization: no backward, no step
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     other = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     for _ in range(3):

@@ -7,6 +7,6 @@ Imports objectives and below.
 """
 
 from pyro_elbo.compile.optimizer import PyroUpdate, TorchUpdate
-from pyro_elbo.compile.steps import Record, Steps
+from pyro_elbo.compile.steps import CompiledSVI, StepTotals
 
-__all__ = ["PyroUpdate", "Record", "Steps", "TorchUpdate"]
+__all__ = ["PyroUpdate", "StepTotals", "CompiledSVI", "TorchUpdate"]

@@ -26,7 +26,7 @@ _LANEWISE = (  # without torch's tag for it
 )
 
 
-def vectorise(graph: fx.Graph) -> None:
+def batch_scalars(graph: fx.Graph) -> None:
     """Rewrite a graph up to its first write; its nodes have ``meta["val"]``, new ones have it where they are lanes."""
     before = list(itertools.takewhile(lambda node: not _is_barrier(node), graph.nodes))
     written = {_memory(x) for node in graph.nodes for x in _written(node)}

@@ -1,7 +1,7 @@
 """A function of tensors -> one functional graph whose inputs are everything that the function read or wrote.
 
-The function runs once, on fake tensors, as it stands: it may call Pyro, autograd and an optimiser. Every real tensor
-that it touches (parameters, buffers, the optimiser's state, tensors of closures) becomes an input, by identity; what
+The function runs once, on fake tensors, as it stands: it may call Pyro, autograd and an optimizer. Every real tensor
+that it touches (parameters, buffers, the optimizer's state, tensors of closures) becomes an input, by identity; what
 it changes in place is written back at the end of the graph, unless the step turns out to be unusable.
 """
 
@@ -23,12 +23,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from pyro_elbo.compile.batch_scalars import vectorise
+from pyro_elbo.compile.batch_scalars import batch_scalars
 from pyro_elbo.compile.fakes import Lifting
 from pyro_elbo.errors import CompileError
 
 aten = torch.ops.aten
-Kind = Literal["normal", "uniform"]
+NoiseKind = Literal["normal", "uniform"]
 
 # Copies that only separate autograd or aliasing; a functional graph needs none of them.
 _IDENTITIES = (
@@ -43,7 +43,7 @@ _LITERALS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 # Operators whose decompositions draw other numbers than they do.
 _STREAMS = ("bernoulli", "exponential", "geometric", "cauchy", "log_normal", "normal", "uniform", "native_dropout")
 _DRAWS = {aten.normal_.default: aten.normal_functional.default, aten.uniform_.default: aten.uniform.default}
-RANDOM: dict[Any, Kind] = {
+RANDOM: dict[Any, NoiseKind] = {
     aten.normal_functional.default: "normal",
     aten.randn.default: "normal",
     aten.randn_like.default: "normal",
@@ -57,7 +57,7 @@ RANDOM: dict[Any, Kind] = {
 class Noise:
     """One row of independent draws that the graph takes as an input."""
 
-    kind: Kind
+    kind: NoiseKind
     dtype: torch.dtype
     size: int
 
@@ -98,7 +98,7 @@ def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: 
         raw = make_fx(function)(*fakes)
     externals = lift(raw, lifting.lifted)
     _write_out_draws(raw.graph)
-    vectorise(raw.graph)
+    batch_scalars(raw.graph)
     raw.recompile()
     everything = [x.detach() for x in (*externals, *inputs)]
     functional = functionalize(raw, remove="mutations")
@@ -112,7 +112,7 @@ def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: 
     mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor's disk cache wants one
     rows = [torch.empty(n.size, dtype=n.dtype, device=inputs[-1].device) for n in noise]
     fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in (*everything, *rows))
-    return Graph(optimise(graph, mode, fakes), tuple(externals), noise, fakes)
+    return Graph(optimize(graph, mode, fakes), tuple(externals), noise, fakes)
 
 
 def decompositions(lift_noise: bool) -> dict[Any, Any]:
@@ -232,8 +232,8 @@ def _check_writes(tensors: Sequence[Tensor], written: Sequence[int], externals: 
 
 def _lift_noise(graph: fx.Graph) -> tuple[Noise, ...]:
     """Replace draws whose distribution depends on nothing by slices of one row per kind and dtype."""
-    sizes: dict[tuple[Kind, torch.dtype], int] = {}
-    rows: dict[tuple[Kind, torch.dtype], fx.Node] = {}
+    sizes: dict[tuple[NoiseKind, torch.dtype], int] = {}
+    rows: dict[tuple[NoiseKind, torch.dtype], fx.Node] = {}
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     for node in [n for n in graph.nodes if n.target in RANDOM]:
         value = node.meta["val"]
@@ -270,10 +270,10 @@ def location_scale(node: fx.Node) -> Iterator[tuple[Any, float]]:
             yield aten.add.Tensor, a
 
 
-def optimise(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
+def optimize(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
     """Fold constants and compute once what is computed twice, as AOTAutograd would before Inductor."""
     module = _without_repetition(module, mode, fakes)
-    vectorise(module.graph)
+    batch_scalars(module.graph)
     module = _without_repetition(module, mode, fakes)
     with V.set_fake_mode(mode), _common_patterns(all(x.device.type == "cpu" for x in fakes)):
         joint_graph.joint_graph_passes(module)

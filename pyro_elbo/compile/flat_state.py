@@ -1,8 +1,8 @@
 """The state of small parameters in a few flat tensors, so that a graph updates all of them at once.
 
 Adam and its kin act on each element by itself: to step eighty scalars one by one or their concatenation is the same,
-but one graph has eighty times the operators of the other. So ``optimiser.state[p]["exp_avg"]`` of small parameters that
-share settings become views of one flat tensor. Optimisers, ``state_dict`` and steps in Python see what they always see;
+but one graph has eighty times the operators of the other. So ``optimizer.state[p]["exp_avg"]`` of small parameters that
+share settings become views of one flat tensor. Optimizers, ``state_dict`` and steps in Python see what they always see;
 a captured step takes the flat tensor. Where it lies is read from the views themselves (``_base``), so that nothing
 needs to be kept in step: state that was loaded or replaced has no base, and is moved to a new flat tensor.
 """
@@ -27,17 +27,17 @@ _COUNTS = ("step", "mu_product")  # one number per parameter, whatever its shape
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
-    """A parameter with the optimiser and the group that it is in."""
+class OptimizedParameter:
+    """A parameter with the optimizer and the group that it is in."""
 
-    optimiser: Optimizer
+    optimizer: Optimizer
     group: dict[str, Any]
     parameter: Tensor
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the optimiser keeps for the parameter."""
-        return self.optimiser.state.get(self.parameter, {})
+        """What the optimizer keeps for the parameter."""
+        return self.optimizer.state.get(self.parameter, {})
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the state."""
@@ -49,7 +49,7 @@ class Member:
         group = [(k, id(x) if isinstance(x, Tensor) else repr(x)) for k, x in self.group.items() if k not in _OWN]
         state = [(k, x.item() if k in _COUNTS else x.dtype) for k, x in self.tensors().items()]
         numbers = [(k, repr(x)) for k, x in self.state.items() if not isinstance(x, Tensor)]
-        return type(self.optimiser), p.dtype, p.device, *group, *state, *numbers
+        return type(self.optimizer), p.dtype, p.device, *group, *state, *numbers
 
     def home(self) -> tuple[int, ...] | None:
         """The flat tensors that hold the state, by identity; None where one of them is on its own."""
@@ -62,14 +62,14 @@ class Member:
 _OWN = ("params", "initial_lr")  # settings that say nothing of how a group is updated
 
 
-class Flat:
+class FlatGroup:
     """Small parameters that are updated as one.
 
     Args:
         members: of one kind, with their state in the same flat tensors.
     """
 
-    def __init__(self, members: list[Member]) -> None:
+    def __init__(self, members: list[OptimizedParameter]) -> None:
         self.members = members
         self.parameters = [m.parameter for m in members]
         self._sizes = [p.numel() for p in self.parameters]
@@ -86,7 +86,7 @@ class Flat:
         first = self.members[0]
         if not all(m.group["lr"] is first.group["lr"] or m.group["lr"] == first.group["lr"] for m in self.members):
             return False
-        if isinstance(first.optimiser, ClippedAdam):
+        if isinstance(first.optimizer, ClippedAdam):
             return all(m.state["step"] == first.state["step"] for m in self.members)
         if (versions := self._count_versions()) == self._versions:
             return True
@@ -134,32 +134,32 @@ class Flat:
         return self._starts[key] == starts and len(self._bases[key]) == sum(sizes)
 
 
-def flatten(optimisers: Iterable[Optimizer]) -> list[Flat]:
+def flatten(optimizers: Iterable[Optimizer]) -> list[FlatGroup]:
     """Move the state of small parameters that have a gradient to flat tensors, unless it is there already."""
-    held = [Member(o, g, p) for o in optimisers for g in o.param_groups for p in g["params"]]
+    held = [OptimizedParameter(o, g, p) for o in optimizers for g in o.param_groups for p in g["params"]]
     times = Counter(m.parameter for m in held)  # pyro.optim steps a parameter of two names twice
-    alike: dict[Hashable, list[Member]] = defaultdict(list)
+    alike: dict[Hashable, list[OptimizedParameter]] = defaultdict(list)
     for member in held:
         if times[member.parameter] == 1 and _can_be_flat(member):
             alike[member.kind()].append(member)
-    flats: list[Flat] = []
+    flats: list[FlatGroup] = []
     for members in alike.values():
-        homes: dict[Any, list[Member]] = defaultdict(list)
+        homes: dict[Any, list[OptimizedParameter]] = defaultdict(list)
         for member in members:
             homes[member.home()].append(member)
         if None in homes:
             _move(homes[None])
-        flats += [Flat(there) for there in homes.values()]
+        flats += [FlatGroup(there) for there in homes.values()]
     return flats
 
 
-def _can_be_flat(member: Member) -> bool:
+def _can_be_flat(member: OptimizedParameter) -> bool:
     p = member.parameter
     with_gradient = p.grad is not None and p.grad.layout is torch.strided
-    return type(member.optimiser) in _ELEMENTWISE and p.numel() < SMALL and with_gradient
+    return type(member.optimizer) in _ELEMENTWISE and p.numel() < SMALL and with_gradient
 
 
-def _move(members: list[Member]) -> None:
+def _move(members: list[OptimizedParameter]) -> None:
     """Replace the state of the members by views of new flat tensors."""
     with torch.no_grad():
         for key in members[0].tensors():

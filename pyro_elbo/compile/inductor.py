@@ -109,7 +109,7 @@ class Handles:
         weakref.finalize(self, driver().release, self.capsules)
 
 
-class Rows:
+class StepInputs:
     """The inputs that change from step to step, for ``count`` steps: scalars, records and noise."""
 
     def __init__(self, count: int, scalars: Tensor, flag: Tensor, record: Tensor, noise: Sequence[Noise]) -> None:
@@ -141,7 +141,7 @@ class Executable:
         self.flag = row[1]
         self._row, self._noise, self._externals = row, graph.noise, list(graph.externals)
         self._ahead = max(1, AHEAD // max([1, *(n.size for n in graph.noise)]))
-        self._rows: dict[int, tuple[Rows, Handles | None]] = {}
+        self._rows: dict[int, tuple[StepInputs, Handles | None]] = {}
         on_cpu = all(x.device.type == "cpu" for x in graph.fakes)
         self._compiled = compile_graph(graph, on_cpu)
         self._entry = entry_point(self._compiled) if on_cpu else None
@@ -189,11 +189,11 @@ class Executable:
                 self._compiled([*self._externals, *data, *rows.inputs[i : i + rows.width]])
         return rows.record.cpu().numpy().copy()  # the next part of a run writes to the same rows
 
-    def _rows_for(self, count: int) -> tuple[Rows, Handles | None]:
+    def _rows_for(self, count: int) -> tuple[StepInputs, Handles | None]:
         if count not in self._rows:
             for other in [n for n in self._rows if n != 1]:
                 del self._rows[other]
-            rows = Rows(count, *self._row, self._noise)
+            rows = StepInputs(count, *self._row, self._noise)
             self._rows[count] = rows, None if self._entry is None else Handles(rows.inputs)
         return self._rows[count]
 

@@ -1,4 +1,4 @@
-"""The step of an optimiser, taken in Python or captured as part of a graph.
+"""The step of an optimizer, taken in Python or captured as part of a graph.
 
 ``torch.optim`` is not written again: its own ``step`` runs while the graph is captured, on aliases of the parameters
 and of its state. The few Python numbers that change from step to step (learning rates) are inputs of the graph.
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from pyro_elbo.compile.flat_state import Flat, flatten
+from pyro_elbo.compile.flat_state import FlatGroup, flatten
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.errors import ArgumentError, CompileError
 from pyro_elbo.programs import Parameters
@@ -42,8 +42,8 @@ class Update(ABC):
         """Step once in Python, by the gradients in ``.grad``."""
 
     @abstractmethod
-    def optimisers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
-        """The torch optimisers that train ``parameters``."""
+    def optimizers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
+        """The torch optimizers that train ``parameters``."""
 
     def clip(self, parameters: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
         """Clip the gradients of ``aliases`` of ``parameters`` in place."""
@@ -52,45 +52,45 @@ class Update(ABC):
 
 
 class TorchUpdate(Update):
-    """A ``torch.optim`` optimiser over parameters that exist already."""
+    """A ``torch.optim`` optimizer over parameters that exist already."""
 
-    def __init__(self, optimiser: Optimizer, grad_clip: float | None = None) -> None:
+    def __init__(self, optimizer: Optimizer, grad_clip: float | None = None) -> None:
         super().__init__(grad_clip)
-        self.optimiser = optimiser
+        self.optimizer = optimizer
 
     def __call__(self, parameters: Mapping[str, Tensor]) -> None:
         """Step once in Python, by the gradients in ``.grad``."""
-        self.optimisers(parameters)
+        self.optimizers(parameters)
         self._check_seen(parameters)
         self.clip((), [p for p in parameters.values() if p.grad is not None])
-        self.optimiser.step()
+        self.optimizer.step()
 
     def _check_seen(self, parameters: Mapping[str, Tensor]) -> None:
         seen = set(map(id, parameters.values()))
-        held = [p for group in self.optimiser.param_groups for p in group["params"]]
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
         if unseen := [tuple(p.shape) for p in held if id(p) not in seen and p.grad is not None]:
             raise ArgumentError(
-                f"The optimiser holds parameters of shapes {unseen} that have a gradient but are unknown to Pyro, so "
+                f"The optimizer holds parameters of shapes {unseen} that have a gradient but are unknown to Pyro, so "
                 "that it would add up from step to step. Register the modules: pyro.module('name', module)."
             )
 
-    def optimisers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
-        """The optimiser.
+    def optimizers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
+        """The optimizer.
 
         Raises:
             ArgumentError: it does not hold some of the parameters.
         """
-        held = {id(p) for group in self.optimiser.param_groups for p in group["params"]}
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if missing := [name for name, p in parameters.items() if id(p) not in held and p.requires_grad]:
             raise ArgumentError(
-                f"The optimiser does not hold the parameters {missing} and would never train them. Run guide(*args) "
-                "once so that all parameters exist, then build the optimiser from them, or use a pyro.optim one."
+                f"The optimizer does not hold the parameters {missing} and would never train them. Run guide(*args) "
+                "once so that all parameters exist, then build the optimizer from them, or use a pyro.optim one."
             )
-        return [self.optimiser]
+        return [self.optimizer]
 
 
 class PyroUpdate(Update):
-    """A ``pyro.optim`` wrapper: one torch optimiser per parameter, made when the parameter is first seen."""
+    """A ``pyro.optim`` wrapper: one torch optimizer per parameter, made when the parameter is first seen."""
 
     def __init__(self, wrapper: pyro.optim.PyroOptim, grad_clip: float | None = None) -> None:
         super().__init__(grad_clip)
@@ -101,8 +101,8 @@ class PyroUpdate(Update):
         super().clip((), list(parameters.values()))  # the wrapper clips by its own clip_args
         self.wrapper(list(parameters.values()))
 
-    def optimisers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
-        """One optimiser per parameter; those inside of schedulers are unwrapped."""
+    def optimizers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
+        """One optimizer per parameter; those inside of schedulers are unwrapped."""
         made = [self.wrapper.optim_objs[p] for p in parameters.values() if p in self.wrapper.optim_objs]
         return [o if isinstance(o, Optimizer) else o.optimizer for o in made]
 
@@ -126,12 +126,12 @@ def check_own(parameters: Parameters) -> None:
         )
 
 
-def check_traceable(optimisers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:
+def check_traceable(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:
     """Raise CompileError for hooks, which a graph would leave out."""
-    for optimiser in optimisers:
-        if optimiser._optimizer_step_pre_hooks or optimiser._optimizer_step_post_hooks:
+    for optimizer in optimizers:
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             raise CompileError(
-                f"{type(optimiser).__name__} has step hooks, which a compiled step cannot run. Remove them, or use "
+                f"{type(optimizer).__name__} has step hooks, which a compiled step cannot run. Remove them, or use "
                 "compile=False."
             )
     for name, p in parameters.items():
@@ -143,18 +143,18 @@ def check_traceable(optimisers: Iterable[Optimizer], parameters: Mapping[str, Te
 
 
 @dataclass
-class Plan:
-    """How a graph steps optimisers: small parameters as one, the rest as they come."""
+class UpdatePlan:
+    """How a graph steps optimizers: small parameters as one, the rest as they come."""
 
-    optimisers: list[Optimizer]
-    flats: list[Flat] = field(init=False)
+    optimizers: list[Optimizer]
+    flats: list[FlatGroup] = field(init=False)
     rest: list[Optimizer] = field(init=False)  # with parameters that are in no flat tensor
 
     def __post_init__(self) -> None:
-        self.flats = flatten(self.optimisers)
+        self.flats = flatten(self.optimizers)
         flat = {p for f in self.flats for p in f.parameters}
-        self.rest = [o for o in self.optimisers if any(p not in flat for g in o.param_groups for p in g["params"])]
-        self._counting = [o for o in self.optimisers if isinstance(o, ClippedAdam)]
+        self.rest = [o for o in self.optimizers if any(p not in flat for g in o.param_groups for p in g["params"])]
+        self._counting = [o for o in self.optimizers if isinstance(o, ClippedAdam)]
 
     @property
     def counts_in_python(self) -> bool:
@@ -163,18 +163,18 @@ class Plan:
 
     def numbers(self, ahead: int = 0) -> list[float]:
         """The Python numbers that the step after ``ahead`` more steps uses, in the order of :func:`trace_update`."""
-        turns = [(f.members[0].optimiser, f.members[0].group, f.parameters[:1]) for f in self.flats]
-        turns += [(optimiser, group, group["params"]) for optimiser in self.rest for group in optimiser.param_groups]
+        turns = [(f.members[0].optimizer, f.members[0].group, f.parameters[:1]) for f in self.flats]
+        turns += [(optimizer, group, group["params"]) for optimizer in self.rest for group in optimizer.param_groups]
         return [x for turn in turns for x in _numbers(*turn, ahead)]
 
     def advance(self, steps: int) -> None:
-        """Bring the Python numbers that optimisers keep to where ``steps`` captured steps have led."""
-        for optimiser in self._counting:
-            for group in optimiser.param_groups:
+        """Bring the Python numbers that optimizers keep to where ``steps`` captured steps have led."""
+        for optimizer in self._counting:
+            for group in optimizer.param_groups:
                 group["lr"] *= group["lrd"] ** steps
                 for p in group["params"]:
-                    if p in optimiser.state:
-                        optimiser.state[p]["step"] += steps
+                    if p in optimizer.state:
+                        optimizer.state[p]["step"] += steps
 
     def broken(self) -> str | None:
         """What no longer holds for parameters that are stepped as one."""
@@ -182,33 +182,33 @@ class Plan:
         return None if even else "the learning rate or the count of steps of some parameters"
 
 
-def _numbers(optimiser: Optimizer, group: Mapping[str, Any], parameters: list[Tensor], ahead: int) -> list[float]:
-    if isinstance(optimiser, ClippedAdam):
-        taken = max((s["step"] for p in parameters if (s := optimiser.state.get(p))), default=0)
+def _numbers(optimizer: Optimizer, group: Mapping[str, Any], parameters: list[Tensor], ahead: int) -> list[float]:
+    if isinstance(optimizer, ClippedAdam):
+        taken = max((s["step"] for p in parameters if (s := optimizer.state.get(p))), default=0)
         return [group["lr"] * group["lrd"] ** (ahead + 1), float(taken + ahead + 1)]
     return [float(group["lr"])] if isinstance(group.get("lr"), float | int) else []
 
 
-def watch(guard: Guard, optimisers: Iterable[Optimizer]) -> None:
+def watch(guard: Guard, optimizers: Iterable[Optimizer]) -> None:
     """Watch the state tensors and the settings that a captured update holds."""
-    for optimiser in optimisers:
-        guard.watch(vars(optimiser), ("state", "param_groups"))  # load_state_dict makes new ones
-        guard.watch_container(optimiser._optimizer_step_pre_hooks)
-        guard.watch_container(optimiser._optimizer_step_post_hooks)
-        guard.watch_container(optimiser.param_groups)
-        for group in optimiser.param_groups:
+    for optimizer in optimizers:
+        guard.watch(vars(optimizer), ("state", "param_groups"))  # load_state_dict makes new ones
+        guard.watch_container(optimizer._optimizer_step_pre_hooks)
+        guard.watch_container(optimizer._optimizer_step_post_hooks)
+        guard.watch_container(optimizer.param_groups)
+        for group in optimizer.param_groups:
             guard.watch_container(group["params"])
             settings = {"params", "initial_lr"} | ({"lr"} if not isinstance(group.get("lr"), Tensor) else set())
             guard.watch(group, (k for k in group if k not in settings))
             for p in group["params"]:
-                if p in optimiser.state:
-                    guard.watch(optimiser.state, [p])
-                    guard.watch(optimiser.state[p], (k for k, v in optimiser.state[p].items() if isinstance(v, Tensor)))
+                if p in optimizer.state:
+                    guard.watch(optimizer.state, [p])
+                    guard.watch(optimizer.state[p], (k for k, v in optimizer.state[p].items() if isinstance(v, Tensor)))
 
 
 def trace_update(
     update: Update,
-    plan: Plan,
+    plan: UpdatePlan,
     gradients: Mapping[Tensor, Tensor],
     unclipped: Mapping[Tensor, Tensor],
     values: Iterator[Tensor],
@@ -217,10 +217,10 @@ def trace_update(
 
     Args:
         update: clips the gradients.
-        plan: of the optimisers' step.
+        plan: of the optimizers' step.
         gradients: of each parameter of the programs that has one.
         unclipped: of other parameters.
-        values: what :meth:`Plan.numbers` gives, as tensors.
+        values: what :meth:`UpdatePlan.numbers` gives, as tensors.
     """
     aliases = {p: p.detach() for p in (*gradients, *unclipped)}
     for p, gradient in (*gradients.items(), *unclipped.items()):
@@ -228,24 +228,24 @@ def trace_update(
     update.clip(list(gradients), [aliases[p] for p in gradients])
     with _tensors_as_numbers():
         for flat in plan.flats:
-            with _named(flat.members[0].optimiser):
+            with _named(flat.members[0].optimizer):
                 _trace_flat(flat, aliases, values)
         for flat in plan.flats:
             for p in flat.parameters:
                 del aliases[p]
-        for optimiser in plan.rest:
-            with _named(optimiser):
-                _trace_step(optimiser, aliases, values)
+        for optimizer in plan.rest:
+            with _named(optimizer):
+                _trace_step(optimizer, aliases, values)
 
 
 @contextmanager
-def _named(optimiser: Optimizer) -> Iterator[None]:
+def _named(optimizer: Optimizer) -> Iterator[None]:
     try:
         yield
     except CompileError:
         raise
     except Exception as error:
-        raise CompileError(f"{type(optimiser).__name__} {_UNTRACEABLE}") from error
+        raise CompileError(f"{type(optimizer).__name__} {_UNTRACEABLE}") from error
 
 
 _UNTRACEABLE = (
@@ -254,35 +254,35 @@ _UNTRACEABLE = (
 )
 
 
-def _trace_flat(flat: Flat, aliases: Mapping[Tensor, Tensor], values: Iterator[Tensor]) -> None:
+def _trace_flat(flat: FlatGroup, aliases: Mapping[Tensor, Tensor], values: Iterator[Tensor]) -> None:
     first, held = flat.members[0], [aliases[p] for p in flat.parameters]
     alias = flat.join(held)
     alias.grad = flat.join(x.grad for x in held if x.grad is not None)
     given = {k: _taken(k, v) for k, v in flat.take().items()}
-    flat.put(_step(first.optimiser, [first.group | {"params": [alias]}], {alias: given}, values)[alias])
+    flat.put(_step(first.optimizer, [first.group | {"params": [alias]}], {alias: given}, values)[alias])
     for x, new in zip(held, flat.split(alias), strict=True):
         x.copy_(new)
 
 
-def _trace_step(optimiser: Optimizer, aliases: Mapping[Tensor, Tensor], values: Iterator[Tensor]) -> None:
-    held = [[p for p in group["params"] if p in aliases] for group in optimiser.param_groups]
-    groups = [g | {"params": [aliases[p] for p in ps]} for g, ps in zip(optimiser.param_groups, held, strict=True)]
-    old = {p: optimiser.state.get(p, {}) for ps in held for p in ps}
+def _trace_step(optimizer: Optimizer, aliases: Mapping[Tensor, Tensor], values: Iterator[Tensor]) -> None:
+    held = [[p for p in group["params"] if p in aliases] for group in optimizer.param_groups]
+    groups = [g | {"params": [aliases[p] for p in ps]} for g, ps in zip(optimizer.param_groups, held, strict=True)]
+    old = {p: optimizer.state.get(p, {}) for ps in held for p in ps}
     given = {p: {k: _taken(k, v) for k, v in state.items()} for p, state in old.items()}
-    new = _step(optimiser, groups, {aliases[p]: dict(state) for p, state in given.items() if state}, values)
+    new = _step(optimizer, groups, {aliases[p]: dict(state) for p, state in given.items() if state}, values)
     for p in old:
-        _write_back(optimiser, old[p], given[p], new[aliases[p]])
+        _write_back(optimizer, old[p], given[p], new[aliases[p]])
 
 
 def _step(
-    optimiser: Optimizer, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]], values: Iterator[Tensor]
+    optimizer: Optimizer, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]], values: Iterator[Tensor]
 ) -> Mapping[Tensor, dict[str, Any]]:
-    """Run the optimiser's own step on other groups and states; return the states after it."""
-    if isinstance(optimiser, ClippedAdam):
+    """Run the optimizer's own step on other groups and states; return the states after it."""
+    if isinstance(optimizer, ClippedAdam):
         for group in groups:
             _clipped_adam(group, {p: states[p] for p in group["params"]}, next(values), next(values))
         return states
-    clone = copy.copy(optimiser)
+    clone = copy.copy(optimizer)
     clone.param_groups, clone.state = [], defaultdict(dict, states)
     for group in groups:
         changes: dict[str, Any] = {k: False for k in ("foreach", "fused", "capturable") if k in group}
@@ -292,7 +292,7 @@ def _step(
     settings = [dict(group) for group in clone.param_groups]
     type(clone).step.__wrapped__(clone)  # without hooks: no step is taken now
     if any(new[k] is not old[k] for new, old in zip(clone.param_groups, settings, strict=True) for k in old):
-        raise CompileError(f"{type(optimiser).__name__} {_UNTRACEABLE}")
+        raise CompileError(f"{type(optimizer).__name__} {_UNTRACEABLE}")
     return clone.state
 
 
@@ -303,14 +303,14 @@ def _taken(key: str, value: Any) -> Any:
     return value.to(torch.float64, copy=True) if key == "step" else value.detach()
 
 
-def _write_back(optimiser: Optimizer, old: dict[str, Any], given: dict[str, Any], new: dict[str, Any]) -> None:
+def _write_back(optimizer: Optimizer, old: dict[str, Any], given: dict[str, Any], new: dict[str, Any]) -> None:
     """Let the real state follow what the step did other than in place."""
     for key, value in new.items():
         if not isinstance(value, Tensor):
             if key not in given or value is not given[key]:
-                raise CompileError(f"{type(optimiser).__name__} {_UNTRACEABLE}")
+                raise CompileError(f"{type(optimizer).__name__} {_UNTRACEABLE}")
         elif key not in old:
-            raise CompileError(f"{type(optimiser).__name__} makes new state ('{key}') in a step that is captured.")
+            raise CompileError(f"{type(optimizer).__name__} makes new state ('{key}') in a step that is captured.")
         elif key == "step" or value is not given[key]:
             old[key].copy_(value)
 
@@ -330,7 +330,7 @@ def _clipped_adam(group: Mapping[str, Any], held: Mapping[Tensor, Mapping[str, A
 
 
 class _TensorScalars(TorchFunctionMode):
-    """Lets torch's optimisers compute with tensors where an operator takes a Python number only."""
+    """Lets torch's optimizers compute with tensors where an operator takes a Python number only."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -357,7 +357,7 @@ def _computed_once(x: Any, beside: Any) -> Any:
 
 @contextmanager
 def _tensors_as_numbers() -> Iterator[None]:
-    """Have torch's optimisers keep counts and rates as tensors, as they do under torch.compile."""
+    """Have torch's optimizers keep counts and rates as tensors, as they do under torch.compile."""
     compiling = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True
     try:

@@ -1,7 +1,7 @@
-"""Programs, objective and optimiser -> steps that run as one compiled graph.
+"""Programs, objective and optimizer -> steps that run as one compiled graph.
 
 A step that is new (another shape, another mode, another value of something that Python froze) runs once as it is: that
-makes lazy parameters and the optimiser's state, and gives Pyro's own errors. When it comes again it is captured
+makes lazy parameters and the optimizer's state, and gives Pyro's own errors. When it comes again it is captured
 (:mod:`pyro_elbo.compile.capture`), compiled (:mod:`pyro_elbo.compile.inductor`) and from then on run under guard
 (:mod:`pyro_elbo.compile.guard`).
 """
@@ -24,19 +24,19 @@ from torch.utils import _pytree as pytree
 
 from pyro_elbo.assumptions import capturing
 from pyro_elbo.compile.guard import Guard
-from pyro_elbo.compile.optimizer import Plan, Update, check_own, check_traceable, trace_update, watch
+from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, trace_update, watch
 from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, PyroElboError
 from pyro_elbo.information import critic_gradients
 from pyro_elbo.objectives import TraceBeta_ELBO
-from pyro_elbo.programs import Parameters, Program, captured_parameters, failed_line
+from pyro_elbo.programs import Parameters, Program, collect_parameters, failed_line
 from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
     from pyro_elbo.compile.inductor import Executable
 
-Kind = Literal["train", "evaluate"]
+StepKind = Literal["train", "evaluate"]
 Key = tuple[Any, ...]
-Record = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names): loss and totals in nats
+StepTotals = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names): loss and totals in nats
 
 _VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine")
 MAX_MISSES = 8  # steps in a row for which something has changed
@@ -44,11 +44,11 @@ MAX_SHAPES = 64  # kinds of data
 
 
 @dataclass
-class _Step:
+class _KnownStep:
     """A step that ran once: what it used, recorded and relies on, and its graph once it came again."""
 
     parameters: dict[str, Tensor]
-    plan: Plan
+    plan: UpdatePlan
     gradients: dict[Tensor, Tensor]
     sites: tuple[str, ...]
     names: tuple[str, ...]
@@ -62,15 +62,7 @@ class _Step:
         return None if self.execute.fits() else "the layout of a parameter or buffer"
 
 
-def totals(terms: Terms) -> dict[str, Tensor]:
-    """The totals of a step, scaled to the full data, in nats: bound, rate, distortion, and the share of every site."""
-    sites = {f"kl/{n}": x for n, x in terms.kl_total.items()}
-    sites |= {f"log_likelihood/{n}": x for n, x in terms.log_likelihood_total.items()}
-    sites |= {f"penalty/{n}": x.nats * terms.num_data for n, x in terms.penalties.items()}
-    return {"elbo": terms.elbo, "rate": terms.rate, "distortion": terms.distortion} | sites
-
-
-class Steps:
+class CompiledSVI:
     """Steps of one objective over one pair of programs, compiled when they are repeated.
 
     Args:
@@ -94,13 +86,13 @@ class Steps:
     ) -> None:
         self.model, self.guide, self.loss, self.update = model, guide, loss, update
         self.compile, self.per_datum, self.fallback_random = compile, per_datum, fallback_random
-        self._known: dict[Key, list[_Step]] = {}
+        self._known: dict[Key, list[_KnownStep]] = {}
         self._misses = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_known": {}, "_misses": 0}  # graphs belong to their tensors, copies have others
 
-    def train(self, args: tuple, kwargs: dict[str, Any], steps: int = 1) -> Record:
+    def train(self, args: tuple, kwargs: dict[str, Any], steps: int = 1) -> StepTotals:
         """Take steps on the same data; a step that is not usable changes nothing.
 
         Raises:
@@ -109,13 +101,13 @@ class Steps:
         """
         return self._run("train", args, kwargs, steps)
 
-    def evaluate(self, args: tuple, kwargs: dict[str, Any]) -> Record:
+    def evaluate(self, args: tuple, kwargs: dict[str, Any]) -> StepTotals:
         """The loss and the totals without a step."""
         return self._run("evaluate", args, kwargs, 1)
 
-    def _run(self, kind: Kind, args: tuple, kwargs: dict[str, Any], steps: int) -> Record:
+    def _run(self, kind: StepKind, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:
         if not self.compile or _PYRO_STACK:  # handlers around the step would be captured with it
-            return self._as_they_are(kind, args, kwargs, steps)
+            return self._run_in_python(kind, args, kwargs, steps)
         key, leaves, spec = _describe(kind, args, kwargs)
         known = self._known.setdefault(key, [])
         changed = "the program"
@@ -129,7 +121,7 @@ class Steps:
                 return self._execute(step, args, kwargs, data, steps)
             changed = broken
         self._check_misses(changed if known else None)
-        step, (names, first) = self._as_it_is(kind, args, kwargs)
+        step, (names, first) = self._record_step(kind, args, kwargs)
         known[:] = [step, *known[: MAX_MISSES - 1]]
         if steps == 1:
             return names, first
@@ -149,18 +141,18 @@ class Steps:
         return -terms.objective / terms.num_data if self.per_datum else -terms.objective
 
     def _record(self, terms: Terms, loss: Tensor) -> dict[str, Tensor]:
-        count = terms.num_data if self.per_datum else 1
-        return {"loss": loss.detach()} | {name: x.detach() / count for name, x in totals(terms).items()}
+        totals = (terms.per_datum if self.per_datum else terms).totals()
+        return {"loss": loss.detach()} | {name: x.detach() for name, x in totals.items()}
 
-    def _as_they_are(self, kind: Kind, args: tuple, kwargs: dict[str, Any], steps: int) -> Record:
+    def _run_in_python(self, kind: StepKind, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:
         records = [self._in_python(kind, args, kwargs)[1] for _ in range(steps)]
         return tuple(records[0]), np.array([[x.item() for x in record.values()] for record in records])
 
     def _in_python(
-        self, kind: Kind, args: tuple, kwargs: dict[str, Any]
+        self, kind: StepKind, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Terms, dict[str, Tensor], Parameters]:
         """Run a step as pyro.infer.SVI does; return its terms, what it records, and the parameters that it used."""
-        with torch.set_grad_enabled(kind == "train"), captured_parameters() as parameters:
+        with torch.set_grad_enabled(kind == "train"), collect_parameters() as parameters:
             terms = self.loss.terms(self.model, self.guide, *args, **kwargs)
             loss = self._loss(terms)
         if kind == "train" and loss.requires_grad:
@@ -170,24 +162,24 @@ class Steps:
             pyro.infer.util.zero_grads(parameters.values())
         return terms, self._record(terms, loss), parameters
 
-    def _as_it_is(self, kind: Kind, args: tuple, kwargs: dict[str, Any]) -> tuple[_Step, Record]:
+    def _record_step(self, kind: StepKind, args: tuple, kwargs: dict[str, Any]) -> tuple[_KnownStep, StepTotals]:
         """Run a step in Python and note what a graph of it would rely on."""
         terms, record, parameters = self._in_python(kind, args, kwargs)
         trained = kind == "train" and terms.objective.requires_grad
-        critics = [critic.optimiser for critic in self.loss.critics.values()]
-        plan = Plan(optimisers := self.update.optimisers(parameters) + critics if trained else [])
+        critics = [critic.optimizer for critic in self.loss.critics.values()]
+        plan = UpdatePlan(optimizers := self.update.optimizers(parameters) + critics if trained else [])
         guard = Guard(self.model, self.guide, args, kwargs)
         guard.watch(vars(self.loss), (name for name in vars(self.loss) if name != "step"))
-        watch(guard, optimisers)
+        watch(guard, optimizers)
         store = pyro.get_param_store()
         guard.watch(lambda: store._params, (name for name in parameters if name in store._params))
-        held = [p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
+        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         guard.watch_attributes("grad", [p for p in held if id(p) not in map(id, parameters.values())])
         gradients = {p: p.grad for p in held if p.grad is not None}
-        step = _Step(parameters, plan, gradients, tuple(terms.sites), tuple(record), guard)
+        step = _KnownStep(parameters, plan, gradients, tuple(terms.sites), tuple(record), guard)
         return step, (step.names, np.array([[x.item() for x in record.values()]]))
 
-    def _capture(self, step: _Step, kind: Kind, leaves: list[Any], spec: Any) -> None:
+    def _capture(self, step: _KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Make the graph of a step that comes the second time."""
         if torch.__version__ < "2.13":  # make_fx and Inductor's interfaces move
             raise CompileError(f"Compiled steps need torch 2.13 or later, this is {torch.__version__}: compile=False.")
@@ -195,7 +187,7 @@ class Steps:
 
         from pyro_elbo.compile.capture import capture
         from pyro_elbo.compile.inductor import Executable, compiling
-        from pyro_elbo.compile.scan.lower import Loops
+        from pyro_elbo.compile.scan.lower import ScanLowering
         from pyro_elbo.compile.scan.operators import compile_pending
 
         schedules, validate = self.loss.schedules, pyro.settings.get("validate_distributions_pyro")
@@ -205,12 +197,12 @@ class Steps:
             args, kwargs = _arguments(leaves, spec, tensors)
             values = iter([scalars[i] for i in range(len(scalars))])
             beta = {schedule: next(values) for schedule in schedules}
-            with capturing(validate, Loops()) as assumed, torch.set_grad_enabled(kind == "train"):
+            with capturing(validate, ScanLowering()) as assumed, torch.set_grad_enabled(kind == "train"):
                 terms = self.loss.evaluate(self.model, self.guide, args, kwargs, beta.__getitem__)
                 _check_sites(step.sites, tuple(terms.sites))
                 loss = self._loss(terms)
                 recorded = self._record(terms, loss)
-            if step.plan.optimisers:
+            if step.plan.optimizers:
                 trace_update(self.update, step.plan, _gradients(loss, step), _critic_gradients(terms), values)
             usable = torch.stack([alive, torch.isfinite(loss.detach()), *assumed]).all()
             record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), usable)]))
@@ -226,17 +218,19 @@ class Steps:
         inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
         with _explain_capture(step.guard.generators), inductor(fallback_random=self.fallback_random), compiling():
             _check_reachable(step.guard)
-            check_traceable(step.plan.optimisers, step.parameters)
+            check_traceable(step.plan.optimizers, step.parameters)
             with _side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
                 graph = capture(function, inputs, kept=2, lift_noise=not self.fallback_random)
             compile_pending()
             step.execute = Executable(graph, row)
 
-    def _scalars(self, step: _Step, ahead: int) -> list[float]:
+    def _scalars(self, step: _KnownStep, ahead: int) -> list[float]:
         taken = self.loss.step + ahead
         return [schedule(taken) for schedule in self.loss.schedules] + step.plan.numbers(ahead)
 
-    def _execute(self, step: _Step, args: tuple, kwargs: dict[str, Any], data: list[Tensor], steps: int) -> Record:
+    def _execute(
+        self, step: _KnownStep, args: tuple, kwargs: dict[str, Any], data: list[Tensor], steps: int
+    ) -> StepTotals:
         constant = self.loss.step >= self.loss.settled and not step.plan.counts_in_python
         values = [self._scalars(step, ahead) for ahead in range(1 if constant else steps)] * (steps if constant else 1)
         execute: Any = step.execute
@@ -247,7 +241,7 @@ class Steps:
                 self.loss.terms(self.model, self.guide, *args, **kwargs)  # Pyro's and torch's own words for it
             raise
         usable = int(record[:, -1].sum())
-        if step.plan.optimisers:
+        if step.plan.optimizers:
             self.loss.step += usable
             step.plan.advance(usable)
         if usable < steps:
@@ -255,7 +249,7 @@ class Steps:
             self._explain_unusable(step, record[usable], args, kwargs)
         return step.names, record[:, :-1]
 
-    def _explain_unusable(self, step: _Step, row: np.ndarray, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _explain_unusable(self, step: _KnownStep, row: np.ndarray, args: tuple, kwargs: dict[str, Any]) -> None:
         with torch.no_grad(), step.execute.unchanged():
             self.loss.terms(self.model, self.guide, *args, **kwargs)  # names the site and the rows, if it fails again
         values = dict(zip(step.names, row.tolist(), strict=False))
@@ -271,8 +265,8 @@ class Steps:
         )
 
 
-def _gradients(loss: Tensor, step: _Step) -> dict[Tensor, Tensor]:
-    """The gradient of every parameter that the optimisers move; those that this step gives none keep what they hold."""
+def _gradients(loss: Tensor, step: _KnownStep) -> dict[Tensor, Tensor]:
+    """The gradient of every parameter that the optimizers move; those that this step gives none keep what they hold."""
     trained = [p for p in step.parameters.values() if p.requires_grad]
     found = zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True)
     gradients = {p: g for p, g in found if g is not None}
@@ -303,7 +297,7 @@ def _check_sites(expected: tuple[str, ...], found: tuple[str, ...]) -> None:
         )
 
 
-def _describe(kind: Kind, args: tuple, kwargs: dict[str, Any]) -> tuple[Key, list[Any], Any]:
+def _describe(kind: StepKind, args: tuple, kwargs: dict[str, Any]) -> tuple[Key, list[Any], Any]:
     """What a graph is made for: the shapes of tensors, the values of all else, and Pyro's settings."""
     if kwargs or not all(isinstance(x, Tensor) for x in args):
         leaves, spec = pytree.tree_flatten((args, kwargs))

@@ -6,17 +6,17 @@ the trained networks.
 Imports terms and below.
 """
 
-from pyro_elbo.information.aggregate import Encoded, Mixture, in_blocks
+from pyro_elbo.information.aggregate import AggregatePosterior, Mixture, in_blocks
 from pyro_elbo.information.critics import Critic
-from pyro_elbo.information.estimators import Given
+from pyro_elbo.information.estimators import AttributeSource
 from pyro_elbo.information.penalties import Estimator, MutualInformation, Penalty, TotalCorrelation
 from pyro_elbo.information.penalty_term import critic_gradients
 
 __all__ = [
     "Critic",
-    "Encoded",
+    "AggregatePosterior",
     "Estimator",
-    "Given",
+    "AttributeSource",
     "Mixture",
     "MutualInformation",
     "Penalty",

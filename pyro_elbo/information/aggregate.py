@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import CompileError, SiteError
 from pyro_elbo.programs import Plate, Site
-from pyro_elbo.sequences import OverTime
+from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms import is_point, univariate
 
 BLOCK = 2**20  # pairs that are in memory at once: about 64 MB with what a gradient needs
@@ -31,7 +31,7 @@ NONE = -1e30  # log density under a row that does not count: finite, so that its
 
 
 @dataclass(frozen=True)
-class Encoded:
+class AggregatePosterior:
     """A latent's draws and the densities that they came from, row by row of a plate.
 
     Args:
@@ -49,10 +49,10 @@ class Encoded:
 
     def __post_init__(self) -> None:
         name, fn = self.site.name, self.site.fn
-        if isinstance(fn, OverTime):
+        if isinstance(fn, StackedDistribution):
             raise SiteError(
                 f"Latent '{name}' is drawn step by step: its density at another row's draws is that of a whole "
-                "sequence, which no penalty knows. Penalise a latent outside of pe.scan."
+                "sequence, which no penalty knows. Penalize a latent outside of pe.scan."
             )
         if is_point(fn):
             raise SiteError(
@@ -99,8 +99,8 @@ class Encoded:
             return lambda start, stop: self._evaluate(self.site.fn, start, stop).sum(-1)
         double = torch.float32 if base.loc.device.type == "mps" else torch.float64
         loc, scale, z = (self._flat(x).to(double) for x in (base.loc, base.scale, self.site.value))
-        centre = self.draws.detach().mean((0, 1))
-        loc, z, precision = loc - centre, z - centre, scale.square().reciprocal()
+        center = self.draws.detach().mean((0, 1))
+        loc, z, precision = loc - center, z - center, scale.square().reciprocal()
         constant = (-0.5 * loc.square() * precision - scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
         of_draws = torch.cat([z.square(), z, torch.ones_like(z[..., :1])], -1)
         of_densities = torch.cat([-0.5 * precision, loc * precision, constant], -1)
@@ -112,7 +112,7 @@ class Encoded:
         base = univariate(self.site.fn)
         if base is None:
             raise SiteError(
-                f"Latent '{self.site.name}': {type(self.site.fn).__name__} does not factorise over its dimensions, so "
+                f"Latent '{self.site.name}': {type(self.site.fn).__name__} does not factorize over its dimensions, so "
                 "that their total correlation within one row is not zero. Use a distribution with .to_event(n)."
             )
         if not isinstance(base, Normal):

@@ -1,4 +1,4 @@
-r"""Networks that predict an attribute from a latent, r(s | z), each trained by an optimiser of its own.
+r"""Networks that predict an attribute from a latent, r(s | z), each trained by an optimizer of its own.
 
 A critic follows the gradient of its own loss, -E log r(s | z), while the programs see it as a constant. It takes one
 step per step of the programs, whatever drives them.
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import one_hot
 
-from pyro_elbo.assumptions import holds
+from pyro_elbo.assumptions import check_or_defer
 from pyro_elbo.errors import DataError
 
-Rows = Float[Tensor, "particles rows"]
+PerRow = Float[Tensor, "particles rows"]
 Attribute = Float[Tensor, "rows columns"]
 MOST_LEVELS = 100  # whole numbers beyond are counts rather than levels
 
 
 @dataclass(frozen=True)
-class Spec:
+class CriticSpec:
     """What a critic is made of.
 
     Attributes:
@@ -56,16 +56,16 @@ class Spec:
 
 
 class Critic(nn.Module):
-    """r(s | z): a network and its optimiser."""
+    """r(s | z): a network and its optimizer."""
 
-    def __init__(self, spec: Spec, outputs: int) -> None:
+    def __init__(self, spec: CriticSpec, outputs: int) -> None:
         super().__init__()
         self.spec, widths = spec, (spec.inputs, *spec.hidden)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
             self.network = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
-        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=spec.lr)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=spec.lr)
 
     def meet(self, s: Attribute) -> "Critic":
         """Take from the first rows what must be known of them."""
@@ -87,29 +87,29 @@ class Critic(nn.Module):
 
     def step(self) -> None:
         """Follow the gradient that was accepted last."""
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def state(self) -> dict[str, Any]:
         """What an exact continuation needs, as plain values and tensors."""
-        return {"spec": asdict(self.spec), "critic": self.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return {"spec": asdict(self.spec), "critic": self.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     @staticmethod
     def restored(state: dict[str, Any]) -> "Critic":
         """A critic that continues from what :meth:`state` gave."""
         like = next(iter(state["critic"].values()))
-        spec = Spec(**state["spec"])
+        spec = CriticSpec(**state["spec"])
         critic = spec.make(like.new_zeros(2, spec.columns))
         critic.load_state_dict(state["critic"])
-        critic.optimiser.load_state_dict(state["optimiser"])
+        critic.optimizer.load_state_dict(state["optimizer"])
         return critic
 
     @abstractmethod
-    def log_prob(self, out: Tensor, s: Attribute) -> Rows:
+    def log_prob(self, out: Tensor, s: Attribute) -> PerRow:
         """Log r(s_i | z_i) in nats."""
 
     @abstractmethod
-    def expected(self, out: Tensor, s: Attribute, peers: Float[Tensor, "#rows rows"]) -> Rows:
+    def expected(self, out: Tensor, s: Attribute, peers: Float[Tensor, "#rows rows"]) -> PerRow:
         """Mean of log r(s_j | z_i) over the peers j of i, in nats."""
 
     @abstractmethod
@@ -120,11 +120,11 @@ class Critic(nn.Module):
 class LevelCritic(Critic):
     """A categorical r(s | z) over the joint levels of whole-numbered columns."""
 
-    def log_prob(self, out: Tensor, s: Attribute) -> Rows:
+    def log_prob(self, out: Tensor, s: Attribute) -> PerRow:
         """Log r(s_i | z_i) in nats."""
         return (out.log_softmax(-1) * self._one_hot(s, out)).sum(-1)
 
-    def expected(self, out: Tensor, s: Attribute, peers: Float[Tensor, "#rows rows"]) -> Rows:
+    def expected(self, out: Tensor, s: Attribute, peers: Float[Tensor, "#rows rows"]) -> PerRow:
         """Mean of log r(s_j | z_i) over the peers j of i, in nats."""
         return (out.log_softmax(-1) * (peers @ self._one_hot(s, out))).sum(-1)
 
@@ -135,7 +135,7 @@ class LevelCritic(Critic):
 
     def _one_hot(self, s: Attribute, like: Tensor) -> Tensor:
         levels = self.spec.levels or ()
-        if not holds(((s >= 0) & (s < torch.tensor(levels, device=s.device))).all()):
+        if not check_or_defer(((s >= 0) & (s < torch.tensor(levels, device=s.device))).all()):
             raise DataError(
                 f"The attribute has a level that its critic does not know: expected whole numbers from 0 and below "
                 f"{levels}, got {s.amin(0).tolist()} to {s.amax(0).tolist()}. Number the levels from 0, and pass "
@@ -151,7 +151,7 @@ class NumberCritic(Critic):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, spec: Spec, outputs: int) -> None:
+    def __init__(self, spec: CriticSpec, outputs: int) -> None:
         super().__init__(spec, outputs)
         self.register_buffer("loc", torch.zeros(spec.columns))
         self.register_buffer("scale", torch.ones(spec.columns))
@@ -162,12 +162,12 @@ class NumberCritic(Critic):
         self.scale.copy_(s.std(0).clamp(min=torch.finfo(s.dtype).tiny))
         return self
 
-    def log_prob(self, out: Tensor, s: Attribute) -> Rows:
+    def log_prob(self, out: Tensor, s: Attribute) -> PerRow:
         """Log r(s_i | z_i) in nats."""
         s = (s - self.loc) / self.scale
         return self._mean_log_prob(out, s, s.square())
 
-    def expected(self, out: Tensor, s: Attribute, peers: Float[Tensor, "#rows rows"]) -> Rows:
+    def expected(self, out: Tensor, s: Attribute, peers: Float[Tensor, "#rows rows"]) -> PerRow:
         """Mean of log r(s_j | z_i) over the peers j of i, in nats."""
         s = (s - self.loc) / self.scale
         return self._mean_log_prob(out, peers @ s, peers @ s.square())
@@ -177,7 +177,7 @@ class NumberCritic(Critic):
         variance = peers @ s.square() - (peers @ s).square()
         return 0.5 * (2 * math.pi * math.e * variance).log().sum(-1).expand(len(s))
 
-    def _mean_log_prob(self, out: Tensor, first: Tensor, second: Tensor) -> Rows:
+    def _mean_log_prob(self, out: Tensor, first: Tensor, second: Tensor) -> PerRow:
         loc, log_scale = out.chunk(2, -1)
         square = (second - 2 * loc * first + loc.square()) * (-2 * log_scale).exp()
         return (-0.5 * square - log_scale - self.scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)

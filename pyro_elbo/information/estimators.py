@@ -13,19 +13,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pyro_elbo.assumptions import holds, is_capturing
+from pyro_elbo.assumptions import check_or_defer, is_capturing
 from pyro_elbo.errors import DataError, SiteError, count_nonfinite
-from pyro_elbo.information.aggregate import Encoded, Mixture, Pairs, in_blocks
+from pyro_elbo.information.aggregate import AggregatePosterior, Mixture, Pairs, in_blocks
 from pyro_elbo.information.penalty_term import PenaltyTerm
 from pyro_elbo.programs import Plate, Site
 from pyro_elbo.terms import Term, Terms
 
-Given = str | Callable[..., Tensor] | tuple["str | Callable[..., Tensor]", ...]
+AttributeSource = str | Callable[..., Tensor] | tuple["str | Callable[..., Tensor]", ...]
 ERRORS = 2.5  # standard errors on either side of a bracket: 95 % for means of skewed ratios, see _margins
 
 
 @dataclass(frozen=True)
-class View:
+class PenaltyContext:
     """What a penalty looks at: the terms, the programs' arguments, and the latent's rows."""
 
     terms: Terms
@@ -42,25 +42,25 @@ class View:
             if not site.fn.has_rsample:
                 raise SiteError(
                     f"Latent '{self.latent}' has no pathwise gradient ({type(site.fn).__name__}), which penalties "
-                    "need. Draw it from a reparameterised or a relaxed distribution (pyro's RelaxedBernoulli...)."
+                    "need. Draw it from a reparameterized or a relaxed distribution (pyro's RelaxedBernoulli...)."
                 )
             yield site
 
     @property
-    def encoded(self) -> Iterator[Encoded]:
+    def aggregate(self) -> Iterator[AggregatePosterior]:
         """The latent's draws with their densities."""
-        return (Encoded(site, self.plate, self.terms.particle_dim) for site in self.draws)
+        return (AggregatePosterior(site, self.plate, self.terms.particle_dim) for site in self.draws)
 
-    def attribute(self, given: Given) -> Float[Tensor, "rows columns"]:
+    def values_of(self, attribute: AttributeSource) -> Float[Tensor, "rows columns"]:
         """The values of an attribute, row by row of the latent's plate."""
-        parts = given if isinstance(given, tuple) else (given,)
+        parts = attribute if isinstance(attribute, tuple) else (attribute,)
         return torch.cat([self._column(part) for part in parts], 1)
 
-    def _column(self, given: str | Callable[..., Tensor]) -> Tensor:
-        if callable(given):
-            name, value, axis = label(given), given(*self.args, **self.kwargs), 0
+    def _column(self, attribute: str | Callable[..., Tensor]) -> Tensor:
+        if callable(attribute):
+            name, value, axis = label(attribute), attribute(*self.args, **self.kwargs), 0
         else:
-            name, (value, axis) = given, self._observed(given)
+            name, (value, axis) = attribute, self._observed(attribute)
         if not isinstance(value, Tensor) or not value.dim() or value.shape[axis] != self.plate.size:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise DataError(
@@ -70,7 +70,7 @@ class View:
         columns = value.movedim(axis, 0).reshape(self.plate.size, -1)
         if not columns.is_floating_point():
             columns = columns.to(self.term.nats.dtype)
-        if not holds(torch.isfinite(columns).all()):
+        if not check_or_defer(torch.isfinite(columns).all()):
             raise DataError(
                 f"Attribute '{name}': {count_nonfinite(columns)}. Leave out the rows where it is missing, or make "
                 "'missing' a level of its own."
@@ -82,45 +82,45 @@ class View:
         if found is None or found.kind != "likelihood" or not found.draws:
             names = [n for n, t in self.terms.sites.items() if t.kind == "likelihood"]
             raise SiteError(
-                f"given='{name}' is no observed site of the model, which observes {names}. Name one of them, or pass "
-                f"a function of the model's arguments: given=lambda x, {name}: {name}."
+                f"attribute='{name}' is no observed site of the model, which observes {names}. Name one of them, or "
+                f"pass a function of the model's arguments: attribute=lambda x, {name}: {name}."
             )
         site = found.draws[0]
         if self.plate.name not in [p.name for p in site.plates]:
             raise SiteError(
-                f"given='{name}' lies outside of plate '{self.plate.name}' of latent '{self.latent}': expected one "
+                f"attribute='{name}' lies outside of plate '{self.plate.name}' of latent '{self.latent}': expected one "
                 "value per row. Observe it inside of the plate."
             )
         return site.value, self.plate.dim - site.event_dim + site.value.dim()
 
 
-def label(given: Given) -> str:
-    """How an attribute is called in names and messages."""
-    if isinstance(given, tuple):
-        return ", ".join(label(part) for part in given)
-    if isinstance(given, str):
-        return given
-    name = getattr(given, "__name__", type(given).__name__)
+def label(attribute: AttributeSource) -> str:
+    """The name of an attribute in tables and messages."""
+    if isinstance(attribute, tuple):
+        return ", ".join(label(part) for part in attribute)
+    if isinstance(attribute, str):
+        return attribute
+    name = getattr(attribute, "__name__", type(attribute).__name__)
     return "s" if name == "<lambda>" else name
 
 
 def check_varies(name: str, s: Tensor) -> None:
     """Raise DataError where all rows have the same value."""
-    if not holds((s != s[:1]).any()):
+    if not check_or_defer((s != s[:1]).any()):
         raise DataError(
             f"Attribute '{name}' has one level only, {s[0].tolist()}, in {len(s)} rows: nothing can be said about it. "
             "Take larger batches or a stratified loader, and look whether the data hold another level at all."
         )
 
 
-def counted(view: View) -> Bool[Tensor, "rows"]:
+def counted(context: PenaltyContext) -> Bool[Tensor, "rows"]:
     """Which rows of the latent count."""
-    return next(view.encoded).rows
+    return next(context.aggregate).rows
 
 
-def flat_draws(view: View, site: Site) -> Float[Tensor, "particles rows elements"]:
+def flat_draws(context: PenaltyContext, site: Site) -> Float[Tensor, "particles rows elements"]:
     """The latent's draws, everything within a row side by side."""
-    return Encoded(site, view.plate, view.terms.particle_dim).draws
+    return AggregatePosterior(site, context.plate, context.terms.particle_dim).draws
 
 
 def mean_over_rows(x: Float[Tensor, "*particles rows"], rows: Bool[Tensor, "rows"]) -> Float[Tensor, ""]:
@@ -144,13 +144,13 @@ def _alike(x: Float[Tensor, "rows columns"], block: slice) -> Bool[Tensor, "bloc
     return (x[block, None] == x).all(-1)
 
 
-def information_between_levels(view: View, name: str, s: Tensor, y: Tensor) -> PenaltyTerm:
+def information_between_levels(context: PenaltyContext, name: str, s: Tensor, y: Tensor) -> PenaltyTerm:
     """Log q(z | s) - log q(z) from the densities of the batch, with and without each row's own."""
     found = []
-    for encoded in view.encoded:
+    for aggregate in context.aggregate:
 
         def block(
-            start: int, stop: int, rows: Tensor = encoded.rows, pairs: Pairs = encoded.pairs
+            start: int, stop: int, rows: Tensor = aggregate.rows, pairs: Pairs = aggregate.pairs
         ) -> tuple[Tensor, ...]:
             found, peers = pairs(start, stop), _alike(y, slice(start, stop)) & rows
             level = peers & _alike(s, slice(start, stop))
@@ -160,8 +160,8 @@ def information_between_levels(view: View, name: str, s: Tensor, y: Tensor) -> P
             return with_own, without.detach(), level.sum(-1).expand(with_own.shape)
 
         high, low, count = in_blocks(block, len(s), len(s))
-        _check_discrete(name, count[0], encoded.rows)
-        found.append((high, low, encoded.rows, encoded.rows & (count[0] > 1)))
+        _check_discrete(name, count[0], aggregate.rows)
+        found.append((high, low, aggregate.rows, aggregate.rows & (count[0] > 1)))
     high = torch.stack([mean_over_rows(high, rows) for high, _, rows, _ in found]).mean()
     low = torch.stack([mean_over_rows(low, paired) for _, low, _, paired in found]).mean()
     margins = [_margins(high.detach(), low, rows, paired) for high, low, rows, paired in found]
@@ -171,16 +171,16 @@ def information_between_levels(view: View, name: str, s: Tensor, y: Tensor) -> P
 def _margins(high: Tensor, low: Tensor, rows: Tensor, paired: Tensor) -> Float[Tensor, "2"]:
     """2.5 standard errors below and above; more below where few rows of small ratio decide the mean.
 
-    Rows are independent to first order. Their ratios are bounded above by H(s) and have a long tail below, so that a
+    PerRow are independent to first order. Their ratios are bounded above by H(s) and have a long tail below, so that a
     sample without its rare rows looks too good: Johnson's correction of a mean's interval for skewness.
 
     References:
         Johnson (1978), Modified t tests and confidence intervals for asymmetrical populations, JASA 73.
     """
     high, low, count = high.mean(0), low.mean(0), rows.sum()
-    centred = torch.where(paired, low - mean_over_rows(low, paired), 0.0)
+    centered = torch.where(paired, low - mean_over_rows(low, paired), 0.0)
     spread = _spread(high, rows).maximum(_spread(low, paired))
-    skewness = centred.pow(3).sum() / (paired.sum() * _spread(low, paired).pow(3)).clamp(
+    skewness = centered.pow(3).sum() / (paired.sum() * _spread(low, paired).pow(3)).clamp(
         min=torch.finfo(low.dtype).tiny
     )
     longer = (1 + 2 * ERRORS**2) / (6 * count.sqrt()) * (-skewness).clamp(min=0.0)
@@ -199,40 +199,42 @@ def _check_discrete(name: str, count: Tensor, rows: Tensor) -> None:
         )
 
 
-def information_on_data(view: View) -> PenaltyTerm:
+def information_on_data(context: PenaltyContext) -> PenaltyTerm:
     """I(z; x): log q(z | x) - log q(z), with the weights of the full data."""
     values, margins = [], []
-    for encoded in view.encoded:
+    for aggregate in context.aggregate:
 
         def block(
-            start: int, stop: int, rows: Tensor = encoded.rows, pairs: Pairs = encoded.pairs
+            start: int, stop: int, rows: Tensor = aggregate.rows, pairs: Pairs = aggregate.pairs
         ) -> tuple[Tensor, ...]:
             found = Mixture.of(pairs(start, stop), rows, start)
-            means = found.of_full_data(view.plate.full_size), found.with_own, found.without_own
+            means = found.of_full_data(context.plate.full_size), found.with_own, found.without_own
             return tuple(found.own - mean for mean in means)
 
-        found = in_blocks(block, view.plate.size, view.plate.size)
-        values.append(torch.stack([mean_over_rows(x, encoded.rows) for x in found]))
-        error = ERRORS * _spread(found[0].detach().mean(0), encoded.rows) / encoded.rows.sum().sqrt()
+        found = in_blocks(block, context.plate.size, context.plate.size)
+        values.append(torch.stack([mean_over_rows(x, aggregate.rows) for x in found]))
+        error = ERRORS * _spread(found[0].detach().mean(0), aggregate.rows) / aggregate.rows.sum().sqrt()
         margins.append(error.expand(2))
     nats, low, high = torch.stack(values).mean(0)
     return PenaltyTerm(nats, "debiased", low.detach(), high.detach(), torch.stack(margins).mean(0))
 
 
-def variational(view: View, given: Given) -> PenaltyTerm:
+def variational(context: PenaltyContext, attribute: AttributeSource) -> PenaltyTerm:
     """KL(q(z | x) || p(z)) - E log p(x | z, s), less the unknown constant H(x | s)."""
-    names = given if isinstance(given, tuple) else (given,)
-    likelihood = sum(x for n, x in view.terms.log_likelihood_total.items() if n not in names)
-    return PenaltyTerm((view.terms.kl_total[view.latent] - likelihood) / view.terms.num_data, "upper, up to a constant")
+    names = attribute if isinstance(attribute, tuple) else (attribute,)
+    likelihood = sum(x for n, x in context.terms.log_likelihood_total.items() if n not in names)
+    return PenaltyTerm(
+        (context.terms.kl_total[context.latent] - likelihood) / context.terms.num_data, "upper, up to a constant"
+    )
 
 
-def hsic(view: View, s: Tensor, y: Tensor) -> PenaltyTerm:
-    """The mean product of two kernels, centred within the levels of y: its means over rows, level by level."""
-    rows, count = counted(view), len(s)
+def hsic(context: PenaltyContext, s: Tensor, y: Tensor) -> PenaltyTerm:
+    """The mean product of two kernels, centered within the levels of y: its means over rows, level by level."""
+    rows, count = counted(context), len(s)
     of_s = _scaled(s.unsqueeze(0), rows)
     values = []
-    for site in view.draws:
-        of_z = _scaled(flat_draws(view, site), rows)
+    for site in context.draws:
+        of_z = _scaled(flat_draws(context, site), rows)
 
         def products(start: int, stop: int, of_z: Tensor = of_z) -> tuple[Tensor, ...]:
             peers = peer_weights(y, rows, slice(start, stop))
@@ -252,7 +254,7 @@ def hsic(view: View, s: Tensor, y: Tensor) -> PenaltyTerm:
 
 
 def _scaled(x: Float[Tensor, "*particles rows columns"], rows: Tensor) -> Float[Tensor, "*particles rows columns"]:
-    """Rows whose mean squared distance is one."""
+    """PerRow whose mean squared distance is one."""
     mean = torch.where(rows[:, None], x, 0.0).sum(-2, keepdim=True) / rows.sum()
     x = x - mean.detach()
     square = 2 * torch.where(rows, x.square().sum(-1), 0.0).sum(-1) / rows.sum()

@@ -11,7 +11,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.information.aggregate import Mixture, Pairs, in_blocks
-from pyro_elbo.information.critics import Critic, Spec, count_levels
+from pyro_elbo.information.critics import Critic, CriticSpec, count_levels
 from pyro_elbo.information.estimators import (
-    Given,
-    View,
+    AttributeSource,
+    PenaltyContext,
     check_varies,
     counted,
     flat_draws,
@@ -60,7 +60,7 @@ class Penalty(ABC):
         """The name under which terms, histories and tables show it."""
 
     @abstractmethod
-    def _estimate(self, view: View, critics: Critics) -> PenaltyTerm:
+    def estimate(self, context: PenaltyContext, critics: Critics) -> PenaltyTerm:
         """The value on one set of draws."""
 
     def __call__(
@@ -79,11 +79,11 @@ class Penalty(ABC):
             SiteError: the latent is missing, or has no rows, no density or no pathwise gradient.
             DataError: an attribute cannot be used.
         """
-        view = self._view(terms, args, kwargs)
+        context = self._context(terms, args, kwargs)
         free = not isinstance(weight, Tensor) and weight == 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and not (free and not self.has_critic)):
-            estimate = self._estimate(view, critics)
-        scale = torch.as_tensor(view.term.scale).double().mean().to(terms.objective) * view.plate.size
+            estimate = self.estimate(context, critics)
+        scale = torch.as_tensor(context.term.scale).double().mean().to(terms.objective) * context.plate.size
         return replace(estimate, weight=weight, scale=scale)
 
     @property
@@ -91,7 +91,7 @@ class Penalty(ABC):
         """Whether something is trained beside the programs."""
         return False
 
-    def _view(self, terms: Terms, args: tuple, kwargs: Mapping[str, Any]) -> View:
+    def _context(self, terms: Terms, args: tuple, kwargs: Mapping[str, Any]) -> PenaltyContext:
         term = terms.sites.get(self.latent)
         if term is None or term.kind != "latent":
             latents = [n for n, t in terms.sites.items() if t.kind == "latent"]
@@ -101,12 +101,12 @@ class Penalty(ABC):
             )
         if not term.plates:
             raise SiteError(
-                f"{self.name}: latent '{self.latent}' lies in no plate, so that all data share one value. Penalise a "
+                f"{self.name}: latent '{self.latent}' lies in no plate, so that all data share one value. Penalize a "
                 "latent that each datum has its own of, inside of the data's pyro.plate."
             )
         if not term.draws:
             raise SiteError(
-                f"{self.name}: '{self.latent}' is joined from the steps of a loop. Penalise a latent that each datum "
+                f"{self.name}: '{self.latent}' is joined from the steps of a loop. Penalize a latent that each datum "
                 "has one of."
             )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -114,7 +114,7 @@ class Penalty(ABC):
                 f"{self.name}: the aggregate posterior of a batch lies on several processes, and each would see its "
                 "own part. Train with devices=1."
             )
-        return View(terms, args, kwargs, self.latent, term, term.plates[0])
+        return PenaltyContext(terms, args, kwargs, self.latent, term, term.plates[0])
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class MutualInformation(Penalty):
 
     Args:
         latent: the site z.
-        given: the attribute s: an observed site of the model, a function of the programs' arguments that returns one
-            row per datum, or a tuple of these (their joint levels). None: the datum itself.
+        attribute: s: an observed site of the model, a function of the programs' arguments that returns one row per
+            datum, or a tuple of these (their joint levels). None: the datum itself.
         weight: λ, a number or a schedule.
         estimator: how the information is estimated (nats per datum, except for ``hsic``):
 
@@ -143,12 +143,13 @@ class MutualInformation(Penalty):
               proof that nothing is there.
             * ``"hsic"``: Hilbert-Schmidt independence of z and s with Gaussian kernels as wide as the batch; for
               continuous s. No information, but zero only at independence.
-        conditional_on: a discrete attribute y as ``given``: the penalty is I(z; s | y) (equalised odds).
+        conditional_on: a discrete attribute y as ``attribute``: the penalty is I(z; s | y) (equalized odds).
         levels: levels of each column of s for critics; counted in the first batch if omitted. Whole numbers from 0
             are levels, all else is continuous.
         hidden: widths of the critic's hidden layers.
         critic_lr: rate of the critic's own Adam.
         seed: of the critic's first weights.
+        given: the former name of ``attribute``, refused.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -162,7 +163,7 @@ class MutualInformation(Penalty):
         >>> def guide(x, s):
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
-        >>> penalty = pe.MutualInformation("z", given=lambda x, s: s, weight=10.0)
+        >>> penalty = pe.MutualInformation("z", attribute=lambda x, s: s, weight=10.0)
         >>> s = torch.arange(400) % 2
         >>> _ = torch.manual_seed(0)
         >>> found = pe.TraceBeta_ELBO(penalties=[penalty]).terms(model, guide, 4.0 * s, s).penalties["I(z; s)"]
@@ -177,23 +178,26 @@ class MutualInformation(Penalty):
     """
 
     latent: str
-    given: Given | None = None
+    attribute: AttributeSource | None = None
     weight: float | Schedule = 1.0
     estimator: Estimator = "aggregate"
-    conditional_on: Given | None = None
+    conditional_on: AttributeSource | None = None
     levels: int | tuple[int, ...] | None = None
     hidden: tuple[int, ...] = (64, 64)
     critic_lr: float = 1e-3
     seed: int = 0
+    given: InitVar[None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, given: None) -> None:
+        if given is not None:
+            raise ArgumentError("given= is called attribute= now: in I(z; s | y), y is what is given.")
         _check_weight("MutualInformation", self.weight)
         if self.estimator not in get_args(Estimator):
             raise ArgumentError(f"estimator must be one of {get_args(Estimator)}, got {self.estimator!r}.")
-        if self.given is None and (self.estimator != "aggregate" or self.conditional_on is not None):
+        if self.attribute is None and (self.estimator != "aggregate" or self.conditional_on is not None):
             raise ArgumentError(
                 "Without an attribute the penalty is I(z; x), which only estimator='aggregate' knows, unconditionally. "
-                "Pass given=..., a site of the model or a function of its arguments."
+                "Pass attribute=..., a site of the model or a function of its arguments."
             )
         if self.estimator == "variational" and self.conditional_on is not None:
             raise ArgumentError("estimator='variational' bounds I(z; s) alone. Use another one for I(z; s | y).")
@@ -208,11 +212,11 @@ class MutualInformation(Penalty):
     @property
     def name(self) -> str:
         """I(z; s), or I(z; s | y)."""
-        given = "x" if self.given is None else label(self.given)
+        attribute = "x" if self.attribute is None else label(self.attribute)
         return (
-            f"I({self.latent}; {given})"
+            f"I({self.latent}; {attribute})"
             if self.conditional_on is None
-            else (f"I({self.latent}; {given} | {label(self.conditional_on)})")
+            else (f"I({self.latent}; {attribute} | {label(self.conditional_on)})")
         )
 
     @property
@@ -220,30 +224,31 @@ class MutualInformation(Penalty):
         """Whether something is trained beside the programs."""
         return self.estimator in ("club", "adversarial")
 
-    def _estimate(self, view: View, critics: Critics) -> PenaltyTerm:
-        if self.given is None:
-            return information_on_data(view)
-        s = view.attribute(self.given)
-        y = s.new_zeros(len(s), 0) if self.conditional_on is None else view.attribute(self.conditional_on)
-        check_varies(label(self.given), s)
+    def estimate(self, context: PenaltyContext, critics: Critics) -> PenaltyTerm:
+        """The information on one set of draws: see the class for the estimators."""
+        if self.attribute is None:
+            return information_on_data(context)
+        s = context.values_of(self.attribute)
+        y = s.new_zeros(len(s), 0) if self.conditional_on is None else context.values_of(self.conditional_on)
+        check_varies(label(self.attribute), s)
         if self.estimator == "aggregate":
-            return information_between_levels(view, label(self.given), s, y)
+            return information_between_levels(context, label(self.attribute), s, y)
         if self.estimator == "variational":
-            return variational(view, self.given)
+            return variational(context, self.attribute)
         if self.estimator == "hsic":
-            return hsic(view, s, y)
-        return self._by_critic(view, s, y, critics)
+            return hsic(context, s, y)
+        return self._by_critic(context, s, y, critics)
 
-    def _by_critic(self, view: View, s: Tensor, y: Tensor, critics: Critics) -> PenaltyTerm:
+    def _by_critic(self, context: PenaltyContext, s: Tensor, y: Tensor, critics: Critics) -> PenaltyTerm:
         """Log r(s | z) of a critic: against other rows' s (club), or as it is (adversarial)."""
-        z = torch.cat([flat_draws(view, site) for site in view.draws])
+        z = torch.cat([flat_draws(context, site) for site in context.draws])
         z = torch.cat([z, y.expand(len(z), *y.shape)], -1)
         if self.name not in critics:
             levels = (self.levels,) * s.shape[1] if isinstance(self.levels, int) else self.levels
             levels = count_levels(s) if levels is None else levels
-            spec = Spec(z.shape[-1], s.shape[1], levels, tuple(self.hidden), self.critic_lr, self.seed)
+            spec = CriticSpec(z.shape[-1], s.shape[1], levels, tuple(self.hidden), self.critic_lr, self.seed)
             critics[self.name] = spec.make(s)
-        critic, rows = critics[self.name], counted(view)
+        critic, rows = critics[self.name], counted(context)
         out, peers = critic.frozen(z), peer_weights(y, rows)
         found = critic.log_prob(out, s)
         found = found - critic.expected(out, s, peers) if self.estimator == "club" else found + critic.entropy(s, peers)
@@ -257,7 +262,7 @@ class TotalCorrelation(Penalty):
     r"""λ TC(z) = λ KL(q(z) ‖ Π_d q(z_d)): how far the aggregate posterior is from independent dimensions.
 
     The densities of the full data are estimated from the batch with the debiased weights of
-    :meth:`pyro_elbo.aggregate.Mixture.of_full_data`; the value is low for small batches and right for the full data.
+    ``Mixture.of_full_data``; the value is low for small batches and right for the full data.
     With weight β - 1 beside β = 1 this is β-TCVAE.
 
     Args:
@@ -290,23 +295,24 @@ class TotalCorrelation(Penalty):
         """TC(z)."""
         return f"TC({self.latent})" if self.groups is None else f"TC({self.latent}: {self.groups})"
 
-    def _estimate(self, view: View, critics: Critics) -> PenaltyTerm:
+    def estimate(self, context: PenaltyContext, critics: Critics) -> PenaltyTerm:
+        """The total correlation on one set of draws."""
         values = []
-        for encoded in view.encoded:
-            self._check_groups(encoded.draws.shape[-1])
+        for aggregate in context.aggregate:
+            self._check_groups(aggregate.draws.shape[-1])
 
             def block(
-                start: int, stop: int, rows: Tensor = encoded.rows, pairs: Pairs = encoded.pairs_per_element
+                start: int, stop: int, rows: Tensor = aggregate.rows, pairs: Pairs = aggregate.pairs_per_element
             ) -> tuple[Tensor, ...]:
                 elements = parts = pairs(start, stop)
                 if self.groups is not None:
                     parts = torch.stack([elements[:, :, list(group)].sum(2) for group in self.groups], 2)
                 joint, marginals = (Mixture.of(x, rows, start) for x in (elements.sum(2), parts.transpose(1, 2)))
-                full = view.plate.full_size
+                full = context.plate.full_size
                 return joint.of_full_data(full), marginals.of_full_data(full).mT
 
-            joint, marginals = in_blocks(block, view.plate.size, view.plate.size * encoded.draws.shape[-1])
-            values.append(mean_over_rows(joint - marginals.sum(-1), encoded.rows))
+            joint, marginals = in_blocks(block, context.plate.size, context.plate.size * aggregate.draws.shape[-1])
+            values.append(mean_over_rows(joint - marginals.sum(-1), aggregate.rows))
         return PenaltyTerm(torch.stack(values).mean(), "debiased")
 
     def _check_groups(self, size: int) -> None:

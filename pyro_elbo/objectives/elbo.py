@@ -1,9 +1,9 @@
 r"""The Trace_ELBO variants: :class:`pyro.infer.ELBO` adapters over terms, weighting and estimator.
 
-An objective is maximised; Pyro minimises a loss. The one minus sign of the library lives here.
+An objective is maximized; Pyro minimizes a loss. The one minus sign of the library lives here.
 
-The number of optimisation steps, which schedules ask for, is counted where steps really happen: a backward
-through the loss marks the objective, and the next step of any ``torch.optim`` optimiser (Pyro's wrappers use them
+The number of optimization steps, which schedules ask for, is counted where steps really happen: a backward
+through the loss marks the objective, and the next step of any ``torch.optim`` optimizer (Pyro's wrappers use them
 too) advances it, once. Evaluation never does.
 """
 
@@ -24,9 +24,9 @@ from pyro_elbo.errors import ArgumentError
 from pyro_elbo.information import Critic, Penalty, critic_gradients
 from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
-from pyro_elbo.programs import Program, check_initialised, guess_plate_nesting, run
+from pyro_elbo.programs import Program, check_initialized, find_plate_nesting, trace_pair
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms import KLForm, Term, Terms, evaluate, stack_particles
+from pyro_elbo.terms import KLForm, Term, Terms, evaluate_terms, stack_particles
 
 
 class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
@@ -41,7 +41,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
             (sites that are not named have β = 1).
         kl: ``"auto"``: analytic where a formula exists and is exact, site by site; ``"sampled"``: always
             log q - log p at the draw.
-        free_bits: nats per latent dimension (per site where the KL does not factorise) that cost nothing less.
+        free_bits: nats per latent dimension (per site where the KL does not factorize) that cost nothing less.
         num_particles: draws per step, averaged.
         vectorize_particles: draw them in one run, inside a plate on the left of all others.
         max_plate_nesting: how many batch dimensions the plates use; found by a trial run if omitted.
@@ -119,7 +119,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         """:meth:`terms` as a function of what the schedules say, without looking at any number."""
-        return self._penalise(self._bounded(model, guide, args, kwargs, value), args, kwargs, value)
+        return self._penalize(self._bounded(model, guide, args, kwargs, value), args, kwargs, value)
 
     def _bounded(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
@@ -128,7 +128,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         weighted, constant = self.weighting(sites, particle_dim, value)
         return Terms(sites, particle_dim, self._bound(sites, weighted, constant, particle_dim))
 
-    def _penalise(self, terms: Terms, args: tuple, kwargs: dict[str, Any], value: ScheduleValue) -> Terms:
+    def _penalize(self, terms: Terms, args: tuple, kwargs: dict[str, Any], value: ScheduleValue) -> Terms:
         found, objective = {}, terms.objective
         for penalty in self.penalties:
             weight = value(penalty.weight) if isinstance(penalty.weight, Schedule) else penalty.weight
@@ -145,7 +145,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
             return -self.terms(model, guide, *args, **kwargs).objective.item()
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
-        """-objective, differentiable; a backward through it followed by an optimiser's step counts as a step."""
+        """-objective, differentiable; a backward through it followed by an optimizer's step counts as a step."""
         terms = self.terms(model, guide, *args, **kwargs)
         return self.count_step(-terms.objective, terms)
 
@@ -173,7 +173,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         return self.weighting.at(step, sites)
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be saved beside parameters and optimiser for an exact continuation: step count and critics."""
+        """What must be saved beside parameters and optimizer for an exact continuation: step count and critics."""
         critics = {"critics": {n: critic.state() for n, critic in self.critics.items()}} if self.critics else {}
         return {"step": self.step} | critics
 
@@ -183,7 +183,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self.critics = {n: Critic.restored(critic) for n, critic in state.get("critics", {}).items()}
 
     def advance(self) -> None:
-        """Count one step of an optimiser, and let the critics take theirs."""
+        """Count one step of an optimizer, and let the critics take theirs."""
         self.step += 1
         for critic in self.critics.values():
             critic.step()
@@ -193,25 +193,27 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     ) -> tuple[dict[str, Term], int | None]:
         if self.vectorize_particles and self.num_particles > 1:
             nesting = self._nesting(model, guide, args, kwargs)
-            pair = run(model, guide, args, kwargs, self.num_particles, nesting)
-            return evaluate(pair, self.kl), pair.particle_dim
-        return stack_particles([evaluate(run(model, guide, args, kwargs), self.kl) for _ in range(self.num_particles)])
+            pair = trace_pair(model, guide, args, kwargs, self.num_particles, nesting)
+            return evaluate_terms(pair, self.kl), pair.particle_dim
+        return stack_particles(
+            [evaluate_terms(trace_pair(model, guide, args, kwargs), self.kl) for _ in range(self.num_particles)]
+        )
 
     def _nesting(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> int:
         if math.isinf(self.max_plate_nesting):
-            self.max_plate_nesting = guess_plate_nesting(model, guide, args, kwargs)
+            self.max_plate_nesting = find_plate_nesting(model, guide, args, kwargs)
         return int(self.max_plate_nesting)
 
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> None:
         raise NotImplementedError("The terms of the bound replace Pyro's pair of traces: call .terms(...).")
 
     def count_step(self, loss: Float[Tensor, "*"], terms: Terms) -> Float[Tensor, "*"]:
-        """Return ``loss``, marked so that the optimiser's step after its backward counts as one step.
+        """Return ``loss``, marked so that the optimizer's step after its backward counts as one step.
 
         The critics of ``terms`` get their gradients, and step then too.
         """
         if loss.requires_grad:
-            loss.register_hook(lambda _: _awaiting.add(self))
+            loss.register_hook(lambda _: _pending.add(self))
             for critic, gradients in critic_gradients(terms):
                 critic.accept(gradients)
         return loss
@@ -235,12 +237,12 @@ class TermsModule(ELBOModule):
         return super().train(mode)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """As in torch, but refuses guides that have no parameters yet: an optimiser would silently miss them.
+        """As in torch, but refuses guides that have no parameters yet: an optimizer would silently miss them.
 
         Raises:
             GuideError: an AutoGuide inside has never run.
         """
-        check_initialised(self)
+        check_initialized(self)
         return super().named_parameters(*args, **kwargs)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -252,12 +254,12 @@ class TermsModule(ELBOModule):
         self.elbo.load_state_dict(state)
 
 
-_awaiting: "weakref.WeakSet[TraceBeta_ELBO]" = weakref.WeakSet()
+_pending: "weakref.WeakSet[TraceBeta_ELBO]" = weakref.WeakSet()
 
 
 def _advance(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    while _awaiting:
-        _awaiting.pop().advance()
+    while _pending:
+        _pending.pop().advance()
 
 
 register_optimizer_step_post_hook(_advance)

@@ -1,4 +1,4 @@
-"""Named settings of the objective: importance-weighted, penalised, over time. See :mod:`pyro_elbo.objectives.elbo`."""
+"""Named settings of the objective: importance-weighted, penalized, over time. See :mod:`pyro_elbo.objectives.elbo`."""
 
 from dataclasses import replace
 from typing import Any, get_args
@@ -7,14 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.information import Estimator, Given, MutualInformation
+from pyro_elbo.information import AttributeSource, Estimator, MutualInformation
 from pyro_elbo.objectives.elbo import TraceBeta_ELBO
 from pyro_elbo.objectives.importance import importance_weighted, shared_scale
 from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.weighting import Beta, ScheduleValue
-from pyro_elbo.programs import Program, run_filter
+from pyro_elbo.programs import Program, trace_filtered
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms import Normalize, SequenceBound, Term, Terms, divisor, evaluate, over_time
+from pyro_elbo.terms import Normalize, SequenceBound, Term, Terms, divisor, evaluate_terms, join_numbered_sites
 
 
 class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
@@ -62,7 +62,7 @@ class TraceMI_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
 
     Args:
         latent: the site z, as in :class:`MutualInformation`.
-        given: the attribute s.
+        attribute: the attribute s.
         weight: λ per datum, a number or a schedule.
         estimator: how the information is estimated.
         beta: weight of the KL.
@@ -70,7 +70,7 @@ class TraceMI_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         options: those of :class:`TraceBeta_ELBO`.
 
     Example:
-        >>> loss = TraceMI_ELBO(latent="z", given="s", weight=10.0, estimator="aggregate", beta=1.0)
+        >>> loss = TraceMI_ELBO(latent="z", attribute="s", weight=10.0, estimator="aggregate", beta=1.0)
         >>> loss.penalties[0].name
         'I(z; s)'
 
@@ -82,15 +82,16 @@ class TraceMI_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
     def __init__(
         self,
         latent: str,
-        given: Given | None = None,
+        attribute: AttributeSource | None = None,
         weight: float | Schedule = 1.0,
         estimator: Estimator = "aggregate",
         beta: Beta = 1.0,
         *,
-        conditional_on: Given | None = None,
+        conditional_on: AttributeSource | None = None,
         **options: Any,
     ) -> None:
-        penalty = MutualInformation(latent, given, weight, estimator, conditional_on)
+        given = options.pop("given", None)
+        penalty = MutualInformation(latent, attribute, weight, estimator, conditional_on, given=given)
         super().__init__(beta, penalties=(penalty, *options.pop("penalties", ())), **options)
 
 
@@ -173,12 +174,12 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
 
     def _filtered(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> Terms:
         nesting = self._nesting(model, guide, args, kwargs)
-        pair, log_evidence = run_filter(model, guide, args, kwargs, self.num_particles, nesting, self.resample)
-        sites = evaluate(pair, "sampled")
+        pair, log_evidence = trace_filtered(model, guide, args, kwargs, self.num_particles, nesting, self.resample)
+        sites = evaluate_terms(pair, "sampled")
         return Terms(sites, pair.particle_dim, (log_evidence * shared_scale(sites)).sum())
 
     def _sites(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Term], int | None]:
         sites, particle_dim = super()._sites(model, guide, args, kwargs)
-        return over_time(sites), particle_dim
+        return join_numbered_sites(sites), particle_dim

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.masking import masked, over_event
+from pyro_elbo.masking import expand_to_event, masked
 from pyro_elbo.schedules import Capacity, Schedule
 from pyro_elbo.terms import Term, num_data, scaled_sum
 
@@ -29,7 +29,7 @@ class KLWeighting:
     * a number, or a tensor that broadcasts against the site's plates (a β per datum), and time if the site has it
       (shape (T,): a β per step): :math:`\beta\,KL`;
     * a schedule: the same with the β of the step; :class:`Capacity`: :math:`\gamma\,|KL - C|`;
-    * free bits: per latent dimension where the KL factorises, per site otherwise,
+    * free bits: per latent dimension where the KL factorizes, per site otherwise,
       :math:`\beta \max(\lambda, \overline{KL})` with the mean over the data of the run, and over their real steps.
 
     References:
@@ -133,7 +133,7 @@ class KLWeighting:
         mean = _mean_over_data(nats.detach(), term, events)
         floored = torch.where(mean > self.free_bits, nats, nats.new_tensor(self.free_bits))
         if isinstance(term.mask, Tensor):
-            floored = masked(floored, over_event(term.mask, events))
+            floored = masked(floored, expand_to_event(term.mask, events))
         return floored.flatten(floored.dim() - events).sum(-1) if events else floored
 
     def _check_names(self, terms: Mapping[str, Term]) -> None:

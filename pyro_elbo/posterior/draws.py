@@ -1,6 +1,6 @@
 """Programs -> many draws from the guide with everything that importance weights and ArviZ need.
 
-Draws come in chunks, vectorised where the programs allow it and one by one where they do not. The shapes of one
+Draws come in chunks, vectorized where the programs allow it and one by one where they do not. The shapes of one
 ordinary run decide what every array looks like: draws first, then the site's plates, then its event.
 """
 
@@ -19,24 +19,24 @@ from pyro_elbo.posterior.psis import PSIS, psis
 from pyro_elbo.programs import (
     Plate,
     Program,
-    Run,
     Site,
+    TracePair,
     Unobserve,
-    by_dim,
-    check_initialised,
-    guess_plate_nesting,
-    random_rows,
-    run,
+    check_initialized,
+    find_plate_nesting,
     seeded,
+    sort_by_dim,
+    subsampled_rows,
+    trace_pair,
     trace_program,
 )
-from pyro_elbo.sequences import OverTime
+from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms import is_point, shared_plate
 
 Arrays = dict[str, Tensor]
 
 
-class Programs(NamedTuple):
+class ProgramCall(NamedTuple):
     """A model, its guide and the arguments of both."""
 
     model: Program
@@ -64,7 +64,7 @@ class Draws:
         plates: the plates of each site, in the order of its dimensions.
         times: the name of the dimension of time of each site that has one; it comes first in the event.
         point: whether the guide is a point estimate, whose weights are constant and mean nothing.
-        vectorised: whether the programs took all draws at once; if not they ran once a draw.
+        vectorized: whether the programs took all draws at once; if not they ran once a draw.
         nesting: batch dimensions that the plates use.
         rows: the rows that subsampled plates used, the same for every draw.
     """
@@ -83,7 +83,7 @@ class Draws:
     times: dict[str, str]
     data_plate: Plate | None
     point: bool
-    vectorised: bool
+    vectorized: bool
     nesting: int
     rows: Arrays
     resampled: bool = False
@@ -133,19 +133,19 @@ def draw(
     """
     if num_samples < 1:
         raise ArgumentError(f"num_samples must be at least 1, got {num_samples}.")
-    check_initialised(guide)
-    programs = Programs(model, guide, args, kwargs)
+    check_initialized(guide)
+    programs = ProgramCall(model, guide, args, kwargs)
     with torch.no_grad(), seeded(seed):
-        rows = random_rows(*programs) if rows is None else rows
+        rows = subsampled_rows(*programs) if rows is None else rows
         if rows:  # every draw sees the same rows: values per datum would otherwise belong to different data
-            programs = Programs(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
-        shapes = run(*programs)
-        nesting = guess_plate_nesting(*programs)
-        runs = _vectorised(programs, shapes, num_samples, chunk_size, nesting)
-        vectorised = runs is not None
+            programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
+        shapes = trace_pair(*programs)
+        nesting = find_plate_nesting(*programs)
+        runs = _vectorized(programs, shapes, num_samples, chunk_size, nesting)
+        vectorized = runs is not None
         if runs is None:
-            runs = [_collect(run(*programs), shapes, 1, nesting) for _ in range(num_samples)]
-    return _concatenate(runs, shapes, vectorised, nesting, rows)
+            runs = [_collect(trace_pair(*programs), shapes, 1, nesting) for _ in range(num_samples)]
+    return _concatenate(runs, shapes, vectorized, nesting, rows)
 
 
 def predict(
@@ -166,7 +166,7 @@ def predict(
     if draws.rows:
         program = poutine.condition(program, data=draws.rows)
     latents = {} if prior else draws.latents
-    step = chunk_size if draws.vectorised else 1
+    step = chunk_size if draws.vectorized else 1
 
     def given(start: int, count: int) -> Arrays | None:
         chunk = {
@@ -183,7 +183,7 @@ def predict(
             sites = trace_program(program, args, kwargs, given(start, count), count, draws.nesting)
             parts.append({n: _lead(sites[n].value, s.value.shape, count, s) for n, s in shapes.items()})
     arrays = {name: torch.cat([part[name] for part in parts]) for name in shapes}
-    return arrays, {name: by_dim(s.plates) for name, s in shapes.items()}
+    return arrays, {name: sort_by_dim(s.plates) for name, s in shapes.items()}
 
 
 def _with_gaps(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -> Tensor:
@@ -194,8 +194,8 @@ def _with_gaps(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -
     return x.reshape((*([count] if count > 1 else []), *batch, *x.shape[1 + len(plates) :]))
 
 
-def _vectorised(
-    programs: Programs, shapes: Run, num_samples: int, chunk_size: int, nesting: int
+def _vectorized(
+    programs: ProgramCall, shapes: TracePair, num_samples: int, chunk_size: int, nesting: int
 ) -> list[dict[str, Any]] | None:
     """Draw in chunks inside a plate; None where the programs do not take a dimension on the left.
 
@@ -204,21 +204,23 @@ def _vectorised(
     """
     sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
     try:
-        pairs = [run(*programs, sizes[0], nesting)]
+        pairs = [trace_pair(*programs, sizes[0], nesting)]
         if sizes[0] > 1 and not all(_same_alone(programs, pairs[0], shapes, i, sizes[0], nesting) for i in (0, -1)):
             return None
-        rest = (run(*programs, n, nesting) for n in sizes[1:])
+        rest = (trace_pair(*programs, n, nesting) for n in sizes[1:])
         return [_collect(r, shapes, n, nesting) for r, n in zip(itertools.chain(pairs, rest), sizes, strict=True)]
     except Exception:  # whatever it was: the loop of single runs raises it again if it is the program's own
         return None
 
 
-def _same_alone(programs: Programs, pair: Run, shapes: Run, index: int, count: int, nesting: int) -> bool:
-    """Whether draw ``index`` of a vectorised run has the densities and deterministics of a run of its own."""
+def _same_alone(
+    programs: ProgramCall, pair: TracePair, shapes: TracePair, index: int, count: int, nesting: int
+) -> bool:
+    """Whether draw ``index`` of a vectorized run has the densities and deterministics of a run of its own."""
 
     def one(site: Site, like: Site) -> Tensor:
         x = _lead(site.value, like.value.shape, count, like)[index][None]
-        return _with_gaps(x, by_dim(like.plates), 1, nesting)
+        return _with_gaps(x, sort_by_dim(like.plates), 1, nesting)
 
     model, guide, args, kwargs = programs
     latents = {n: one(s, shapes.model[n]) for n, s in pair.model.items() if s.role == "latent"}
@@ -243,7 +245,7 @@ def _is_close(site: Site, alone: Site, index: int, count: int, nesting: int) -> 
     return all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in both)
 
 
-def _collect(pair: Run, shapes: Run, count: int, nesting: int) -> dict[str, Any]:
+def _collect(pair: TracePair, shapes: TracePair, count: int, nesting: int) -> dict[str, Any]:
     """The numbers of one run with ``count`` draws."""
 
     def value(site: Site, like: Site) -> Tensor:
@@ -271,7 +273,7 @@ def _collect(pair: Run, shapes: Run, count: int, nesting: int) -> dict[str, Any]
     return groups | densities | _weights(pair, count, nesting)
 
 
-def _weights(pair: Run, count: int, nesting: int) -> dict[str, Any]:
+def _weights(pair: TracePair, count: int, nesting: int) -> dict[str, Any]:
     """Joint log p and log q per draw, and per row of the data plate where every latent has one."""
     q = [s for s in pair.guide.values() if s.role in ("latent", "auxiliary")]
     p = [s for s in pair.model.values() if s.role in ("latent", "observed", "factor")]
@@ -297,7 +299,7 @@ def _weights(pair: Run, count: int, nesting: int) -> dict[str, Any]:
     }
 
 
-def _concatenate(runs: list[dict[str, Any]], shapes: Run, vectorised: bool, nesting: int, rows: Arrays) -> Draws:
+def _concatenate(runs: list[dict[str, Any]], shapes: TracePair, vectorized: bool, nesting: int, rows: Arrays) -> Draws:
     def join(name: str) -> Arrays:
         return {site: torch.cat([r[name][site] for r in runs]) for site in runs[0][name]}
 
@@ -312,11 +314,11 @@ def _concatenate(runs: list[dict[str, Any]], shapes: Run, vectorised: bool, nest
     return Draws(
         **fields,
         observed={n: _drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "observed"},
-        plates={n: by_dim(s.plates) for n, s in shapes.model.items()},
-        times={n: s.fn.run.time for n, s in shapes.model.items() if isinstance(s.fn, OverTime)},
+        plates={n: sort_by_dim(s.plates) for n, s in shapes.model.items()},
+        times={n: s.fn.run.time for n, s in shapes.model.items() if isinstance(s.fn, StackedDistribution)},
         data_plate=runs[0]["plate"],
         point=bool(latents) and all(is_point(s.fn) for s in latents + auxiliary),
-        vectorised=vectorised,
+        vectorized=vectorized,
         nesting=nesting,
         rows=rows,
     )
@@ -363,4 +365,4 @@ def _aligned(x: Tensor, count: int, nesting: int) -> Tensor:
 
 
 def _per_plate(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -> Tensor:
-    return _aligned(x, count, nesting).reshape((count, *(p.size for p in by_dim(plates))))
+    return _aligned(x, count, nesting).reshape((count, *(p.size for p in sort_by_dim(plates))))

@@ -58,7 +58,7 @@ def pareto_k(
     r"""Diagnose a guide by the tail of its importance weights p(x, z) / q(z).
 
     Below 0.5 the weights have finite variance, below min(1 - 1/log10(S), 0.7) they can be used, above the guide is a
-    bad approximation. With amortised guides (all latents inside the data plate) every row is judged on its own: the
+    bad approximation. With amortized guides (all latents inside the data plate) every row is judged on its own: the
     joint weights of many rows are always bad.
 
     Args:

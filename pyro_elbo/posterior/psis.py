@@ -4,7 +4,7 @@ The log weights log p(x, z) - log q(z) of draws z ~ q turn guide draws into post
 tail is light enough. PSIS fits a generalized Pareto distribution (GPD) to the largest weights, replaces them
 by the quantiles of that fit, and reports the fitted shape k. Weights of shape k have 1/k finite moments:
 below 0.5 a finite variance, above 1 not even a mean. The pipeline is tail -> GPD fit -> quantiles ->
-normalised weights, batched over leading dimensions and in float64: spreads of hundreds of nats are common.
+normalized weights, batched over leading dimensions and in float64: spreads of hundreds of nats are common.
 
 References:
     Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, arXiv:1507.02646.
@@ -40,7 +40,7 @@ class PSIS:
     """Smoothed importance weights and what they say about the guide.
 
     Attributes:
-        log_weights: smoothed log weights in nats, normalised: their logsumexp over draws is 0.
+        log_weights: smoothed log weights in nats, normalized: their logsumexp over draws is 0.
         pareto_k: k-hat, the shape of the weights' right tail; smaller is better. `-inf` where the weights are
             constant (the guide is the posterior), `inf` where no tail could be fitted.
         ess: effective sample size 1 / sum(w^2) of the smoothed weights, between 1 and the number of draws.
@@ -66,7 +66,7 @@ def psis(log_weights: Float[Tensor, "*batch draws"]) -> PSIS:
     worst. A point-estimate guide gives constant weights too; whoever calls must refuse it.
 
     Args:
-        log_weights: log p(x, z) - log q(z), unnormalised, draws last. `-inf` is a weight of zero. Weights
+        log_weights: log p(x, z) - log q(z), unnormalized, draws last. `-inf` is a weight of zero. Weights
             that matter to the last digits should be summed in float64 before they come here.
 
     Returns:
@@ -92,11 +92,11 @@ def psis(log_weights: Float[Tensor, "*batch draws"]) -> PSIS:
     smoothed, pareto_k = _smooth(raw - largest)
     constant = _is_constant(raw, torch.finfo(log_weights.dtype).eps)
     smoothed = torch.where(constant[..., None], raw - largest, smoothed)
-    normalised = smoothed - smoothed.logsumexp(-1, keepdim=True)
+    normalized = smoothed - smoothed.logsumexp(-1, keepdim=True)
     return PSIS(
-        log_weights=normalised,
+        log_weights=normalized,
         pareto_k=pareto_k.masked_fill(constant, -torch.inf),
-        ess=(-(2 * normalised).logsumexp(-1)).exp(),
+        ess=(-(2 * normalized).logsumexp(-1)).exp(),
     )
 
 
@@ -227,7 +227,7 @@ def _describe_bad(k: float, num_samples: int, threshold: float) -> str:
         return text + f"{num_samples} draws are too few for this tail. Take {_STEADY_DRAWS} or more."
     return text + (
         "the guide misses part of the posterior and its weights cannot correct it at any practical number of "
-        "draws. Train longer, choose a richer guide (full covariance, a flow), or reparameterise the model."
+        "draws. Train longer, choose a richer guide (full covariance, a flow), or reparameterize the model."
     )
 
 

@@ -7,19 +7,19 @@ Imports sequences and below.
 """
 
 from pyro_elbo.programs.explain import failed_line
-from pyro_elbo.programs.parameters import Parameters, captured_parameters, check_initialised
+from pyro_elbo.programs.parameters import Parameters, check_initialized, collect_parameters
 from pyro_elbo.programs.rng import mix_seed, seeded
 from pyro_elbo.programs.sites import (
     Plate,
     Program,
-    Run,
     Site,
+    TracePair,
     Unobserve,
-    by_dim,
-    guess_plate_nesting,
-    random_rows,
-    run,
-    run_filter,
+    find_plate_nesting,
+    sort_by_dim,
+    subsampled_rows,
+    trace_filtered,
+    trace_pair,
     trace_program,
 )
 
@@ -27,18 +27,18 @@ __all__ = [
     "Parameters",
     "Plate",
     "Program",
-    "Run",
+    "TracePair",
     "Site",
     "Unobserve",
-    "by_dim",
-    "captured_parameters",
-    "check_initialised",
+    "sort_by_dim",
+    "collect_parameters",
+    "check_initialized",
     "failed_line",
-    "guess_plate_nesting",
+    "find_plate_nesting",
     "mix_seed",
-    "random_rows",
-    "run",
-    "run_filter",
+    "subsampled_rows",
+    "trace_pair",
+    "trace_filtered",
     "seeded",
     "trace_program",
 ]

@@ -25,7 +25,7 @@ class Parameters(dict[str, Tensor]):
 
 
 @contextmanager
-def captured_parameters() -> Iterator[Parameters]:
+def collect_parameters() -> Iterator[Parameters]:
     """Collect every parameter that programs ask for inside the block; the result is filled when the block ends."""
     found = Parameters()
     with poutine.trace(param_only=True) as capture:
@@ -39,7 +39,7 @@ def captured_parameters() -> Iterator[Parameters]:
             found.displaced[name] = given[0]
 
 
-def uninitialised(module: object) -> list[str]:
+def uninitialized(module: object) -> list[str]:
     """Names of the AutoGuides inside ``module`` that have never run and so have no parameters yet."""
     if not isinstance(module, torch.nn.Module):
         return []
@@ -50,10 +50,10 @@ def uninitialised(module: object) -> list[str]:
     ]
 
 
-def check_initialised(guide: object) -> None:
+def check_initialized(guide: object) -> None:
     """Raise GuideError where an AutoGuide is asked for its parameters or its posterior before its first run."""
-    if names := uninitialised(guide):
+    if names := uninitialized(guide):
         raise GuideError(
-            f"Not initialised yet: {', '.join(names)}. An AutoGuide makes its parameters when it first sees data: "
+            f"Not initialized yet: {', '.join(names)}. An AutoGuide makes its parameters when it first sees data: "
             "call guide(*args) once, or train it, before this."
         )

@@ -16,18 +16,18 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_elbo.assumptions import assume, is_capturing
+from pyro_elbo.assumptions import defer_check, is_capturing
 from pyro_elbo.errors import NonFiniteError, SiteError, count_nonfinite
 from pyro_elbo.masking import masked, unmask
 from pyro_elbo.programs.explain import PARTICLES, explain_failure
-from pyro_elbo.sequences import Filter, OverTime, fill_masked, filtering
+from pyro_elbo.sequences import Filter, StackedDistribution, fill_masked, filtering
 
 Program = Callable[..., Any]
 Role = Literal["latent", "observed", "factor", "auxiliary", "deterministic"]
 
 
 class Plate(NamedTuple):
-    """A vectorised plate: its name, its dimension counted from the right, and its rows here and in the data."""
+    """A vectorized plate: its name, its dimension counted from the right, and its rows here and in the data."""
 
     name: str
     dim: int
@@ -43,7 +43,7 @@ class Site:
         role: ``latent`` (of the model, or the guide's site of that name), ``observed``, ``factor``
             (``pyro.factor``), ``auxiliary`` (in the guide alone) or ``deterministic``.
         fn: the distribution, without its mask.
-        plates: the vectorised plates around the site, outermost first, without the particles' plate.
+        plates: the vectorized plates around the site, outermost first, without the particles' plate.
         scale: the factor by which Pyro multiplies the log density (subsampling, ``poutine.scale``).
         mask: which entries count; None for all.
     """
@@ -64,7 +64,7 @@ class Site:
     def log_prob(self) -> Tensor:
         """Log density at the value in nats: unscaled, masked, batch dimensions aligned with the plates."""
         if self.role == "observed":
-            assume(lambda: masked(~self.fn.support.check(self.value), self.mask).logical_not().all())
+            defer_check(lambda: masked(~self.fn.support.check(self.value), self.mask).logical_not().all())
         return masked(self._evaluate(self.fn.log_prob), self.mask)
 
     def score_parts(self) -> ScoreParts:
@@ -74,7 +74,7 @@ class Site:
     def stepwise(self) -> "Site":
         """A site of a scan with time as the innermost plate, where shapes are concerned: steps are not independent."""
         fn, mask, scale = self.fn, self.mask, self.scale
-        assert isinstance(fn, OverTime)
+        assert isinstance(fn, StackedDistribution)
         mask = mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask
         scale = scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale
         if fn.counted is not None and fn.counted is not True:
@@ -114,7 +114,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Run:
+class TracePair:
     """The sites of one guide run and of the model replayed against it, in program order."""
 
     model: dict[str, Site]
@@ -122,19 +122,19 @@ class Run:
     particle_dim: int | None
 
 
-def by_dim(plates: Iterable[Plate]) -> tuple[Plate, ...]:
+def sort_by_dim(plates: Iterable[Plate]) -> tuple[Plate, ...]:
     """Plates in the order of a tensor's dimensions, from left to right."""
     return tuple(sorted(plates, key=lambda p: p.dim))
 
 
-def run(
+def trace_pair(
     model: Program,
     guide: Program,
     args: tuple,
     kwargs: Mapping[str, Any],
     num_particles: int = 1,
     max_plate_nesting: int = 0,
-) -> Run:
+) -> TracePair:
     """Run the guide, replay the model against it, and check one against the other.
 
     With ``num_particles > 1`` both run once inside a plate on the left of ``max_plate_nesting``.
@@ -147,10 +147,10 @@ def run(
     model_sites = {site.name: site for site in _read(model_trace, "latent")}
     guide_sites = {site.name: site for site in _read(guide_trace, "auxiliary", model_sites)}
     _check_pair(model_sites, guide_sites)
-    return Run(model_sites, guide_sites, -(max_plate_nesting + 1) if num_particles > 1 else None)
+    return TracePair(model_sites, guide_sites, -(max_plate_nesting + 1) if num_particles > 1 else None)
 
 
-def run_filter(
+def trace_filtered(
     model: Program,
     guide: Program,
     args: tuple,
@@ -158,7 +158,7 @@ def run_filter(
     num_particles: int,
     max_plate_nesting: int,
     threshold: float,
-) -> tuple[Run, Tensor]:
+) -> tuple[TracePair, Tensor]:
     """Run model and guide side by side through time, with resampling; also return log Ẑ per sequence (nats).
 
     Raises:
@@ -174,7 +174,7 @@ def run_filter(
     with filtering(by):
         model_trace = _trace(poutine.replay(model, trace=drawn), args, kwargs)
     model_sites = {site.name: site for site in _read(model_trace, "latent")}
-    outside = [n for n, s in model_sites.items() if s.role == "latent" and not isinstance(s.fn, OverTime)]
+    outside = [n for n, s in model_sites.items() if s.role == "latent" and not isinstance(s.fn, StackedDistribution)]
     if outside or by.log_evidence is None:
         raise SiteError(
             f"The filtering bound resamples whole particles: all latents must be drawn in one pe.scan, not {outside} "
@@ -182,7 +182,7 @@ def run_filter(
         )
     guide_sites = {site.name: site for site in _read(drawn, "auxiliary", model_sites)}
     _check_pair(model_sites, guide_sites)
-    return Run(model_sites, guide_sites, -(max_plate_nesting + 1)), by.log_evidence
+    return TracePair(model_sites, guide_sites, -(max_plate_nesting + 1)), by.log_evidence
 
 
 def trace_program(
@@ -202,15 +202,15 @@ def trace_program(
     return {s.name: replace(s, role="latent") if s.name in given else s for s in sites}
 
 
-def guess_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> int:
+def find_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> int:
     """Run both programs once and return how many batch dimensions their plates use."""
     with poutine.block(), torch.no_grad():
-        pair = run(model, guide, args, kwargs)
+        pair = trace_pair(model, guide, args, kwargs)
     dims = [p.dim for sites in (pair.model, pair.guide) for s in sites.values() for p in s.plates]
     return -min(dims, default=0)
 
 
-def random_rows(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def subsampled_rows(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The rows that one run takes of each plate which takes a random subsample, by plate."""
     model_trace, guide_trace = _traces(model, guide, args, kwargs)
     nodes: dict[str, Any] = dict(guide_trace.nodes) | dict(model_trace.nodes)

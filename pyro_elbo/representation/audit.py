@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, DataError, PyroElboError, count_nonfinite
-from pyro_elbo.representation.probes import CONFIDENCE, PROBES, Estimate, Labels, Readout, Rows, read_out
+from pyro_elbo.representation.probes import CONFIDENCE, PROBES, Estimate, Labels, ProbeRows, Readout, read_out
 
 if TYPE_CHECKING:
     import xarray
@@ -73,7 +73,7 @@ class Audit:
         if self.y is not None and self.fairness is not None:
             lines.append(
                 f"  {self.y.name} between levels of {self.s.name}: demographic parity difference "
-                f"{self.fairness.demographic_parity}, equalised odds difference {self.fairness.equalized_odds}, "
+                f"{self.fairness.demographic_parity}, equalized odds difference {self.fairness.equalized_odds}, "
                 f"labels' own difference {self.fairness.label_parity}"
             )
         return "\n".join(lines)
@@ -147,7 +147,7 @@ def audit(
         y: discrete target of any number of levels, shaped like s.
         test: ``(z, s)`` or ``(z, s, y)`` of a test split: probes are then fitted on all of the first rows and judged on
             these, in place of cross-validation.
-        probes: which of ``"logistic"``, ``"gradient boosting"`` and ``"mlp"``, all on standardised z.
+        probes: which of ``"logistic"``, ``"gradient boosting"`` and ``"mlp"``, all on standardized z.
         folds: of the cross-validation, shuffled and stratified.
         seed: of folds, probes and bootstrap. The same seed gives the same audit.
         name_s, name_y: what to call s and y in the result.
@@ -203,7 +203,7 @@ def _check_options(probes: Sequence[str], folds: int, names: tuple[str, str]) ->
         raise ArgumentError(f"s and y are both named {names[0]!r}. Give name_s and name_y that differ.")
 
 
-def _gather(given: Sequence[Any], test: Sequence[Any] | None, folds: int, names: tuple[str, str]) -> Rows:
+def _gather(given: Sequence[Any], test: Sequence[Any] | None, folds: int, names: tuple[str, str]) -> ProbeRows:
     parts = [_check_rows(given, "", names)]
     if test is not None:
         if len(test) != len(given):
@@ -218,7 +218,7 @@ def _gather(given: Sequence[Any], test: Sequence[Any] | None, folds: int, names:
     labels = tuple(_encode(x, name, start, folds) for x, name in zip(columns, names, strict=False))
     if len(labels) == 2:
         _check_cells(labels, start, names)
-    return Rows(z, labels, start, folds)
+    return ProbeRows(z, labels, start, folds)
 
 
 def _check_rows(given: Sequence[Any], where: str, names: tuple[str, str]) -> list[np.ndarray]:
@@ -295,14 +295,14 @@ def _encode(values: np.ndarray, name: str, start: int, folds: int) -> Labels:
 
 
 def _check_cells(labels: Sequence[Labels], start: int, names: tuple[str, str]) -> None:
-    """Equalised odds compare rates within levels of y: every level of s needs rows of each."""
+    """Equalized odds compare rates within levels of y: every level of s needs rows of each."""
     s, y = labels
     cells = _count(s.codes[start:], y.codes[start:], y.codes[start:]).sum(-1)
     empty = (cells == 0) & (cells.sum(1, keepdims=True) > 0) & (cells.sum(0, keepdims=True) > 0)
     if empty.any():
         i, j = (int(k) for k in np.argwhere(empty)[0])
         raise DataError(
-            f"no judged row has {names[0]} = {s.levels[i]!r} and {names[1]} = {y.levels[j]!r}: equalised odds are not "
+            f"no judged row has {names[0]} = {s.levels[i]!r} and {names[1]} = {y.levels[j]!r}: equalized odds are not "
             "defined. Merge levels, or leave y out and give it to an audit of its own."
         )
 
@@ -335,7 +335,7 @@ def _measure_fairness(
 def _estimate_gap(value: float, rates: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, seed: int) -> Estimate:
     """The interval of the largest difference between groups, whose error is at most that between their errors.
 
-    Rows are drawn again by the multinomial counts of what they are like.
+    ProbeRows are drawn again by the multinomial counts of what they are like.
     """
     rows = int(counts.sum())
     drawn = np.random.default_rng(seed).multinomial(rows, counts.ravel() / rows, _RESAMPLES)
@@ -347,7 +347,7 @@ def _estimate_gap(value: float, rates: Callable[[np.ndarray], np.ndarray], count
 def _count(
     groups: Int[np.ndarray, " row"], truth: Int[np.ndarray, " row"], predicted: Int[np.ndarray, " row"]
 ) -> Int[np.ndarray, "group level level"]:
-    """Rows by level of s, level of y and prediction."""
+    """ProbeRows by level of s, level of y and prediction."""
     levels = int(max(truth.max(), predicted.max())) + 1
     counts = np.zeros((int(groups.max()) + 1, levels, levels), dtype=np.int64)
     np.add.at(counts, (groups, truth, predicted), 1)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError
-from pyro_elbo.information import Encoded, Mixture, in_blocks
+from pyro_elbo.information import AggregatePosterior, Mixture, in_blocks
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, seeded
 from pyro_elbo.terms import Term, Terms, univariate
@@ -74,7 +74,7 @@ def kl_decomposition(
     r"""Take the average KL of a latent apart: information on the datum, total correlation, dimensions against prior.
 
     Give it the full data: then q(z) is exact, and only the draws are random. Where the latent's plate subsamples, the
-    densities are weighted as in the full data (:meth:`pyro_elbo.aggregate.Mixture.of_full_data`); the result is then a
+    densities are weighted as in the full data (``Mixture.of_full_data``); the result is then a
     rough estimate, I(z; x) too high and the total correlation too low. Pairs of rows are compared in blocks, so that
     memory stays small; time grows with rows² × dimensions.
 
@@ -88,7 +88,7 @@ def kl_decomposition(
         kwargs: further arguments of the programs.
 
     Raises:
-        SiteError: the latent is missing, or its guide or prior has no density that factorises over dimensions.
+        SiteError: the latent is missing, or its guide or prior has no density that factorizes over dimensions.
         ArgumentError: ``num_samples`` is less than 1.
 
     Example:
@@ -136,10 +136,10 @@ def _only_latent(terms: Terms, latent: str | None) -> str:
 def _parts(term: Term) -> Float[Tensor, "rows parts"]:
     """Of each row: information, total correlation, and the dimensions' KL to the prior."""
     plate, (site,) = term.plates[0], term.draws
-    encoded = Encoded(site, plate, None)
+    encoded = AggregatePosterior(site, plate, None)
     if term.per_dim is None and site.event_dim:
         raise SiteError(
-            f"Latent '{term.name}': prior and guide must factorise over its dimensions for a decomposition by "
+            f"Latent '{term.name}': prior and guide must factorize over its dimensions for a decomposition by "
             f"dimension; the guide is {type(site.fn).__name__}. Use distributions with .to_event(n)."
         )
     to_prior = encoded.like_draws(term.nats if term.per_dim is None else term.per_dim())[0]

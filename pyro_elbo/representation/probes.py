@@ -99,8 +99,8 @@ class Labels(NamedTuple):
     levels: tuple[str, ...]
 
 
-class Rows(NamedTuple):
-    """Rows to fit on and to judge.
+class ProbeRows(NamedTuple):
+    """ProbeRows to fit on and to judge.
 
     Attributes:
         z: the representation.
@@ -125,7 +125,7 @@ class Rows(NamedTuple):
 
 
 def read_out(
-    name: str, labels: Labels, rows: Rows, probes: Sequence[str], seed: int
+    name: str, labels: Labels, rows: ProbeRows, probes: Sequence[str], seed: int
 ) -> tuple[Readout, Int[np.ndarray, " judged"]]:
     """Fit and judge all probes; also say what the best of them predicts for the judged rows."""
     codes = labels.codes[rows.start :]

@@ -8,6 +8,6 @@ Imports masking, assumptions, errors.
 
 from pyro_elbo.sequences.scan import scan
 from pyro_elbo.sequences.smc import Filter, filtering
-from pyro_elbo.sequences.stacked import OverTime, fill_masked
+from pyro_elbo.sequences.stacked import StackedDistribution, fill_masked
 
-__all__ = ["Filter", "OverTime", "fill_masked", "filtering", "scan"]
+__all__ = ["Filter", "StackedDistribution", "fill_masked", "filtering", "scan"]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_elbo.assumptions import captured_loop, holds
+from pyro_elbo.assumptions import active_loop, check_or_defer
 from pyro_elbo.errors import ArgumentError, CompileError
-from pyro_elbo.sequences.smc import Side, active_filter, one_by_one, stack_rows
-from pyro_elbo.sequences.stacked import Run
-from pyro_elbo.sequences.step import Step, Steps
+from pyro_elbo.sequences.smc import ScanSide, active_filter, one_by_one, stack_rows
+from pyro_elbo.sequences.stacked import ScanRun
+from pyro_elbo.sequences.step import Step, StepProgram
 
 
 def scan(
@@ -76,14 +76,14 @@ def scan(
     if horizon and reverse:
         raise ArgumentError("pe.scan: a forecast runs forward from the end of xs: choose horizon or reverse.")
     inputs = _Inputs.make(xs, lengths, length, horizon, dim)
-    steps = Steps(step, inputs.total)
+    steps = StepProgram(step, inputs.total)
     last, stacked = _run(steps, init, inputs, reverse)
-    return last, steps.emit(stacked, inputs.valid, dim, Run(name, reverse))
+    return last, steps.emit(stacked, inputs.valid, dim, ScanRun(name, reverse))
 
 
-def _run(steps: Steps, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
+def _run(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
     """Run all steps: the last carry, and what they drew, time first."""
-    loop, by = captured_loop(), active_filter()
+    loop, by = active_loop(), active_filter()
     if loop is None and by is None:
         return _one_by_one(steps, init, inputs, reverse)
     if inputs.total > inputs.given:
@@ -99,7 +99,7 @@ def _run(steps: Steps, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any
     return _with_tensors(state, last, spec), stacked
 
 
-def _one_by_one(steps: Steps, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
+def _one_by_one(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
     carry, rows = init, []
     for t in inputs.order(reverse):
         valid = None if inputs.valid is None else inputs.valid[t]
@@ -108,7 +108,7 @@ def _one_by_one(steps: Steps, init: Any, inputs: "_Inputs", reverse: bool) -> tu
     return carry, stack_rows(rows[::-1] if reverse else rows)
 
 
-def _side(steps: Steps, state: Sequence[Any], spec: Any, inputs: "_Inputs", reverse: bool) -> Side:
+def _side(steps: StepProgram, state: Sequence[Any], spec: Any, inputs: "_Inputs", reverse: bool) -> ScanSide:
     """The scan as a function of tensors: a step is the same at all times but for its row of inputs."""
     valid, given = inputs.valid, steps.given_over_time()
     xs, xs_spec = pytree.tree_flatten(inputs.xs)
@@ -123,7 +123,7 @@ def _side(steps: Steps, state: Sequence[Any], spec: Any, inputs: "_Inputs", reve
         new, out = steps.again(old, x_t, valid_t, lambda name, event_dim: values.get(name))
         return [x for x in pytree.tree_leaves(new) if isinstance(x, Tensor)], out
 
-    return Side(steps, [x for x in state if isinstance(x, Tensor)], columns, body, reverse)
+    return ScanSide(steps, [x for x in state if isinstance(x, Tensor)], columns, body, reverse)
 
 
 def _with_tensors(leaves: Sequence[Any], tensors: Sequence[Tensor], spec: Any) -> Any:
@@ -198,7 +198,7 @@ def _check_lengths(lengths: Any, total: int, xs: Sequence[Tensor]) -> Tensor:
                 f"pe.scan: lengths of shape {tuple(lengths.shape)} do not fit inputs of shape {tuple(x.shape)} (time "
                 f"first): expected time, then the dimensions of lengths. dim=1 is for inputs with time second."
             )
-    if not holds(((lengths >= 1) & (lengths <= total)).all()):
+    if not check_or_defer(((lengths >= 1) & (lengths <= total)).all()):
         bad = lengths[(lengths < 1) | (lengths > total)]
         raise ArgumentError(
             f"pe.scan: lengths must lie between 1 and T = {total}, got {bad.flatten()[:5].tolist()}. Leave empty "

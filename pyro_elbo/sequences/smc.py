@@ -19,17 +19,17 @@ import torch
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor
 
-from pyro_elbo.assumptions import captured_loop
+from pyro_elbo.assumptions import active_loop
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.masking import log_mean_exp, masked
 from pyro_elbo.sequences.stacked import fill_masked
-from pyro_elbo.sequences.step import Drawn, Steps
+from pyro_elbo.sequences.step import StepProgram, StepSite
 
-Body = Callable[[list[Tensor], list[Tensor], dict[str, Tensor]], tuple[list[Tensor], list[Tensor]]]
+StepFunction = Callable[[list[Tensor], list[Tensor], dict[str, Tensor]], tuple[list[Tensor], list[Tensor]]]
 
 
 @dataclass(frozen=True)
-class Side:
+class ScanSide:
     """The scan of one program as a function of tensors.
 
     Attributes:
@@ -38,14 +38,14 @@ class Side:
         body: (carry, row, values of sites) -> (next carry, what is kept of the step).
     """
 
-    steps: Steps
+    steps: StepProgram
     state: list[Tensor]
     columns: list[Tensor]
-    body: Body
+    body: StepFunction
     reverse: bool
 
 
-Ran = tuple[list[Tensor], list[Tensor]]
+ScanResult = tuple[list[Tensor], list[Tensor]]
 """The last carry of a scan, and what it kept of all steps."""
 
 
@@ -66,11 +66,11 @@ class Filter:
     threshold: float
     run_guide: Callable[[], None]
     log_evidence: Tensor | None = None
-    _model: Side | None = None
-    _results: dict[str, Ran] = field(default_factory=dict)
+    _model: ScanSide | None = None
+    _results: dict[str, ScanResult] = field(default_factory=dict)
     _handlers: int = field(default_factory=lambda: len(_PYRO_STACK))
 
-    def scan(self, side: Side) -> Ran:
+    def scan(self, side: ScanSide) -> ScanResult:
         """Take part in the run: first the model, from within it the guide."""
         if self._results:
             raise SiteError("The filtering bound needs one pe.scan with sites in each program: join the scans.")
@@ -97,7 +97,7 @@ class Filter:
         finally:
             _PYRO_STACK[:], _DIM_ALLOCATOR._stack[:] = handlers, plates
 
-    def _run(self, q: Side, p: Side) -> None:
+    def _run(self, q: ScanSide, p: ScanSide) -> None:
         _check(q, p)
         total, nq, mq = q.steps.total, len(q.state), len(q.columns)
         shape = self._shape([*q.steps.last.values(), *p.steps.last.values()])
@@ -105,7 +105,7 @@ class Filter:
         last = torch.arange(total, device=log_w.device) == total - 1
         start = [*q.state, *p.state, log_w, torch.zeros_like(log_w[:1])]
 
-        def body(state: list[Tensor], row: list[Tensor]) -> Ran:
+        def body(state: list[Tensor], row: list[Tensor]) -> ScanResult:
             new_q, row_q = q.body(state[:nq], row[:mq], {})
             drawn = {name: site.value for name, site in q.steps.last.items()}
             new_p, row_p = p.body(state[nq:-2], row[mq:-1], drawn)
@@ -113,21 +113,21 @@ class Filter:
             carry, log_w, gained = self._resample([*new_q, *new_p], log_w, row[-1], p.steps.valid)
             return [*carry, log_w, state[-1] + gained], [*row_q, *row_p]
 
-        ends, rows = (captured_loop() or one_by_one)(body, start, [*q.columns, *p.columns, last], total, False)
+        ends, rows = (active_loop() or one_by_one)(body, start, [*q.columns, *p.columns, last], total, False)
         self.log_evidence = ends[-1].squeeze(0)
         self._results = {
             "guide": (ends[:nq], rows[: q.steps.width]),
             "model": (ends[nq:-2], rows[q.steps.width :]),
         }
 
-    def _shape(self, sites: list[Drawn]) -> tuple[int, ...]:
+    def _shape(self, sites: list[StepSite]) -> tuple[int, ...]:
         """Particles, then the plates that all sites share; the rest of the batch is summed out."""
         shape = [1] * self.rank
         for frame in set.intersection(*(set(s.everywhere) for s in sites)):
             shape[frame.dim] = frame.size
         return tuple(shape)
 
-    def _log_weights(self, q: Steps, p: Steps, shape: tuple[int, ...]) -> Tensor:
+    def _log_weights(self, q: StepProgram, p: StepProgram, shape: tuple[int, ...]) -> Tensor:
         total = torch.zeros(shape)
         for sign, steps in ((1, p), (-1, q)):
             for site in steps.last.values():
@@ -165,7 +165,7 @@ def _follow(carry: Tensor, ancestors: Tensor, shape: tuple[int, ...]) -> Tensor:
     return carry.gather(0, index)
 
 
-def _check(q: Side, p: Side) -> None:
+def _check(q: ScanSide, p: ScanSide) -> None:
     if q.steps.total != p.steps.total or q.reverse or p.reverse:
         ways = [f"{s.steps.total} steps{' backward' * s.reverse}" for s in (p, q)]
         raise SiteError(
@@ -184,12 +184,12 @@ def _check(q: Side, p: Side) -> None:
 
 
 def one_by_one(
-    body: Callable[[list[Tensor], list[Tensor]], Ran],
+    body: Callable[[list[Tensor], list[Tensor]], ScanResult],
     state: list[Tensor],
     columns: list[Tensor],
     total: int,
     reverse: bool,
-) -> Ran:
+) -> ScanResult:
     """Run a step over time in Python: the last carry, and what is kept of all steps, time first."""
     rows = []
     for t in range(total - 1, -1, -1) if reverse else range(total):

@@ -19,14 +19,14 @@ from torch.distributions import Distribution, constraints, kl, transform_to
 from torch.distributions.transforms import Transform
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.masking import masked, over_event
+from pyro_elbo.masking import expand_to_event, masked
 
 
 def fill_masked(fn: Distribution, value: Tensor, mask: Tensor | bool | None) -> Tensor:
     """Replace what is masked and not finite by a point of the support: 0 * NaN is NaN in the gradient."""
-    if not isinstance(mask, Tensor) or not value.is_floating_point() or isinstance(fn, Recorded):
+    if not isinstance(mask, Tensor) or not value.is_floating_point() or isinstance(fn, RecordedDensity):
         return value
-    missing = ~over_event(mask, len(fn.event_shape)) & ~torch.isfinite(value)
+    missing = ~expand_to_event(mask, len(fn.event_shape)) & ~torch.isfinite(value)
     support: Any = fn.support
     if constraints.is_dependent(support) or support.is_discrete:
         inside = torch.zeros_like(value)
@@ -37,14 +37,14 @@ def fill_masked(fn: Distribution, value: Tensor, mask: Tensor | bool | None) -> 
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class ScanRun:
     """One run of a scan, which its sites share: the name of its time, and whether it ran from the last step on."""
 
     time: str
     reverse: bool
 
 
-class OverTime(TorchDistribution):
+class StackedDistribution(TorchDistribution):
     """A site's distribution at all steps; a draw from it is what the scan drew.
 
     Args:
@@ -57,7 +57,7 @@ class OverTime(TorchDistribution):
     arg_constraints: Any = {}
 
     def __init__(
-        self, steps: Distribution, value: Tensor, counted: Bool[Tensor, "..."] | bool | None, run: Run
+        self, steps: Distribution, value: Tensor, counted: Bool[Tensor, "..."] | bool | None, run: ScanRun
     ) -> None:
         self.steps, self.value, self.counted, self.run = steps, value, counted, run
         batch_shape = steps.batch_shape
@@ -88,26 +88,26 @@ class OverTime(TorchDistribution):
         """Σ_t log p_t(value_t) over the steps that count, shape plates (nats)."""
         return masked(self.steps.log_prob(fill_masked(self.steps, value, self.counted)), self.counted).sum(-1)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "OverTime":
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "StackedDistribution":
         """The same steps for more rows."""
         batch_shape = Size(batch_shape)
         if batch_shape == self.batch_shape:
             return self
         steps = self.steps.expand(batch_shape + self.event_shape[:1])
-        return OverTime(steps, self.value.expand(batch_shape + self.event_shape), self.counted, self.run)
+        return StackedDistribution(steps, self.value.expand(batch_shape + self.event_shape), self.counted, self.run)
 
 
-def _kl_over_time(q: OverTime, p: OverTime) -> Tensor:
+def _kl_stacked(q: StackedDistribution, p: StackedDistribution) -> Tensor:
     """Σ_t KL(q_t ‖ p_t): exact given the draws of earlier steps, if both run through time in the same direction."""
     if q.run.reverse != p.run.reverse:
         raise NotImplementedError
     return masked(kl.kl_divergence(q.steps, p.steps), p.counted).sum(-1)
 
 
-kl.register_kl(OverTime, OverTime)(_kl_over_time)
+kl.register_kl(StackedDistribution, StackedDistribution)(_kl_stacked)
 
 
-class Recorded(TorchDistribution):
+class RecordedDensity(TorchDistribution):
     """A distribution that is known by the log density of one value only.
 
     It stands for what cannot be stacked over time, such as a flow whose transforms hold tensors.
@@ -133,14 +133,14 @@ class Recorded(TorchDistribution):
         """The log density, of the recorded value only (nats)."""
         if value is not self.value:
             raise SiteError(
-                f"A {type(self.like).__name__} inside of a scan knows the density of its own draws only. Run the "
+                f"A {type(self.like).__name__} inside of a scan knows the density of its own draws only. ScanRun the "
                 "program on other values instead (pyro.poutine.condition)."
             )
         return self.density
 
 
 @dataclass(frozen=True)
-class Structure:
+class DistributionSpec:
     """A distribution without its tensors.
 
     Attributes:
@@ -157,7 +157,7 @@ class Structure:
         """The class of the distribution."""
         return type(self.fn)
 
-    def matches(self, other: "Structure") -> bool:
+    def matches(self, other: "DistributionSpec") -> bool:
         """Whether two distributions differ in the values of their tensors only."""
         return (
             self.kind is other.kind
@@ -167,7 +167,7 @@ class Structure:
             and all(_same(x, other.parts[key]) for key, x in self.parts.items())
         )
 
-    def put_together(self, tensors: Sequence[Tensor], position: int) -> Distribution:
+    def unflatten(self, tensors: Sequence[Tensor], position: int) -> Distribution:
         """The distribution of tensors that have one more batch dimension, at ``position``."""
         made, size = copy.copy(self.fn), tensors[0].shape[position]
         shape = self.fn.batch_shape
@@ -175,8 +175,8 @@ class Structure:
         for key, x in self.parts.items():
             if isinstance(x, _Position):
                 vars(made)[key] = tensors[x]
-            elif isinstance(x, Structure):
-                vars(made)[key] = x.put_together(tensors, position)
+            elif isinstance(x, DistributionSpec):
+                vars(made)[key] = x.unflatten(tensors, position)
         return made
 
 
@@ -184,7 +184,7 @@ class _Position(int):
     """Where a tensor stands in a list."""
 
 
-def take_apart(fn: Distribution, tensors: list[Tensor]) -> Structure | None:
+def flatten_distribution(fn: Distribution, tensors: list[Tensor]) -> DistributionSpec | None:
     """Append the tensors that make up ``fn``, each with all batch dimensions on its left, and return the rest.
 
     None for distributions that hold tensors in other ways, such as in the transforms of a flow.
@@ -204,26 +204,26 @@ def take_apart(fn: Distribution, tensors: list[Tensor]) -> Structure | None:
             parts[key] = _Position(known[0] if known else len(tensors))
             tensors += [] if known else [x]
         elif isinstance(x, Distribution):
-            parts[key] = take_apart(x, tensors)
+            parts[key] = flatten_distribution(x, tensors)
             if parts[key] is None:
                 return None
         elif _holds_tensors(x):
             return None
         elif key != "_batch_shape":
             parts[key] = x
-    return Structure(fn, parts, len(tensors)) if tensors else None
+    return DistributionSpec(fn, parts, len(tensors)) if tensors else None
 
 
-def untouched(fn: Distribution) -> Distribution:
+def copy_without_cache(fn: Distribution) -> Distribution:
     """A copy that does not get what ``fn`` computes and keeps later (``probs`` from ``logits``, when it is sampled)."""
     made = copy.copy(fn)
-    vars(made).update({key: untouched(x) for key, x in vars(fn).items() if isinstance(x, Distribution)})
+    vars(made).update({key: copy_without_cache(x) for key, x in vars(fn).items() if isinstance(x, Distribution)})
     return made
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Structure):
-        return isinstance(b, Structure) and a.matches(b)
+    if isinstance(a, DistributionSpec):
+        return isinstance(b, DistributionSpec) and a.matches(b)
     return type(a) is type(b) and (a is b or bool(a == b))
 
 

@@ -21,13 +21,20 @@ from torch.utils import _pytree as pytree
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import ArgumentError, CompileError, SiteError
 from pyro_elbo.masking import unmask
-from pyro_elbo.sequences.stacked import OverTime, Recorded, Run, Structure, take_apart, untouched
+from pyro_elbo.sequences.stacked import (
+    DistributionSpec,
+    RecordedDensity,
+    ScanRun,
+    StackedDistribution,
+    copy_without_cache,
+    flatten_distribution,
+)
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
-class Outside:
+class OuterContext:
     """What the handlers around a scan say of one of its sites.
 
     Attributes:
@@ -41,12 +48,12 @@ class Outside:
     observed: bool
 
 
-Given = Callable[[str, int], Tensor | None]
+ValueLookup = Callable[[str, int], Tensor | None]
 """The value that handlers give for a site (name, event dimensions) at the present step."""
 
 
 @dataclass(frozen=True)
-class Drawn:
+class StepSite:
     """One site of one step, after all handlers inside of the step; ``frames`` are its plates there.
 
     ``everywhere`` are all plates, also those around the scan.
@@ -63,11 +70,11 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _StepLayout:
     """What is the same at all steps: the sites with their structures, and the out, ``Tensor`` for its tensors."""
 
-    sites: dict[str, Drawn]
-    structures: dict[str, Structure | None]
+    sites: dict[str, StepSite]
+    structures: dict[str, DistributionSpec | None]
     spec: Any
     constants: list[Any]
 
@@ -75,10 +82,10 @@ class _Kept:
 class _Collector(Messenger):
     """Hides the sites of a step from the handlers around the scan, and keeps them."""
 
-    def __init__(self, t: int, outside: dict[str, Outside], given: Given) -> None:
+    def __init__(self, t: int, outside: dict[str, OuterContext], given: ValueLookup) -> None:
         super().__init__()
         self.t, self.outside, self.given = t, outside, given
-        self.sites: dict[str, Drawn] = {}
+        self.sites: dict[str, StepSite] = {}
         self._inside: dict[str, tuple[Any, ...]] = {}
         self._fns: dict[str, Distribution] = {}
 
@@ -88,7 +95,7 @@ class _Collector(Messenger):
         if type(fn).__name__ == "_Subsample":
             _check_full(name, fn)
             return
-        if isinstance(fn, OverTime):
+        if isinstance(fn, StackedDistribution):
             raise SiteError(f"Site '{name}' is that of a scan inside of a scan's step: write the inner loop out.")
         _check_drawn(msg)
         self._inside[name] = msg["cond_indep_stack"]
@@ -97,7 +104,7 @@ class _Collector(Messenger):
         outside = self.outside[name]
         msg["cond_indep_stack"] = outside.frames
         BroadcastMessenger._pyro_sample(msg)
-        self._fns[name] = untouched(msg["fn"])
+        self._fns[name] = copy_without_cache(msg["fn"])
         if msg["is_observed"] and not outside.observed:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
         value = self.given(name, len(msg["fn"].event_shape))
@@ -113,13 +120,13 @@ class _Collector(Messenger):
         fn, mask = unmask(self._fns[name], msg["mask"])
         infer, observed, inside = dict(msg["infer"]), msg["is_observed"], self._inside[name]
         frames = msg["cond_indep_stack"]
-        self.sites[name] = Drawn(fn, msg["value"], mask, msg["scale"], inside, frames, infer, observed)
+        self.sites[name] = StepSite(fn, msg["value"], mask, msg["scale"], inside, frames, infer, observed)
 
 
 class _Inside(Messenger):
     """Adds the plates and the scale that a site has inside of the step."""
 
-    def __init__(self, site: Drawn) -> None:
+    def __init__(self, site: StepSite) -> None:
         super().__init__()
         self.site = site
 
@@ -168,7 +175,7 @@ def _check_handler(handler: Any, msg: Any) -> None:
         )
 
 
-def _ask(msg: Any, handlers: Sequence[Any]) -> Outside:
+def _ask(msg: Any, handlers: Sequence[Any]) -> OuterContext:
     """Let the handlers around a scan process a site without telling any of them that it was drawn."""
     probe = dict(msg) | {"infer": dict(msg["infer"]), "stop": False}
     for handler in reversed(handlers):
@@ -179,10 +186,10 @@ def _ask(msg: Any, handlers: Sequence[Any]) -> Outside:
         if probe["stop"]:
             break
     value = probe["value"]
-    return Outside(probe["cond_indep_stack"], None if value is msg["value"] else value, probe["is_observed"])
+    return OuterContext(probe["cond_indep_stack"], None if value is msg["value"] else value, probe["is_observed"])
 
 
-class Steps:
+class StepProgram:
     """A step program at successive times.
 
     Attributes:
@@ -194,14 +201,14 @@ class Steps:
 
     def __init__(self, step: Step, total: int) -> None:
         self.step, self.total = step, total
-        self.outside: dict[str, Outside] = {}
-        self.last: dict[str, Drawn] = {}
+        self.outside: dict[str, OuterContext] = {}
+        self.last: dict[str, StepSite] = {}
         self.valid: Tensor | None = None
         self.width = 0
-        self._kept: _Kept | None = None
+        self._kept: _StepLayout | None = None
         self._drawn: set[str] = set()
 
-    def given_at(self, t: int) -> Given:
+    def given_at(self, t: int) -> ValueLookup:
         """What handlers give for the sites of step ``t``."""
         return lambda name, event_dim: self._given(name, event_dim, t)
 
@@ -217,7 +224,7 @@ class Steps:
             )
         return value.select(axis, t) if t < value.shape[axis] else None
 
-    def run(self, carry: Any, x: Any, valid: Tensor | None, t: int, given: Given) -> tuple[Any, list[Tensor]]:
+    def run(self, carry: Any, x: Any, valid: Tensor | None, t: int, given: ValueLookup) -> tuple[Any, list[Tensor]]:
         """One step: the next carry, and the tensors of its sites and of its out, as :meth:`emit` wants them."""
         with _Collector(t, self.outside, given) as collector:
             result = self.step(carry, x)
@@ -228,7 +235,7 @@ class Steps:
         structures = {name: _tensors_of(site, tensors) for name, site in collector.sites.items()}
         leaves, spec = pytree.tree_flatten(out)
         constants = [Tensor if isinstance(x, Tensor) else x for x in leaves]
-        now = _Kept(collector.sites, structures, spec, constants)
+        now = _StepLayout(collector.sites, structures, spec, constants)
         if self._kept is not None:
             _compare(self._kept, now, t)
         carry = _next_carry(carry, new, valid, self._rank(), t, grows=self._kept is None)
@@ -246,7 +253,7 @@ class Steps:
         grow = lambda a, b: a.expand(b.shape) if isinstance(a, Tensor) else a  # noqa: E731
         return pytree.tree_map(grow, carry, new)
 
-    def again(self, carry: Any, x: Any, valid: Tensor | None, given: Given) -> tuple[Any, list[Tensor]]:
+    def again(self, carry: Any, x: Any, valid: Tensor | None, given: ValueLookup) -> tuple[Any, list[Tensor]]:
         """A step that stands for all of them."""
         self._kept = None
         return self.run(carry, x, valid, 0, given)
@@ -271,19 +278,19 @@ class Steps:
         dims = [-f.dim for outside in self.outside.values() for f in outside.frames if f.dim is not None]
         return max(dims, default=0)
 
-    def emit(self, stacked: Sequence[Tensor], valid: Tensor | None, dim: int, run: Run) -> Any:
+    def emit(self, stacked: Sequence[Tensor], valid: Tensor | None, dim: int, run: ScanRun) -> Any:
         """State every site once, over all steps, and return the outs; ``stacked`` has time on the left."""
         assert self._kept is not None
         columns = iter(stacked)
         for name, site in self._kept.sites.items():
-            fn, value = self._over_time(name, site, columns, valid, run)
+            fn, value = self._stack_site(name, site, columns, valid, run)
             self._state(name, site, fn, value)
         outs = [next(columns).movedim(0, dim) if x is Tensor else x for x in self._kept.constants]
         return pytree.tree_unflatten(outs, self._kept.spec)
 
-    def _over_time(
-        self, name: str, site: Drawn, columns: Iterator[Tensor], valid: Tensor | None, run: Run
-    ) -> tuple[OverTime, Tensor]:
+    def _stack_site(
+        self, name: str, site: StepSite, columns: Iterator[Tensor], valid: Tensor | None, run: ScanRun
+    ) -> tuple[StackedDistribution, Tensor]:
         assert self._kept is not None
         structure, position = self._kept.structures[name], len(site.fn.batch_shape)
         tensors = [next(columns).movedim(0, position) for _ in range(1 if structure is None else structure.count)]
@@ -297,10 +304,12 @@ class Steps:
             mask = _ragged(name, site, valid, mask)
             if not site.fn.has_rsample:  # a score function is not masked: later steps may depend on the draw
                 tensors = [_without_gradient(x, valid, position) for x in tensors]
-        steps = Recorded(site.fn, value, tensors[0]) if structure is None else structure.put_together(tensors, position)
-        return OverTime(steps, value, mask, run), value
+        steps = (
+            RecordedDensity(site.fn, value, tensors[0]) if structure is None else structure.unflatten(tensors, position)
+        )
+        return StackedDistribution(steps, value, mask, run), value
 
-    def _state(self, name: str, site: Drawn, fn: OverTime, value: Tensor) -> None:
+    def _state(self, name: str, site: StepSite, fn: StackedDistribution, value: Tensor) -> None:
         given = self.outside[name].value
         drawn_later = given is not None and given.shape != value.shape
         observed = name not in self._drawn and not drawn_later  # at all steps: a forecast is no observation
@@ -320,17 +329,17 @@ def _at_the_bottom(handler: Messenger | None) -> Iterator[None]:
             _PYRO_STACK.remove(handler)
 
 
-def _tensors_of(site: Drawn, tensors: list[Tensor]) -> Structure | None:
+def _tensors_of(site: StepSite, tensors: list[Tensor]) -> DistributionSpec | None:
     """Append the tensors of a site: its distribution's (or its log density alone), the value, the mask."""
     own: list[Tensor] = []
-    structure = take_apart(site.fn, own)
+    structure = flatten_distribution(site.fn, own)
     if structure is None:
         own = [site.fn.log_prob(site.value)]
     tensors += [*own, site.value] + ([site.mask] if isinstance(site.mask, Tensor) else [])
     return structure
 
 
-def _ragged(name: str, site: Drawn, valid: Tensor, mask: Tensor | bool | None) -> Tensor | bool | None:
+def _ragged(name: str, site: StepSite, valid: Tensor, mask: Tensor | bool | None) -> Tensor | bool | None:
     shape = site.fn.batch_shape
     sequences = valid.shape[:-1]
     if shape[len(shape) - len(sequences) :] != sequences:
@@ -348,7 +357,7 @@ def _without_gradient(x: Tensor, valid: Tensor, position: int) -> Tensor:
     return torch.where(valid.reshape(valid.shape + (1,) * (x.dim() - position - 1)), x, x.detach())
 
 
-def _compare(first: _Kept, now: _Kept, t: int) -> None:
+def _compare(first: _StepLayout, now: _StepLayout, t: int) -> None:
     if changed := sorted(first.sites.keys() ^ now.sites.keys()):
         raise SiteError(
             f"The sites {changed} are not in every step of a scan (step {t} has {list(now.sites)}). Keep the sites "
@@ -389,7 +398,7 @@ def _differ(a: Any, b: Any) -> bool:
         return a is not b
 
 
-def _words(site: Drawn) -> str:
+def _words(site: StepSite) -> str:
     batch, event = tuple(site.fn.batch_shape), tuple(site.fn.event_shape)
     return f"a {type(site.fn).__name__} of batch shape {batch} and event shape {event}"
 

@@ -5,8 +5,8 @@ Takes a ``TracePair``; gives a ``Term`` per site (``evaluate``) and ``Terms``, t
 Imports programs and below.
 """
 
-from pyro_elbo.terms.evaluate import KLForm, evaluate, is_point, stack_particles, univariate
-from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, over_time
+from pyro_elbo.terms.evaluate import KLForm, evaluate_terms, is_point, stack_particles, univariate
+from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
 from pyro_elbo.terms.terms import Term, Terms, is_one, num_data, scaled_sum, shared_plate
 
 __all__ = [
@@ -16,11 +16,11 @@ __all__ = [
     "Term",
     "Terms",
     "divisor",
-    "evaluate",
+    "evaluate_terms",
     "is_one",
     "is_point",
     "num_data",
-    "over_time",
+    "join_numbered_sites",
     "scaled_sum",
     "shared_plate",
     "stack_particles",

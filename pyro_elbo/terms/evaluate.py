@@ -14,16 +14,16 @@ from pyro.distributions.util import is_identically_zero
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
-from pyro_elbo.assumptions import holds
-from pyro_elbo.masking import masked, over_event
-from pyro_elbo.programs import Run, Site
-from pyro_elbo.sequences import OverTime
-from pyro_elbo.terms.terms import Kind, Term
+from pyro_elbo.assumptions import check_or_defer
+from pyro_elbo.masking import expand_to_event, masked
+from pyro_elbo.programs import Site, TracePair
+from pyro_elbo.sequences import StackedDistribution
+from pyro_elbo.terms.terms import Term, TermKind
 
 KLForm = Literal["auto", "sampled"]
 
 
-def evaluate(run: Run, kl: KLForm) -> dict[str, Term]:
+def evaluate_terms(run: TracePair, kl: KLForm) -> dict[str, Term]:
     """Turn the sites of a run into terms.
 
     With ``kl="auto"`` a latent's KL is analytic where a formula exists and is exact, that is, where no parent
@@ -34,8 +34,8 @@ def evaluate(run: Run, kl: KLForm) -> dict[str, Term]:
     for name, site in run.model.items():
         if site.role == "latent":
             q = run.guide[name]
-            if isinstance(site.fn, OverTime) and isinstance(q.fn, OverTime):
-                term = over_time(site, _latent_term(site.stepwise(), q.stepwise(), name in exact))
+            if isinstance(site.fn, StackedDistribution) and isinstance(q.fn, StackedDistribution):
+                term = sum_over_time(site, _latent_term(site.stepwise(), q.stepwise(), name in exact))
             else:
                 term = _latent_term(site, q, name in exact)
             terms[name] = replace(term, draws=(q,))
@@ -48,7 +48,7 @@ def evaluate(run: Run, kl: KLForm) -> dict[str, Term]:
     return terms
 
 
-def _analytic_is_exact(run: Run) -> frozenset[str]:
+def _analytic_is_exact(run: TracePair) -> frozenset[str]:
     """Latents whose predecessors in the model all precede them in the guide: then no parent is a descendant.
 
     E_q[log q(z|..) - log p(z|parents)] is E of the KL only while the parents do not depend on z under q.
@@ -66,27 +66,27 @@ def _analytic_is_exact(run: Run) -> frozenset[str]:
 
 def _draws(sites: Mapping[str, Site]) -> Iterator[tuple[str, int]]:
     """Sites and steps in the order in which a program draws them; two steps of a scan show all that matters."""
-    runs = groupby(sites.items(), lambda item: item[1].fn.run if isinstance(item[1].fn, OverTime) else None)
+    runs = groupby(sites.items(), lambda item: item[1].fn.run if isinstance(item[1].fn, StackedDistribution) else None)
     for scan, members in runs:
         names = [name for name, _ in members]
         for t in (0,) if scan is None else (1, 0) if scan.reverse else (0, 1):
             yield from ((name, t) for name in names)
 
 
-def _term(site: Site, kind: Kind, nats: Tensor, **more: Any) -> Term:
+def _term(site: Site, kind: TermKind, nats: Tensor, **more: Any) -> Term:
     event_shape = torch.Size(site.fn.event_shape)
     return Term(site.name, kind, site.plates, site.scale, site.mask, event_shape, nats, **more)
 
 
-def over_time(site: Site, steps: Term) -> Term:
+def sum_over_time(site: Site, steps: Term) -> Term:
     """The term of a site with a dimension of time from the one with time as a plate."""
     score = None if steps.score is None else steps.score.sum(-1)
     return _term(site, steps.kind, steps.nats.sum(-1), is_analytic=steps.is_analytic, score=score, steps=steps)
 
 
-def _likelihood(site: Site, kind: Kind) -> Term:
-    if isinstance(site.fn, OverTime):
-        return over_time(site, _likelihood(site.stepwise(), kind))
+def _likelihood(site: Site, kind: TermKind) -> Term:
+    if isinstance(site.fn, StackedDistribution):
+        return sum_over_time(site, _likelihood(site.stepwise(), kind))
     return _term(site, kind, site.log_prob())
 
 
@@ -101,7 +101,7 @@ def _latent_term(p: Site, q: Site, exact: bool) -> Term:
     log_q, score = _log_q(q)
     if not _same(p.scale, q.scale):
         log_q = log_q * (q.scale / p.scale)
-    per_dim = (lambda: _sampled_per_dim(p, q)) if _factorises(p, q) else None
+    per_dim = (lambda: _sampled_per_dim(p, q)) if _factorizes(p, q) else None
     return _term(p, "latent", log_q - p.log_prob(), score=score, per_dim=per_dim)
 
 
@@ -117,7 +117,7 @@ def _log_q(q: Site) -> tuple[Tensor, Tensor | None]:
 
 
 def _analytic_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor | None] | None:
-    """KL(q || p) per batch element, and per element of the event where both factorise; None without formula."""
+    """KL(q || p) per batch element, and per element of the event where both factorize; None without formula."""
     n = len(q.event_shape)
     q_base, p_base = univariate(q), univariate(p)
     try:
@@ -130,7 +130,7 @@ def _analytic_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor | Non
 
 
 def univariate(fn: Distribution) -> Distribution | None:
-    """The elementwise distribution inside ``fn.to_event(n)``, or None where the event does not factorise."""
+    """The elementwise distribution inside ``fn.to_event(n)``, or None where the event does not factorize."""
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return fn if not fn.event_shape else None
@@ -143,7 +143,7 @@ def is_point(fn: Distribution) -> bool:
     return isinstance(fn, Delta)
 
 
-def _factorises(p: Site, q: Site) -> bool:
+def _factorizes(p: Site, q: Site) -> bool:
     return bool(
         p.event_dim
         and not is_point(q.fn)
@@ -161,14 +161,14 @@ def _sampled_per_dim(p: Site, q: Site) -> Tensor:
 def _masked_event(x: Tensor, site: Site) -> Tensor:
     """Mask values per element of the event by the site's mask over batches."""
     mask = site.mask
-    return masked(x, over_event(mask, site.event_dim) if isinstance(mask, Tensor) else mask)
+    return masked(x, expand_to_event(mask, site.event_dim) if isinstance(mask, Tensor) else mask)
 
 
 def _same(a: Tensor | float | None, b: Tensor | float | None) -> bool:
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and holds((a == b).all())
+        return a.shape == b.shape and check_or_defer((a == b).all())
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 
@@ -181,10 +181,10 @@ def _add_auxiliary(terms: dict[str, Term], site: Site) -> None:
     latent = terms.get(site.name.removesuffix("_unconstrained"))
     if latent is not None and latent.kind == "latent" and _same(latent.scale, site.scale) and latent.score is None:
         terms[latent.name] = replace(latent, nats=latent.nats + log_q, score=score)
-    elif isinstance(site.fn, OverTime):
+    elif isinstance(site.fn, StackedDistribution):
         steps = site.stepwise()
         nats, score = _log_q(steps)
-        terms[site.name] = over_time(site, _term(steps, "auxiliary", nats, score=score))
+        terms[site.name] = sum_over_time(site, _term(steps, "auxiliary", nats, score=score))
     else:
         terms[site.name] = _term(site, "auxiliary", log_q, score=score)
 

@@ -23,7 +23,7 @@ Normalize = Literal["total", "sequence", "frame", "step"]
 SequenceBound = Literal["elbo", "importance", "filtering"]
 
 
-def over_time(sites: Mapping[str, Term]) -> dict[str, Term]:
+def join_numbered_sites(sites: Mapping[str, Term]) -> dict[str, Term]:
     """Join the terms of ``z_0, z_1, ...`` to one term ``z`` over time.
 
     Raises:

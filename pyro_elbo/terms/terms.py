@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, NonFiniteError, count_nonfinite
-from pyro_elbo.programs import Plate, Site, by_dim
+from pyro_elbo.programs import Plate, Site, sort_by_dim
 
 if TYPE_CHECKING:
     import xarray
 
-Kind = Literal["likelihood", "factor", "latent", "auxiliary"]
+TermKind = Literal["likelihood", "factor", "latent", "auxiliary"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Term:
             ``latent``; log q for an ``auxiliary`` site. Batch dimensions as in the run, particles on the left.
         score: log q of a site without pathwise gradient (times its reward it is the score-function
             estimator), otherwise None.
-        per_dim: gives the KL per element of the event, where it factorises, otherwise None.
+        per_dim: gives the KL per element of the event, where it factorizes, otherwise None.
         steps: the same term with time as the innermost plate, if the site has a dimension of time; ``nats`` is its
             sum over time.
         draws: the site that was drawn or observed, the guide's for latents: one per run of the programs (one per
-            particle, unless particles are vectorised).
+            particle, unless particles are vectorized).
     """
 
     name: str
-    kind: Kind
+    kind: TermKind
     plates: tuple[Plate, ...]
     scale: float | Tensor
     mask: Tensor | bool | None
@@ -77,7 +77,7 @@ class Terms:
     Attributes:
         sites: the unreduced term of each site.
         particle_dim: the batch dimension of the particles, counted from the right; None for one particle.
-        objective: what training maximises: the weighted bound, with the gradient of the estimator. Differentiate
+        objective: what training maximizes: the weighted bound, with the gradient of the estimator. Differentiate
             this one; the other numbers carry pathwise gradients only.
         penalties: what each penalty of the objective found, by its name.
 
@@ -92,10 +92,11 @@ class Terms:
         ...         pyro.sample("z", dist.Normal(x / 2, 0.7))
         >>> _ = pyro.set_rng_seed(0)
         >>> pe.TraceBeta_ELBO(beta=0.5).terms(model, guide, torch.tensor([1.0, -2.0]))
-        Terms in nats per datum, of 2; objective -2.73519
-          elbo                  -1.5747
-          log_likelihood x      -1.1605
-          kl z                   0.4142
+        Terms of 2 data in nats; objective -2.73519
+                                    total    per datum
+          elbo                    -3.1494      -1.5747
+          log_likelihood x        -2.3210      -1.1605
+          kl z                     0.8283       0.4142
     """
 
     sites: Mapping[str, Term]
@@ -104,17 +105,31 @@ class Terms:
     penalties: Mapping[str, PenaltyValue] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """The bound and every site's share of it, in nats per datum, and the objective as it is maximised."""
-        shares = {"elbo": self.elbo}
-        shares |= {f"log_likelihood {name}": x for name, x in self.log_likelihood_total.items()}
-        shares |= {f"kl {name}": x for name, x in self.kl_total.items()}
-        figures = {name: x.item() / self.num_data for name, x in shares.items()}
-        figures |= {f"penalty {name}": penalty.nats.item() for name, penalty in self.penalties.items()}
-        width = max(map(len, figures))
+        """The bound and the share of every site, as totals and per datum, and the objective."""
+        figures = {name: x.item() for name, x in self.totals().items() if name not in ("rate", "distortion")}
+        figures = {name.replace("/", " "): x for name, x in figures.items()}
         notes = {f"kl {name}": "" if exact else "  (at the draw)" for name, exact in self.is_analytic.items()}
-        lines = [f"  {name:{width}} {x:12.4f}{notes.get(name, '')}" for name, x in figures.items()]
-        title = f"Terms in nats per datum, of {self.num_data}; objective {self.objective.item():.6g}"
-        return "\n".join([title, *lines])
+        width = max(map(len, figures))
+        lines = [
+            f"  {name:{width}} {x:14.4f} {x / self.num_data:12.4f}{notes.get(name, '')}" for name, x in figures.items()
+        ]
+        title = f"Terms of {self.num_data} data in nats; objective {self.objective.item():.6g}"
+        return "\n".join([title, f"  {'':{width}} {'total':>14} {'per datum':>12}", *lines])
+
+    def totals(self) -> dict[str, Tensor]:
+        """Every total by name, scaled to the full data, in nats.
+
+        ``elbo``, ``rate``, ``distortion``, then ``log_likelihood/<site>``, ``kl/<site>`` and ``penalty/<name>``.
+        """
+        found = {"elbo": self.elbo, "rate": self.rate, "distortion": self.distortion}
+        found |= {f"log_likelihood/{name}": x for name, x in self.log_likelihood_total.items()}
+        found |= {f"kl/{name}": x for name, x in self.kl_total.items()}
+        return found | {f"penalty/{name}": x.nats * self.num_data for name, x in self.penalties.items()}
+
+    @cached_property
+    def per_datum(self) -> "PerDatum":
+        """The totals divided by the rows of the full data."""
+        return PerDatum(self)
 
     @cached_property
     def distortion(self) -> Float[Tensor, ""]:
@@ -128,7 +143,7 @@ class Terms:
 
     @cached_property
     def elbo(self) -> Float[Tensor, ""]:
-        """-distortion - rate: the bound at β = 1 without penalties, nats, to be maximised."""
+        """-distortion - rate: the bound at β = 1 without penalties, nats, to be maximized."""
         return -self.distortion - self.rate
 
     @cached_property
@@ -146,7 +161,7 @@ class Terms:
 
     @cached_property
     def kl_per_dim(self) -> dict[str, Tensor]:
-        """KL per latent dimension, shape plates + event, for the sites whose KL factorises."""
+        """KL per latent dimension, shape plates + event, for the sites whose KL factorizes."""
         result = {}
         for name, site in self.sites.items():
             term = site.steps or site
@@ -169,7 +184,7 @@ class Terms:
     @cached_property
     def plates(self) -> dict[str, tuple[Plate, ...]]:
         """The plates of each site, in the order of its tensor's dimensions, and its time as if it were one."""
-        return {name: by_dim((t.steps or t).plates) for name, t in self.sites.items()}
+        return {name: sort_by_dim((t.steps or t).plates) for name, t in self.sites.items()}
 
     @cached_property
     def kl_total(self) -> dict[str, Tensor]:
@@ -196,29 +211,34 @@ class Terms:
         """Rows of the full data by which totals are divided for a figure per datum; 1 without a data plate."""
         return num_data(self.sites)
 
-    def to_dataset(self) -> "xarray.Dataset":
+    def to_dataset(self, per_datum: bool = False) -> "xarray.Dataset":
         """All terms as labelled arrays: dimensions are named after the plates.
 
-        Variables: ``elbo``, ``objective``, ``rate``, ``distortion`` (scalars), ``log_likelihood_<site>``,
-        ``kl_<site>`` (per plate) and ``kl_per_dim_<site>`` (with ``<site>_dim_0`` ...), all in nats; with penalties,
-        ``penalty`` (penalty_name), nats per datum, unweighted.
+        Variables: ``elbo``, ``objective``, ``rate``, ``distortion`` (scalars, totals in nats),
+        ``log_likelihood_<site>``, ``kl_<site>`` (per plate) and ``kl_per_dim_<site>`` (with ``<site>_dim_0`` ...), in
+        nats; with penalties, ``penalty`` (penalty_name), nats per datum, unweighted.
+
+        Args:
+            per_datum: divide the four totals by ``num_data``; the attribute ``totals`` and their units say so.
         """
         import xarray
 
-        totals = {n: ((), getattr(self, n)) for n in ("elbo", "objective", "rate", "distortion")}
+        count, units = (self.num_data, "nats per datum") if per_datum else (1, "nats")
+        totals = {n: ((), getattr(self, n) / count, units) for n in ("elbo", "objective", "rate", "distortion")}
         sites = {
-            f"{group}_{name}": (self._dims(name, values), values)
+            f"{group}_{name}": (self._dims(name, values), values, "nats")
             for group in ("log_likelihood", "kl", "kl_per_dim")
             for name, values in getattr(self, group).items()
         }
         variables = {
-            name: (dims, x.detach().cpu().numpy(), {"units": "nats"}) for name, (dims, x) in (totals | sites).items()
+            name: (dims, x.detach().cpu().numpy(), {"units": unit})
+            for name, (dims, x, unit) in (totals | sites).items()
         }
         coords = {"penalty_name": list(self.penalties)} if self.penalties else {}
         if self.penalties:
             values = [p.nats.item() for p in self.penalties.values()]
             variables["penalty"] = (("penalty_name",), values, {"units": "nats per datum"})
-        return xarray.Dataset(variables, coords, attrs={"num_data": self.num_data})
+        return xarray.Dataset(variables, coords, attrs={"num_data": self.num_data, "totals": units})
 
     def check_finite(self) -> None:
         """Raise NonFiniteError for the first site whose term holds NaN or infinity."""
@@ -262,12 +282,55 @@ class Terms:
         for d in range(event_dim - x.dim(), 0):
             if d not in dims:
                 x = x.squeeze(d - event_dim)
-        shape = torch.Size(p.size for p in by_dim(term.plates))
+        shape = torch.Size(p.size for p in sort_by_dim(term.plates))
         return x.expand(shape + x.shape[x.dim() - event_dim :])
 
     def _dims(self, name: str, values: Tensor) -> tuple[str, ...]:
         plates = tuple(p.name for p in self.plates[name])
         return plates + tuple(f"{name}_dim_{i}" for i in range(values.dim() - len(plates)))
+
+
+@dataclass(frozen=True)
+class PerDatum:
+    """The totals of :class:`Terms`, divided by the rows of the full data: nats per datum.
+
+    The KL of a latent that all data share is divided like the rest: read it beside its total.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+        >>> terms = pe.TraceBeta_ELBO().terms(model, lambda x: None, torch.zeros(4))
+        >>> round(terms.elbo.item(), 4), round(terms.per_datum.elbo.item(), 4)
+        (-3.6758, -0.9189)
+    """
+
+    terms: Terms
+
+    @property
+    def elbo(self) -> Float[Tensor, ""]:
+        """The bound at β = 1."""
+        return self.terms.elbo / self.terms.num_data
+
+    @property
+    def objective(self) -> Float[Tensor, ""]:
+        """What training maximizes."""
+        return self.terms.objective / self.terms.num_data
+
+    @property
+    def rate(self) -> Float[Tensor, ""]:
+        """Σ KL(q(z) ‖ p(z))."""
+        return self.terms.rate / self.terms.num_data
+
+    @property
+    def distortion(self) -> Float[Tensor, ""]:
+        """-Σ log p(x | z)."""
+        return self.terms.distortion / self.terms.num_data
+
+    def totals(self) -> dict[str, Tensor]:
+        """:meth:`Terms.totals`, divided."""
+        return {name: x / self.terms.num_data for name, x in self.terms.totals().items()}
 
 
 def shared_plate(stacks: Iterable[tuple[Plate, ...]]) -> Plate | None:

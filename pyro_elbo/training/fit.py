@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_elbo import errors
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
-from pyro_elbo.programs import Program, captured_parameters
+from pyro_elbo.programs import Program, collect_parameters
 from pyro_elbo.terms import Terms
 from pyro_elbo.training import history as histories
 
@@ -79,7 +79,7 @@ def fit(
         valid: the same, for validation after every epoch with fixed noise.
         loss: the objective; ``TraceBeta_ELBO()`` if omitted.
         lr: step size of Adam. Ignored where ``optimizer`` is given.
-        optimizer: from parameters to a torch optimiser.
+        optimizer: from parameters to a torch optimizer.
         batch_size: rows per step; None for all.
         patience: stop after so many epochs without a better validation ELBO, counted after warm-up, and go back to
             the best epoch's parameters. Without it the last epoch's stay.
@@ -94,7 +94,7 @@ def fit(
 
     Raises:
         ArgumentError: a schedule outlasts the training, arguments do not go together, or ``optimizer`` makes no torch
-            optimiser.
+            optimizer.
         DataError: no data, tensors of different length, or minibatches of a model that does not know of them.
         CheckpointError: the folder cannot be written, or a checkpoint is damaged or of other programs.
         GuideError: the parameter store already holds parameters of another guide of the same name, or there is
@@ -128,14 +128,14 @@ def fit(
         terms, store = _first_run(module, args, kwargs)
         _check_minibatches(terms, batches * devices, loaders.rows)
         make = optimizer if optimizer is not None else (lambda params: torch.optim.Adam(params, lr=lr))
-        programs = adapter.Programs(module, store, make, loaders, seed, progress, compile, grad_clip)
-        optimiser = programs.configure_optimizers()  # one that cannot work is refused before anything is written
+        programs = adapter.LightningPrograms(module, store, make, loaders, seed, progress, compile, grad_clip)
+        made = programs.configure_optimizers()  # one that cannot work is refused before anything is written
         folder = _writable(Path(dir)) if dir is not None else Path(scratch)
         keep = dir is not None or patience is not None or devices > 1
         clip = None if compile else grad_clip  # a compiled step clips by itself
         trainer = adapter.make_trainer(folder if keep else None, max_epochs, patience, devices, clip, progress)
         last = folder / "last.ckpt"
-        checkpoint = _checked_checkpoint(last, programs, optimiser, max_epochs) if resume else None
+        checkpoint = _checked_checkpoint(last, programs, made, max_epochs) if resume else None
         with _errors_of_processes():
             trainer.fit(programs, ckpt_path=checkpoint, weights_only=True)
         return _finish(programs, trainer, folder, dir is not None, patience, devices)
@@ -159,7 +159,7 @@ def _check_schedule(loss: TraceBeta_ELBO, taken: int, max_epochs: int, batches: 
     end = taken + max_epochs * batches
     if loss.settled > end:
         raise ArgumentError(
-            f"The schedule settles after {loss.settled} optimisation steps, but {max_epochs} epochs of {batches} "
+            f"The schedule settles after {loss.settled} optimization steps, but {max_epochs} epochs of {batches} "
             f"batches a process end at step {end}: training would end at another β than you asked for. Shorten the "
             "schedule or raise max_epochs."
         )
@@ -204,13 +204,13 @@ def _undisturbed() -> Iterator[None]:
 def _first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tuple[Terms, dict[str, nn.Parameter]]:
     """Run both programs once so that lazy parameters exist; return the terms and the parameters of no module.
 
-    Tensors of Pyro's store become nn.Parameters in place: optimiser, checkpoint and DDP then see what Pyro sees.
+    Tensors of Pyro's store become nn.Parameters in place: optimizer, checkpoint and DDP then see what Pyro sees.
     """
     store = pyro.get_param_store()
     module.eval()  # buffers such as batch-norm statistics must not see the batch twice
     with torch.no_grad():
         displaced = _displaced_parameters(module, args, kwargs)
-        with captured_parameters() as used:
+        with collect_parameters() as used:
             terms = module.terms(*args, **kwargs)
     module.train()
     owned = {id(p) for part in module.children() for p in part.parameters()}
@@ -276,7 +276,7 @@ def _writable(folder: Path) -> Path:
         raise CheckpointError(f"The results folder {folder} cannot be written: {error}. Choose another dir.") from error
 
 
-def _checked_checkpoint(path: Path, programs: Any, optimiser: torch.optim.Optimizer, max_epochs: int) -> str:
+def _checked_checkpoint(path: Path, programs: Any, optimizer: torch.optim.Optimizer, max_epochs: int) -> str:
     """Read a checkpoint without running code, and compare it with the programs and the plan."""
     checkpoint = load_checkpoint(path)
     shapes = {name: tuple(x.shape) for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
@@ -287,11 +287,11 @@ def _checked_checkpoint(path: Path, programs: Any, optimiser: torch.optim.Optimi
             f"{path} belongs to other programs; shapes (expected, got): {differing}. Use the model and guide that "
             "wrote it, or another dir."
         )
-    ours, theirs = optimiser.state_dict(), checkpoint["optimizer_states"][0]
+    ours, theirs = optimizer.state_dict(), checkpoint["optimizer_states"][0]
     options = [[sorted(group) for group in state["param_groups"]] for state in (ours, theirs)]
     if options[0] != options[1]:
         raise CheckpointError(
-            f"{path} was written with another optimiser; options (expected, got): {options}. Pass the optimizer that "
+            f"{path} was written with another optimizer; options (expected, got): {options}. Pass the optimizer that "
             "wrote it, or another dir."
         )
     if checkpoint["epoch"] >= max_epochs:

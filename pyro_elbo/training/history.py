@@ -12,27 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_elbo.terms import Terms
-
 if TYPE_CHECKING:
     import xarray
 
-Record = dict[str, Any]
+EpochRecord = dict[str, Any]
 SPLITS = ("train", "valid")
 TOTALS = ("elbo", "distortion", "rate", "loss")
 
 
-def per_datum(terms: Terms) -> dict[str, Tensor]:
-    """Totals and the KL of every site, divided by the rows of the full data (nats per datum)."""
-    with torch.no_grad():
-        totals = {name: getattr(terms, name) for name in TOTALS[:3]} | {"loss": -terms.objective}
-        sites = {f"kl/{name}": value for name, value in terms.kl_total.items()}
-        penalties = {f"penalty/{name}": penalty.nats.detach() for name, penalty in terms.penalties.items()}
-        return {name: value.detach() / terms.num_data for name, value in (totals | sites).items()} | penalties
-
-
 @dataclass
-class Mean:
+class RunningMean:
     """The running mean of named numbers over the rows of an epoch."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -54,7 +43,7 @@ class Mean:
         return dict(zip(self.sums, means, strict=True))
 
 
-def best(records: list[Record]) -> Record:
+def best(records: list[EpochRecord]) -> EpochRecord:
     """The record with the highest bound at β = 1: of validation where there is one, of epochs after the warm-up.
 
     While β moves, the bound at β = 1 may be high for weights that nobody asked for.
@@ -63,7 +52,7 @@ def best(records: list[Record]) -> Record:
     return max([r for r in validated if r["settled"]] or validated, key=lambda r: r["values"]["elbo"])
 
 
-def to_dataset(records: list[Record]) -> "xarray.Dataset":
+def to_dataset(records: list[EpochRecord]) -> "xarray.Dataset":
     """Records of epochs and splits as a Dataset over ``epoch``, ``split`` and ``latent``.
 
     Variables: ``elbo``, ``distortion``, ``rate``, ``loss`` (epoch, split), ``kl`` (epoch, split, latent), all in nats

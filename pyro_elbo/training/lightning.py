@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_elbo.compile import Steps, TorchUpdate
+from pyro_elbo.compile import CompiledSVI, TorchUpdate
 from pyro_elbo.errors import ArgumentError, DataError, GuideError
 from pyro_elbo.objectives import TermsModule
 from pyro_elbo.programs import mix_seed
 from pyro_elbo.terms import Terms
-from pyro_elbo.training.history import Mean, Record, best, per_datum
+from pyro_elbo.training.history import EpochRecord, RunningMean, best
 
 Batch = Tensor | tuple | list | dict
 
 
-class Rows(Dataset):
+class RowDataset(Dataset):
     """Tensors of the same length, indexed a batch at a time."""
 
     def __init__(self, data: Tensor | tuple | Mapping[str, Tensor]) -> None:
@@ -55,7 +55,7 @@ def _map(function: Callable[[Tensor], Tensor], data: Any) -> Any:
 
 
 def num_rows(batch: Any) -> int:
-    """Rows of the first tensor of a batch."""
+    """RowDataset of the first tensor of a batch."""
     if isinstance(batch, Mapping):
         batch = tuple(batch.values())
     return len(batch if isinstance(batch, Tensor) else batch[0])
@@ -71,7 +71,7 @@ def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
 def _loader(dataset: Dataset, batch_size: int, shuffle: bool, seed: int, rank: int, world: int) -> DataLoader:
     """A loader whose order depends on the seed and the epoch alone (Lightning tells the sampler the epoch)."""
     sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
-    collate = _identity if isinstance(dataset, Rows) else None
+    collate = _identity if isinstance(dataset, RowDataset) else None
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
 
 
@@ -90,7 +90,7 @@ class Loaders:
 
     @property
     def rows(self) -> int:
-        """Rows of the training data."""
+        """RowDataset of the training data."""
         return _num_rows(self.train)
 
     def __call__(self, split: str, rank: int = 0, world: int = 1) -> Any:
@@ -131,7 +131,7 @@ def _as_dataset(split: str, data: Any) -> Any:
         raise DataError(f"{split}: expected tensors with the same number of rows, got {lengths}.")
     if 0 in lengths.values():
         raise DataError(f"{split}: the data have no rows.")
-    return Rows(tuple(data) if isinstance(data, list) else data)
+    return RowDataset(tuple(data) if isinstance(data, list) else data)
 
 
 def _num_rows(data: Any) -> int:
@@ -139,7 +139,7 @@ def _num_rows(data: Any) -> int:
     return len(rows)
 
 
-class Programs(lightning.LightningModule):
+class LightningPrograms(lightning.LightningModule):
     """Model, guide and loss as Lightning wants them.
 
     Every training epoch starts from a random state that is a function of (seed, epoch, rank): runs repeat bit for bit,
@@ -165,16 +165,16 @@ class Programs(lightning.LightningModule):
         # "@" keeps names such as "values" apart from the dictionary's own methods
         self.store = nn.ParameterDict({f"@{name.replace('.', '|')}": p for name, p in store.items()})
         self.make_optimizer, self.loaders, self.seed, self.progress = optimizer, loaders, seed, progress
-        self.records: list[Record] = []
-        self.mean = Mean()
-        self.valid_mean = Mean()
+        self.records: list[EpochRecord] = []
+        self.mean = RunningMean()
+        self.valid_mean = RunningMean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimiser over all parameters of both programs.
+        """The optimizer over all parameters of both programs.
 
         Raises:
             GuideError: there is nothing to train.
-            ArgumentError: what ``fit`` was given as ``optimizer`` does not make a torch optimiser.
+            ArgumentError: what ``fit`` was given as ``optimizer`` does not make a torch optimizer.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
@@ -184,8 +184,8 @@ class Programs(lightning.LightningModule):
         made = self.make_optimizer(parameters)
         if not isinstance(made, torch.optim.Optimizer):
             raise ArgumentError(
-                "optimizer must be a function from parameters to a torch optimiser, such as torch.optim.Adam; "
-                f"expected a torch.optim.Optimizer, got {type(made).__name__}. Pyro's optimisers are for SVI."
+                "optimizer must be a function from parameters to a torch optimizer, such as torch.optim.Adam; "
+                f"expected a torch.optim.Optimizer, got {type(made).__name__}. Pyro's optimizers are for SVI."
             )
         return made
 
@@ -201,7 +201,7 @@ class Programs(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Start the epoch's mean, and the random state from which shuffling loaders draw."""
-        self.mean = Mean()
+        self.mean = RunningMean()
         if not self.has_iterator:
             self._seed_loader()
         self.has_iterator = False
@@ -212,13 +212,13 @@ class Programs(lightning.LightningModule):
             pyro.set_rng_seed(mix_seed(self.seed, self.current_epoch, self.global_rank))
 
     def on_fit_start(self) -> None:
-        """Prepare compiled steps, now that parameters and optimiser are where they stay."""
+        """Prepare compiled steps, now that parameters and optimizer are where they stay."""
         if not self.automatic_optimization:
-            optimiser: Any = self.optimizers(use_pl_optimizer=False)
-            update = TorchUpdate(optimiser, self.grad_clip)
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            update = TorchUpdate(optimizer, self.grad_clip)
             programs = self.module.model, self.module.guide, self.module.elbo
             # the program's own stream: runs repeat and resume with the noise of uncompiled ones
-            self.steps = Steps(*programs, update, per_datum=True, fallback_random=True)
+            self.steps = CompiledSVI(*programs, update, per_datum=True, fallback_random=True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """The loss per datum; a compiled step has already followed its gradient."""
@@ -241,7 +241,7 @@ class Programs(lightning.LightningModule):
         optimizer.step(closure=closure)
         return self._count(record[0], batch, self.mean)
 
-    def _count(self, record: Any, batch: Batch, mean: Mean) -> dict[str, Tensor]:
+    def _count(self, record: Any, batch: Batch, mean: RunningMean) -> dict[str, Tensor]:
         names, ((*numbers,),) = record[0], record[1].tolist()
         values = {n: torch.tensor(x) for n, x in zip(names, numbers, strict=True) if not n.startswith("log_likelihood")}
         mean.add(values, num_rows(batch))
@@ -256,7 +256,7 @@ class Programs(lightning.LightningModule):
         """Switch to the noise of validation."""
         self.stream = torch.get_rng_state()
         torch.manual_seed(mix_seed(self.seed, 2**31, self.global_rank))
-        self.valid_mean = Mean()
+        self.valid_mean = RunningMean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count the terms of a validation batch."""
@@ -286,14 +286,16 @@ class Programs(lightning.LightningModule):
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # current_epoch lags when a run resumes
         pyro.set_rng_seed(mix_seed(self.seed, epoch, self.global_rank, 1))
 
-    def _evaluate(self, batch: Batch, mean: Mean) -> tuple[Terms, dict[str, Tensor]]:
+    def _evaluate(self, batch: Batch, mean: RunningMean) -> tuple[Terms, dict[str, Tensor]]:
         args, kwargs = arguments(batch)
         terms = self.module.terms(*args, **kwargs)
-        values = per_datum(terms)
+        with torch.no_grad():
+            values = {"loss": -terms.per_datum.objective} | terms.per_datum.totals()
+        values = {name: x.detach() for name, x in values.items() if not name.startswith("log_likelihood")}
         mean.add(values, num_rows(batch))
         return terms, values
 
-    def _record(self, split: str, mean: Mean) -> None:
+    def _record(self, split: str, mean: RunningMean) -> None:
         values = mean.reduce()
         elbo = self.module.elbo
         beta = elbo.beta_at(elbo.step, (name[3:] for name in values if name.startswith("kl/")))

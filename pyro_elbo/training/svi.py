@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pyro_elbo.compile import PyroUpdate, Record, Steps, TorchUpdate
+from pyro_elbo.compile import CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program
@@ -21,15 +21,15 @@ CHUNK = 1000  # steps between two looks at the progress bar
 class SVI:
     r"""Stochastic variational inference: :class:`pyro.infer.SVI` for the objectives of this library, compiled.
 
-    With ``compile=True`` a whole step becomes one graph: program, objective, gradient and optimiser. The first step
+    With ``compile=True`` a whole step becomes one graph: program, objective, gradient and optimizer. The first step
     with data of a new shape runs as it is, the second is captured and compiled, and from then on the graph runs, as
-    long as nothing that it froze has changed (see ``docs/compile.md``). Parameters and the optimiser's state are
+    long as nothing that it froze has changed (see ``docs/compile.md``). Parameters and the optimizer's state are
     trained in place and can be read, saved and loaded as ever.
 
     Args:
         model: the generative program.
         guide: its variational posterior.
-        optim: a ``pyro.optim`` optimiser, or a ``torch.optim`` one that holds all parameters.
+        optim: a ``pyro.optim`` optimizer, or a ``torch.optim`` one that holds all parameters.
         loss: an objective of this library.
         compile: whether to compile steps that are repeated.
         grad_clip: largest norm of the gradient of all parameters together.
@@ -66,7 +66,7 @@ class SVI:
         _check_arguments(optim, loss, grad_clip)
         self.model, self.guide, self.optim, self.loss, self.compile = model, guide, optim, loss, compile
         update = TorchUpdate(optim, grad_clip) if isinstance(optim, Optimizer) else PyroUpdate(optim, grad_clip)
-        self._steps = Steps(model, guide, loss, update, compile=compile, fallback_random=fallback_random)
+        self._steps = CompiledSVI(model, guide, loss, update, compile=compile, fallback_random=fallback_random)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(self, "_steps"):
@@ -108,7 +108,7 @@ class SVI:
         """The loss without a step, in nats; schedules stay where they are."""
         return self._steps.evaluate(args, kwargs)[1][0, 0].item()
 
-    def _train(self, args: tuple, kwargs: dict[str, Any], steps: int) -> Record:
+    def _train(self, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ArgumentError(
                 "SVI trains in one process: its steps do not average gradients over ranks. Use pe.fit(..., "
@@ -125,7 +125,7 @@ def _check_arguments(optim: Any, loss: Any, grad_clip: float | None) -> None:
         )
     if not isinstance(optim, pyro.optim.PyroOptim | Optimizer):
         raise ArgumentError(
-            f"optim must be a pyro.optim or a torch.optim optimiser, got {type(optim).__name__}: for example "
+            f"optim must be a pyro.optim or a torch.optim optimizer, got {type(optim).__name__}: for example "
             'pyro.optim.Adam({"lr": 0.01}), or torch.optim.Adam(guide.parameters()) after guide(*args).'
         )
     if grad_clip is not None and not grad_clip > 0:

@@ -113,7 +113,7 @@ def fit(estimator: Estimator, weight: float, seed: int, recipe: Recipe, data: Da
     vae = FairVAE(numeric, data.groups, z_dim=recipe.z_dim, hidden=recipe.hidden, target_weight=shrunk)
     optim = torch.optim.Adam(vae.parameters(), lr=recipe.lr)
     # As a schedule, λ is an input of the compiled step, and one graph serves all weights.
-    loss = pe.TraceMI_ELBO("z", given="s", weight=pe.Constant(weight), estimator=estimator)
+    loss = pe.TraceMI_ELBO("z", attribute="s", weight=pe.Constant(weight), estimator=estimator)
     svi = pe.SVI(vae.model, vae.guide, optim, loss, compile=True)
     batches = len(data.fitted) // recipe.batch
     for epoch in range(recipe.epochs):
@@ -129,7 +129,7 @@ def measure(vae: FairVAE, test: Table) -> tuple[tuple[float, float], float]:
     """The bracket of I(z; s), and the bound of x given s."""
     pyro.set_rng_seed(0)
     some = test.rows(torch.arange(8192))
-    terms = pe.TraceMI_ELBO("z", given="s", weight=0.0).terms(vae.model, vae.guide, *some)
+    terms = pe.TraceMI_ELBO("z", attribute="s", weight=0.0).terms(vae.model, vae.guide, *some)
     of_x = sum(x.mean().item() for name, x in terms.log_likelihood.items() if name.startswith("x_"))
     return terms.penalties["I(z; s)"].bracket, of_x - terms.kl["z"].mean().item()
 

@@ -1,7 +1,7 @@
 """One eager SVI step: TraceBeta_ELBO(beta=1) against Pyro's TraceMeanField_ELBO and Trace_ELBO.
 
 Run with ``python -m tests.benchmarks.bench_eager``. The contenders alternate in blocks, in rotating order; medians of
-the blocks' mean step times; the ratio is the median of the ratios of neighbouring blocks.
+the blocks' mean step times; the ratio is the median of the ratios of neighboring blocks.
 """
 
 import statistics

@@ -1,7 +1,7 @@
 """Compiled SVI against Pyro's, NumPyro's and hand-written torch's, side by side.
 
 Run with ``python -m tests.benchmarks.bench_svi``; needs ``pip install numpyro jax``. Every contender starts from the
-same parameters, takes the same optimiser and number of particles, and must first show the same losses. Then they
+same parameters, takes the same optimizer and number of particles, and must first show the same losses. Then they
 alternate in blocks, in rotating order: times are medians of the blocks' means, ratios are medians of the ratios of
 blocks of one round. The columns "our step" and "our run" hold our time over the contender's. ``--compile-times``
 prints what a user waits for instead.

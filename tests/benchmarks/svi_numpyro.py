@@ -1,4 +1,4 @@
-"""The works of ``bench_svi`` as NumPyro programs: the same model, guide, start, optimiser and number of particles.
+"""The works of ``bench_svi`` as NumPyro programs: the same model, guide, start, optimizer and number of particles.
 
 Steps are ``jax.jit(svi.update)``, also with the old state's memory donated to the new one. Runs are ``svi.run``'s
 own loop, a ``lax.scan`` over ``svi.update``, jitted once: ``svi.run`` itself traces and compiles its loop again at

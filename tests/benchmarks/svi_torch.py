@@ -47,7 +47,7 @@ def gradient_step(loss: Callable[[Params, Tensor], Tensor], params: Params, lr: 
     """Loss and gradients in one graph, without the autograd engine; torch's fused Adam."""
     optim = torch.optim.Adam(params.values(), lr=lr, fused=True)
     graph = torch.compile(torch.func.grad_and_value(loss), fullgraph=True, dynamic=False)
-    plain = {name: param.detach() for name, param in params.items()}  # they share memory with the optimiser's
+    plain = {name: param.detach() for name, param in params.items()}  # they share memory with the optimizer's
 
     def step() -> float:
         grads, value = graph(plain, x)

@@ -330,7 +330,7 @@ def test_subtle_programs_are_exact_or_refused(interpreted, name):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_parameters_that_pyro_does_not_see_are_refused_or_trained_right(interpreted, compiled):
-    """A network in the optimiser without pyro.module: its gradients must not add up from step to step."""
+    """A network in the optimizer without pyro.module: its gradients must not add up from step to step."""
     net = nn.Linear(1, 1)
     expected = copy.deepcopy(net)
 

@@ -51,11 +51,11 @@ def flat_tensors(graph):
     return sum(x.shape == FLAT for x in graph.externals)
 
 
-def trains_alike(optimiser, between=lambda opt: None, program=guide, **options):
+def trains_alike(optimizer, between=lambda opt: None, program=guide, **options):
     """Losses, parameters and state are those of an uncompiled run, before and after something in between."""
 
     def scenario(svi_of):
-        opt = optimiser()
+        opt = optimizer()
         svi = svi_of(model, program, opt, sampled())
         losses = train(svi, 4, X)
         between(opt)
@@ -64,7 +64,7 @@ def trains_alike(optimiser, between=lambda opt: None, program=guide, **options):
     assert_same(scenario, **options)
 
 
-OPTIMISERS = {
+OPTIMizERS = {
     "Adam": (lambda: pyro.optim.Adam({"lr": 0.05, "amsgrad": True, "weight_decay": 0.1}), 3),
     "AdamW, clipped": (lambda: pyro.optim.AdamW({"lr": 0.05}, {"clip_norm": 0.05}), 2),
     "SGD": (lambda: pyro.optim.SGD({"lr": 0.05}), 0),
@@ -79,10 +79,10 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMizERS)
 def test_many_parameters_are_updated_as_one(interpreted, graphs, name):
-    optimiser, tensors = OPTIMISERS[name]
-    trains_alike(optimiser)
+    optimizer, tensors = OPTIMizERS[name]
+    trains_alike(optimizer)
     assert [flat_tensors(graph) for graph in graphs] == [tensors]
 
 
@@ -114,7 +114,7 @@ def test_a_parameter_of_two_names(interpreted):
     assert_same(scenario)
 
 
-def test_groups_of_one_optimiser(interpreted):
+def test_groups_of_one_optimizer(interpreted):
     def scenario(svi_of):
         net = network()
         groups = [{"params": [p], "weight_decay": 0.1 * (i % 2)} for i, p in enumerate(net.parameters())]
@@ -186,7 +186,7 @@ def test_steps_in_python_in_between(interpreted, graphs):
     assert len(graphs) == 1
 
 
-def test_two_objectives_share_an_optimiser(interpreted, graphs):
+def test_two_objectives_share_an_optimizer(interpreted, graphs):
     def scenario(svi_of):
         opt = adam()
         first, second = svi_of(model, guide, opt, sampled()), svi_of(model, guide, opt, sampled(4.0))
@@ -230,7 +230,7 @@ def test_a_parameter_without_a_gradient(interpreted):
 
 @pytest.fixture(name="trained")
 def _trained():
-    """An optimiser that has taken a step."""
+    """An optimizer that has taken a step."""
     pyro.clear_param_store()
     opt = adam()
     pe.SVI(model, guide, opt, sampled(), compile=True).step(X)
@@ -248,11 +248,11 @@ def test_flat_state_saves_and_copies_as_any_other(trained):
 
 
 def test_flattening_again_moves_nothing(trained):
-    optimisers = inner(trained)
-    before = [id(x) for o in optimisers for s in o.state.values() for x in s.values()]
-    (flat,) = flatten(optimisers)
-    assert len(flat.parameters) == len(optimisers) == 6
-    assert [id(x) for o in optimisers for s in o.state.values() for x in s.values()] == before
+    optimizers = inner(trained)
+    before = [id(x) for o in optimizers for s in o.state.values() for x in s.values()]
+    (flat,) = flatten(optimizers)
+    assert len(flat.parameters) == len(optimizers) == 6
+    assert [id(x) for o in optimizers for s in o.state.values() for x in s.values()] == before
 
 
 # --- equal operators on scalars ----------------------------------------------------------------------------------

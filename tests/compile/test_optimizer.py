@@ -1,4 +1,4 @@
-"""Optimisers do in a compiled step what they do in Python, or are refused by name."""
+"""Optimizers do in a compiled step what they do in Python, or are refused by name."""
 
 import collections
 import copy
@@ -29,15 +29,15 @@ from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     state_of,
 )
 
-# --- optimisers --------------------------------------------------------------------------------------------------
+# --- optimizers --------------------------------------------------------------------------------------------------
 
 
-def trains_alike(optimiser, schedule=None, steps=6, **options):
-    """The steps of a torch optimiser leave the same losses, parameters and state, one by one and in a run."""
+def trains_alike(optimizer, schedule=None, steps=6, **options):
+    """The steps of a torch optimizer leave the same losses, parameters and state, one by one and in a run."""
 
     def scenario(svi_of):
         net = network()
-        opt = optimiser(net.parameters())
+        opt = optimizer(net.parameters())
         svi = svi_of(model, network_guide(net), opt, sampled())
         scheduler = schedule and schedule(opt)
         losses = []
@@ -51,15 +51,15 @@ def trains_alike(optimiser, schedule=None, steps=6, **options):
     assert_same(scenario, **options)
 
 
-COMPILED_OPTIMISERS = {
+COMPILED_OPTIMizERS = {
     "Adam": lambda p: optim.Adam(p, 0.05, amsgrad=True, weight_decay=0.1),
     "AdamW": lambda p: optim.AdamW(p, 0.05),
     "SGD": lambda p: optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
     "RMSprop": lambda p: optim.RMSprop(p, 0.05, momentum=0.9, centered=True),
 }
-CAPTURED_OPTIMISERS = {
+CAPTURED_OPTIMizERS = {
     "Adam fused": lambda p: optim.Adam(p, 0.05, fused=True),
-    "Adam foreach, maximise": lambda p: optim.Adam(p, 0.001, foreach=True, maximize=True),
+    "Adam foreach, maximize": lambda p: optim.Adam(p, 0.001, foreach=True, maximize=True),
     "Adam, rate as a tensor": lambda p: optim.Adam(p, torch.tensor(0.01)),
     "AdamW amsgrad": lambda p: optim.AdamW(p, 0.05, amsgrad=True, weight_decay=0.1),
     "SGD dampened": lambda p: optim.SGD(p, 0.05, momentum=0.9, dampening=0.2),
@@ -72,14 +72,14 @@ CAPTURED_OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("name", COMPILED_OPTIMISERS)
-def test_torch_optimisers_compiled(name):
-    trains_alike(COMPILED_OPTIMISERS[name])
+@pytest.mark.parametrize("name", COMPILED_OPTIMizERS)
+def test_torch_optimizers_compiled(name):
+    trains_alike(COMPILED_OPTIMizERS[name])
 
 
-@pytest.mark.parametrize("name", CAPTURED_OPTIMISERS)
-def test_torch_optimisers(interpreted, name):
-    trains_alike(CAPTURED_OPTIMISERS[name])
+@pytest.mark.parametrize("name", CAPTURED_OPTIMizERS)
+def test_torch_optimizers(interpreted, name):
+    trains_alike(CAPTURED_OPTIMizERS[name])
 
 
 @pytest.mark.parametrize("clip", [0.01, 1000.0], ids=["clips", "does not clip"])
@@ -101,11 +101,11 @@ def test_torch_schedulers_cost_no_graph(interpreted, graphs, schedule):
     assert len(graphs) == 1
 
 
-def pyro_alike(optimiser, after=lambda o: None, steps=6, **options):
-    """The steps of a Pyro optimiser leave the same losses, parameters and state."""
+def pyro_alike(optimizer, after=lambda o: None, steps=6, **options):
+    """The steps of a Pyro optimizer leave the same losses, parameters and state."""
 
     def scenario(svi_of):
-        opt = optimiser()
+        opt = optimizer()
         svi = svi_of(model, guide, opt, sampled())
         losses = []
         for _ in range(steps):
@@ -124,7 +124,7 @@ def lower_by_hand(opt):
 
 
 ADAM = {"optimizer": optim.Adam, "optim_args": {"lr": 0.1}}
-PYRO_OPTIMISERS = {
+PYRO_OPTIMizERS = {
     "options per parameter": lambda: pyro.optim.Adam(lambda name: {"lr": 0.1 if name == "loc" else 0.02}),
     "clip_norm": lambda: pyro.optim.SGD({"lr": 0.1}, {"clip_norm": 0.05}),
     "clip_value": lambda: pyro.optim.SGD({"lr": 0.1, "momentum": 0.9}, {"clip_value": 0.05}),
@@ -132,9 +132,9 @@ PYRO_OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("name", PYRO_OPTIMISERS)
-def test_pyro_optimisers(interpreted, name):
-    pyro_alike(PYRO_OPTIMISERS[name])
+@pytest.mark.parametrize("name", PYRO_OPTIMizERS)
+def test_pyro_optimizers(interpreted, name):
+    pyro_alike(PYRO_OPTIMizERS[name])
 
 
 def test_clipped_adam_with_decay_compiled():
@@ -142,7 +142,7 @@ def test_clipped_adam_with_decay_compiled():
 
 
 @pytest.mark.parametrize(
-    ("optimiser", "after"),
+    ("optimizer", "after"),
     [
         (lambda: pyro.optim.ExponentialLR({**ADAM, "gamma": 0.5}), lambda o: o.step()),
         (lambda: pyro.optim.StepLR({**ADAM, "step_size": 2}), lambda o: o.step()),
@@ -151,8 +151,8 @@ def test_clipped_adam_with_decay_compiled():
     ],
     ids=["exponential", "step", "plateau", "by hand"],
 )
-def test_pyro_rates_change_without_a_graph(interpreted, graphs, optimiser, after):
-    pyro_alike(optimiser, after)
+def test_pyro_rates_change_without_a_graph(interpreted, graphs, optimizer, after):
+    pyro_alike(optimizer, after)
     assert len(graphs) == 1
 
 
@@ -180,22 +180,22 @@ class RebindsState(optim.Optimizer):
 
 
 @pytest.mark.parametrize(
-    "optimiser",
+    "optimizer",
     [CountsInGroup, RebindsState, optim.RAdam, optim.ASGD, optim.Adafactor],
     ids=lambda o: o.__name__,
 )
-def test_other_torch_optimisers_are_exact_or_refused_by_name(interpreted, optimiser):
+def test_other_torch_optimizers_are_exact_or_refused_by_name(interpreted, optimizer):
     def scenario(svi_of):
         net = network()
-        svi = svi_of(model, network_guide(net), optimiser(net.parameters(), lr=0.05), sampled())
+        svi = svi_of(model, network_guide(net), optimizer(net.parameters(), lr=0.05), sampled())
         return [svi.step(X) for _ in range(8)], parameters()
 
     message = exact_or_refused(scenario)
-    assert not message or optimiser.__name__ in message
+    assert not message or optimizer.__name__ in message
 
 
 @pytest.mark.parametrize("name", ["AdagradRMSProp", "DCTAdam"])
-def test_other_pyro_optimisers_are_exact_or_refused_by_name(interpreted, name):
+def test_other_pyro_optimizers_are_exact_or_refused_by_name(interpreted, name):
     def scenario(svi_of):
         svi = svi_of(model, guide, getattr(pyro.optim, name)({}), sampled())
         return [svi.step(X) for _ in range(6)], parameters()
@@ -204,7 +204,7 @@ def test_other_pyro_optimisers_are_exact_or_refused_by_name(interpreted, name):
     assert not message or name in message
 
 
-def test_optimiser_hooks_act_or_are_refused(interpreted):
+def test_optimizer_hooks_act_or_are_refused(interpreted):
     def scenario(svi_of):
         net = network()
         opt = optim.SGD(net.parameters(), 0.05)
@@ -216,7 +216,7 @@ def test_optimiser_hooks_act_or_are_refused(interpreted):
     assert not message or "hook" in message
 
 
-def test_an_optimiser_without_the_parameters_is_refused():
+def test_an_optimizer_without_the_parameters_is_refused():
     svi = pe.SVI(model, guide, optim.Adam([nn.Parameter(torch.ones(1))]), sampled(), compile=True)
     with pytest.raises(ArgumentError, match="'loc'"):
         svi.step(X)
@@ -227,7 +227,7 @@ def first_group(o):
     return o.param_groups[0]
 
 
-OPTIMISER_CHANGES = {
+OPTIMizER_CHANGES = {
     "rate": lambda o: first_group(o).update(lr=0.5),
     "betas": lambda o: first_group(o).update(betas=(0.1, 0.2)),
     "decay": lambda o: first_group(o).update(weight_decay=0.5),
@@ -244,14 +244,14 @@ OPTIMISER_CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMISER_CHANGES)
-def test_torch_optimisers_that_change(interpreted, name):
+@pytest.mark.parametrize("name", OPTIMizER_CHANGES)
+def test_torch_optimizers_that_change(interpreted, name):
     def scenario(svi_of):
         net = network()
         opt = optim.Adam(net.parameters(), 0.05)
         svi = svi_of(model, network_guide(net), opt, sampled())
         losses = [svi.step(X) for _ in range(3)]
-        OPTIMISER_CHANGES[name](opt)
+        OPTIMizER_CHANGES[name](opt)
         return losses, [svi.step(X) for _ in range(4)], parameters(), state_of(opt)
 
     message = exact_or_refused(scenario)
@@ -259,7 +259,7 @@ def test_torch_optimisers_that_change(interpreted, name):
 
 
 def test_checkpoints_in_the_middle(interpreted):
-    """Model, optimiser and objective are brought back: the same steps follow, with the same graphs or new ones."""
+    """Model, optimizer and objective are brought back: the same steps follow, with the same graphs or new ones."""
 
     def scenario(svi_of):
         net = network()
@@ -280,14 +280,14 @@ def test_checkpoints_in_the_middle(interpreted):
     assert_same(scenario)
 
 
-def test_state_of_pyro_optimisers(interpreted, tmp_path):
+def test_state_of_pyro_optimizers(interpreted, tmp_path):
     def scenario(svi_of):
         opt = adam()
         svi = svi_of(model, guide, opt, sampled())
         losses = [svi.step(X) for _ in range(3)]
-        opt.save(tmp_path / "optimiser.pt")
+        opt.save(tmp_path / "optimizer.pt")
         losses += [svi.step(X) for _ in range(3)]
-        opt.load(tmp_path / "optimiser.pt")
+        opt.load(tmp_path / "optimizer.pt")
         pyro.clear_param_store()
         losses += [svi.step(X) for _ in range(4)]
         return losses, parameters(), [state_of(o) for o in opt.optim_objs.values()], opt.get_state()["loc"]["state"]

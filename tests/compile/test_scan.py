@@ -36,7 +36,7 @@ from tests.support.scanned import (
     zeros,
 )
 
-VECTORISED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
+VECTORizED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
 
 
 def training(model, guide, *args, make_objective=pe.TraceTimestep_ELBO, steps=20, evaluate=False):
@@ -71,16 +71,16 @@ def loops(graph):
     ("name", "particles"),
     [
         ("a carry that grows", "one"),
-        ("backward", "vectorised"),
-        ("many sites", "vectorised"),
-        ("flow", "vectorised"),
-        ("plates inside", "vectorised"),
+        ("backward", "vectorized"),
+        ("many sites", "vectorized"),
+        ("flow", "vectorized"),
+        ("plates inside", "vectorized"),
         ("missing by mask", "one"),
     ],
 )
 def test_programs(interpreted, name, particles):
     model, guide, xs = PROGRAMS[name]
-    options = VECTORISED if particles == "vectorised" else {}
+    options = VECTORizED if particles == "vectorized" else {}
     assert_compiled(model(scanned), guide(scanned), known(xs), make_objective=lambda: pe.TraceTimestep_ELBO(**options))
 
 
@@ -94,8 +94,8 @@ MODELS = {"VRNN": VRNN, "MarkovVRNN": MarkovVRNN, "DMM": DMM, "SRNN": SRNN}
 OBJECTIVES = {
     "β per step, free bits": lambda: pe.TraceTimestep_ELBO(torch.linspace(0.0, 2.0, laws.T).double(), free_bits=0.05),
     "warm-up per frame": lambda: pe.TraceTimestep_ELBO(pe.LinearWarmup(0.0, 1.0, steps=7), normalize="frame"),
-    "particles": lambda: pe.TraceTimestep_ELBO(**laws.VECTORISED),
-    "importance": lambda: pe.TraceTimestep_ELBO(bound="importance", **laws.VECTORISED),
+    "particles": lambda: pe.TraceTimestep_ELBO(**laws.VECTORizED),
+    "importance": lambda: pe.TraceTimestep_ELBO(bound="importance", **laws.VECTORizED),
     "filtering": lambda: pe.TraceTimestep_ELBO(bound="filtering", num_particles=3, max_plate_nesting=1),
     "always resampling": lambda: pe.TraceTimestep_ELBO(
         bound="filtering", num_particles=3, resample=1.0, max_plate_nesting=1
@@ -164,21 +164,21 @@ def learned_start(x):
     return final, levels
 
 
-def summarised_model(x):
+def summarized_model(x):
     with pyro.plate("sequences", N, dim=-1):
         z = pyro.sample("z", dist.Normal(torch.zeros(N), 1.0))
         mean = z.unsqueeze(-1) + pyro.param("shift", lambda: torch.zeros(T))
         pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x.T)
 
 
-def summarising_guide(x):
+def summarizing_guide(x):
     final, levels = learned_start(x)
     with pyro.plate("sequences", N, dim=-1):
         pyro.sample("z", dist.Normal(final["level"] + levels.mean(0) / final["count"], final["slope"].exp()))
 
 
 def test_scan_without_sites_and_parameters_everywhere(interpreted, graphs):
-    found = assert_compiled(summarised_model, summarising_guide, frames(N), make_objective=pe.TraceBeta_ELBO)
+    found = assert_compiled(summarized_model, summarizing_guide, frames(N), make_objective=pe.TraceBeta_ELBO)
     for name, start in (("start", [0.1, -0.2]), ("decay", 0.6), ("weights", torch.linspace(-0.5, 0.5, T))):
         assert not torch.isclose(found[-1][name], torch.as_tensor(start)).any(), name
 
@@ -207,7 +207,7 @@ def test_a_carry_of_several_tensors(interpreted, reverse):
 
     model = in_plates(step, init, reverse=reverse)(scanned)
     guide = in_plates(guide_step, lambda: (torch.zeros(()), torch.zeros(N, 3)), reverse=reverse)(scanned)
-    options = VECTORISED if reverse else {}
+    options = VECTORizED if reverse else {}
     assert_compiled(model, guide, frames(N), make_objective=lambda: pe.TraceTimestep_ELBO(**options))
 
 
@@ -463,7 +463,7 @@ def test_machine_code_of_a_ragged_vrnn(graphs):
 def test_machine_code_of_a_smoother_with_particles():
     def scenario(svi_of):
         module = laws.make(MarkovVRNN)
-        objective = lambda: pe.TraceTimestep_ELBO(bound="importance", **laws.VECTORISED)  # noqa: E731
+        objective = lambda: pe.TraceTimestep_ELBO(bound="importance", **laws.VECTORizED)  # noqa: E731
         return training(module.model, module.guide, laws.frames(), make_objective=objective)(svi_of)
 
     assert_same(scenario, rtol=1e-9, atol=1e-11)

@@ -252,7 +252,7 @@ def test_evaluation_between_steps_sees_the_trained_parameters(interpreted):
 # --- several owners, memory --------------------------------------------------------------------------------------
 
 
-def test_two_that_share_guide_optimiser_and_objective(interpreted):
+def test_two_that_share_guide_optimizer_and_objective(interpreted):
     def scenario(svi_of):
         auto, opt, loss = AutoNormal(model), adam(), sampled(pe.LinearWarmup(0.0, 1.0, 9))
         first, second = svi_of(model, auto, opt, loss), svi_of(widths(lambda: 2.0), auto, opt, loss)

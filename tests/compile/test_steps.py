@@ -63,7 +63,7 @@ def test_pyro_module_with_local_parameters():
         assert_same(scenario)
 
 
-def amortised_guide(x):
+def amortized_guide(x):
     slope = pyro.param("slope", lambda: torch.tensor(0.1))
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(slope * x, 0.5))
@@ -77,7 +77,7 @@ def normed(momentum=0.1):
 def train_and_eval(svi_of):
     """Training mode, evaluation mode, and back."""
     net = normed()
-    svi = svi_of(decoder_model(net), amortised_guide, adam(0.02), sampled())
+    svi = svi_of(decoder_model(net), amortized_guide, adam(0.02), sampled())
     losses = [svi.step(X) for _ in range(4)]
     after = copy.deepcopy(net.state_dict())
     net.eval()
@@ -97,7 +97,7 @@ def test_batch_norm_and_dropout_in_single_precision():
 
     def scenario(svi_of):
         net = normed(momentum=0.3)
-        svi = svi_of(decoder_model(net), amortised_guide, pyro.optim.SGD({"lr": 0.02}), sampled())
+        svi = svi_of(decoder_model(net), amortized_guide, pyro.optim.SGD({"lr": 0.02}), sampled())
         return [svi.step(X.float()) for _ in range(4)], svi.run(4, X.float(), progress=False), net.state_dict()
 
     assert_same(scenario, rtol=1e-5, atol=1e-6)
@@ -105,7 +105,7 @@ def test_batch_norm_and_dropout_in_single_precision():
 
 def test_batch_norm_is_left_alone_by_an_unusable_step(interpreted):
     net = normed()
-    svi = pe.SVI(decoder_model(net), amortised_guide, adam(), sampled(), compile=True)
+    svi = pe.SVI(decoder_model(net), amortized_guide, adam(), sampled(), compile=True)
     for _ in range(3):
         svi.step(X)
     before = copy.deepcopy(net.state_dict())
@@ -183,11 +183,11 @@ def test_parameters_without_gradient_follow_pyro(interpreted):
     assert_same(scenario)
 
 
-@pytest.mark.parametrize("optimiser", [lambda: adam(), lambda: optim.Adam([nn.Parameter(torch.ones(2))])])
-def test_programs_without_parameters(interpreted, optimiser):
+@pytest.mark.parametrize("optimizer", [lambda: adam(), lambda: optim.Adam([nn.Parameter(torch.ones(2))])])
+def test_programs_without_parameters(interpreted, optimizer):
     def scenario(svi_of):
         loss = sampled(pe.LinearWarmup(0.0, 1.0, 4))
-        svi = svi_of(model, lambda x: pyro.sample("z", dist.Normal(0.3, 0.5)), optimiser(), loss)
+        svi = svi_of(model, lambda x: pyro.sample("z", dist.Normal(0.3, 0.5)), optimizer(), loss)
         return [svi.step(X) for _ in range(4)], loss.step
 
     assert_same(scenario)
@@ -326,9 +326,9 @@ def test_default_noise_has_the_distribution_of_eager(noise_svi):
     assert abs(losses.mean() - eager.mean()) < 5 * error
     kurtosis = ((eager - eager.mean()) ** 4).mean() / eager.var() ** 2
     assert abs(losses.var() / eager.var() - 1) < 5 * ((kurtosis - 1) * (1 / n + 1 / len(eager))).sqrt()
-    centred = losses - losses.mean()
+    centered = losses - losses.mean()
     for lag in (1, 2, 7):
-        assert abs((centred[lag:] * centred[:-lag]).mean() / losses.var()) < 5 / math.sqrt(n)
+        assert abs((centered[lag:] * centered[:-lag]).mean() / losses.var()) < 5 / math.sqrt(n)
     pyro.set_rng_seed(2)
     again = noise_svi.run(n, data, progress=False)
     assert torch.equal(again, losses)

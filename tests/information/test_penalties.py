@@ -26,7 +26,7 @@ def _double():
 
 
 refuses = refusing(
-    re.compile(r"Take |Leave out|Name |Give |Draw |Use |Pass |Penalise|Mask|Number|Observe|Train|choose")
+    re.compile(r"Take |Leave out|Name |Give |Draw |Use |Pass |Penalize|Mask|Number|Observe|Train|choose")
 )
 
 
@@ -74,7 +74,7 @@ def found(penalty, *args, programs=(model, guide), **options):
     return pe.TraceBeta_ELBO(penalties=[penalty], **options).terms(*programs, *args).penalties[penalty.name]
 
 
-AGGREGATE = pe.MutualInformation("z", given="s")
+AGGREGATE = pe.MutualInformation("z", attribute="s")
 
 
 @pytest.mark.parametrize("levels", [2, 4])
@@ -122,8 +122,8 @@ def test_silence_of_a_lower_bound_is_no_invariance():
     """Trap 16: a linear critic finds nothing of an attribute that is symmetric in z; the densities do."""
     x = torch.randn(2000, 1)
     s = (x[:, 0].abs() > 0.67).long()
-    blind = trained(pe.MutualInformation("z", given="s", estimator="adversarial", hidden=()), (x, s), 200)
-    seeing = trained(pe.MutualInformation("z", given="s", estimator="adversarial", critic_lr=1e-2), (x, s), 200)
+    blind = trained(pe.MutualInformation("z", attribute="s", estimator="adversarial", hidden=()), (x, s), 200)
+    seeing = trained(pe.MutualInformation("z", attribute="s", estimator="adversarial", critic_lr=1e-2), (x, s), 200)
     truth = found(AGGREGATE, x, s)
     assert blind.nats < 0.02 < 0.1 < truth.low
     assert 0.1 < seeing.nats < truth.bracket[1]
@@ -132,14 +132,14 @@ def test_silence_of_a_lower_bound_is_no_invariance():
 def test_a_lower_bound_says_so_once():
     penalties._say_once.cache_clear()
     with pytest.warns(UserWarning, match="lower bound on the information"):
-        pe.MutualInformation("z", given="s", estimator="adversarial")
+        pe.MutualInformation("z", attribute="s", estimator="adversarial")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pe.MutualInformation("z", given="s", estimator="adversarial")
+        pe.MutualInformation("z", attribute="s", estimator="adversarial")
 
 
 def trained(penalty, args, steps, programs=(model, guide)):
-    """The penalty once its critic has learnt beside an optimiser that moves nothing."""
+    """The penalty once its critic has learnt beside an optimizer that moves nothing."""
     loss = pe.TraceBeta_ELBO(penalties=[penalty])
     idle = nn.Parameter(torch.zeros(()))
     optim = torch.optim.SGD([idle], lr=0.0)
@@ -154,8 +154,8 @@ def trained(penalty, args, steps, programs=(model, guide)):
 def test_club_is_above_and_adversarial_below():
     """With a good critic; the truth is 0.29 nats, a critic's own sampling error on 4000 rows below 0.05."""
     args = draw_data(4000, 2, gap_of(0.29, 2), dims=1)
-    club = trained(pe.MutualInformation("z", given="s", estimator="club", critic_lr=1e-2), args, 150)
-    adversarial = trained(pe.MutualInformation("z", given="s", estimator="adversarial", critic_lr=1e-2), args, 150)
+    club = trained(pe.MutualInformation("z", attribute="s", estimator="club", critic_lr=1e-2), args, 150)
+    adversarial = trained(pe.MutualInformation("z", attribute="s", estimator="adversarial", critic_lr=1e-2), args, 150)
     assert club.nats > 0.29 - 0.05
     assert 0.29 - 0.06 < adversarial.nats < 0.29 + 0.05
 
@@ -174,7 +174,7 @@ def test_critics_of_a_continuous_attribute():
 def test_variational_is_above():
     """KL - E log p(x | z) - H(x | s), where the truth is 0 and H(x | s) that of normals."""
     x, s = draw_data(4000, 2, 0.0, dims=1)
-    result = found(pe.MutualInformation("z", given="s", estimator="variational"), x, s)
+    result = found(pe.MutualInformation("z", attribute="s", estimator="variational"), x, s)
     entropy = 0.5 * math.log(2 * math.pi * math.e)
     assert result.direction == "upper, up to a constant"
     assert result.nats - entropy > 0
@@ -185,7 +185,7 @@ def test_hsic_is_zero_at_independence_only():
     programs = {"programs": (model, guide)}
 
     def value(given):
-        return found(pe.MutualInformation("z", given=given, estimator="hsic"), x, **programs).nats.item()
+        return found(pe.MutualInformation("z", attribute=given, estimator="hsic"), x, **programs).nats.item()
 
     independent, shuffled = value(lambda x: torch.randn(len(x))), value(lambda x: x[torch.randperm(len(x)), 0])
     assert value(lambda x: x[:, 0]) > 20 * max(independent, shuffled)
@@ -197,10 +197,10 @@ def test_conditional_information():
     x, y = draw_data(1000, 2, 2.0)
     plain = found(AGGREGATE, x, y)
     noisy = y ^ (torch.rand(len(y)) < 0.3)
-    given_y = found(pe.MutualInformation("z", given=lambda x, s: noisy, conditional_on="s"), x, y)
+    given_y = found(pe.MutualInformation("z", attribute=lambda x, s: noisy, conditional_on="s"), x, y)
     assert plain.low > 0.2
     assert given_y.bracket[0] <= 0 <= given_y.bracket[1]
-    same = found(pe.MutualInformation("z", given="s", conditional_on=lambda x, s: torch.zeros(len(s))), x, y)
+    same = found(pe.MutualInformation("z", attribute="s", conditional_on=lambda x, s: torch.zeros(len(s))), x, y)
     assert abs(same.high - found(AGGREGATE, x, y).high) < 0.1
 
 
@@ -221,7 +221,7 @@ def test_several_attributes_are_their_joint_levels():
     torch.manual_seed(1)
     joint = found(pe.MutualInformation("z", **columns), x, s)
     torch.manual_seed(1)
-    single = found(pe.MutualInformation("z", given="s"), x, s)
+    single = found(pe.MutualInformation("z", attribute="s"), x, s)
     assert joint.nats == single.nats
     assert trained(pe.MutualInformation("z", estimator="club", **columns), (x, s), 2).critic.spec.levels == (2, 2)
 
@@ -231,7 +231,7 @@ def test_pairs_of_normals_as_matrix_products():
     loc, scale = 50.0 + torch.randn(3, 40, 2, dtype=torch.float32), torch.rand(3, 40, 2) + 0.01
     scale = scale.float()
     site = _site(dist.Normal(loc, scale).to_event(1))
-    encoded = aggregate.Encoded(site, site.plates[0], -2)
+    encoded = aggregate.AggregatePosterior(site, site.plates[0], -2)
     exact = dist.Normal(loc.double(), scale.double()).to_event(1)
     expected = torch.stack([exact.log_prob(site.value[:, i : i + 1].double()) for i in range(40)], 1)
     assert torch.allclose(encoded.pairs(0, 40).double(), expected, rtol=1e-5, atol=1e-4)
@@ -254,7 +254,10 @@ def test_other_densities_and_inner_plates_agree_with_normals():
     inner = type(site)("z", "latent", normal, site.value, (site.plates[0]._replace(dim=-2),), 1.0, None)
     studentlike = dist.Laplace(loc, scale)
     laplace = type(site)("z", "latent", studentlike.to_event(1), site.value, site.plates, 1.0, None)
-    encoded = [aggregate.Encoded(s, s.plates[0], p) for s, p in ((site, -2), (other, -2), (inner, -3), (laplace, -2))]
+    encoded = [
+        aggregate.AggregatePosterior(s, s.plates[0], p)
+        for s, p in ((site, -2), (other, -2), (inner, -3), (laplace, -2))
+    ]
     pairs = [x.pairs(3, 9) for x in encoded]
     assert pairs[0].shape == (3, 6, 20)
     assert torch.allclose(pairs[0], pairs[1], atol=1e-10)
@@ -275,7 +278,7 @@ def test_blocks_change_nothing(monkeypatch):
 
     def value_and_gradient():
         torch.manual_seed(0)
-        kinds = [pe.MutualInformation("z", given="s"), pe.MutualInformation("z"), pe.TotalCorrelation("z")]
+        kinds = [pe.MutualInformation("z", attribute="s"), pe.MutualInformation("z"), pe.TotalCorrelation("z")]
         objective = pe.TraceBeta_ELBO(penalties=kinds).terms(model, moved, *args).objective
         return objective, torch.autograd.grad(objective, loc)[0]
 

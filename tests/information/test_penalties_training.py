@@ -17,7 +17,7 @@ from tests.support.refusing import refusing
 
 ROWS, DIMS = 40, 3
 CURES = (
-    r"Take |Leave out|Name |Give |Draw |Use |Pass |Penalise|Mask |Number |Observe |Train |is a number|add up|expected"
+    r"Take |Leave out|Name |Give |Draw |Use |Pass |Penalize|Mask |Number |Observe |Train |is a number|add up|expected"
 )
 refuses = refusing(re.compile(CURES))
 
@@ -70,7 +70,7 @@ PARTICLES = [{}, {"num_particles": 2}, {"num_particles": 2, "vectorize_particles
 
 
 @every
-@pytest.mark.parametrize("options", PARTICLES, ids=["one", "looped", "vectorised"])
+@pytest.mark.parametrize("options", PARTICLES, ids=["one", "looped", "vectorized"])
 def test_gradient_equals_finite_differences(make, options):
     """At the same noise the penalty is a function of the parameters: every draw's gradient is exact."""
     args, penalty = data(100), make(1.0)
@@ -110,9 +110,9 @@ def steps(penalties, count=4, *, compile=False, objective=pe.TraceBeta_ELBO, gra
 
 @every
 def test_weight_zero_changes_nothing(make):
-    plain, penalised = steps([]), steps([make(0.0)])
-    assert plain[0] == penalised[0]
-    assert all(torch.equal(plain[1][n], penalised[1][n]) for n in plain[1])
+    plain, penalized = steps([]), steps([make(0.0)])
+    assert plain[0] == penalized[0]
+    assert all(torch.equal(plain[1][n], penalized[1][n]) for n in plain[1])
 
 
 @every
@@ -169,7 +169,7 @@ def test_schedules_of_weights_act_alike():
 
 
 def test_named_objective_is_the_penalty_and_others_take_it_too():
-    named = pe.TraceMI_ELBO(latent="z", given="s", weight=3.0, estimator="aggregate", beta=1.0)
+    named = pe.TraceMI_ELBO(latent="z", attribute="s", weight=3.0, estimator="aggregate", beta=1.0)
     assert named.penalties == (pe.MutualInformation("z", "s", 3.0),)
     first_loss = steps([pe.MutualInformation("z", "s", 3.0)], 1)[0]
     for objective in (pe.TraceTimestep_ELBO, pe.TraceIW_ELBO):
@@ -306,8 +306,8 @@ def test_attributes_that_cannot_be_used():
     refused(DataError, mi("z", lambda x, s: s[:-1]), "expected 40 rows", "(39,)")
     refused(DataError, mi("z", lambda x, s: 3), "got int")
     refused(DataError, mi("z", first), "looks continuous")
-    refused(SiteError, mi("z", "t"), "given='t'", "['s', 'x']")
-    refused(SiteError, mi("z", "z"), "given='z'")
+    refused(SiteError, mi("z", "t"), "attribute='t'", "['s', 'x']")
+    refused(SiteError, mi("z", "z"), "attribute='z'")
     loss = pe.TraceMI_ELBO("z", lambda x, s: s, 1.0, "club")
 
     def unobserved(x, s):
@@ -319,7 +319,7 @@ def test_attributes_that_cannot_be_used():
         loss.terms(unobserved, unobserved, x, 2 * s)
 
 
-def test_latents_that_cannot_be_penalised():
+def test_latents_that_cannot_be_penalized():
     def shared(x, s):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):

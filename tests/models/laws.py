@@ -14,8 +14,8 @@ import pyro_elbo as pe
 
 N, T, X, Z, HIDDEN = 3, 5, 4, 2, 6
 LENGTHS = torch.tensor([5, 2, 3])
-VECTORISED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}
-PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorised": VECTORISED}
+VECTORizED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}
+PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorized": VECTORizED}
 OBJECTIVES = {
     "pyro": Trace_ELBO,
     "beta": lambda **options: pe.TraceBeta_ELBO(2.0, **options),
@@ -134,8 +134,8 @@ def trace_of(z):
 
 def _trace_of_guide(module, particles):
     guide = module.guide
-    if particles == "vectorised":
-        plate = pyro.plate("num_particles_vectorized", VECTORISED["num_particles"], dim=-2)
+    if particles == "vectorized":
+        plate = pyro.plate("num_particles_vectorized", VECTORizED["num_particles"], dim=-2)
         guide = plate(guide)
     with torch.no_grad():
         return poutine.trace(guide).get_trace(ragged(), LENGTHS)

@@ -51,7 +51,7 @@ def test_equals_the_loops_in_value_and_gradient(posterior, residual, objective, 
     laws.assert_equals_loops(module, loops(module), objective, particles)
 
 
-@pytest.mark.parametrize("particles", ["one", "vectorised"])
+@pytest.mark.parametrize("particles", ["one", "vectorized"])
 @pytest.mark.parametrize("kl", ["auto", "sampled"])
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_ragged_batch_is_the_sum_of_its_sequences(posterior, kl, particles):

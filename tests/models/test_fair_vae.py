@@ -131,7 +131,7 @@ ESTIMATORS = ["aggregate", "variational", "club", "adversarial", "hsic"]
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_penalty_reaches_the_encoder(estimator):
     vae, data = make(), table()
-    loss = pe.TraceMI_ELBO("z", given="s", weight=5.0, estimator=estimator)
+    loss = pe.TraceMI_ELBO("z", attribute="s", weight=5.0, estimator=estimator)
     nats = loss.terms(vae.model, vae.guide, *data).penalties["I(z; s)"].nats
     nats.backward()
     assert nats.isfinite()
@@ -142,7 +142,7 @@ def test_every_penalty_reaches_the_encoder(estimator):
 def test_gradient_reaches_every_parameter(hidden):
     vae = make(hidden=hidden)
     data = table()._replace(s=(torch.rand(N) < 0.3).long())  # at equal shares the prior of s would be at its optimum
-    pe.TraceMI_ELBO("z", given="s").loss_and_grads(vae.model, vae.guide, *data)
+    pe.TraceMI_ELBO("z", attribute="s").loss_and_grads(vae.model, vae.guide, *data)
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in vae.parameters())
 
 
@@ -152,7 +152,7 @@ def test_compiled_equals_uncompiled(interpreted, estimator):
 
     def scenario(svi_of):
         vae = make(target_weight=7.0)
-        loss = pe.TraceMI_ELBO("z", given="s", weight=5.0, estimator=estimator)
+        loss = pe.TraceMI_ELBO("z", attribute="s", weight=5.0, estimator=estimator)
         svi = svi_of(vae.model, vae.guide, torch.optim.Adam(vae.parameters(), 0.01), loss)
         return [svi.step(*data) for _ in range(4)], vae.state_dict()
 

@@ -180,7 +180,7 @@ def latents(posterior: Posterior, args: tuple[Tensor, ...], row: Row) -> Values:
         values["theta_trans"] = (values.pop("theta") - values["mu"]) / values["tau"]
     if "gap" in sites:
         mu = values.pop("mu")
-        values["centre"], values["gap"] = mu.mean(), mu[1] - mu[0]
+        values["center"], values["gap"] = mu.mean(), mu[1] - mu[0]
     if "beta_std" in sites:
         x, y = (arg.numpy() for arg in args)
         intercept, slope = values.pop("beta").numpy()
@@ -202,7 +202,7 @@ def values_of(posterior: Posterior, traces: list[poutine.Trace]) -> Values:
 
 
 def stacked(posterior: Posterior, args: tuple[Tensor, ...], values: list[Values]) -> Values:
-    """Put draws on a dimension left of all plates, as vectorised particles are."""
+    """Put draws on a dimension left of all plates, as vectorized particles are."""
     nodes = trace_of(posterior, args, values[0]).nodes
     result = {}
     for site, value in values[0].items():
@@ -241,8 +241,8 @@ def check_density(name: str, raw: Raw, names: list[str], draws: np.ndarray) -> N
     assert np.ptp(program - hand) <= 1e-6 * np.ptp(hand)
     columns = posterior.columns(values_of(posterior, traces))
     np.testing.assert_allclose(columns.numpy(), draws, rtol=1e-9, atol=1e-12)
-    vectorised = log_joints(posterior, args, stacked(posterior, args, values))
-    np.testing.assert_allclose(vectorised.numpy(), program, rtol=1e-12)
+    vectorized = log_joints(posterior, args, stacked(posterior, args, values))
+    np.testing.assert_allclose(vectorized.numpy(), program, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -279,8 +279,8 @@ def test_reference_draws_obey_the_identities_of_the_program(name: str, folder: P
     total.backward()
     for u in free.values():
         point, slope = (tensor.reshape(len(values), -1) for tensor in (u.detach(), u.grad))
-        centred = point - point.mean(0)
-        for identity in (slope, centred * slope + 1):
+        centered = point - point.mean(0)
+        for identity in (slope, centered * slope + 1):
             error = identity.mean(0).abs() / (identity.std(0) / len(values) ** 0.5)
             assert error.max() < 4.5
 

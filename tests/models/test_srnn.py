@@ -38,7 +38,7 @@ def test_equals_the_loops_in_value_and_gradient(objective, particles):
     laws.assert_equals_loops(module, loops(module), objective, particles)
 
 
-@pytest.mark.parametrize("particles", ["one", "vectorised"])
+@pytest.mark.parametrize("particles", ["one", "vectorized"])
 @pytest.mark.parametrize("kl", ["auto", "sampled"])
 def test_ragged_batch_is_the_sum_of_its_sequences(kl, particles):
     laws.assert_ragged_equals_singles(laws.make(SRNN), kl, particles)

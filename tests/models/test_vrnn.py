@@ -64,7 +64,7 @@ def test_equals_the_loops_in_value_and_gradient(form, objective, particles):
     laws.assert_equals_loops(module, LOOPS[form](module), objective, particles)
 
 
-@pytest.mark.parametrize("particles", ["one", "vectorised"])
+@pytest.mark.parametrize("particles", ["one", "vectorized"])
 @pytest.mark.parametrize("kl", ["auto", "sampled"])
 @pytest.mark.parametrize("form", FORMS)
 def test_ragged_batch_is_the_sum_of_its_sequences(form, kl, particles):
@@ -104,7 +104,7 @@ def test_cell_is_torchs_for_more_inputs_and_dimensions():
 
 def test_forward_markov_encoder_equals_its_loop():
     module = laws.make(MarkovVRNN, smooth=False)
-    laws.assert_equals_loops(module, markov_loops(module), "timestep", "vectorised")
+    laws.assert_equals_loops(module, markov_loops(module), "timestep", "vectorized")
 
 
 def test_what_the_guides_see():

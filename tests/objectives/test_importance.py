@@ -14,7 +14,7 @@ from pyro.infer import RenyiELBO
 import pyro_elbo as pe
 from models.linear_gaussian_ssm import Chain, simulate
 from pyro_elbo.errors import ArgumentError, SiteError
-from pyro_elbo.programs.sites import run_filter
+from pyro_elbo.programs.sites import trace_filtered
 from tests.programs import PROGRAMS
 from tests.support.scanned import BOTH, loss_and_gradients
 
@@ -114,12 +114,12 @@ def test_grows_with_the_particles_up_to_the_evidence():
 
 
 @pytest.mark.parametrize("num_particles", [1, 2, 7])
-@pytest.mark.parametrize("vectorise", [False, True])
+@pytest.mark.parametrize("vectorize", [False, True])
 @pytest.mark.parametrize("program", [p for p in PROGRAMS if p.evidence], ids=lambda p: p.name)
-def test_exact_posterior_makes_the_bound_the_evidence(program, vectorise, num_particles):
+def test_exact_posterior_makes_the_bound_the_evidence(program, vectorize, num_particles):
     """With zero variance, discrete latents too."""
     guide = program.guide(program.model)
-    options = {"vectorize_particles": vectorise and program.vectorizes, "num_particles": num_particles}
+    options = {"vectorize_particles": vectorize and program.vectorizes, "num_particles": num_particles}
     for objective in (pe.TraceIW_ELBO(**options), pe.TraceTimestep_ELBO(bound="importance", **options)):
         for seed in range(2):
             pyro.set_rng_seed(seed)
@@ -416,7 +416,7 @@ def repeated(steps=6, seed=3, sharpness=0.5, shortest=None):
 def estimates(programs, args, num_particles, resample):
     """log Ẑ of every sequence."""
     with torch.no_grad():
-        return run_filter(*programs, args, {}, num_particles, 1, resample)[1]
+        return trace_filtered(*programs, args, {}, num_particles, 1, resample)[1]
 
 
 @pytest.mark.parametrize("resample", [0.0, 0.5, 1.0])
@@ -445,8 +445,8 @@ def test_ragged_filter_of_one_sequence_does_not_see_the_others():
 def test_order_of_the_bounds_for_a_guide_that_does_not_fit():
     """ELBO < importance < filtering < log p(x), each by more than 5 SE over 6000 sequences."""
     model, guide, x, _, evidence = repeated(steps=20, sharpness=0.3)
-    pair, log_z = run_filter(model, guide, (x,), {}, 8, 1, 0.5)
-    weighted = run_filter(model, guide, (x,), {}, 8, 1, 0.0)[1]
+    pair, log_z = trace_filtered(model, guide, (x,), {}, 8, 1, 0.5)
+    weighted = trace_filtered(model, guide, (x,), {}, 8, 1, 0.0)[1]
     with torch.no_grad():
         elbo = pe.TraceTimestep_ELBO(kl="sampled").terms(model, guide, x)
     per_sequence = elbo.log_likelihood["x"].sum(-1) - elbo.kl["z"].sum(-1)
@@ -495,7 +495,7 @@ def test_gradient_of_the_filter_on_its_ancestors(resample):
     assert gradients["sharpness"].item() == pytest.approx(slope, rel=1e-5)
 
 
-def test_filter_scales_a_subsample_and_normalises():
+def test_filter_scales_a_subsample_and_normalizes():
     ssm, x, _ = simulate(6, 5, seed=1)
 
     def subsampled(program, rows):

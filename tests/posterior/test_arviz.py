@@ -82,7 +82,7 @@ def test_densities_are_those_of_the_programs(full_rank):
     np.testing.assert_allclose(data["log_likelihood"]["y"], expected, rtol=1e-9)
 
 
-def test_vectorised_and_single_draws_agree_in_law(full_rank):
+def test_vectorized_and_single_draws_agree_in_law(full_rank):
     """The same draws, replayed one by one, have the same densities."""
     draws = draw(schools, full_rank, (SIGMA, Y), {}, 200, chunk_size=60, seed=0)
     for i in (0, 77, 199):
@@ -91,7 +91,7 @@ def test_vectorised_and_single_draws_agree_in_law(full_rank):
         torch.testing.assert_close(draws.log_p[i], trace.log_prob_sum())
 
 
-def test_programs_that_do_not_vectorise_are_drawn_one_by_one():
+def test_programs_that_do_not_vectorize_are_drawn_one_by_one():
     cell = torch.nn.GRUCell(1, 2)
 
     def model(x):

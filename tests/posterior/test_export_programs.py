@@ -87,7 +87,7 @@ def test_every_group_of_eight_schools(kind):
     assert np.array_equal(data["observed_data"]["y"], SCHOOLS[1])
 
 
-def test_every_group_of_an_amortised_vae():
+def test_every_group_of_an_amortized_vae():
     x = torch.randint(0, 17, (6, 64)).float()
     data = export(VAEModel(z_dim=3), VAEGuide(z_dim=3), x)
     row = (*CD, "data")
@@ -234,7 +234,7 @@ def test_a_program_that_mixes_draws_is_run_draw_by_draw():
             pyro.sample("z", dist.Normal(x, 1.0))
 
     draws = draw(model, guide, (X,), {}, 20, seed=0)
-    assert not draws.vectorised
+    assert not draws.vectorized
     expected = dist.Normal(draws.latents["z"].mean(1), 1.0).log_prob(X.sum())
     assert torch.allclose(draws.log_likelihood["y"], expected)
 
@@ -266,7 +266,7 @@ def test_recurrent_programs_fall_back_to_single_runs():
 
     x = X.float()
     draws = draw(model, guide, (x,), {}, 12, seed=0)
-    assert not draws.vectorised
+    assert not draws.vectorized
     with torch.no_grad():
         loc = cell(draws.latents["z"].reshape(-1, 2)).sum(-1).reshape(12, 4)
     assert torch.allclose(draws.log_likelihood["x"], dist.Normal(loc, 1.0).log_prob(x), atol=1e-5)

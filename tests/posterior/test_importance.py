@@ -141,7 +141,7 @@ def test_k_is_per_row_for_local_latents_and_knows_the_tails():
     assert k[0] > 0.7
 
 
-def test_amortised_guides_need_k_per_row():
+def test_amortized_guides_need_k_per_row():
     x = torch.randn(300, dtype=torch.float64)
     guide = local_guide(0.7)
     assert pe.pareto_k(local_model, guide, x).k.max() < 0.7

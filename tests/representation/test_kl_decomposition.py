@@ -161,5 +161,5 @@ def test_bad_input():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.MultivariateNormal(torch.zeros(DIMS), torch.eye(DIMS)))
 
-    with refuses(SiteError, "factorise"):
+    with refuses(SiteError, "factorize"):
         pe.kl_decomposition(model, correlated, X[:9])

@@ -38,8 +38,8 @@ def _double():
     torch.set_default_dtype(torch.float64)
 
 
-VECTORISED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
-PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorised": VECTORISED}
+VECTORizED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
+PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorized": VECTORizED}
 
 
 def both(name):

@@ -108,9 +108,9 @@ def network_guide(net):
     return program
 
 
-def state_of(optimiser):
-    """Every number that an optimiser keeps."""
-    return [torch.as_tensor(v) for s in optimiser.state.values() for v in s.values() if v is not None]
+def state_of(optimizer):
+    """Every number that an optimizer keeps."""
+    return [torch.as_tensor(v) for s in optimizer.state.values() for v in s.values() if v is not None]
 
 
 def train(svi, steps, *args):

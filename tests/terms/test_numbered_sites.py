@@ -15,8 +15,8 @@ from tests.support.scanned import BOTH, Numbered, loss_and_gradients
 
 N, T = 3, 4
 LENGTHS = torch.tensor([4, 1, 3])
-VECTORISED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}
-PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorised": VECTORISED}
+VECTORizED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}
+PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorized": VECTORizED}
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_markov_loops():
 
 @pytest.mark.parametrize("way", BOTH)
 def test_dataset_has_a_dimension_of_time(way):
-    data = terms_of(way, pe.TraceTimestep_ELBO(**VECTORISED), frames()).to_dataset()
+    data = terms_of(way, pe.TraceTimestep_ELBO(**VECTORizED), frames()).to_dataset()
     assert data["kl_z"].dims == data["kl_w"].dims == data["log_likelihood_x"].dims == ("sequences", "time")
     assert data["kl_per_dim_z"].dims == ("sequences", "time", "z_dim_0")
     assert data.sizes["time"] == T
@@ -283,7 +283,7 @@ def test_schedules_advance_once_a_step():
     [(None, (1, N, N * T, T)), (LENGTHS, (1, N, int(LENGTHS.sum()), T))],
     ids=["full", "ragged"],
 )
-def test_normalisation(way, lengths, divisors):
+def test_normalization(way, lengths, divisors):
     total = terms_of(way, pe.TraceTimestep_ELBO(), frames(), lengths)
     for normalize, divisor in zip(("total", "sequence", "frame", "step"), divisors, strict=True):
         terms = terms_of(way, pe.TraceTimestep_ELBO(normalize=normalize), frames(), lengths)
@@ -291,7 +291,7 @@ def test_normalisation(way, lengths, divisors):
         torch.testing.assert_close((terms.elbo, terms.rate, terms.kl), (total.elbo, total.rate, total.kl))
 
 
-def test_normalisation_scales_gradients_too():
+def test_normalization_scales_gradients_too():
     found = loss_and_gradients(pe.TraceTimestep_ELBO(normalize="frame"), *pair(BOTH[0]), frames(), LENGTHS)
     expected = loss_and_gradients(pe.TraceTimestep_ELBO(), *pair(BOTH[0]), frames(), LENGTHS)
     torch.testing.assert_close(found[1], {n: g / LENGTHS.sum() for n, g in expected[1].items()})

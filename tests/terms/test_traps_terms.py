@@ -28,9 +28,9 @@ from tests.programs import (
 )
 
 # The nesting is given because a trial run that finds it would use up random numbers.
-VECTORISED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
+VECTORizED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
 several = pytest.mark.parametrize(
-    "particles", [{}, {"num_particles": 3}, VECTORISED], ids=["one", "loop", "vectorised"]
+    "particles", [{}, {"num_particles": 3}, VECTORizED], ids=["one", "loop", "vectorized"]
 )
 
 
@@ -65,7 +65,7 @@ def chain_model():
 
 
 def reversed_chain_guide():
-    """The model's own joint distribution, factorised the other way round: the true KL is 0."""
+    """The model's own joint distribution, factorized the other way round: the true KL is 0."""
     z2 = pyro.sample("z2", dist.Normal(num(0.0), num(2.0**0.5)))
     pyro.sample("z1", dist.Normal(z2 / 2, num(0.5**0.5)))
 

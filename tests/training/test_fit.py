@@ -293,7 +293,7 @@ def expect(error, match, *args, **kwargs):
 
 def test_schedule_longer_than_training():
     loss = pe.TraceBeta_ELBO(pe.LinearWarmup(0.0, 1.0, steps=100))
-    expect(ArgumentError, r"100 optimisation steps.*3 epochs of 1", *programs(), COUNTS, loss=loss, max_epochs=3)
+    expect(ArgumentError, r"100 optimization steps.*3 epochs of 1", *programs(), COUNTS, loss=loss, max_epochs=3)
 
 
 def test_patience_and_resume_need_their_arguments():
@@ -303,7 +303,7 @@ def test_patience_and_resume_need_their_arguments():
         expect(ArgumentError, f"{name} must be at least 1, got 0", *programs(), COUNTS, **{name: 0})
 
 
-def test_optimisers_that_would_train_nothing():
+def test_optimizers_that_would_train_nothing():
     wrong = pyro.optim.Adam({"lr": 0.1})
     expect(ArgumentError, "torch.optim.Optimizer, got NoneType", *programs(), COUNTS, optimizer=wrong)
     without = lambda x: pyro.sample("z", dist.Normal(0.0, 1.0))  # noqa: E731
@@ -375,7 +375,7 @@ def counts_with(decoder, encoder):
 
 
 def test_modules_of_the_same_name_are_never_left_untrained():
-    """Pyro's store would hand the optimiser the first decoder, while the second one runs."""
+    """Pyro's store would hand the optimizer the first decoder, while the second one runs."""
     first = nn.Linear(2, 12), nn.Linear(12, 2)
     for _ in range(2):  # training the same modules again is fine
         before = first[0].weight.clone()
@@ -416,7 +416,7 @@ def test_checkpoints_that_cannot_be_trusted(tmp_path, monkeypatch):
     pyro.clear_param_store()
     expect(ArgumentError, r"holds 2 epochs and max_epochs=1", *programs(), COUNTS, **options | {"max_epochs": 1})
     other = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)}
-    expect(CheckpointError, "another optimiser", *programs(), COUNTS, **options, **other)
+    expect(CheckpointError, "another optimizer", *programs(), COUNTS, **options, **other)
     torch.save({"state_dict": {}}, last)
     pyro.clear_param_store()
     expect(CheckpointError, r"no checkpoint of pe.fit.*optimizer_states", *programs(), COUNTS, **options)

@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.errors import ArgumentError, DataError, NonFiniteError
-from pyro_elbo.training.lightning import _mix
+from pyro_elbo.programs.rng import mix_seed
 
 
 def test_two_processes_train_one_model(tmp_path):
@@ -69,7 +69,7 @@ def test_processes_that_share_the_data_are_checked_as_such():
     with pytest.raises(DataError, match=r"Site 'z'.*2 minibatches of 8.*devices=1"):
         pe.fit(model, guide, x, batch_size=None, devices=2, progress=False)
     loss = pe.TraceBeta_ELBO(pe.LinearWarmup(0.0, 1.0, steps=4))
-    with pytest.raises(ArgumentError, match=r"4 optimisation steps.*1 batches a process end at step 3"):
+    with pytest.raises(ArgumentError, match=r"4 optimization steps.*1 batches a process end at step 3"):
         pe.fit(model, guide, x, loss=loss, batch_size=4, max_epochs=3, devices=2, progress=False)
 
 
@@ -83,5 +83,5 @@ def test_an_error_inside_a_process_keeps_its_type():
 
 
 def test_streams_differ_by_seed_epoch_and_rank():
-    seeds = {_mix(seed, epoch, rank) for seed in range(3) for epoch in range(3) for rank in range(3)}
+    seeds = {mix_seed(seed, epoch, rank) for seed in range(3) for epoch in range(3) for rank in range(3)}
     assert len(seeds) == 27

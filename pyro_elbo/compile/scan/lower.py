@@ -21,18 +21,18 @@ from pyro_elbo.compile.capture import RANDOM, lift, location_scale, remove_ident
 from pyro_elbo.compile.scan.operators import register, register_draws
 from pyro_elbo.compile.scan.partition import (
     StepGraph,
-    Values,
+    StepValues,
     depending_on,
     drop_zeros,
     is_random,
     recurrence,
     split_products,
 )
-from pyro_elbo.compile.scan.shared import Numbers, Ran, shared_states
+from pyro_elbo.compile.scan.shared import LoweredLoop, ValueNumbering, shared_states
 from pyro_elbo.errors import CompileError
 
 aten = torch.ops.aten
-Body = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
+LoopBody = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
 
 def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
@@ -69,7 +69,7 @@ class _Traced:
     draws: list["_Draws"]
 
 
-def _forward(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], results: list[Tensor]) -> _Traced:
+def _forward(body: LoopBody, carry: Sequence[Tensor], inputs: Sequence[Tensor], results: list[Tensor]) -> _Traced:
     """Trace one step; ``results`` gets what it returned, which tells shapes and what needs a gradient."""
     n, train = len(carry), torch.is_grad_enabled()
     leaves = [*(_fresh(c, train) for c in carry), *(_fresh(x[0], train and x.requires_grad) for x in inputs)]
@@ -84,7 +84,7 @@ def _forward(body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], resu
 
 
 def _to_run(
-    body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], seen: Sequence[Tensor], uses: Sequence[Tensor]
+    body: LoopBody, carry: Sequence[Tensor], inputs: Sequence[Tensor], seen: Sequence[Tensor], uses: Sequence[Tensor]
 ) -> _Traced:
     """Trace one step to run it: with its gradient if something in it needs one.
 
@@ -183,8 +183,8 @@ def _write_out_bernoulli(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _over_time(
-    values: Values,
+def _evaluate_all_steps(
+    values: StepValues,
     nodes: Sequence[fx.Node],
     carry: Sequence[fx.Node],
     next_carry: Sequence[fx.Node],
@@ -204,7 +204,7 @@ def _over_time(
         for c in ready:
             new = values.stacked(after[c])
             shifted = [new[1:], start[c].unsqueeze(0)] if reverse else [start[c].unsqueeze(0), new[:-1]]
-            values.over_time[c], finals[c] = torch.cat(shifted), new[0 if reverse else -1]
+            values.per_step[c], finals[c] = torch.cat(shifted), new[0 if reverse else -1]
     if waiting:
         _loop(values, nodes, waiting, after, start, finals, reverse)
         values.evaluate(n for n in nodes if n not in values)
@@ -212,7 +212,7 @@ def _over_time(
 
 
 def _loop(
-    values: Values,
+    values: StepValues,
     nodes: Sequence[fx.Node],
     carry: Sequence[fx.Node],
     after: dict[fx.Node, fx.Node],
@@ -223,7 +223,7 @@ def _loop(
     part = recurrence(nodes, carry, [after[c] for c in carry], values)
     constants = [values.constant[x] for x in part.constants]
     state = [start[c].contiguous() for c in carry]
-    inputs = [values.over_time[x].contiguous() for x in part.inputs]
+    inputs = [values.per_step[x].contiguous() for x in part.inputs]
     exports = [x.meta["val"] for x in part.exports]
     with disable_proxy_modes_tracing():
         like = [*constants, *state, *(x[0] for x in inputs), *state]
@@ -233,10 +233,10 @@ def _loop(
     key = register(part.module(), rows, tuple((x.shape, x.dtype) for x in exports), reverse, number)
     room = torch.ops.pyro_elbo.loop(constants, state, inputs, values.steps, key)
     for c, states in zip(carry, room, strict=False):
-        values.over_time[c] = states[1:] if reverse else states[:-1]
-        values.over_time.setdefault(after[c], states[:-1] if reverse else states[1:])
+        values.per_step[c] = states[1:] if reverse else states[:-1]
+        values.per_step.setdefault(after[c], states[:-1] if reverse else states[1:])
         finals[c] = states[0 if reverse else -1]
-    values.over_time |= dict(zip(part.exports, room[len(carry) :], strict=False))
+    values.per_step |= dict(zip(part.exports, room[len(carry) :], strict=False))
 
 
 class _Scan(torch.autograd.Function):
@@ -261,17 +261,17 @@ class _Bound:
     """A traced step with the tensors of one run."""
 
     def __init__(self, step: _Traced, steps: int, reverse: bool, number: int) -> None:
-        self.step, self.reverse, self.values = step, reverse, Values(steps, number)
+        self.step, self.reverse, self.values = step, reverse, StepValues(steps, number)
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The last carry and the outs of all steps."""
         graph, values = self.step.graph, self.values
         k, n = len(graph.constants), len(graph.carry)
         values.constant |= dict(zip(graph.constants, tensors[:k], strict=True))
-        values.over_time |= dict(zip(graph.inputs, tensors[k + n :], strict=True))
-        values.over_time |= _drawn(self.step.draws, values.steps, self.reverse)
+        values.per_step |= dict(zip(graph.inputs, tensors[k + n :], strict=True))
+        values.per_step |= _drawn(self.step.draws, values.steps, self.reverse)
         nodes = graph.between([*graph.next_carry, *graph.outs])
-        finals = _over_time(values, nodes, graph.carry, graph.next_carry, tensors[k : k + n], self.reverse)
+        finals = _evaluate_all_steps(values, nodes, graph.carry, graph.next_carry, tensors[k : k + n], self.reverse)
         return [x.clone() for x in (*finals, *map(values.stacked, graph.outs))]
 
     def backward(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -283,15 +283,15 @@ class _Bound:
         after = dict(zip(graph.gradients[:n], known(graph.carry_gradients), strict=True))
         for place, x in seeds.items():
             if x is not None and place not in after:
-                values.over_time[place] = x
+                values.per_step[place] = x
             elif x is not None and after[place] is None:
                 rest, last = _zeros(x, values.steps - 1), x.unsqueeze(0)
-                values.over_time[place] = torch.cat([last, rest] if self.reverse else [rest, last])
+                values.per_step[place] = torch.cat([last, rest] if self.reverse else [rest, last])
         inputs, constants = known(graph.input_gradients), known(graph.constant_gradients)
         nodes = [x for x in graph.between([*after.values(), *inputs, *constants]) if x not in values]
         loops = {c: node for c in carried if (node := after[c]) is not None}
         init = [_zeros(c.meta["val"]) if (x := seeds[c]) is None else x for c in loops]
-        ends = _over_time(values, nodes, list(loops), list(loops.values()), init, not self.reverse)
+        ends = _evaluate_all_steps(values, nodes, list(loops), list(loops.values()), init, not self.reverse)
         finals = dict(zip(loops, ends, strict=True))
         return [
             *(x and values.total(x) for x in constants),
@@ -340,14 +340,14 @@ def _drawn(draws: Sequence[_Draws], steps: int, reverse: bool) -> dict[fx.Node, 
     return result
 
 
-class Loops:
+class ScanLowering:
     """Runs the scans of one captured step as parts of its graph."""
 
     def __init__(self) -> None:
-        self._numbers, self._ran, self._is_tracing = Numbers(), [], False
+        self._numbers, self._ran, self._is_tracing = ValueNumbering(), [], False
 
     def __call__(
-        self, body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
+        self, body: LoopBody, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The last carry and the outs of all steps, time first.
 
@@ -402,8 +402,8 @@ class Loops:
             self._is_tracing = False
 
     def _known(
-        self, body: Body, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
-    ) -> tuple[dict[int, int], Ran | None]:
+        self, body: LoopBody, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
+    ) -> tuple[dict[int, int], LoweredLoop | None]:
         """Which parts of the carry a loop before has computed, and which loop."""
         alike = [x for x in self._ran if (x.steps, x.reverse) == (steps, reverse)]
         if not alike:
@@ -434,4 +434,4 @@ class Loops:
         leaves |= {("over time", numbers(x)): p for x, p in zip(outs, graph.outs, strict=False)}
         leaves |= {("over time", numbers(x)): p for p, x in zip(graph.inputs, inputs, strict=True)}
         starts = tuple(numbers(c) for c in carry)
-        self._ran.append(Ran(graph, steps, reverse, leaves, starts, tuple(states), tuple(finals)))
+        self._ran.append(LoweredLoop(graph, steps, reverse, leaves, starts, tuple(states), tuple(finals)))

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pyro_elbo.compile import inductor as executable
-from pyro_elbo.compile.capture import Graph, decompositions, optimise, write_out_alpha
+from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
 
 
 @dataclass
@@ -88,7 +88,7 @@ _library.impl("loop", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("pyro_elbo::loop", _meta, lib=_library)
 
 
-def key_of(x: Any) -> int:
+def stable_key(x: Any) -> int:
     """A number that is the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(x).encode()).digest()[:7], "little")
 
@@ -100,7 +100,7 @@ rand_ops.append(torch.ops.pyro_elbo.draws)  # two calls with the same arguments 
 
 def register_draws(kinds: tuple[str, ...], shapes: tuple[Any, ...]) -> int:
     """Keep what a step draws and return the key by which the operator finds it."""
-    key = key_of((kinds, shapes))
+    key = stable_key((kinds, shapes))
     _streams[key] = kinds, shapes
     return key
 
@@ -126,10 +126,10 @@ torch.library.register_fake("pyro_elbo::draws", _room_for_draws, lib=_library)
 def register(module: fx.GraphModule, inputs: Sequence[Tensor], exports: Any, reverse: bool, number: int) -> int:
     """Keep a recurrence for compilation and return the key by which the operator finds it, in any process.
 
-    Loops with one key and the same arguments are computed once; ``number`` tells apart those that draw.
+    ScanLowering with one key and the same arguments are computed once; ``number`` tells apart those that draw.
     """
     layout = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs]
-    key = key_of((module.code, layout, exports, reverse, number))
+    key = stable_key((module.code, layout, exports, reverse, number))
     _loops.setdefault(key, _Loop(module, tuple(inputs), exports, reverse))
     return key
 
@@ -144,4 +144,4 @@ def compile_pending() -> None:
             with mode:
                 graph = make_fx(loop.module, decompositions(not inductor.fallback_random))(*fakes)
             write_out_alpha(graph.graph)
-            loop.machine = executable.compile_graph(Graph(optimise(graph, mode, fakes), (), (), fakes), on_cpu(real))
+            loop.machine = executable.compile_graph(Graph(optimize(graph, mode, fakes), (), (), fakes), on_cpu(real))

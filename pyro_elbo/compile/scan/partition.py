@@ -82,7 +82,7 @@ def depending_on(sources: Iterable[fx.Node], among: Iterable[fx.Node]) -> set[fx
     return found
 
 
-class Values:
+class StepValues:
     """What nodes stand for: one value for all steps, or one per step with time on the left.
 
     ``number`` is that of the scan among those of a graph.
@@ -91,15 +91,15 @@ class Values:
     def __init__(self, steps: int, number: int) -> None:
         self.steps, self.number = steps, number
         self.constant: dict[fx.Node, Any] = {}
-        self.over_time: dict[fx.Node, Any] = {}
+        self.per_step: dict[fx.Node, Any] = {}
 
     def __contains__(self, node: fx.Node) -> bool:
-        return node in self.constant or node in self.over_time
+        return node in self.constant or node in self.per_step
 
     def stacked(self, node: fx.Node) -> Tensor:
         """The value of every step."""
-        if node in self.over_time:
-            return self.over_time[node]
+        if node in self.per_step:
+            return self.per_step[node]
         value = self.constant[node]
         return value.expand(self.steps, *value.shape)
 
@@ -109,7 +109,7 @@ class Values:
         for node in nodes:
             if node in self:
                 continue
-            if is_random(node) or any(x in self.over_time or x in batched for x in node.all_input_nodes):
+            if is_random(node) or any(x in self.per_step or x in batched for x in node.all_input_nodes):
                 batched.append(node)
             else:
                 self.constant[node] = _call(node, self.constant.__getitem__)
@@ -117,7 +117,7 @@ class Values:
             return
         inside = set(batched)
         inputs = list(
-            dict.fromkeys(x for n in batched for x in n.all_input_nodes if x in self.over_time and x not in inside)
+            dict.fromkeys(x for n in batched for x in n.all_input_nodes if x in self.per_step and x not in inside)
         )
 
         def function(index: Tensor, *values: Tensor) -> list[Any]:
@@ -126,9 +126,9 @@ class Values:
                 local[node] = _call(node, lambda x: local[x] if x in local else self.constant[x])
             return [local[node] for node in batched]
 
-        index = torch.arange(self.steps, device=next(iter(self.over_time.values())).device)
-        results = torch.vmap(function, randomness="different")(index, *(self.over_time[x] for x in inputs))
-        self.over_time |= dict(zip(batched, results, strict=True))
+        index = torch.arange(self.steps, device=next(iter(self.per_step.values())).device)
+        results = torch.vmap(function, randomness="different")(index, *(self.per_step[x] for x in inputs))
+        self.per_step |= dict(zip(batched, results, strict=True))
 
     def total(self, node: fx.Node) -> Tensor:
         """The sum of a node over all steps, without a copy of a matrix per step where it can be avoided."""
@@ -139,12 +139,12 @@ class Values:
         alike = all(isinstance(x, fx.Node) and _shape(x) == _shape(node) for x in arguments)
         if target is aten.add.Tensor and alike and not node.kwargs:
             return self.total(arguments[0]) + self.total(arguments[1])
-        if target is aten.mm.default and all(x in self.over_time for x in arguments):
-            left, right = (self.over_time[x] for x in arguments)
+        if target is aten.mm.default and all(x in self.per_step for x in arguments):
+            left, right = (self.per_step[x] for x in arguments)
             return left.transpose(0, 1).flatten(1) @ right.flatten(0, 1)
         if target in _LINEAR or target in _SAME.values():
             return target(self.total(arguments[0]), *arguments[1:], **node.kwargs)
-        return self.over_time[node].sum(0)
+        return self.per_step[node].sum(0)
 
 
 def _shape(node: fx.Node) -> Any:
@@ -282,7 +282,7 @@ class Recurrence:
 
 
 def recurrence(
-    nodes: Sequence[fx.Node], carry: Sequence[fx.Node], next_carry: Sequence[fx.Node], values: Values
+    nodes: Sequence[fx.Node], carry: Sequence[fx.Node], next_carry: Sequence[fx.Node], values: StepValues
 ) -> Recurrence:
     """The part of ``nodes`` that next carry needs and that depends on the carry.
 
@@ -302,6 +302,6 @@ def recurrence(
         tuple(carry),
         tuple(next_carry),
         tuple(x for x in outer if x in values.constant),
-        tuple(x for x in outer if x in values.over_time),
+        tuple(x for x in outer if x in values.per_step),
         tuple(n for n in exports if isinstance(n.meta.get("val"), Tensor)),
     )

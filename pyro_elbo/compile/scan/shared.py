@@ -17,8 +17,8 @@ from pyro_elbo.compile.scan.partition import StepGraph, is_random
 aten = torch.ops.aten
 
 
-class Numbers:
-    """Numbers tensors of the graph that is being captured, equal ones for tensors that are computed alike."""
+class ValueNumbering:
+    """ValueNumbering tensors of the graph that is being captured, equal ones for tensors that are computed alike."""
 
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {}
@@ -89,7 +89,7 @@ Leaf = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Ran:
+class LoweredLoop:
     """A loop that is part of the graph.
 
     Attributes:
@@ -109,7 +109,9 @@ class Ran:
     finals: tuple[Tensor, ...]
 
 
-def shared_states(graph: StepGraph, leaves: dict[fx.Node, Leaf], starts: Sequence[int], other: Ran) -> dict[int, int]:
+def shared_states(
+    graph: StepGraph, leaves: dict[fx.Node, Leaf], starts: Sequence[int], other: LoweredLoop
+) -> dict[int, int]:
     """Which states of a loop are which states of another one that has run."""
     index = {key_of(n, lambda x: x): n for n in other.graph.graph.nodes if n.op == "call_function" and not is_random(n)}
     same = {place: other.leaves[number] for place, number in leaves.items() if number in other.leaves}

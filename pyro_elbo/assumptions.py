@@ -1,4 +1,4 @@
-"""What the core must know while a step is captured as a graph: values cannot be looked at then."""
+"""Conditions assumed while a step is captured as a graph, where tensors have no values to test."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ _loop: ContextVar[Callable[..., Any] | None] = ContextVar("loop", default=None)
 
 
 def check_or_defer(condition: Tensor) -> bool:
-    """Whether a scalar condition is true; while capturing, assume so and let every step check it."""
+    """Return whether a scalar condition is true; while capturing, assume it and let every step check it."""
     assumed = _assumptions.get()
     if assumed is None:
         return bool(condition)
@@ -22,25 +22,25 @@ def check_or_defer(condition: Tensor) -> bool:
 
 
 def defer_check(condition: Callable[[], Tensor]) -> None:
-    """While capturing, have every step check a condition that an uncaptured run checks elsewhere."""
+    """While capturing, let every step check a condition that an eager run checks elsewhere."""
     assumed = _assumptions.get()
     if assumed is not None and _validating.get():
         assumed.append(condition())
 
 
 def is_capturing() -> bool:
-    """Whether a step is being captured."""
+    """Return whether a step is being captured."""
     return _assumptions.get() is not None
 
 
 def active_loop() -> Callable[..., Any] | None:
-    """What runs the steps of a scan while a step is captured; None otherwise."""
+    """Return the function that captures the loop of a scan; None outside a capture."""
     return _loop.get()
 
 
 @contextmanager
 def capturing(validate: bool, loop: Callable[..., Any] | None = None) -> Iterator[list[Tensor]]:
-    """Collect the conditions that the captured program takes for granted; with ``validate`` those on the data too."""
+    """Collect the conditions that the captured program assumes; with ``validate`` also those on the data."""
     assumed: list[Tensor] = []
     tokens = _assumptions.set(assumed), _validating.set(validate), _loop.set(loop)
     try:

@@ -1,11 +1,11 @@
-"""The errors of the library: one base class, a few children, and the words that they share."""
+"""The library's errors: a base class and its children."""
 
 import torch
 from torch import Tensor
 
 
 class PyroElboError(ValueError):
-    """Base class of every error that this library raises on its own account."""
+    """Base class of the errors that the library raises."""
 
 
 class ArgumentError(PyroElboError):
@@ -13,15 +13,15 @@ class ArgumentError(PyroElboError):
 
 
 class SiteError(PyroElboError):
-    """A site of the model or of the guide is missing, superfluous or of the wrong shape."""
+    """A site of the model or guide is missing, unexpected or of the wrong shape."""
 
 
 class NonFiniteError(PyroElboError):
-    """Data or a term of the bound holds NaN or infinity."""
+    """Data or a term of the bound hold NaN or infinity."""
 
 
 class GuideError(PyroElboError):
-    """A guide cannot do what is asked: it is not initialized yet, or it has no density."""
+    """A guide is not initialized yet, has no density, or does not suit the model."""
 
 
 class DataError(PyroElboError):
@@ -41,7 +41,7 @@ class WeightsError(PyroElboError):
 
 
 def count_nonfinite(x: Tensor) -> str:
-    """Say how many entries of ``x`` are not finite, e.g. ``"3 of 640 values are nan"``.
+    """Describe the entries of ``x`` that are not finite.
 
     Example:
         >>> count_nonfinite(torch.tensor([1.0, float("nan"), float("inf")]))

@@ -1,4 +1,4 @@
-"""Masks: which entries of a log density count, and reductions that respect them."""
+"""Masks on log densities, and reductions under them."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 
 
 def masked(x: Tensor, mask: Tensor | bool | None) -> Tensor:
-    """Put zero where ``mask`` is false (gradients there are zero as well)."""
+    """Return ``x`` with zeros, and zero gradients, where ``mask`` is false."""
     if mask is None or mask is True:
         return x
     if mask is False:
@@ -18,17 +18,17 @@ def masked(x: Tensor, mask: Tensor | bool | None) -> Tensor:
 
 
 def log_mean_exp(x: Tensor, dim: int) -> Tensor:
-    """Log of the mean of exp(x) over a dimension, which stays with size one."""
+    """Return log mean exp(x) over a dimension, kept with size one."""
     return x.logsumexp(dim, keepdim=True) - math.log(x.shape[dim])
 
 
 def expand_to_event(mask: Tensor, event_dim: int) -> Tensor:
-    """A mask over batches as one that broadcasts over the elements of an event."""
+    """Return a mask over batches that broadcasts over the elements of an event."""
     return mask.reshape(mask.shape + (1,) * event_dim)
 
 
 def unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool | None]:
-    """Move the masks of ``fn.mask(...)`` to where ``poutine.mask`` puts them."""
+    """Return the distribution inside ``fn.mask(...)``, and the product of all masks."""
     while isinstance(fn, MaskedDistribution):
         inner = fn._mask
         mask = inner if mask is None or mask is True else mask & inner

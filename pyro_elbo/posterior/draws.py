@@ -19,9 +19,9 @@ from pyro_elbo.posterior.psis import PSIS, psis
 from pyro_elbo.programs import (
     Plate,
     Program,
+    ResampleObserved,
     Site,
     TracePair,
-    Unobserve,
     check_initialized,
     find_plate_nesting,
     seeded,
@@ -162,7 +162,7 @@ def predict(
     Raises:
         NotImplementedError: a distribution cannot be sampled (``ImproperUniform``, flat priors).
     """
-    program = Unobserve()(model)
+    program = ResampleObserved()(model)
     if draws.rows:
         program = poutine.condition(program, data=draws.rows)
     latents = {} if prior else draws.latents

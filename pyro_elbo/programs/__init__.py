@@ -1,22 +1,20 @@
-"""Model and guide as typed records. No other room reads Pyro's messages of a whole program.
+"""Trace model and guide and return typed sites. No other room reads the messages of a whole program.
 
 Takes the programs and their arguments; gives ``TracePair``: a ``Site`` per sample statement, with its plates, scale and
-mask. ``parameters`` collects what programs ask of the parameter store, ``explain`` turns failures of Pyro and torch
-into the library's errors, ``rng`` derives seeds.
+mask. ``tracing`` runs the programs, ``messages`` reads their traces, ``checks`` compares the two. ``parameters``
+collects parameters, ``explain`` translates failures of Pyro and torch, ``rng`` derives seeds.
 Imports sequences and below.
 """
 
 from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.parameters import Parameters, check_initialized, collect_parameters
 from pyro_elbo.programs.rng import mix_seed, seeded
-from pyro_elbo.programs.sites import (
-    Plate,
+from pyro_elbo.programs.sites import Plate, Site, sort_by_dim
+from pyro_elbo.programs.tracing import (
     Program,
-    Site,
+    ResampleObserved,
     TracePair,
-    Unobserve,
     find_plate_nesting,
-    sort_by_dim,
     subsampled_rows,
     trace_filtered,
     trace_pair,
@@ -29,7 +27,7 @@ __all__ = [
     "Program",
     "TracePair",
     "Site",
-    "Unobserve",
+    "ResampleObserved",
     "sort_by_dim",
     "collect_parameters",
     "check_initialized",

@@ -1,4 +1,4 @@
-"""What Pyro and torch say of a failing program -> the library's errors, with the place and the cure."""
+"""Translate failures of Pyro and torch into the library's errors, with the site or line and the cure."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,13 +13,18 @@ from torch import Tensor
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import NonFiniteError, PyroElboError, SiteError, count_nonfinite
 
-PARTICLES = "num_particles_vectorized"
-"""The name of the plate in which particles are drawn."""
+PARTICLE_PLATE = "num_particles_vectorized"
+"""The name of the plate of vectorized particles."""
 
 
 @contextmanager
 def explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Say that the data hold NaN, or that plates do not fit, where a program fails because of it."""
+    """Raise the library's error where the program inside the block fails on NaN in its data or on plates.
+
+    Raises:
+        NonFiniteError: the arguments hold NaN, or a parameter has diverged.
+        SiteError: a plate is empty or does not fit.
+    """
     try:
         yield
     except PyroElboError:
@@ -40,18 +45,18 @@ def explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _explained(error: Exception, reason: str) -> Exception:
-    """The library's error for what Pyro or torch said of a program, or the error itself."""
+    """Return the library's error for one of Pyro or torch, or that error itself."""
     if isinstance(error, ZeroDivisionError):
         return SiteError(f"Plate {_failed_plate(error)} is empty, expected at least one row. Skip empty batches.")
-    if PARTICLES in reason or "plate stack overflow" in reason:
+    if PARTICLE_PLATE in reason or "plate stack overflow" in reason:
         return SiteError(
-            f"The particles' plate meets a plate of the program: {reason} Give max_plate_nesting the number of batch "
-            "dimensions that the plates use, or leave it out."
+            f"The particles' plate meets a plate of the program: {reason} Set max_plate_nesting to the number of "
+            "batch dimensions that the plates use, or leave it out."
         )
     if "plate" in reason.lower() or "subsample" in reason.lower():
         return SiteError(
             f"The program's plates do not fit (plate {_failed_plate(error)}): {reason} Give every plate the size of "
-            "the dimension that it stands for, and the same size in model and guide."
+            "its dimension, and the same size in model and guide."
         )
     if reason.startswith("Expected parameter") and "nan" in str(error):
         return NonFiniteError(
@@ -62,7 +67,7 @@ def _explained(error: Exception, reason: str) -> Exception:
 
 
 def failed_line(error: Exception) -> str:
-    """The site, or else the line of the program, that raised ``error``."""
+    """Return the site, or else the line, of the program that raised ``error``."""
     libraries = ("pyro/", "torch/", "pyro_elbo/", "contextlib.py", "jaxtyping/", "beartype")
     frames = [f for f in extract_tb(error.__traceback__) if not any(name in f.filename for name in libraries)]
     line = frames[-1].line or "" if frames else ""
@@ -71,7 +76,7 @@ def failed_line(error: Exception) -> str:
 
 
 def _failed_plate(error: Exception) -> str:
-    """The name of the plate whose construction raised ``error``; Pyro's messages leave it out."""
+    """Return the name of the plate whose construction raised ``error``, which Pyro's messages leave out."""
     traceback, name = error.__traceback__, "of the program"
     while traceback is not None:
         values = traceback.tb_frame.f_locals

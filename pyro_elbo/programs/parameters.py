@@ -1,4 +1,4 @@
-"""Collect the parameters that programs use, and refuse AutoGuides that have none yet."""
+"""Collect the parameters of programs, and refuse AutoGuides that have none yet."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from pyro_elbo.errors import GuideError
 
 
 class Parameters(dict[str, Tensor]):
-    """Name -> unconstrained leaf tensor.
+    """Unconstrained leaf tensors by name.
 
     Attributes:
-        displaced: the modules' own parameters in whose place Pyro's store gave those of other modules.
+        displaced: parameters of modules that Pyro's store replaced by those of another module.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Parameters(dict[str, Tensor]):
 
 @contextmanager
 def collect_parameters() -> Iterator[Parameters]:
-    """Collect every parameter that programs ask for inside the block; the result is filled when the block ends."""
+    """Collect the parameters that programs read inside the block; the result is filled when the block ends."""
     found = Parameters()
     with poutine.trace(param_only=True) as capture:
         yield found
@@ -40,7 +40,7 @@ def collect_parameters() -> Iterator[Parameters]:
 
 
 def uninitialized(module: object) -> list[str]:
-    """Names of the AutoGuides inside ``module`` that have never run and so have no parameters yet."""
+    """Return the names of the AutoGuides inside ``module`` that have never run and so have no parameters."""
     if not isinstance(module, torch.nn.Module):
         return []
     return [
@@ -51,9 +51,9 @@ def uninitialized(module: object) -> list[str]:
 
 
 def check_initialized(guide: object) -> None:
-    """Raise GuideError where an AutoGuide is asked for its parameters or its posterior before its first run."""
+    """Raise GuideError if ``guide`` is or holds an AutoGuide that has never run."""
     if names := uninitialized(guide):
         raise GuideError(
-            f"Not initialized yet: {', '.join(names)}. An AutoGuide makes its parameters when it first sees data: "
-            "call guide(*args) once, or train it, before this."
+            f"Not initialized yet: {', '.join(names)}. An AutoGuide creates its parameters on its first run: "
+            "call guide(*args) once, or train it, first."
         )

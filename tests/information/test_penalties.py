@@ -238,7 +238,7 @@ def test_pairs_of_normals_as_matrix_products():
 
 
 def _site(fn, plate=-1):
-    from pyro_elbo.programs.sites import Plate, Site
+    from pyro_elbo.programs import Plate, Site
 
     shape = fn.batch_shape
     return Site("z", "latent", fn, fn.sample(), (Plate("data", plate, shape[plate], shape[plate]),), 1.0, None)

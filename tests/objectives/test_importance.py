@@ -14,7 +14,7 @@ from pyro.infer import RenyiELBO
 import pyro_elbo as pe
 from models.linear_gaussian_ssm import Chain, simulate
 from pyro_elbo.errors import ArgumentError, SiteError
-from pyro_elbo.programs.sites import trace_filtered
+from pyro_elbo.programs import trace_filtered
 from tests.programs import PROGRAMS
 from tests.support.scanned import BOTH, loss_and_gradients
 

@@ -1,0 +1,166 @@
+"""Trace the model and the guide and return typed sites."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from torch import Tensor
+
+from pyro_elbo.errors import SiteError
+from pyro_elbo.programs.checks import check_pair
+from pyro_elbo.programs.explain import PARTICLE_PLATE, explain_failure
+from pyro_elbo.programs.messages import is_subsample, read_sites
+from pyro_elbo.programs.sites import Site
+from pyro_elbo.sequences import Filter, StackedDistribution, filtering
+
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class TracePair:
+    """The sites of one run of the guide and of the model replayed against it.
+
+    Attributes:
+        model, guide: sites by name, in program order.
+        particle_dim: the batch dimension of vectorized particles, counted from the right; None without them.
+    """
+
+    model: dict[str, Site]
+    guide: dict[str, Site]
+    particle_dim: int | None
+
+
+def trace_pair(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_particles: int = 1,
+    max_plate_nesting: int = 0,
+) -> TracePair:
+    """Trace the guide, replay the model against it, and check that they fit each other.
+
+    With ``num_particles > 1`` both run once, in a plate on the left of ``max_plate_nesting`` others.
+
+    Raises:
+        SiteError: the sites, shapes or plates of model and guide do not fit.
+        NonFiniteError: a program failed and its arguments hold NaN or infinity.
+    """
+    model_trace, guide_trace = _trace_both(model, guide, args, kwargs, num_particles, max_plate_nesting)
+    model_sites = {site.name: site for site in read_sites(model_trace, "latent")}
+    guide_sites = {site.name: site for site in read_sites(guide_trace, "auxiliary", model_sites)}
+    check_pair(model_sites, guide_sites)
+    return TracePair(model_sites, guide_sites, -(max_plate_nesting + 1) if num_particles > 1 else None)
+
+
+def trace_filtered(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_particles: int,
+    max_plate_nesting: int,
+    threshold: float,
+) -> tuple[TracePair, Tensor]:
+    """Trace model and guide side by side through time, with resampling; also return log Ẑ per sequence (nats).
+
+    Raises:
+        SiteError: a latent lies outside the scan, or the programs do not fit each other.
+    """
+    model, guide = (_vectorize_particles(p, num_particles, max_plate_nesting) for p in (model, guide))
+    drawn = poutine.Trace()
+
+    def run_guide() -> None:
+        drawn.nodes.update(_trace(guide, args, kwargs).nodes)
+
+    particles = Filter(num_particles, max_plate_nesting + 1, threshold, run_guide)
+    with filtering(particles):
+        model_trace = _trace(poutine.replay(model, trace=drawn), args, kwargs)
+    model_sites = {site.name: site for site in read_sites(model_trace, "latent")}
+    outside = [n for n, s in model_sites.items() if s.role == "latent" and not isinstance(s.fn, StackedDistribution)]
+    if outside or particles.log_evidence is None:
+        raise SiteError(
+            f"The filtering bound resamples whole particles: all latents must be drawn in one pe.scan, but "
+            f"{outside} lie outside it. Draw them in its first step, or use bound='importance'."
+        )
+    guide_sites = {site.name: site for site in read_sites(drawn, "auxiliary", model_sites)}
+    check_pair(model_sites, guide_sites)
+    return TracePair(model_sites, guide_sites, -(max_plate_nesting + 1)), particles.log_evidence
+
+
+def trace_program(
+    program: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    replay: Mapping[str, Tensor] | None = None,
+    num_particles: int = 1,
+    max_plate_nesting: int = 0,
+) -> dict[str, Site]:
+    """Trace one program alone; sites named in ``replay`` take those values and stay latent."""
+    program = _vectorize_particles(program, num_particles, max_plate_nesting)
+    if replay is not None:
+        program = poutine.condition(program, data=dict(replay))
+    sites = read_sites(_trace(program, args, kwargs), "latent")
+    given = replay or {}
+    return {s.name: replace(s, role="latent") if s.name in given else s for s in sites}
+
+
+def find_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Run both programs once and return the number of batch dimensions that their plates use."""
+    with poutine.block(), torch.no_grad():
+        pair = trace_pair(model, guide, args, kwargs)
+    dims = [p.dim for sites in (pair.model, pair.guide) for s in sites.values() for p in s.plates]
+    return -min(dims, default=0)
+
+
+def subsampled_rows(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run both programs once and return the rows of each subsampled plate, by its name."""
+    model_trace, guide_trace = _trace_both(model, guide, args, kwargs)
+    nodes: dict[str, Any] = dict(guide_trace.nodes) | dict(model_trace.nodes)
+    subsamples = {n: node for n, node in nodes.items() if is_subsample(node)}
+    return {n: node["value"] for n, node in subsamples.items() if len(node["value"]) < node["fn"].size}
+
+
+class ResampleObserved(poutine.messenger.Messenger):
+    """Draw observed sites from their distributions inside the block; keep deterministic values and factors."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not msg["infer"].get("_deterministic") and not isinstance(msg["fn"], Unit):
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+def _vectorize_particles(program: Program, num_particles: int, max_plate_nesting: int) -> Program:
+    if num_particles == 1:
+        return program
+    return pyro.plate(PARTICLE_PLATE, num_particles, dim=-(max_plate_nesting + 1))(program)
+
+
+def _trace(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> poutine.Trace:
+    with explain_failure(args, kwargs):
+        return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def _trace_both(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_particles: int = 1,
+    max_plate_nesting: int = 0,
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Return the traces of the model, replayed against the guide, and of the guide.
+
+    A guide that is itself a Pyro handler runs both.
+    """
+    model, program = (_vectorize_particles(p, num_particles, max_plate_nesting) for p in (model, guide))
+    unwrapped = poutine.unwrap(guide)
+    if isinstance(unwrapped, poutine.messenger.Messenger):
+        with explain_failure(args, kwargs):
+            program(*args, **kwargs)
+            return unwrapped.get_trace_both()
+    guide_trace = _trace(program, args, kwargs)
+    return _trace(poutine.replay(model, trace=guide_trace), args, kwargs), guide_trace

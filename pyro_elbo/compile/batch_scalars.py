@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.pattern_matcher import stable_topological_sort
-from torch.utils import _pytree as pytree
+
+from pyro_elbo.compile._torch import OpOverload, pytree, stable_topological_sort
 
 aten = torch.ops.aten
 FEW = 4  # lanes from which a vector is worth its making
@@ -46,7 +46,7 @@ def _memory(x: fx.Node) -> int:
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """The operands that an operator writes to."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
         return []
     given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
     names = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -68,7 +68,7 @@ def _simplify(graph: fx.Graph, node: fx.Node, written: set[int]) -> None:
 
 def _is_barrier(node: fx.Node) -> bool:
     """Whether what comes after a node must stay there: it writes, or draws numbers at its place in the stream."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return False
     draws = torch.Tag.nondeterministic_seeded in node.target.tags
     return bool(_written(node)) or (draws and any(x.all_input_nodes for x in node.all_input_nodes))
@@ -94,7 +94,7 @@ def _is_scalar(x: Any) -> bool:
 
 
 def _is_lanewise(node: fx.Node) -> bool:
-    if not _is_scalar(node) or not isinstance(node.target, torch._ops.OpOverload):
+    if not _is_scalar(node) or not isinstance(node.target, OpOverload):
         return False
     if torch.Tag.pointwise not in node.target.tags and node.target not in _LANEWISE:
         return False

@@ -6,23 +6,27 @@ it changes in place is written back at the end of the graph, unless the step tur
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse, rand_ops
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes import joint_graph
-from torch._inductor.lowering import lowerings, make_fallback
-from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from pyro_elbo.compile._torch import (
+    FakeTensor,
+    FakeTensorMode,
+    FakeTensorProp,
+    OpOverload,
+    ShapeEnv,
+    fx_graph_cse,
+    joint_graph_passes,
+    lowerings,
+    make_fallback,
+    make_fx,
+    rand_ops,
+    select_decomp_table,
+)
 from pyro_elbo.compile.batch_scalars import batch_scalars
 from pyro_elbo.compile.fakes import Lifting
 from pyro_elbo.errors import CompileError
@@ -275,27 +279,14 @@ def optimize(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeT
     module = _without_repetition(module, mode, fakes)
     batch_scalars(module.graph)
     module = _without_repetition(module, mode, fakes)
-    with V.set_fake_mode(mode), _common_patterns(all(x.device.type == "cpu" for x in fakes)):
-        joint_graph.joint_graph_passes(module)
+    joint_graph_passes(module, mode, on_cpu=all(x.device.type == "cpu" for x in fakes))
     return module
-
-
-@contextmanager
-def _common_patterns(only: bool) -> Iterator[None]:
-    """Spare the half second in which Inductor makes its patterns of attention and of padded products on a GPU."""
-    lazy_init = joint_graph.lazy_init
-    try:
-        if only:
-            joint_graph.lazy_init = lambda device=None: None
-        yield
-    finally:
-        joint_graph.lazy_init = lazy_init
 
 
 def _without_repetition(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
     module.recompile()
     FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
-    targets = {node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    targets = {node.target for node in module.graph.nodes if isinstance(node.target, OpOverload)}
     draws = {op for op in targets if torch.Tag.nondeterministic_seeded in op.tags}
     if any(op.overloadpacket not in rand_ops for op in draws):  # two draws that look alike would become one
         return module

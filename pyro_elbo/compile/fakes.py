@@ -9,10 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 
+from pyro_elbo.compile._torch import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    custom_functions_taking,
+    disable_proxy_modes_tracing,
+)
 from pyro_elbo.errors import CompileError
 
 aten = torch.ops.aten
@@ -30,15 +35,15 @@ class Lifting(TorchFunctionMode):
 
     def __enter__(self) -> "Lifting":
         """Lift what goes into custom autograd functions too, which are no operators of torch."""
-        self._apply, apply = torch.autograd.Function.__dict__["apply"], torch.autograd.Function.apply.__func__
-        lifted = lambda cls, *args, **kwargs: apply(cls, *self._lift_all(args), **self._lift_all(kwargs))  # noqa: E731
-        torch.autograd.Function.apply = classmethod(lifted)
+        self._custom = custom_functions_taking(self._lift_all)
+        self._custom.__enter__()
         self._fork_rng, torch.random.fork_rng = torch.random.fork_rng, _refuse_fork
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         """Leave torch as it was."""
-        torch.autograd.Function.apply, torch.random.fork_rng = self._apply, self._fork_rng
+        self._custom.__exit__(*error)
+        torch.random.fork_rng = self._fork_rng
         super().__exit__(*error)
 
     @property

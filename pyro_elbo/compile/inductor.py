@@ -20,19 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._dynamo.utils import detect_fake_mode
-from torch._guards import TracingContext, tracing
-from torch._inductor import config
-from torch._inductor.codecache import CppCodeCache
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.utils import BoxedBool
 
+from pyro_elbo.compile._torch import (
+    BoxedBool,
+    CppCodeCache,
+    InductorError,
+    TracingContext,
+    compile_fx_inner,
+    config,
+    detect_fake_mode,
+    tensor_handles,
+    tracing,
+)
 from pyro_elbo.compile.capture import Graph, Noise
 from pyro_elbo.errors import CompileError
 
 AHEAD = 2**18  # numbers of noise drawn at once
-
-_handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
 
 # A compiled function takes ownership of the handles that it is given, so every step gets fresh ones.
 _DRIVER = r"""
@@ -105,7 +108,7 @@ class Handles:
     """Tensors as Inductor's C++ functions take them, alive as long as this object."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.capsules = _handles(list(tensors))
+        self.capsules = tensor_handles(list(tensors))
         weakref.finalize(self, driver().release, self.capsules)
 
 
@@ -181,7 +184,7 @@ class Executable:
         rows, handles = self._rows_for(len(values))
         rows.fill(values, self._noise)
         if self._entry is not None:
-            arguments = (self._handles.capsules, _handles(list(data)), handles.capsules, len(values))
+            arguments = (self._handles.capsules, tensor_handles(list(data)), handles.capsules, len(values))
             if (message := driver().run(self._entry, *arguments)) is not None:
                 raise RuntimeError(f"The compiled step failed: {message.decode()}")
         else:
@@ -222,7 +225,7 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
                 cudagraphs=BoxedBool(not on_cpu),
                 static_input_idxs=range(len(graph.externals)),
             )
-        except torch._inductor.exc.InductorError as error:
+        except InductorError as error:
             raise CompileError(
                 f"Inductor cannot compile the step: {str(error).splitlines()[0]} A C++ compiler is needed (CXX names "
                 "it). If one is there, compile=False runs the program as it is."

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from pyro_elbo.compile._torch import optimizers_compiling, step_without_hooks
 from pyro_elbo.compile.flat_state import FlatGroup, flatten
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.errors import ArgumentError, CompileError
@@ -226,7 +227,7 @@ def trace_update(
     for p, gradient in (*gradients.items(), *unclipped.items()):
         aliases[p].grad = gradient.clone()  # autograd may give two parameters the same tensor
     update.clip(list(gradients), [aliases[p] for p in gradients])
-    with _tensors_as_numbers():
+    with torch.no_grad(), optimizers_compiling(), _TensorScalars():
         for flat in plan.flats:
             with _named(flat.members[0].optimizer):
                 _trace_flat(flat, aliases, values)
@@ -290,7 +291,7 @@ def _step(
             changes["lr"] = next(values)
         clone.param_groups.append(group | changes)
     settings = [dict(group) for group in clone.param_groups]
-    type(clone).step.__wrapped__(clone)  # without hooks: no step is taken now
+    step_without_hooks(clone)
     if any(new[k] is not old[k] for new, old in zip(clone.param_groups, settings, strict=True) for k in old):
         raise CompileError(f"{type(optimizer).__name__} {_UNTRACEABLE}")
     return clone.state
@@ -353,15 +354,3 @@ def _computed_once(x: Any, beside: Any) -> Any:
     """
     scalar = isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.float64
     return x.expand(16).amax() if scalar and isinstance(beside, Tensor) and beside.numel() >= LONG else x
-
-
-@contextmanager
-def _tensors_as_numbers() -> Iterator[None]:
-    """Have torch's optimizers keep counts and rates as tensors, as they do under torch.compile."""
-    compiling = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
-        with torch.no_grad(), _TensorScalars():
-            yield
-    finally:
-        torch.compiler._is_compiling_flag = compiling

@@ -19,10 +19,9 @@ import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils import _pytree as pytree
 
 from pyro_elbo.assumptions import capturing
+from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutputShapeException, pytree
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, trace_update, watch
 from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, PyroElboError
@@ -183,9 +182,9 @@ class CompiledSVI:
         """Make the graph of a step that comes the second time."""
         if torch.__version__ < "2.13":  # make_fx and Inductor's interfaces move
             raise CompileError(f"Compiled steps need torch 2.13 or later, this is {torch.__version__}: compile=False.")
-        from torch._inductor.config import patch as inductor  # takes a second to import
 
-        from pyro_elbo.compile.capture import capture
+        from pyro_elbo.compile._torch import config
+        from pyro_elbo.compile.capture import capture  # Inductor takes a second to import
         from pyro_elbo.compile.inductor import Executable, compiling
         from pyro_elbo.compile.scan.lower import ScanLowering
         from pyro_elbo.compile.scan.operators import compile_pending
@@ -216,7 +215,7 @@ class CompiledSVI:
         )
         row = scalars, torch.ones((), dtype=torch.bool, device=device), record
         inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
-        with _explain_capture(step.guard.generators), inductor(fallback_random=self.fallback_random), compiling():
+        with _explain_capture(step.guard.generators), config.patch(fallback_random=self.fallback_random), compiling():
             _check_reachable(step.guard)
             check_traceable(step.plan.optimizers, step.parameters)
             with _side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):

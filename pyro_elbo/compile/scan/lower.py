@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse, rand_ops
-from torch._inductor import config as inductor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
+from pyro_elbo.compile._torch import (
+    DisableTorchFunction,
+    config,
+    disable_proxy_modes_tracing,
+    fx_graph_cse,
+    make_fx,
+    rand_ops,
+    unset_fake_temporarily,
+)
 from pyro_elbo.compile.capture import RANDOM, lift, location_scale, remove_identities
 from pyro_elbo.compile.scan.operators import register, register_draws
 from pyro_elbo.compile.scan.partition import (
@@ -38,10 +43,10 @@ LoopBody = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tenso
 def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
     """A functional graph of constants and arguments, and the constants."""
     raw = make_fx(function)(*arguments)
-    with unset_fake_temporarily(), torch._C.DisableTorchFunction():  # literals of the program are real
+    with unset_fake_temporarily(), DisableTorchFunction():  # literals of the program are real
         constants = lift(raw, {})
     everything = [x.detach() for x in (*constants, *arguments)]
-    with torch.no_grad(), torch._C.DisableTorchFunction():  # nothing is left to lift
+    with torch.no_grad(), DisableTorchFunction():  # nothing is left to lift
         module = make_fx(functionalize(raw, remove="mutations"))(*everything)
     remove_identities(module.graph)
     random = [n.target.overloadpacket for n in module.graph.nodes if is_random(n)]
@@ -244,7 +249,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, traced: "_Bound", *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.traced = traced
         ctx.set_materialize_grads(False)
-        with torch._C.DisableTorchFunction():  # rows of a batch are no tensors of the program
+        with DisableTorchFunction():  # rows of a batch are no tensors of the program
             results = traced.forward(tensors)
         ctx.mark_non_differentiable(
             *(x for x, g in zip(results, traced.step.graph.gradients, strict=True) if g is None)
@@ -253,7 +258,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return None, *ctx.traced.backward(gradients)
 
 
@@ -326,7 +331,7 @@ def _drawn(draws: Sequence[_Draws], steps: int, reverse: bool) -> dict[fx.Node, 
     if not draws:
         return {}
     kinds = tuple(RANDOM[d.target] for d in draws)
-    if inductor.fallback_random:
+    if config.fallback_random:
         shapes = tuple((tuple(d.like.shape), d.like.dtype, d.like.device) for d in draws)
         rows = torch.ops.pyro_elbo.draws(steps, reverse, register_draws(kinds, shapes))
     else:

@@ -10,13 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import rand_ops
-from torch._inductor import config as inductor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from pyro_elbo.compile import inductor as executable
+from pyro_elbo.compile import inductor
+from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, rand_ops
 from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
 
 
@@ -63,13 +59,13 @@ def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], ste
     rows = list(zip(*columns, strict=True))
     rows = rows[::-1] if loop.reverse else rows
     fixed = [_laid_out(x, like) for x, like in zip(constants, loop.inputs, strict=False)]
-    entry = executable.entry_point(loop.machine) if on_cpu(fixed + list(rows[0])) else None
+    entry = inductor.entry_point(loop.machine) if on_cpu(fixed + list(rows[0])) else None
     if entry is None:
         for row in rows:
             loop.machine([*fixed, *row])
         return room
-    handles = executable.Handles(fixed), executable.Handles(x for row in rows for x in row)
-    message = executable.driver().run(entry, handles[0].capsules, [], handles[1].capsules, steps)
+    handles = inductor.Handles(fixed), inductor.Handles(x for row in rows for x in row)
+    message = inductor.driver().run(entry, handles[0].capsules, [], handles[1].capsules, steps)
     if message is not None:
         raise RuntimeError(f"The compiled step failed: {message.decode()}")
     return room
@@ -142,6 +138,6 @@ def compile_pending() -> None:
             real = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in loop.inputs]
             fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in real)
             with mode:
-                graph = make_fx(loop.module, decompositions(not inductor.fallback_random))(*fakes)
+                graph = make_fx(loop.module, decompositions(not config.fallback_random))(*fakes)
             write_out_alpha(graph.graph)
-            loop.machine = executable.compile_graph(Graph(optimize(graph, mode, fakes), (), (), fakes), on_cpu(real))
+            loop.machine = inductor.compile_graph(Graph(optimize(graph, mode, fakes), (), (), fakes), on_cpu(real))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pyro_elbo.compile._torch import OpOverload
+
 aten = torch.ops.aten
 
 # Operators that are linear in their first argument: a sum over time passes through.
@@ -153,7 +155,7 @@ def _shape(node: fx.Node) -> Any:
 
 def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
+from pyro_elbo.compile._torch import get_proxy_mode, get_proxy_slot
 from pyro_elbo.compile.scan.partition import StepGraph, is_random
 
 aten = torch.ops.aten

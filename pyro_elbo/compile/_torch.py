@@ -1,0 +1,117 @@
+"""The private interfaces of torch that compiled steps rely on, each under one plain name.
+
+Nothing else in this package imports a private name of torch, so that a new torch version is fitted here. The names at
+the top are loaded with torch itself. Those in ``_LAZY`` take a second to import and load when they are first used.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._C import DisableTorchFunction
+from torch._C._aoti import unsafe_alloc_void_ptrs_from_tensors as tensor_handles
+from torch._guards import TracingContext, tracing
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, make_fx
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "DataDependentOutputException",
+    "DisableTorchFunction",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "TracingContext",
+    "custom_functions_taking",
+    "disable_proxy_modes_tracing",
+    "get_proxy_mode",
+    "get_proxy_slot",
+    "joint_graph_passes",
+    "make_fx",
+    "optimizers_compiling",
+    "pytree",
+    "step_without_hooks",
+    "tensor_handles",
+    "tracing",
+    "unset_fake_temporarily",
+]
+
+_LAZY = {
+    "BoxedBool": "torch._inductor.utils",
+    "CppCodeCache": "torch._inductor.codecache",
+    "FakeTensorProp": "torch.fx.passes.fake_tensor_prop",
+    "InductorError": "torch._inductor.exc",
+    "ShapeEnv": "torch.fx.experimental.symbolic_shapes",
+    "compile_fx_inner": "torch._inductor.compile_fx",
+    "config": "torch._inductor.compile_fx",
+    "detect_fake_mode": "torch._dynamo.utils",
+    "fx_graph_cse": "torch._functorch.compile_utils",
+    "lowerings": "torch._inductor.lowering",
+    "make_fallback": "torch._inductor.lowering",
+    "rand_ops": "torch._functorch.compile_utils",
+    "select_decomp_table": "torch._inductor.decomposition",
+    "stable_topological_sort": "torch._inductor.pattern_matcher",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+@contextmanager
+def custom_functions_taking(transform: Callable[[Any], Any]) -> Iterator[None]:
+    """Apply ``transform`` to the arguments of custom autograd functions, which no torch function mode sees."""
+    original, apply = torch.autograd.Function.__dict__["apply"], torch.autograd.Function.apply.__func__
+    transformed = lambda cls, *args, **kwargs: apply(cls, *transform(args), **transform(kwargs))  # noqa: E731
+    torch.autograd.Function.apply = classmethod(transformed)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
+
+
+@contextmanager
+def optimizers_compiling() -> Iterator[None]:
+    """Have torch's optimizers keep counts and rates as tensors, as they do under torch.compile."""
+    compiling = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = compiling
+
+
+def step_without_hooks(optimizer: Optimizer) -> None:
+    """Run the step that the optimizer's class defines, without the hooks around it."""
+    type(optimizer).step.__wrapped__(optimizer)
+
+
+def joint_graph_passes(module: fx.GraphModule, mode: FakeTensorMode, on_cpu: bool) -> None:
+    """Run Inductor's passes over forward and backward together.
+
+    On a CPU, skip the half second in which Inductor builds its patterns of attention and of padded products on a GPU.
+    """
+    passes = importlib.import_module("torch._inductor.fx_passes.joint_graph")
+    virtualized = importlib.import_module("torch._inductor.virtualized").V
+    lazy_init = passes.lazy_init
+    try:
+        if on_cpu:
+            passes.lazy_init = lambda device=None: None
+        with virtualized.set_fake_mode(mode):
+            passes.joint_graph_passes(module)
+    finally:
+        passes.lazy_init = lazy_init

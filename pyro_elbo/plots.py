@@ -1,4 +1,4 @@
-"""Matplotlib figures of what the library computes. Needs the extra ``plot``."""
+"""Matplotlib figures of training histories and audits. Needs the extra ``plot``."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
 
-_COLOURS = {"train": "#9aa5b1", "valid": "#1f5fa8"}
+_COLORS = {"train": "#9aa5b1", "valid": "#1f5fa8"}
 _CURVES = ("#1f5fa8", "#d08c3f", "#4f8f5b", "#b3452c", "#7a5ea8", "#5f6b78")
 _REFERENCE: dict[str, Any] = {"color": "#5f6b78", "lw": 1.0, "ls": ":"}
 _MOST_TICKS = 8
-# Where a label may stand beside its point: offset in points, horizontal and vertical alignment.
+# Positions of a label beside its point: offset in points, horizontal and vertical alignment.
 _SIDES = (
     (6, 4, "left", "bottom"),
     (-6, 4, "right", "bottom"),
@@ -26,10 +26,10 @@ _SIDES = (
 
 
 def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) -> "list[Axes]":
-    """Training curves: the bound with its two parts, and the KL of every latent site beside its weight.
+    """Plot training curves: the bound with its two parts, and the KL of every latent site beside its weight.
 
     Args:
-        history: of :class:`pyro_elbo.FitResult`, dimensions ``epoch`` and ``split``, nats per datum.
+        history: ``history`` of a :class:`pyro_elbo.FitResult`: dimensions ``epoch`` and ``split``, nats per datum.
         axes: two matplotlib axes to draw into; a new figure if omitted.
 
     Returns:
@@ -43,7 +43,7 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
     for split in history.split.values:
         curve = history.elbo.sel(split=split)
         if bool(curve.notnull().any()):
-            bound.plot(history.epoch, curve, color=_COLOURS[str(split)], label=f"elbo, {split}")
+            bound.plot(history.epoch, curve, color=_COLORS[str(split)], label=f"elbo, {split}")
     bound.plot(
         history.epoch, -history.distortion.sel(split="train"), color="#d08c3f", lw=1, ls=":", label="-distortion"
     )
@@ -61,15 +61,15 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
 
 
 def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes] | None" = None) -> "list[Axes]":
-    """What forgetting costs: audits over the weight λ of a penalty, for one way of penalizing or several.
+    """Plot audits over the weight λ of a penalty, for one penalty or several.
 
-    Four views: accuracy of the best fresh probe of s, and of y, over λ; how much predictions of y differ between levels
-    of s, over λ; and both accuracies against each other, a point for every λ. Bands are 95 % intervals, dotted lines
-    what a constant prediction reaches. λ is logarithmic, with 0 at its own place.
+    Four views: accuracy of the best fresh probe of s, and of y, over λ; differences of predictions of y between levels
+    of s, over λ; and both accuracies against each other, one point per λ. Bands are 95 % intervals, dotted lines show a
+    constant prediction. The axis of λ is logarithmic and includes 0.
 
     Args:
-        curves: a label for every way of penalizing, and its audits by weight: ``{"aggregate": {0.0: audit, ...}}``.
-            All audits are of the same s and y.
+        curves: audits by weight, for each penalty's label: ``{"aggregate": {0.0: audit, ...}}``. All audits have the
+            same s and y.
         axes: four matplotlib axes to draw into; a new figure if omitted.
 
     Returns:
@@ -106,7 +106,7 @@ def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes]
 
 
 class _Point(NamedTuple):
-    """An audit with a target, at its weight."""
+    """An audit with a target, and the weight of its penalty."""
 
     weight: float
     s: Readout
@@ -159,17 +159,17 @@ def _plot_gaps(axes: "Axes", lines: Mapping[str, Sequence[_Point]]) -> None:
         "parity of the labels": Line2D([], [], **_REFERENCE),
     }
     axes.set(xlabel="weight λ", ylabel=f"difference between levels of {first.s.name}")
-    axes.set_ylim(0.0, 1.3 * axes.get_ylim()[1])  # the legend has its place above all lines
+    axes.set_ylim(0.0, 1.3 * axes.get_ylim()[1])  # room for the legend above all lines
     axes.legend(list(styles.values()), list(styles), frameon=False, loc="upper right")
     axes.set_title(f"predictions of {first.y.name}")
 
 
 def _scale_weights(axes: "Axes", weights: Sequence[float]) -> None:
-    """A logarithmic axis on which 0 has a place: linear up to the smallest positive weight."""
+    """Scale the axis logarithmically, and linearly up to the smallest positive weight so that it includes 0."""
     positive = [w for w in weights if w > 0]
     if positive and positive[-1] > positive[0]:
         axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
-        # The scale goes on below 0, where margins that suit its right end would take a third of the axis.
+        # The scale continues below 0, where the default margin would take a third of the axis.
         axes.set_xlim((weights[0] or -0.2 * positive[0]) - 0.05 * positive[0], 1.25 * weights[-1])
     if len(weights) <= _MOST_TICKS:
         axes.set_xticks(weights)
@@ -199,10 +199,10 @@ def _plot_accuracies(axes: "Axes", lines: Mapping[str, Sequence[_Point]]) -> Non
 
 
 def _label_points(axes: "Axes", lines: Mapping[str, Sequence[_Point]]) -> None:
-    """Write λ beside points; a label that finds no free side is left out."""
+    """Write λ beside points; leave out labels without a free side."""
     from matplotlib.transforms import Bbox
 
-    axes.figure.draw_without_rendering()  # positions are known only after the layout
+    axes.figure.draw_without_rendering()  # the layout fixes positions
     colored = [(_CURVES[i % len(_CURVES)], p) for i, points in enumerate(lines.values()) for p in points]
     places = [(p.s.best.accuracy.value, p.y.best.accuracy.value) for _, p in colored]
     taken = [Bbox([place - 3, place + 3]) for place in axes.transData.transform(places)]

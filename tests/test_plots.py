@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.plots import plot_history, plot_tradeoff
-from pyro_elbo.representation.audit import Audit, Fairness
+from pyro_elbo.representation import Audit, Fairness
 from pyro_elbo.representation.probes import Estimate, ProbeScore, Readout
 from tests.support.refusing import refusing
 

@@ -1,10 +1,10 @@
-r"""Draws of a latent under each other's densities: what the aggregate posterior is made of.
+r"""The aggregate posterior of a latent: the density of each row's draw under every other row's guide distribution.
 
 .. math:: q(z) = \frac1N \sum_j q(z \mid x_j)
 
-All penalties on information compare sums of the pairs :math:`\log q(z_i \mid x_j)`. Pairs of normal densities are
-matrix products, in double precision (their squares cancel); those of other distributions are evaluated one by one.
-Blocks of rows keep the memory bounded: a backward pass makes each block anew.
+Every penalty on information compares sums of the pairs :math:`\log q(z_i \mid x_j)`. For normal densities the pairs
+are matrix products, in double precision because their squares cancel; other densities are evaluated pair by pair.
+Pairs are computed in blocks of rows, which bounds the memory; the backward pass computes each block a second time.
 """
 
 import math
@@ -24,23 +24,23 @@ from pyro_elbo.programs import Plate, Site
 from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms import is_point, univariate
 
-BLOCK = 2**20  # pairs that are in memory at once: about 64 MB with what a gradient needs
-UNROLLED = 32  # blocks in a graph, at most
+BLOCK = 2**20  # pairs in memory at once: about 64 MB with the tensors saved for the gradient
+MAX_UNROLLED = 32  # blocks in one captured graph
 Pairs = Callable[[int, int], Tensor]
-NONE = -1e30  # log density under a row that does not count: finite, so that its gradient is zero
+EXCLUDED = -1e30  # log density under a row that does not count: finite, so that its gradient is zero
 
 
 @dataclass(frozen=True)
 class AggregatePosterior:
-    """A latent's draws and the densities that they came from, row by row of a plate.
+    """The draws of a latent and the distributions that they came from, one per row of a plate.
 
     Args:
         site: the guide's site.
-        plate: whose rows are compared; every other plate of the site is part of a row.
+        plate: the plate whose rows are compared; all other plates of the site belong to a row.
         particle_dim: the batch dimension of the particles, if any.
 
     Raises:
-        SiteError: the site has no density, is drawn step by step, or is masked inside of a row.
+        SiteError: the site has no density, is drawn step by step, or is masked within a row.
     """
 
     site: Site
@@ -52,7 +52,7 @@ class AggregatePosterior:
         if isinstance(fn, StackedDistribution):
             raise SiteError(
                 f"Latent '{name}' is drawn step by step: its density at another row's draws is that of a whole "
-                "sequence, which no penalty knows. Penalize a latent outside of pe.scan."
+                "sequence, which no penalty can evaluate. Penalize a latent outside pe.scan."
             )
         if is_point(fn):
             raise SiteError(
@@ -72,27 +72,28 @@ class AggregatePosterior:
 
     @cached_property
     def rows(self) -> Bool[Tensor, "rows"]:
-        """Which rows count."""
+        """Return the mask of the rows that count."""
         mask = self.site.mask
         if mask is None or isinstance(mask, bool):
             return torch.full((self.plate.size,), mask is not False, device=self.site.value.device)
         if any(n != 1 for d, n in enumerate(mask.shape) if d - mask.dim() != self.plate.dim):
             raise SiteError(
-                f"Latent '{self.site.name}' is masked inside of the rows of '{self.plate.name}' (mask of shape "
+                f"Latent '{self.site.name}' is masked within the rows of '{self.plate.name}' (mask of shape "
                 f"{tuple(mask.shape)}): such rows have no common density. Mask whole rows."
             )
         return mask.expand(self.shape[self.plate.dim :]).reshape(self.plate.size)
 
     @cached_property
     def draws(self) -> Float[Tensor, "particles rows elements"]:
-        """The draws, everything within a row side by side."""
+        """Return the draws with all elements of a row flattened."""
         return self._flat(self.site.value)
 
     @cached_property
     def pairs(self) -> Pairs:
-        """(start, stop) -> log q(z_i | x_j) for the rows i of a block and all rows j: (particles, block, rows).
+        """Return a function (start, stop) -> log q(z_i | x_j), i in the block, j all rows: (particles, block, rows).
 
-        To be asked for outside of :func:`in_blocks`: blocks are made twice, and share what exists before the first.
+        Read this property before :func:`in_blocks` runs, not within a block: the backward pass runs every block again,
+        and would repeat the preparation each time.
         """
         base = univariate(self.site.fn)
         if not isinstance(base, Normal):
@@ -108,7 +109,7 @@ class AggregatePosterior:
 
     @cached_property
     def pairs_per_element(self) -> Pairs:
-        """The same of q(z_id | x_j) for every element d of a row: (particles, block, elements, rows)."""
+        """Return the same function for q(z_id | x_j), element d by element: (particles, block, elements, rows)."""
         base = univariate(self.site.fn)
         if base is None:
             raise SiteError(
@@ -123,7 +124,7 @@ class AggregatePosterior:
         return lambda start, stop: constant - ((z[:, start:stop] - loc) * factor).square()
 
     def like_draws(self, x: Tensor) -> Float[Tensor, "particles rows elements"]:
-        """Arrange values with the batch and event dimensions of the site as :attr:`draws`."""
+        """Arrange values that have the site's batch and event dimensions like :attr:`draws`."""
         return self._flat(x)
 
     @cached_property
@@ -136,11 +137,11 @@ class AggregatePosterior:
         return axis if axis is not None and axis >= 0 else None
 
     def _flat(self, x: Tensor) -> Tensor:
-        """(batch, event) -> (particles, rows, elements)."""
+        """Reshape (batch, event) to (particles, rows, elements)."""
         return self._arrange(x.expand(*self.shape, *self.site.fn.event_shape), (self._axis,), 0)
 
     def _evaluate(self, fn: Distribution, start: int, stop: int) -> Tensor:
-        """Log densities -> (particles, block, rows, elements)."""
+        """Evaluate log densities pair by pair: (particles, block, rows, elements)."""
         value = self.site.value.expand(*self.shape, *self.site.fn.event_shape)
         value = value.movedim(self._axis, 0)[start:stop].unsqueeze(self._axis + 1)
         try:
@@ -155,7 +156,7 @@ class AggregatePosterior:
         return self._arrange(found, (0, self._axis + 1), 1)
 
     def _arrange(self, x: Tensor, rows: tuple[int, ...], shift: int) -> Tensor:
-        """Particles, then rows, then all else side by side."""
+        """Move particles and rows to the front and flatten the rest."""
         first = rows if self._particle_axis is None else (self._particle_axis + shift, *rows)
         x = x.permute(*first, *(d for d in range(x.dim()) if d not in first))
         x = x.unsqueeze(0) if self._particle_axis is None else x
@@ -166,15 +167,18 @@ def in_blocks(function: Callable[[int, int], tuple[Tensor, ...]], rows: int, ent
     """Evaluate ``function(start, stop)`` block by block of rows and join its results along the rows.
 
     Args:
-        function: gives tensors of shape (particles, stop - start, ...); with a gradient, it runs twice.
-        rows: how many.
-        entries: numbers that one row makes.
+        function: returns tensors of shape (particles, stop - start, ...). Under autograd it runs twice per block.
+        rows: number of rows.
+        entries: numbers that one row occupies.
+
+    Raises:
+        CompileError: a captured step would unroll too many blocks.
     """
     size = max(1, BLOCK // entries)
-    if is_capturing() and rows > UNROLLED * size:
+    if is_capturing() and rows > MAX_UNROLLED * size:
         raise CompileError(
             f"A penalty compares {rows} rows by {rows * entries / 1e6:.0f} million numbers, more than the "
-            f"{UNROLLED * BLOCK / 1e6:.0f} million of a compiled step. Take smaller batches, or use compile=False."
+            f"{MAX_UNROLLED * BLOCK / 1e6:.0f} million of a compiled step. Take smaller batches, or use compile=False."
         )
     if size >= rows:
         return function(0, rows)
@@ -190,12 +194,12 @@ def in_blocks(function: Callable[[int, int], tuple[Tensor, ...]], rows: int, ent
 
 @dataclass(frozen=True)
 class Mixture:
-    """Densities of each row's draw under some of the rows, its own apart.
+    """Densities of each row's draw under a subset of the rows, the row itself kept apart.
 
     Attributes:
         own: log density under the row itself.
-        others: log of the sum of the densities under the other rows.
-        count: how many others.
+        others: log of the sum of the densities under the other rows of the subset.
+        count: number of those rows.
     """
 
     own: Float[Tensor, "*batch block"]
@@ -204,28 +208,28 @@ class Mixture:
 
     @staticmethod
     def of(pairs: Float[Tensor, "*batch block rows"], among: Bool[Tensor, "*#block rows"], start: int) -> "Mixture":
-        """The mixture for a block of rows from ``start`` on; ``among`` says which rows count."""
+        """Return the mixture for a block of rows that begins at ``start``; ``among`` masks the rows that count."""
         stop, rows = start + pairs.shape[-2], pairs.shape[-1]
         own = torch.arange(start, stop, device=pairs.device)[:, None] == torch.arange(rows, device=pairs.device)
         others = among & ~own
-        log_sum = torch.where(others, pairs, NONE).logsumexp(-1)
+        log_sum = torch.where(others, pairs, EXCLUDED).logsumexp(-1)
         return Mixture(pairs.diagonal(start, -2, -1), log_sum, others.sum(-1).to(pairs))
 
     @property
     def without_own(self) -> Float[Tensor, "*batch block"]:
-        """Log mean density under the others."""
+        """Log mean density under the other rows."""
         return self.others - self.count.log()
 
     @property
     def with_own(self) -> Float[Tensor, "*batch block"]:
-        """Log mean density under the others and the row itself."""
+        """Log mean density under the other rows and the row itself."""
         return torch.logaddexp(self.others, self.own) - (self.count + 1).log()
 
     def of_full_data(self, full: float) -> Float[Tensor, "*batch block"]:
-        r"""Log q(z_i) of the full data, estimated from a batch: own weight 1/N, the others (N-1) / (N (B-1)).
+        r"""Estimate log q(z_i) of the full data from a batch: weight 1/N for the own row, (N-1) / (N (B-1)) for others.
 
-        The row's own density counts as much as in the full data. The matrix that was published puts the first weight
-        into a column instead of the diagonal.
+        The row's own density counts as much as in the full data. The published weight matrix puts the own weight into
+        a column instead of the diagonal.
 
         References:
             Chen, Li, Grosse, Duvenaud (2018), arXiv:1802.04942, appendix C.1.

@@ -31,15 +31,15 @@ MOST_LEVELS = 100  # whole numbers beyond are counts rather than levels
 
 @dataclass(frozen=True)
 class CriticSpec:
-    """What a critic is made of.
+    """The architecture and training settings of a critic.
 
     Attributes:
-        inputs: elements of a row of z and of what else is given.
-        columns: of the attribute.
-        levels: of each column, if they hold whole numbers from 0; None for real numbers.
+        inputs: elements of a row of z, and of the attribute that is conditioned on.
+        columns: number of columns of the attribute.
+        levels: number of levels of each column of whole numbers from 0; None for real numbers.
         hidden: widths of the hidden layers.
-        lr: Adam's rate.
-        seed: of the first weights, which leave torch's own stream alone.
+        lr: learning rate of Adam.
+        seed: seed of the initial weights; torch's own random stream is left alone.
     """
 
     inputs: int
@@ -50,9 +50,9 @@ class CriticSpec:
     seed: int
 
     def make(self, s: "Attribute") -> "Critic":
-        """The critic of an attribute of which ``s`` are the first rows."""
+        """Build the critic of an attribute whose first rows are ``s``."""
         critic = NumberCritic(self, 2 * self.columns) if self.levels is None else LevelCritic(self, prod(self.levels))
-        return critic.to(s).meet(s)
+        return critic.to(s).standardize(s)
 
 
 class Critic(nn.Module):
@@ -67,36 +67,36 @@ class Critic(nn.Module):
             self.network = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=spec.lr)
 
-    def meet(self, s: Attribute) -> "Critic":
-        """Take from the first rows what must be known of them."""
+    def standardize(self, s: Attribute) -> "Critic":
+        """Adopt the location and spread of the first rows, where the critic models numbers."""
         return self
 
     def frozen(self, z: Float[Tensor, "particles rows inputs"]) -> Tensor:
-        """Parameters of r at z, through which a gradient reaches z alone."""
+        """Return the parameters of r at z; their gradient reaches z and not the critic."""
         return functional_call(self.network, {n: p.detach() for n, p in self.network.named_parameters()}, (z,))
 
     def loss(self, z: Float[Tensor, "particles rows inputs"], s: Attribute, rows: Tensor) -> Float[Tensor, ""]:
-        """-log r(s | z) in nats, of which the gradient reaches the critic alone."""
+        """Return the mean of -log r(s | z) in nats; its gradient reaches the critic and not z."""
         log_prob = self.log_prob(self.network(z.detach()), s)
         return -torch.where(rows, log_prob, 0.0).sum() / (rows.sum() * len(z))
 
     def accept(self, gradients: Sequence[Tensor]) -> None:
-        """Take gradients for the next step."""
+        """Store gradients for the next step."""
         for p, gradient in zip(self.network.parameters(), gradients, strict=True):
             p.grad = gradient
 
     def step(self) -> None:
-        """Follow the gradient that was accepted last."""
+        """Take an optimizer step along the gradient that was accepted last."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def state(self) -> dict[str, Any]:
-        """What an exact continuation needs, as plain values and tensors."""
+        """Return all that an exact continuation needs, as plain values and tensors."""
         return {"spec": asdict(self.spec), "critic": self.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     @staticmethod
     def restored(state: dict[str, Any]) -> "Critic":
-        """A critic that continues from what :meth:`state` gave."""
+        """Return a critic that continues from the result of :meth:`state`."""
         like = next(iter(state["critic"].values()))
         spec = CriticSpec(**state["spec"])
         critic = spec.make(like.new_zeros(2, spec.columns))
@@ -137,7 +137,7 @@ class LevelCritic(Critic):
         levels = self.spec.levels or ()
         if not check_or_defer(((s >= 0) & (s < torch.tensor(levels, device=s.device))).all()):
             raise DataError(
-                f"The attribute has a level that its critic does not know: expected whole numbers from 0 and below "
+                f"The attribute has a level that its critic has not seen: expected whole numbers from 0 and below "
                 f"{levels}, got {s.amin(0).tolist()} to {s.amax(0).tolist()}. Number the levels from 0, and pass "
                 "levels=... if the first batch may lack some."
             )
@@ -146,7 +146,7 @@ class LevelCritic(Critic):
 
 
 class NumberCritic(Critic):
-    """A normal r(s | z) with independent columns, in units of the first batch's spread."""
+    """A normal r(s | z) with independent columns, standardized by the first batch."""
 
     loc: Tensor
     scale: Tensor
@@ -156,8 +156,8 @@ class NumberCritic(Critic):
         self.register_buffer("loc", torch.zeros(spec.columns))
         self.register_buffer("scale", torch.ones(spec.columns))
 
-    def meet(self, s: Attribute) -> "Critic":
-        """Take the columns' location and spread."""
+    def standardize(self, s: Attribute) -> "Critic":
+        """Adopt the columns' location and spread."""
         self.loc.copy_(s.mean(0))
         self.scale.copy_(s.std(0).clamp(min=torch.finfo(s.dtype).tiny))
         return self
@@ -184,6 +184,6 @@ class NumberCritic(Critic):
 
 
 def count_levels(s: Attribute) -> tuple[int, ...] | None:
-    """How many levels each column has, from 0 to the largest of the rows; None where they hold real numbers."""
+    """Count the levels of each column, from 0 to its largest value; None where the columns hold real numbers."""
     whole = bool(((s == s.round()) & (s >= 0) & (s < MOST_LEVELS)).all())
     return tuple(int(x) + 1 for x in s.amax(0)) if whole else None

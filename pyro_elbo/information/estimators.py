@@ -1,8 +1,9 @@
-r"""Estimators of what a latent knows, from one set of draws: see :class:`pyro_elbo.MutualInformation`.
+r"""Estimators of the mutual information between a latent and an attribute, from one set of draws.
 
 .. math:: I_q(z; s) = E \log q(z \mid s) - E \log q(z)
 
-With its own density a row looks better known than it is, without it less: the two means bracket the truth.
+Including the row's own density in q(z | s) and q(z) biases the estimate up, leaving it out biases it down: the two
+means bracket the truth. See :class:`pyro_elbo.MutualInformation`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +22,12 @@ from pyro_elbo.programs import Plate, Site
 from pyro_elbo.terms import Term, Terms
 
 AttributeSource = str | Callable[..., Tensor] | tuple["str | Callable[..., Tensor]", ...]
-ERRORS = 2.5  # standard errors on either side of a bracket: 95 % for means of skewed ratios, see _margins
+STANDARD_ERRORS = 2.5  # on either side of a bracket: 95 % coverage for means of skewed ratios, see _margins
 
 
 @dataclass(frozen=True)
 class PenaltyContext:
-    """What a penalty looks at: the terms, the programs' arguments, and the latent's rows."""
+    """The input of a penalty: the terms of the bound, the programs' arguments, and the rows of the latent."""
 
     terms: Terms
     args: tuple
@@ -37,7 +38,7 @@ class PenaltyContext:
 
     @property
     def draws(self) -> Iterator[Site]:
-        """The latent's draws, one site per run of the programs."""
+        """Yield the draws of the latent, one site per run of the programs."""
         for site in self.term.draws:
             if not site.fn.has_rsample:
                 raise SiteError(
@@ -48,11 +49,11 @@ class PenaltyContext:
 
     @property
     def aggregate(self) -> Iterator[AggregatePosterior]:
-        """The latent's draws with their densities."""
+        """Yield the draws of the latent with their densities."""
         return (AggregatePosterior(site, self.plate, self.terms.particle_dim) for site in self.draws)
 
     def values_of(self, attribute: AttributeSource) -> Float[Tensor, "rows columns"]:
-        """The values of an attribute, row by row of the latent's plate."""
+        """Return the values of an attribute, one row per row of the latent's plate."""
         parts = attribute if isinstance(attribute, tuple) else (attribute,)
         return torch.cat([self._column(part) for part in parts], 1)
 
@@ -89,13 +90,13 @@ class PenaltyContext:
         if self.plate.name not in [p.name for p in site.plates]:
             raise SiteError(
                 f"attribute='{name}' lies outside of plate '{self.plate.name}' of latent '{self.latent}': expected one "
-                "value per row. Observe it inside of the plate."
+                "value per row. Observe it within the plate."
             )
         return site.value, self.plate.dim - site.event_dim + site.value.dim()
 
 
 def label(attribute: AttributeSource) -> str:
-    """The name of an attribute in tables and messages."""
+    """Return the name of an attribute for tables and messages."""
     if isinstance(attribute, tuple):
         return ", ".join(label(part) for part in attribute)
     if isinstance(attribute, str):
@@ -108,23 +109,23 @@ def check_varies(name: str, s: Tensor) -> None:
     """Raise DataError where all rows have the same value."""
     if not check_or_defer((s != s[:1]).any()):
         raise DataError(
-            f"Attribute '{name}' has one level only, {s[0].tolist()}, in {len(s)} rows: nothing can be said about it. "
-            "Take larger batches or a stratified loader, and look whether the data hold another level at all."
+            f"Attribute '{name}' has one level only, {s[0].tolist()}, in {len(s)} rows: its information is undefined. "
+            "Take larger batches or a stratified loader, and check that the data hold another level at all."
         )
 
 
 def counted(context: PenaltyContext) -> Bool[Tensor, "rows"]:
-    """Which rows of the latent count."""
+    """Return the mask of the rows of the latent that count."""
     return next(context.aggregate).rows
 
 
 def flat_draws(context: PenaltyContext, site: Site) -> Float[Tensor, "particles rows elements"]:
-    """The latent's draws, everything within a row side by side."""
+    """Return the draws of the latent with all elements of a row flattened."""
     return AggregatePosterior(site, context.plate, context.terms.particle_dim).draws
 
 
 def mean_over_rows(x: Float[Tensor, "*particles rows"], rows: Bool[Tensor, "rows"]) -> Float[Tensor, ""]:
-    """Mean over particles and over the rows that count."""
+    """Average over particles and over the rows that count."""
     rows = rows.expand(x.shape)
     return torch.where(rows, x, 0.0).sum() / rows.sum()
 
@@ -132,20 +133,20 @@ def mean_over_rows(x: Float[Tensor, "*particles rows"], rows: Bool[Tensor, "rows
 def peer_weights(
     y: Float[Tensor, "rows columns"], rows: Bool[Tensor, "rows"], block: slice = slice(None)
 ) -> Float[Tensor, "#block rows"]:
-    """Weights of each row of a block over the rows with the same y, which add up to one."""
+    """Return weights of each row of a block over the rows with the same y; they add up to one."""
     same = _alike(y, block) & rows
     return same.to(y) / same.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _alike(x: Float[Tensor, "rows columns"], block: slice) -> Bool[Tensor, "block rows"]:
-    """Which rows have the values of each row of a block."""
+    """Mask the rows that have the same values as each row of a block."""
     if not x.shape[1]:
         return torch.ones(1, len(x), dtype=torch.bool, device=x.device)
     return (x[block, None] == x).all(-1)
 
 
 def information_between_levels(context: PenaltyContext, name: str, s: Tensor, y: Tensor) -> PenaltyTerm:
-    """Log q(z | s) - log q(z) from the densities of the batch, with and without each row's own."""
+    """Estimate E log q(z | s) - E log q(z) from the densities of the batch, with and without each row's own."""
     found = []
     for aggregate in context.aggregate:
 
@@ -169,10 +170,10 @@ def information_between_levels(context: PenaltyContext, name: str, s: Tensor, y:
 
 
 def _margins(high: Tensor, low: Tensor, rows: Tensor, paired: Tensor) -> Float[Tensor, "2"]:
-    """2.5 standard errors below and above; more below where few rows of small ratio decide the mean.
+    """Return 2.5 standard errors below and above; more below where a few rows of small ratio decide the mean.
 
-    PerRow are independent to first order. Their ratios are bounded above by H(s) and have a long tail below, so that a
-    sample without its rare rows looks too good: Johnson's correction of a mean's interval for skewness.
+    Rows are independent to first order. Their ratios are bounded above by H(s) and have a long tail below. A sample
+    that lacks the rare rows overestimates the mean; Johnson's skewness correction widens the interval downward.
 
     References:
         Johnson (1978), Modified t tests and confidence intervals for asymmetrical populations, JASA 73.
@@ -183,8 +184,8 @@ def _margins(high: Tensor, low: Tensor, rows: Tensor, paired: Tensor) -> Float[T
     skewness = centered.pow(3).sum() / (paired.sum() * _spread(low, paired).pow(3)).clamp(
         min=torch.finfo(low.dtype).tiny
     )
-    longer = (1 + 2 * ERRORS**2) / (6 * count.sqrt()) * (-skewness).clamp(min=0.0)
-    return torch.stack([ERRORS + longer, torch.full_like(longer, ERRORS)]) * spread / count.sqrt()
+    longer = (1 + 2 * STANDARD_ERRORS**2) / (6 * count.sqrt()) * (-skewness).clamp(min=0.0)
+    return torch.stack([STANDARD_ERRORS + longer, torch.full_like(longer, STANDARD_ERRORS)]) * spread / count.sqrt()
 
 
 def _spread(x: Float[Tensor, "rows"], rows: Bool[Tensor, "rows"]) -> Float[Tensor, ""]:
@@ -200,7 +201,7 @@ def _check_discrete(name: str, count: Tensor, rows: Tensor) -> None:
 
 
 def information_on_data(context: PenaltyContext) -> PenaltyTerm:
-    """I(z; x): log q(z | x) - log q(z), with the weights of the full data."""
+    """Estimate I(z; x) = E log q(z | x) - E log q(z), with the weights of the full data."""
     values, margins = [], []
     for aggregate in context.aggregate:
 
@@ -213,14 +214,14 @@ def information_on_data(context: PenaltyContext) -> PenaltyTerm:
 
         found = in_blocks(block, context.plate.size, context.plate.size)
         values.append(torch.stack([mean_over_rows(x, aggregate.rows) for x in found]))
-        error = ERRORS * _spread(found[0].detach().mean(0), aggregate.rows) / aggregate.rows.sum().sqrt()
+        error = STANDARD_ERRORS * _spread(found[0].detach().mean(0), aggregate.rows) / aggregate.rows.sum().sqrt()
         margins.append(error.expand(2))
     nats, low, high = torch.stack(values).mean(0)
     return PenaltyTerm(nats, "debiased", low.detach(), high.detach(), torch.stack(margins).mean(0))
 
 
 def variational(context: PenaltyContext, attribute: AttributeSource) -> PenaltyTerm:
-    """KL(q(z | x) || p(z)) - E log p(x | z, s), less the unknown constant H(x | s)."""
+    """Bound I(z; s) by KL(q(z | x) || p(z)) - E log p(x | z, s), up to the unknown constant H(x | s)."""
     names = attribute if isinstance(attribute, tuple) else (attribute,)
     likelihood = sum(x for n, x in context.terms.log_likelihood_total.items() if n not in names)
     return PenaltyTerm(
@@ -229,7 +230,7 @@ def variational(context: PenaltyContext, attribute: AttributeSource) -> PenaltyT
 
 
 def hsic(context: PenaltyContext, s: Tensor, y: Tensor) -> PenaltyTerm:
-    """The mean product of two kernels, centered within the levels of y: its means over rows, level by level."""
+    """Average the product of two kernels, each centered within the levels of y."""
     rows, count = counted(context), len(s)
     of_s = _scaled(s.unsqueeze(0), rows)
     values = []
@@ -254,7 +255,7 @@ def hsic(context: PenaltyContext, s: Tensor, y: Tensor) -> PenaltyTerm:
 
 
 def _scaled(x: Float[Tensor, "*particles rows columns"], rows: Tensor) -> Float[Tensor, "*particles rows columns"]:
-    """PerRow whose mean squared distance is one."""
+    """Scale rows so that their mean squared distance is one."""
     mean = torch.where(rows[:, None], x, 0.0).sum(-2, keepdim=True) / rows.sum()
     x = x - mean.detach()
     square = 2 * torch.where(rows, x.square().sum(-1), 0.0).sum(-1) / rows.sum()
@@ -264,7 +265,7 @@ def _scaled(x: Float[Tensor, "*particles rows columns"], rows: Tensor) -> Float[
 def _kernel(
     x: Float[Tensor, "*particles rows columns"], start: int, stop: int
 ) -> Float[Tensor, "*particles block rows"]:
-    """exp(-½ |x_i - x_j|²) for the rows i of a block."""
+    """Evaluate exp(-½ |x_i - x_j|²) for the rows i of a block and all rows j."""
     square = x.square().sum(-1)
     distance = square[..., start:stop, None] + square[..., None, :] - 2 * x[..., start:stop, :] @ x.mT
     return (-0.5 * distance.clamp(min=0.0)).exp()

@@ -1,10 +1,10 @@
-r"""Penalties on what a latent knows: mutual information and total correlation of the aggregate posterior.
+r"""Penalties on the mutual information and the total correlation of the aggregate posterior.
 
 .. math:: \text{objective} = \text{bound} - \sum_k \lambda_k\, N\, I_k
 
-A penalty is a function of the terms of the bound (the draws and the densities that they came from) and of the
-arguments of the programs; it leaves every term as it is. Its value is in nats per datum, its share of the objective is
-scaled to the full data as the terms are.
+A penalty is a function of the terms of the bound (draws and the distributions that they came from) and of the
+programs' arguments; it changes no term. Its value is in nats per datum; its share of the objective is scaled to the
+full data, like the terms.
 """
 
 import math
@@ -44,10 +44,10 @@ Critics = dict[str, Critic]
 
 
 class Penalty(ABC):
-    """What an objective may pay for beside the KL.
+    """A value that an objective charges beside the KL: subclasses define ``name`` and ``estimate``.
 
     Attributes:
-        latent: the site whose information counts; it lies in a plate whose rows are data.
+        latent: the penalized site; it lies in a plate whose rows are data.
         weight: λ, a number or a schedule; negative to reward instead.
     """
 
@@ -57,23 +57,22 @@ class Penalty(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The name under which terms, histories and tables show it."""
+        """The name of the penalty in terms, histories and tables."""
 
     @abstractmethod
     def estimate(self, context: PenaltyContext, critics: Critics) -> PenaltyTerm:
-        """The value on one set of draws."""
+        """Estimate the value from one set of draws."""
 
     def __call__(
         self, terms: Terms, args: tuple, kwargs: Mapping[str, Any], weight: float | Tensor, critics: Critics
     ) -> PenaltyTerm:
-        """PenaltyTerm the penalty.
+        """Evaluate the penalty at the terms of one step.
 
         Args:
-            terms: of the bound.
-            args: the programs' arguments.
-            kwargs: likewise.
+            terms: terms of the bound.
+            args, kwargs: arguments of the programs.
             weight: λ at this step.
-            critics: the critics that were made so far, by the penalty's name; a new one is added.
+            critics: the critics built so far, by the penalty's name; a new one is added.
 
         Raises:
             SiteError: the latent is missing, or has no rows, no density or no pathwise gradient.
@@ -88,7 +87,7 @@ class Penalty(ABC):
 
     @property
     def has_critic(self) -> bool:
-        """Whether something is trained beside the programs."""
+        """Return whether the penalty trains a critic beside the programs."""
         return False
 
     def _context(self, terms: Terms, args: tuple, kwargs: Mapping[str, Any]) -> PenaltyContext:
@@ -96,30 +95,30 @@ class Penalty(ABC):
         if term is None or term.kind != "latent":
             latents = [n for n, t in terms.sites.items() if t.kind == "latent"]
             raise SiteError(
-                f"{self.name}: '{self.latent}' is no latent of model and guide, which share {latents}. Name one of "
-                "them."
+                f"{self.name}: '{self.latent}' is not a latent of model and guide, which share {latents}. Name one "
+                "of them."
             )
         if not term.plates:
             raise SiteError(
-                f"{self.name}: latent '{self.latent}' lies in no plate, so that all data share one value. Penalize a "
-                "latent that each datum has its own of, inside of the data's pyro.plate."
+                f"{self.name}: latent '{self.latent}' lies in no plate: all data share one value. Penalize a "
+                "latent with one value per datum, within the data's pyro.plate."
             )
         if not term.draws:
             raise SiteError(
-                f"{self.name}: '{self.latent}' is joined from the steps of a loop. Penalize a latent that each datum "
-                "has one of."
+                f"{self.name}: '{self.latent}' is joined from the steps of a loop. Penalize a latent with one "
+                "value per datum."
             )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ArgumentError(
-                f"{self.name}: the aggregate posterior of a batch lies on several processes, and each would see its "
-                "own part. Train with devices=1."
+                f"{self.name}: the aggregate posterior needs the whole batch, and each of several processes sees a "
+                "part of it. Train with devices=1."
             )
         return PenaltyContext(terms, args, kwargs, self.latent, term, term.plates[0])
 
 
 @dataclass(frozen=True)
 class MutualInformation(Penalty):
-    r"""λ I_q(z; s): what a latent tells of an attribute of the data; or I_q(z; x), of which datum it came from.
+    r"""λ I_q(z; s), the information of a latent on an attribute of the data; or I_q(z; x), on the datum itself.
 
     .. math:: I_q(z; s) = E \log \frac{q(z \mid s)}{q(z)}
 
@@ -135,20 +134,20 @@ class MutualInformation(Penalty):
               tiny batches. ``low`` leaves the row out, ``high`` keeps it: the truth lies between. For I(z; x) the
               value weighs the rows as in the full data, ``low`` (with the own row) is at most log B.
             * ``"variational"``: :math:`KL(q(z|x) \| p(z)) - E \log p(x|z,s)`, an upper bound up to the constant
-              H(x | s), with the model's decoder, which must see s. No other assumption on s. x is all that the model
-              observes but s, a target y included, with the scales of its sites.
+              H(x | s), with the model's decoder, which must see s. No other assumption on s. x is everything that the
+              model observes except s, a target y included, with the scales of its sites.
             * ``"club"``: :math:`E_{p(z,s)} \log r(s|z) - E_{p(z)p(s)} \log r(s|z)` with a trained critic r: an upper
               bound where r is good, otherwise neither.
-            * ``"adversarial"``: :math:`H(s) + E \log r(s|z)`, a lower bound: that this critic finds nothing is no
-              proof that nothing is there.
-            * ``"hsic"``: Hilbert-Schmidt independence of z and s with Gaussian kernels as wide as the batch; for
-              continuous s. No information, but zero only at independence.
+            * ``"adversarial"``: :math:`H(s) + E \log r(s|z)`, a lower bound: a critic that finds nothing does not prove
+              independence.
+            * ``"hsic"``: Hilbert-Schmidt independence criterion of z and s with Gaussian kernels as wide as the batch;
+              for continuous s. Not an information, but zero only at independence.
         conditional_on: a discrete attribute y as ``attribute``: the penalty is I(z; s | y) (equalized odds).
         levels: levels of each column of s for critics; counted in the first batch if omitted. Whole numbers from 0
-            are levels, all else is continuous.
+            are levels; other values are continuous.
         hidden: widths of the critic's hidden layers.
-        critic_lr: rate of the critic's own Adam.
-        seed: of the critic's first weights.
+        critic_lr: learning rate of the critic's own Adam.
+        seed: seed of the critic's initial weights.
         given: the former name of ``attribute``, refused.
 
     Raises:
@@ -196,8 +195,8 @@ class MutualInformation(Penalty):
             raise ArgumentError(f"estimator must be one of {get_args(Estimator)}, got {self.estimator!r}.")
         if self.attribute is None and (self.estimator != "aggregate" or self.conditional_on is not None):
             raise ArgumentError(
-                "Without an attribute the penalty is I(z; x), which only estimator='aggregate' knows, unconditionally. "
-                "Pass attribute=..., a site of the model or a function of its arguments."
+                "Without an attribute the penalty is I(z; x), which only estimator='aggregate' estimates, not "
+                "conditionally. Pass attribute=..., a site of the model or a function of its arguments."
             )
         if self.estimator == "variational" and self.conditional_on is not None:
             raise ArgumentError("estimator='variational' bounds I(z; s) alone. Use another one for I(z; s | y).")
@@ -221,11 +220,11 @@ class MutualInformation(Penalty):
 
     @property
     def has_critic(self) -> bool:
-        """Whether something is trained beside the programs."""
+        """Return whether the penalty trains a critic beside the programs."""
         return self.estimator in ("club", "adversarial")
 
     def estimate(self, context: PenaltyContext, critics: Critics) -> PenaltyTerm:
-        """The information on one set of draws: see the class for the estimators."""
+        """Estimate the information from one set of draws: see the class for the estimators."""
         if self.attribute is None:
             return information_on_data(context)
         s = context.values_of(self.attribute)
@@ -240,7 +239,7 @@ class MutualInformation(Penalty):
         return self._by_critic(context, s, y, critics)
 
     def _by_critic(self, context: PenaltyContext, s: Tensor, y: Tensor, critics: Critics) -> PenaltyTerm:
-        """Log r(s | z) of a critic: against other rows' s (club), or as it is (adversarial)."""
+        """Average log r(s | z) of a critic, less its mean over other rows' s (club) or plus H(s) (adversarial)."""
         z = torch.cat([flat_draws(context, site) for site in context.draws])
         z = torch.cat([z, y.expand(len(z), *y.shape)], -1)
         if self.name not in critics:
@@ -259,10 +258,10 @@ class MutualInformation(Penalty):
 
 @dataclass(frozen=True)
 class TotalCorrelation(Penalty):
-    r"""λ TC(z) = λ KL(q(z) ‖ Π_d q(z_d)): how far the aggregate posterior is from independent dimensions.
+    r"""λ TC(z) = λ KL(q(z) ‖ Π_d q(z_d)), the total correlation of the aggregate posterior's dimensions.
 
     The densities of the full data are estimated from the batch with the debiased weights of
-    ``Mixture.of_full_data``; the value is low for small batches and right for the full data.
+    ``Mixture.of_full_data``. The value is biased down for small batches and exact for the full data.
     With weight β - 1 beside β = 1 this is β-TCVAE.
 
     Args:
@@ -296,7 +295,7 @@ class TotalCorrelation(Penalty):
         return f"TC({self.latent})" if self.groups is None else f"TC({self.latent}: {self.groups})"
 
     def estimate(self, context: PenaltyContext, critics: Critics) -> PenaltyTerm:
-        """The total correlation on one set of draws."""
+        """Estimate the total correlation from one set of draws."""
         values = []
         for aggregate in context.aggregate:
             self._check_groups(aggregate.draws.shape[-1])

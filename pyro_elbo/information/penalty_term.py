@@ -1,4 +1,4 @@
-"""The value of a penalty at one step, and the gradients of what it trains."""
+"""The value of a penalty at one step, and the gradients of its critic."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from pyro_elbo.terms import Terms
 
 @dataclass(frozen=True)
 class PenaltyTerm:
-    """One penalty's contribution to the objective, and what its estimator knows.
+    """The contribution of one penalty to the objective, with its direction and bracket.
 
     Attributes:
-        nats: the value that the objective pays for, per datum (dimensionless for ``hsic``), with its gradient.
-        direction: what the value is to the truth in expectation: ``"upper"`` or ``"lower"`` bound, ``"upper, up to a
-            constant"``, ``"debiased"``, or ``"index"``, a measure that is zero at independence but no information.
-        low, high: two estimates, with expectations below and above the truth; None where there are none.
+        nats: the penalized value, per datum (dimensionless for ``hsic``), with its gradient.
+        direction: how the value relates to the truth in expectation: ``"upper"`` or ``"lower"`` bound, ``"upper, up to
+            a constant"``, ``"debiased"``, or ``"index"``: zero at independence, but not an information.
+        low, high: two estimates, with expectations below and above the truth; None where the estimator has none.
         margins: sampling error below ``low`` and above ``high``, over rows.
         weight: λ at this step.
-        scale: rows of the full data.
-        critic, critic_loss: what the estimator trains beside the programs, and its loss.
+        scale: number of rows of the full data.
+        critic, critic_loss: the network that the estimator trains beside the programs, and its loss.
     """
 
     nats: Float[Tensor, ""]
@@ -38,7 +38,7 @@ class PenaltyTerm:
 
     @property
     def bracket(self) -> tuple[float, float] | None:
-        """Where the truth lies in at least 95 % of batches of 128 rows and more; None where it cannot be said."""
+        """An interval that holds the truth in at least 95 % of batches of 128 rows and more; None without estimates."""
         if self.low is None or self.high is None or self.margins is None:
             return None
         below, above = self.margins.tolist()
@@ -46,12 +46,12 @@ class PenaltyTerm:
 
     @property
     def cost(self) -> Float[Tensor, ""]:
-        """The share of the objective: λ N I, nats."""
+        """The share of the objective: λ N I, in nats."""
         return self.weight * self.scale * self.nats
 
 
 def critic_gradients(terms: Terms) -> Iterator[tuple[Critic, list[Tensor]]]:
-    """Give each critic of a penalty with the gradient of its loss, in the order of its parameters."""
+    """Yield each penalty's critic with the gradient of its loss, in the order of its parameters."""
     for penalty in terms.penalties.values():
         if isinstance(penalty, PenaltyTerm) and penalty.critic is not None and penalty.critic_loss is not None:
             parameters = list(penalty.critic.network.parameters())

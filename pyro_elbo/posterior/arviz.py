@@ -1,4 +1,4 @@
-"""Draws -> ArviZ: InferenceData on ArviZ 0.x, xarray.DataTree from 1 on. One builder makes the groups of both."""
+"""Export draws to ArviZ: InferenceData on ArviZ 0.x, xarray.DataTree on ArviZ 1 and later, from the same groups."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,13 @@ class Options(NamedTuple):
 
 
 class _Names(NamedTuple):
-    """The names of all variables, which no dimension may have, and of event dimensions: the user's, and of time."""
+    """Names to avoid and to use for dimensions.
+
+    Attributes:
+        taken: names of all variables, which no dimension may have.
+        given: the user's names of event dimensions, by variable.
+        times: the name of the dimension of time, by variable.
+    """
 
     taken: set[str]
     given: Mapping[str, Sequence[str]]
@@ -61,7 +67,7 @@ def to_arviz(
     seed: int = 0,
     **kwargs: Any,
 ) -> Any:
-    r"""Export a fitted posterior, with what its diagnostics need, to ArviZ.
+    r"""Export a fitted posterior with its log densities and importance weights to ArviZ.
 
     Groups: ``posterior`` (latents and deterministics), ``unconstrained_posterior``, ``sample_stats`` (``lp``,
     ``lp_approx``, ``log_weight``, and ``log_weight_local`` per row where all latents are local; k-hat in its attribute
@@ -73,14 +79,14 @@ def to_arviz(
         model, guide: the programs, or lists of them: several restarts, which become chains. Give every restart its own
             guide, an AutoGuide or a PyroModule: these run with their own parameters, not with those of Pyro's store.
         args, kwargs: arguments of both programs.
-        num_samples: draws per chain.
+        num_samples: number of draws per chain.
         resample: ``"psis"`` draws again in proportion to the Pareto-smoothed importance weights.
         predictive, prior: whether to add the groups of predictive and of prior draws. Flat priors cannot be sampled;
             the prior is then left out and ``posterior.attrs["prior_skipped"]`` says why.
-        history: what ``fit`` returned, or its ``history``.
+        history: the result of ``fit``, or its ``history``.
         coords: labels of dimensions.
         dims: names of a site's event dimensions, in place of ``<site>_dim_0`` ...
-        seed: of all draws.
+        seed: seed of all draws.
 
     Returns:
         ``arviz.InferenceData`` on ArviZ 0.x, ``xarray.DataTree`` on ArviZ 1 and later; densities in nats.
@@ -119,7 +125,7 @@ def to_container(groups: Groups, major: int | None = None) -> Any:
 
 
 def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], options: Options) -> Groups:
-    """Make all groups as Datasets: see :func:`to_arviz`."""
+    """Build all groups as Datasets: see :func:`to_arviz`."""
     if options.resample not in (None, "psis"):
         raise ArgumentError(f"resample must be None or 'psis', got {options.resample!r}.")
     chains = _restarts(model, guide)
@@ -159,7 +165,7 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
 
 
 def _names_in(group: str, names: _Names) -> _Names:
-    """Densities carry the site's name but have no event dimensions, time included, to name."""
+    """Drop the names of event dimensions and of time in groups of densities, which have neither."""
     return names._replace(given={}, times={}) if group in ("log_prior", "log_likelihood") else names
 
 
@@ -172,7 +178,7 @@ def _chain(
     seed: int,
     attributes: dict[str, Any],
 ) -> tuple[Draws, dict[str, tuple[Arrays, Plates]]]:
-    """The draws of one restart, resampled if wanted, and its groups."""
+    """Return the draws of one restart, resampled if asked for, and their groups."""
     if options.resample:
         drawn = resample(drawn, torch.Generator().manual_seed(seed))
         attributes["resampled"] = options.resample
@@ -204,9 +210,8 @@ def _restarts(model: Any, guide: Any) -> list[tuple[Program, Program]]:
 def _own_parameters(chains: list[tuple[Program, Program]], index: int) -> Iterator[None]:
     """Let the modules of one of several chains use their own parameters.
 
-    Pyro's store would give all modules that ask for a name the same tensor. Modules that were made under
-    ``module_local_params`` have a store each; for others the names of modules are taken out of the store, and they
-    register themselves again.
+    Pyro's store gives all modules that ask for a name the same tensor. Modules made under ``module_local_params`` have
+    a store each. The names of other modules are taken out of the store, and the modules register themselves again.
     """
     modules = [m for pair in chains for m in pair if isinstance(m, PyroModule)]
     if len(chains) == 1:
@@ -263,7 +268,7 @@ def _prior_groups(
     try:
         arrays, plates = predict(model, args, kwargs, drawn, seed, prior=True)
     except (NotImplementedError, ValueError) as error:
-        # The program ran with draws from the guide: what fails here is a prior that is flat, or overflows.
+        # The program ran with draws from the guide: only a prior that is flat or overflows can fail here.
         attributes["prior_skipped"] = f"the prior cannot be sampled ({error or 'improper'})"
         return {}
     return {
@@ -288,8 +293,9 @@ def _dims(
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Name dimensions after the plates, then ``<site>_dim_i``; return names and shape.
 
-    A deterministic counts its plates, and the gaps between them, as event: if the sizes on the left are those of the
-    plates, they are the plates. A dimension named like a variable would swallow it: it gets the suffix ``_dim``.
+    A deterministic counts its plates, and the gaps between them, as event: dimensions on the left with the sizes of
+    the plates are taken for the plates. xarray drops a variable that shares the name of its dimension: a plate named
+    like a variable gets the suffix ``_dim``.
     """
     sizes = {p.dim: p.size for p in plates}
     batch = [sizes.get(d, 1) for d in range(min(sizes, default=0), 0)]
@@ -328,12 +334,12 @@ def _data_groups(drawn: Draws, model: Program, args: tuple, kwargs: Mapping[str,
 
 
 def _same_values(x: Tensor, observed: Tensor) -> bool:
-    """Whether an argument is what a site observes, in which what was missing has been filled in."""
+    """Return whether an argument holds the values that a site observes, NaN aside."""
     return x.shape == observed.shape and bool(((x == observed) | x.isnan()).all())
 
 
 def _tensors(model: Program, args: tuple, kwargs: Mapping[str, Any]) -> Arrays:
-    """The model's tensor arguments by the names of its signature."""
+    """Return the model's tensor arguments by the names of its signature."""
     signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
     bound = signature.bind(*args, **kwargs).arguments
     return {name: x for name, x in bound.items() if isinstance(x, Tensor)}

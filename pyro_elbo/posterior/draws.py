@@ -1,7 +1,7 @@
-"""Programs -> many draws from the guide with everything that importance weights and ArviZ need.
+"""Draw from the guide many times and evaluate both programs at the draws.
 
-Draws come in chunks, vectorized where the programs allow it and one by one where they do not. The shapes of one
-ordinary run decide what every array looks like: draws first, then the site's plates, then its event.
+Draws are made in vectorized chunks where the programs allow it, one by one where they do not. Every array has the
+dimension of the draws first, then the site's plates, then its event, as in one run of the programs.
 """
 
 import itertools
@@ -64,9 +64,10 @@ class Draws:
         plates: the plates of each site, in the order of its dimensions.
         times: the name of the dimension of time of each site that has one; it comes first in the event.
         point: whether the guide is a point estimate, whose weights are constant and mean nothing.
-        vectorized: whether the programs took all draws at once; if not they ran once a draw.
-        nesting: batch dimensions that the plates use.
-        rows: the rows that subsampled plates used, the same for every draw.
+        vectorized: whether the programs ran on chunks of draws; if not, they ran once per draw.
+        nesting: number of batch dimensions that the plates use.
+        rows: the rows that subsampled plates took, the same for every draw.
+        resampled: whether the draws were drawn again by their weights, which are uniform since.
     """
 
     latents: Arrays
@@ -90,7 +91,7 @@ class Draws:
 
     @property
     def log_weight(self) -> Tensor:
-        """Log p(x, z) - log q(z): the log importance weight of each draw."""
+        """Log p(x, z) - log q(z), the log importance weight of each draw."""
         return self.log_p - self.log_q
 
     @property
@@ -101,7 +102,7 @@ class Draws:
         return self.local_log_p - self.local_log_q
 
     def smooth(self) -> PSIS:
-        """Pareto-smoothed weights: per row where all latents are local (rows first), joint otherwise.
+        """Smooth the importance weights: per row where all latents are local (rows first), joint otherwise.
 
         Raises:
             GuideError: the guide is a point estimate.
@@ -187,7 +188,7 @@ def predict(
 
 
 def _with_gaps(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -> Tensor:
-    """Put back the size-one batch dimensions, as the programs see ``count`` draws at once (a single one without)."""
+    """Restore the size-one batch dimensions of a run with ``count`` draws (no dimension of draws for one)."""
     sizes = {p.dim: p.size for p in plates}
     depth = nesting if count > 1 else -min(sizes, default=0)
     batch = [sizes.get(d, 1) for d in range(-depth, 0)]
@@ -197,10 +198,11 @@ def _with_gaps(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -
 def _vectorized(
     programs: ProgramCall, shapes: TracePair, num_samples: int, chunk_size: int, nesting: int
 ) -> list[dict[str, Any]] | None:
-    """Draw in chunks inside a plate; None where the programs do not take a dimension on the left.
+    """Draw in chunks inside a plate; return None where the programs do not vectorize.
 
-    Some programs fail under it, others mix the draws without a word (``z.mean()``): two draws of the first chunk run
-    again alone, and must have the same densities. Two, since one of the draws has the largest ``z`` of all of them.
+    Some programs fail under a further plate, others silently mix the draws (``z.mean()``). Two draws of the first chunk
+    are therefore evaluated again alone and must have the same densities. One would not do: under ``z.max()`` the draw
+    with the largest z is right.
     """
     sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
     try:
@@ -209,14 +211,14 @@ def _vectorized(
             return None
         rest = (trace_pair(*programs, n, nesting) for n in sizes[1:])
         return [_collect(r, shapes, n, nesting) for r, n in zip(itertools.chain(pairs, rest), sizes, strict=True)]
-    except Exception:  # whatever it was: the loop of single runs raises it again if it is the program's own
+    except Exception:  # single runs raise it again if the program itself is at fault
         return None
 
 
 def _same_alone(
     programs: ProgramCall, pair: TracePair, shapes: TracePair, index: int, count: int, nesting: int
 ) -> bool:
-    """Whether draw ``index`` of a vectorized run has the densities and deterministics of a run of its own."""
+    """Return whether draw ``index`` of a vectorized run has the densities and deterministics of a run of its own."""
 
     def one(site: Site, like: Site) -> Tensor:
         x = _lead(site.value, like.value.shape, count, like)[index][None]
@@ -224,7 +226,7 @@ def _same_alone(
 
     model, guide, args, kwargs = programs
     latents = {n: one(s, shapes.model[n]) for n, s in pair.model.items() if s.role == "latent"}
-    # A point site of a guide is a function of its other sites: it must be computed anew, not given.
+    # A point site of a guide is a function of its other sites: it is computed, not given.
     own = [n for n, s in pair.guide.items() if s.role in ("latent", "auxiliary") and not is_point(s.fn)]
     alone = (
         trace_program(model, args, kwargs, latents),
@@ -246,7 +248,7 @@ def _is_close(site: Site, alone: Site, index: int, count: int, nesting: int) -> 
 
 
 def _collect(pair: TracePair, shapes: TracePair, count: int, nesting: int) -> dict[str, Any]:
-    """The numbers of one run with ``count`` draws."""
+    """Collect values and densities of one run with ``count`` draws."""
 
     def value(site: Site, like: Site) -> Tensor:
         return _lead(site.value, like.value.shape, count, like)
@@ -274,7 +276,7 @@ def _collect(pair: TracePair, shapes: TracePair, count: int, nesting: int) -> di
 
 
 def _weights(pair: TracePair, count: int, nesting: int) -> dict[str, Any]:
-    """Joint log p and log q per draw, and per row of the data plate where every latent has one."""
+    """Sum log p and log q per draw, and per row of the data plate where every site lies in it."""
     q = [s for s in pair.guide.values() if s.role in ("latent", "auxiliary")]
     p = [s for s in pair.model.values() if s.role in ("latent", "observed", "factor")]
     plate = shared_plate(s.plates for s in p if s.role == "observed")
@@ -334,10 +336,10 @@ def _unconstrained(site: Site) -> Tensor | None:
 
 
 def _lead(x: Tensor, shape: torch.Size, count: int, like: Site) -> Tensor:
-    """Give an array of ``count`` draws the shape of one ordinary run with the draws in front.
+    """Reshape an array of ``count`` draws to the shape of a single run, draws in front.
 
-    Plates and particles add dimensions of size one, and ``pyro.deterministic`` takes all of them for its event: only
-    an ordinary run says what belongs to the site.
+    Plates and particles add dimensions of size one, and ``pyro.deterministic`` counts all of them as event: only a
+    single run shows the dimensions that belong to the site.
     """
     if x.numel() == count * shape.numel():
         return x.reshape((count, *_drop_gaps(x.new_empty(shape), like).shape))
@@ -348,7 +350,7 @@ def _lead(x: Tensor, shape: torch.Size, count: int, like: Site) -> Tensor:
 
 
 def _drop_gaps(x: Tensor, like: Site) -> Tensor:
-    """Remove the size-one batch dimensions between plates; a deterministic counts its own dimensions as event."""
+    """Remove the size-one batch dimensions between plates; a deterministic keeps all dimensions as event."""
     if like.role == "deterministic":
         return x
     dims = {p.dim for p in like.plates}
@@ -359,7 +361,7 @@ def _drop_gaps(x: Tensor, like: Site) -> Tensor:
 
 
 def _aligned(x: Tensor, count: int, nesting: int) -> Tensor:
-    """Batch dimensions as (draws, nesting dims)."""
+    """Reshape batch dimensions to (draws, nesting dims)."""
     x = x.reshape((1,) * (nesting + 1 - x.dim()) + x.shape)
     return x.expand(count, *x.shape[1:])
 

@@ -1,4 +1,4 @@
-"""Draws -> what they say about the evidence and about the guide's fit: k-hat, leave-one-out."""
+"""Importance weights of the guide's draws: k-hat, resampling, and the leave-one-out predictive density."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,13 +17,13 @@ SAMPLE_DIMS = ("chain", "draw")
 
 @dataclass(frozen=True)
 class ParetoK:
-    """How far the guide can be trusted, read off the tail of its importance weights; print it for plain words.
+    """The shape k of the importance weights' tail, which says how far the guide can be trusted; print it for a verdict.
 
     Attributes:
         k: k-hat, per row of the data plate where all latents are local, a scalar otherwise.
-        ess: effective sample size of the smoothed weights, same shape.
-        num_samples: draws used.
-        plate: the data plate's name, None for joint weights.
+        ess: effective sample size of the smoothed weights, in draws, shaped like ``k``.
+        num_samples: number of draws.
+        plate: name of the data plate, None for joint weights.
     """
 
     k: Tensor
@@ -57,14 +57,14 @@ def pareto_k(
 ) -> ParetoK:
     r"""Diagnose a guide by the tail of its importance weights p(x, z) / q(z).
 
-    Below 0.5 the weights have finite variance, below min(1 - 1/log10(S), 0.7) they can be used, above the guide is a
-    bad approximation. With amortized guides (all latents inside the data plate) every row is judged on its own: the
-    joint weights of many rows are always bad.
+    Below 0.5 the weights have finite variance. Below min(1 - 1/log10(S), 0.7) the smoothed weights can be used; above
+    it the guide is a bad approximation. With amortized guides (all latents inside the data plate) every row is judged
+    on its own: the joint weights of many rows are always bad.
 
     Args:
         args, kwargs: arguments of model and guide.
-        num_samples: draws; k-hat is noisy below about 4000.
-        seed: of the draws; None continues the caller's random stream.
+        num_samples: number of draws S; k-hat is noisy below about 4000.
+        seed: seed of the draws; None continues the caller's random stream.
 
     Raises:
         GuideError: a point-estimate guide, or one that has never run.
@@ -81,9 +81,9 @@ def pareto_k(
 
 
 def resample(draws: Draws, generator: torch.Generator) -> Draws:
-    """Draw with replacement in proportion to the smoothed weights; what is returned has uniform weights.
+    """Draw with replacement in proportion to the smoothed weights; the result has uniform weights.
 
-    Where all latents are local every row of the data plate is drawn on its own.
+    Where all latents are local, every row of the data plate is drawn on its own.
 
     Raises:
         GuideError: the guide is a point estimate.
@@ -120,11 +120,11 @@ def _pick(draws: Draws, pick: Callable[[Tensor, tuple[Plate, ...]], Tensor], log
 def loo(data: Any, var_name: str | None = None) -> Any:
     r"""Leave-one-out predictive density of an exported fit, corrected for the variational posterior.
 
-    The ratio of datum i is :math:`p(x_{-i}, z) / q(z)`, that is the draw's weight divided by p(x_i | z), smoothed by
-    this library's PSIS; the accounting is arviz-stats'. Where latents are local, the row's own weight is used.
+    The importance ratio of datum i is :math:`p(x_{-i}, z) / q(z)`, the draw's weight divided by p(x_i | z), smoothed by
+    PSIS. arviz-stats sums up. Where latents are local, the row's own weight is used.
 
     Args:
-        data: what :func:`pyro_elbo.to_arviz` returned, also after a NetCDF round trip.
+        data: the result of :func:`pyro_elbo.to_arviz`, also after a NetCDF round trip.
         var_name: the observed site, where there are several.
 
     Returns:
@@ -155,7 +155,7 @@ def loo(data: Any, var_name: str | None = None) -> Any:
     weight = stats["log_weight"] if local is None or not set(local.dims) <= set(likelihood.dims) else local
     log_weights, k = _smooth(weight - likelihood, likelihood.dims)
     result = arviz_stats.loo(tree, pointwise=True, var_name=var_name, log_weights=log_weights, pareto_k=k)
-    # arviz-stats takes the draws as they are for the density with the datum left in; here they have weights as well.
+    # arviz-stats averages p(x_i | z) over unweighted draws; here the draws have weights.
     full, _ = _smooth(weight.broadcast_like(likelihood), likelihood.dims)
     inside = torch.tensor((full + likelihood).stack(sample=SAMPLE_DIMS).transpose(..., "sample").values).logsumexp(-1)
     result.p = float(inside.sum()) - float(result.elpd)
@@ -163,7 +163,7 @@ def loo(data: Any, var_name: str | None = None) -> Any:
 
 
 def _smooth(ratio: Any, dims: tuple[str, ...]) -> tuple[Any, Any]:
-    """Smoothed log weights and k-hat of log ratios that are DataArrays over draws and data."""
+    """Smooth log ratios over draws and data; return the log weights and k-hat."""
     flat = ratio.stack(sample=SAMPLE_DIMS).transpose(..., "sample")
     smoothed = psis(torch.tensor(flat.values))
     log_weights = flat.copy(data=smoothed.log_weights.numpy()).unstack("sample").transpose(*dims)

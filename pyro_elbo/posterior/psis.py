@@ -1,4 +1,4 @@
-"""Pareto-smoothed importance sampling: can these importance weights be trusted?
+"""Pareto-smoothed importance sampling (PSIS) and the diagnostic k-hat.
 
 The log weights log p(x, z) - log q(z) of draws z ~ q turn guide draws into posterior draws, if their right
 tail is light enough. PSIS fits a generalized Pareto distribution (GPD) to the largest weights, replaces them
@@ -37,7 +37,7 @@ _STEADY_DRAWS = 4000
 
 @dataclass(frozen=True)
 class PSIS:
-    """Smoothed importance weights and what they say about the guide.
+    """Smoothed importance weights with their diagnostics.
 
     Attributes:
         log_weights: smoothed log weights in nats, normalized: their logsumexp over draws is 0.
@@ -63,11 +63,11 @@ def psis(log_weights: Float[Tensor, "*batch draws"]) -> PSIS:
     Weights that spread less than sqrt(eps) relative to their size (eps of the dtype given) are constant up
     to rounding, which is what an exact guide gives: they are not smoothed and `pareto_k` is `-inf`. The
     tolerance is capped at 0.1 nats, which costs 1 - 1 / cosh(0.05)^2 < 0.3 % of the effective sample size at
-    worst. A point-estimate guide gives constant weights too; whoever calls must refuse it.
+    worst. A point-estimate guide gives constant weights too; callers refuse it before they call.
 
     Args:
-        log_weights: log p(x, z) - log q(z), unnormalized, draws last. `-inf` is a weight of zero. Weights
-            that matter to the last digits should be summed in float64 before they come here.
+        log_weights: log p(x, z) - log q(z), unnormalized, draws last. `-inf` is a weight of zero. Sum them in
+            float64: rounding to float32 makes distinct weights equal.
 
     Returns:
         Float64 record, detached from the graph.
@@ -178,7 +178,7 @@ def pareto_k_threshold(num_samples: int) -> float:
 
 
 def describe_k(k: float, num_samples: int) -> str:
-    """Say in plain words what a k-hat means and what to do: good, usable or bad.
+    """Explain a k-hat in plain words: good, usable or bad, and the cure.
 
     Args:
         k: one k-hat.

@@ -1,4 +1,4 @@
-"""What a trained representation has learned and kept: audits by fresh probes, fairness, the KL taken apart.
+"""Audits of a trained representation: fresh probes, fairness of predictions, and the decomposition of the KL.
 
 Takes draws or a fitted model; gives ``Audit`` and ``KLDecomposition``.
 Imports objectives and below.

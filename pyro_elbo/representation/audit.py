@@ -1,58 +1,40 @@
-"""A representation -> what fresh probes still read out of it: an attribute that it should forget, a target to keep.
+"""Audit of a representation: fresh probes predict an attribute to forget and a target to keep.
 
-An objective that makes a latent forget an attribute cannot judge itself: its own adversary or bound is what the encoder
-was trained to defeat. An audit fits classifiers that the encoder has never met, judges them on rows that they were not
-fitted on, and states every figure with its interval and beside what a constant prediction reaches.
+An objective that makes a latent forget an attribute cannot judge itself: the encoder was trained to defeat its
+adversary or bound. An audit fits new classifiers, judges them on held-out rows, and reports every figure with its
+interval and beside the figure of a constant prediction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, DataError, PyroElboError, count_nonfinite
-from pyro_elbo.representation.probes import CONFIDENCE, PROBES, Estimate, Labels, ProbeRows, Readout, read_out
+from pyro_elbo.representation.fairness import Fairness, count_cells, describe_fairness, measure_fairness
+from pyro_elbo.representation.probes import PROBES, Labels, ProbeRows, Readout, read_out
 
 if TYPE_CHECKING:
     import xarray
 
-_RESAMPLES = 1000
 _LEAST_ROWS = 4  # of a level: early stopping sets rows of every level aside, from what is left of the folds
 _ROWS_PER_LEVEL = 20  # on average: the tenth that early stopping sets aside must hold one row per level
 
 
-@dataclass(frozen=True)
-class Fairness:
-    """How much the best probe's predictions of y differ between levels of s; a constant prediction has 0.
-
-    Attributes:
-        demographic_parity: largest difference of P(prediction = c | s) between two levels of s.
-        equalized_odds: the same of P(prediction = c | s, y = c) or of P(prediction = c | s, y ≠ c), whichever is more.
-        label_parity: largest difference of P(y = c | s): what a perfect prediction would have as demographic parity.
-
-    Each is the largest over the levels c of y, which for two levels are equal.
-    """
-
-    demographic_parity: Estimate
-    equalized_odds: Estimate
-    label_parity: Estimate
-
-
 @dataclass(frozen=True, repr=False)
 class Audit:
-    """What fresh probes read out of a representation; print it for plain words.
+    """Predictions of fresh probes from a representation; print it for a verdict in plain words.
 
     Attributes:
-        rows: that the probes are judged on.
-        folds: of the cross-validation, 0 where a test split was given.
-        s: the sensitive attribute.
-        y: the target, None if none was given.
-        fairness: of predictions of the target, None if none was given.
+        rows: number of rows that the probes are judged on.
+        folds: number of folds of the cross-validation, 0 with a test split.
+        s: readout of the sensitive attribute.
+        y: readout of the target, None without one.
+        fairness: fairness of the best probe's predictions of the target, None without one.
     """
 
     rows: int
@@ -63,7 +45,7 @@ class Audit:
 
     @property
     def readouts(self) -> tuple[Readout, ...]:
-        """Of the sensitive attribute, and of the target if there is one."""
+        """The readouts of the sensitive attribute, and of the target if there is one."""
         return (self.s,) if self.y is None else (self.s, self.y)
 
     def __repr__(self) -> str:
@@ -82,10 +64,10 @@ class Audit:
         return f"{self!r}\n{self.summary()}"
 
     def summary(self) -> str:
-        """In plain words: what is left of s, what is kept of y, how fair predictions are, and how far to trust this."""
+        """Say in plain words how much of s is left and of y is kept, and how fair predictions are."""
         sentences = [_describe_leak(self.s)]
         if self.y is not None and self.fairness is not None:
-            sentences += [_describe_target(self.y), _describe_fairness(self.s, self.y, self.fairness)]
+            sentences += [_describe_target(self.y), describe_fairness(self.s, self.y, self.fairness)]
         sentences += [
             f"The {p.name} probe of {r.name} ran out of iterations and may read more."
             for r in self.readouts
@@ -96,7 +78,7 @@ class Audit:
         return " ".join([*sentences, caution])
 
     def to_dataset(self) -> "xarray.Dataset":
-        """All figures over ``target`` × ``probe`` × ``part`` (value, low, high); entropies and bounds in nats."""
+        """Return all figures over ``target`` × ``probe`` × ``part`` (value, low, high), information in nats."""
         import xarray
 
         def gather(name: str) -> list[list[Any]]:
@@ -130,30 +112,30 @@ def audit(
     name_s: str = "s",
     name_y: str = "y",
 ) -> Audit:
-    r"""Judge by fresh probes what a representation still tells about a sensitive attribute, and about a target.
+    r"""Measure by fresh probes how well a representation predicts a sensitive attribute, and a target.
 
     Every probe q is fitted on some rows and judged on others, by accuracy and by cross-entropy. Since
     :math:`I(z; s) = H(s) - H(s \mid z) \ge H(s) + E \log q(s \mid z)`, the latter gives a lower bound on the
-    information in nats: what this family of probes can use of it.
+    information in nats: the part that this family of probes can use.
 
-    Accuracies have Wilson intervals, cross-entropies normal ones; both take the fitted probes as given, out-of-fold
-    predictions as independent, and the majority's share as known. For differences between groups, judged rows are drawn
-    again: the interval reaches to both sides as far as the 95 % quantile of the largest difference between errors of
-    two groups' rates. (A difference is never negative, so that the percentiles of its bootstrap could not reach 0.)
+    Accuracies have Wilson intervals, cross-entropies normal ones; both treat the fitted probes as fixed, out-of-fold
+    predictions as independent, and the majority's share as known. Differences between groups have bootstrap intervals
+    over judged rows: the half-width is the 95 % quantile of the largest difference between the errors of two groups'
+    rates. (A difference is never negative, so percentiles of its bootstrap could not reach 0.)
 
     Args:
         z: draws or means of the latent, N × D, array or tensor.
         s: the sensitive attribute, N discrete labels; or N × k, whose joint levels are then predicted.
         y: discrete target of any number of levels, shaped like s.
-        test: ``(z, s)`` or ``(z, s, y)`` of a test split: probes are then fitted on all of the first rows and judged on
-            these, in place of cross-validation.
+        test: ``(z, s)`` or ``(z, s, y)`` of a test split, in place of cross-validation: probes are fitted on all rows
+            of z and judged on these.
         probes: which of ``"logistic"``, ``"gradient boosting"`` and ``"mlp"``, all on standardized z.
-        folds: of the cross-validation, shuffled and stratified.
-        seed: of folds, probes and bootstrap. The same seed gives the same audit.
-        name_s, name_y: what to call s and y in the result.
+        folds: number of folds of the cross-validation, shuffled and stratified.
+        seed: seed of folds, probes and bootstrap. The same seed gives the same audit.
+        name_s, name_y: names of s and y in the result.
 
     Returns:
-        The figures, which print as plain words.
+        The figures; printing them gives a verdict in plain words.
 
     Raises:
         ArgumentError: z is not N × D, lengths differ, a continuous attribute, unknown probes.
@@ -186,10 +168,10 @@ def audit(
         return Audit(judged, rows.folds, found)
     kept, predicted = read_out(name_y, rows.labels[1], rows, probes, seed)
     groups, truth = (labels.codes[rows.start :] for labels in rows.labels)
-    return Audit(judged, rows.folds, found, kept, _measure_fairness(groups, truth, predicted, seed))
+    return Audit(judged, rows.folds, found, kept, measure_fairness(groups, truth, predicted, seed))
 
 
-# --- what was given
+# --- inputs
 
 
 def _check_options(probes: Sequence[str], folds: int, names: tuple[str, str]) -> None:
@@ -269,14 +251,14 @@ def _discrete(x: Any, name: str) -> np.ndarray:
 
 
 def _encode(values: np.ndarray, name: str, start: int, folds: int) -> Labels:
-    """Number the levels; make sure that all can be fitted, and that more than one is judged."""
+    """Number the levels; check that all can be fitted, and that more than one is judged."""
     rows, codes = np.unique(values, axis=0, return_inverse=True)
     labels = Labels(codes.reshape(-1), tuple(" | ".join(map(str, np.atleast_1d(row))) for row in rows))
     for part, where in ((labels.codes[: start or None], ""), (labels.codes[start:], "test: ")):
         if len(present := np.unique(part)) < 2:
             raise DataError(
-                f"{where}{name} has one level only, {labels.levels[present[0]]!r}: nothing can be predicted. Give rows "
-                "of at least two."
+                f"{where}{name} has one level only, {labels.levels[present[0]]!r}: there is nothing to predict. Give "
+                "rows of at least two."
             )
     fitted = labels.codes[: start or None]
     counts = np.bincount(fitted, minlength=len(labels.levels))
@@ -295,9 +277,9 @@ def _encode(values: np.ndarray, name: str, start: int, folds: int) -> Labels:
 
 
 def _check_cells(labels: Sequence[Labels], start: int, names: tuple[str, str]) -> None:
-    """Equalized odds compare rates within levels of y: every level of s needs rows of each."""
+    """Raise DataError where a level of s lacks a level of y: equalized odds compare rates within levels of y."""
     s, y = labels
-    cells = _count(s.codes[start:], y.codes[start:], y.codes[start:]).sum(-1)
+    cells = count_cells(s.codes[start:], y.codes[start:], y.codes[start:]).sum(-1)
     empty = (cells == 0) & (cells.sum(1, keepdims=True) > 0) & (cells.sum(0, keepdims=True) > 0)
     if empty.any():
         i, j = (int(k) for k in np.argwhere(empty)[0])
@@ -305,78 +287,6 @@ def _check_cells(labels: Sequence[Labels], start: int, names: tuple[str, str]) -
             f"no judged row has {names[0]} = {s.levels[i]!r} and {names[1]} = {y.levels[j]!r}: equalized odds are not "
             "defined. Merge levels, or leave y out and give it to an audit of its own."
         )
-
-
-# --- fairness
-
-
-def _measure_fairness(
-    groups: Int[np.ndarray, " judged"],
-    truth: Int[np.ndarray, " judged"],
-    predicted: Int[np.ndarray, " judged"],
-    seed: int,
-) -> Fairness:
-    from fairlearn.metrics import demographic_parity_difference, equalized_odds_difference
-
-    def largest(metric: Callable[..., float], predictions: np.ndarray) -> float:
-        levels = np.unique([truth, predictions])
-        levels = levels[1:] if len(levels) == 2 else levels  # the rate of one level is 1 less that of the other
-        pairs = [((truth == c).astype(int), (predictions == c).astype(int)) for c in levels]
-        return max(float(metric(*pair, sensitive_features=groups)) for pair in pairs)
-
-    counts, labels = _count(groups, truth, predicted), _count(groups, truth, truth)
-    return Fairness(
-        _estimate_gap(largest(demographic_parity_difference, predicted), _parity_rates, counts, seed),
-        _estimate_gap(largest(equalized_odds_difference, predicted), _odds_rates, counts, seed),
-        _estimate_gap(largest(demographic_parity_difference, truth), _parity_rates, labels, seed),
-    )
-
-
-def _estimate_gap(value: float, rates: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, seed: int) -> Estimate:
-    """The interval of the largest difference between groups, whose error is at most that between their errors.
-
-    ProbeRows are drawn again by the multinomial counts of what they are like.
-    """
-    rows = int(counts.sum())
-    drawn = np.random.default_rng(seed).multinomial(rows, counts.ravel() / rows, _RESAMPLES)
-    errors = rates(drawn.reshape(-1, *counts.shape)) - rates(counts[None])
-    width = float(np.nanquantile(_gap(errors), CONFIDENCE))
-    return Estimate(value, max(0.0, value - width), min(1.0, value + width))
-
-
-def _count(
-    groups: Int[np.ndarray, " row"], truth: Int[np.ndarray, " row"], predicted: Int[np.ndarray, " row"]
-) -> Int[np.ndarray, "group level level"]:
-    """ProbeRows by level of s, level of y and prediction."""
-    levels = int(max(truth.max(), predicted.max())) + 1
-    counts = np.zeros((int(groups.max()) + 1, levels, levels), dtype=np.int64)
-    np.add.at(counts, (groups, truth, predicted), 1)
-    return counts
-
-
-def _parity_rates(counts: Int[np.ndarray, "draw group level level"]) -> Float[np.ndarray, "draw group rate"]:
-    """P(prediction = c | s) for every level c."""
-    chosen = counts.sum(-2)
-    return _divide(chosen, chosen.sum(-1, keepdims=True))
-
-
-def _odds_rates(counts: Int[np.ndarray, "draw group level level"]) -> Float[np.ndarray, "draw group rate"]:
-    """P(prediction = c | s, y = c), then P(prediction = c | s, y ≠ c), for every level c."""
-    true, hits = counts.sum(-1), np.diagonal(counts, axis1=-2, axis2=-1)
-    false_alarms, others = counts.sum(-2) - hits, true.sum(-1, keepdims=True) - true
-    return np.concatenate([_divide(hits, true), _divide(false_alarms, others)], -1)
-
-
-def _divide(
-    part: Int[np.ndarray, "draw group rate"], whole: Int[np.ndarray, "draw group #rate"]
-) -> Float[np.ndarray, "draw group rate"]:
-    """Rates; NaN where a resample holds no row of a group."""
-    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
-
-
-def _gap(rates: Float[np.ndarray, "draw group rate"]) -> Float[np.ndarray, " draw"]:
-    """The largest difference between two groups, of any rate; groups without a rate are left out."""
-    return np.fmax.reduce(np.fmax.reduce(rates, axis=1) - np.fmin.reduce(rates, axis=1), axis=-1)
 
 
 # --- plain words
@@ -392,8 +302,8 @@ def _describe_leak(s: Readout) -> str:
     if s.information.low > 0:
         return (
             f"No fresh probe names {s.name} more often than a constant answer: {best.accuracy.value:.1%} of rows where "
-            f"{constant}. But its probabilities still tell {s.information} nats of {s.name} at least: {s.name} has not "
-            "gone."
+            f"{constant}. But its probabilities still carry at least {s.information} nats on {s.name}: it is not "
+            "forgotten."
         )
     return (
         f"No fresh probe finds {s.name}: the best is right for {best.accuracy.value:.1%} of rows where {constant}, "
@@ -406,12 +316,4 @@ def _describe_target(y: Readout) -> str:
     return (
         f"{y.name} {verdict}: {y.best.accuracy.value:.1%} of rows by the best probe, {y.majority:.1%} by always "
         f"answering {y.majority_level!r}."
-    )
-
-
-def _describe_fairness(s: Readout, y: Readout, fairness: Fairness) -> str:
-    return (
-        f"Between levels of {s.name} its predictions differ by up to {fairness.demographic_parity.value:.3f} in "
-        f"frequency and {fairness.equalized_odds.value:.3f} in rates of hits or false alarms; the labels themselves "
-        f"differ by {fairness.label_parity.value:.3f}, a constant prediction by 0."
     )

@@ -1,10 +1,10 @@
-r"""The average KL of a latent, taken apart.
+r"""The decomposition of a latent's average KL into information, total correlation and dimension-wise KL.
 
 .. math:: \frac1N \sum_i KL(q(z \mid x_i) \,\|\, p(z)) = I_q(z; x) + KL\Big(q(z) \,\Big\|\, \prod_d q(z_d)\Big)
     + \sum_d KL(q(z_d) \,\|\, p(z_d))
 
-with the aggregate posterior q(z) of the full data. The sum always holds, whatever q(z) is taken for, and so can never
-show an error in it.
+where q(z) is the aggregate posterior of the full data. The identity holds for any density in place of q(z), so the sum
+cannot reveal an error in its estimate.
 """
 
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ from pyro_elbo.terms import Term, Terms, univariate
 
 @dataclass(frozen=True)
 class KLDecomposition:
-    """The parts of a latent's KL, nats per datum; print it for plain words.
+    """The parts of a latent's KL in nats per datum; print it for a table.
 
     Attributes:
         latent: the site.
         kl: the average KL to the prior; the sum of the next three.
-        mutual_information: I_q(z; x), what a draw tells of the datum that it came from; at most log N.
-        total_correlation: how far q(z) is from independent dimensions.
-        dimension_wise_kl: how far the dimensions of q(z) are from the prior's.
+        mutual_information: I_q(z; x), the information of a draw on its datum; at most log N.
+        total_correlation: KL of q(z) to the product of its marginals.
+        dimension_wise_kl: sum of the KLs of the marginals of q(z) to those of the prior.
         per_dimension: the dimension-wise KL of each dimension.
-        standard_error: of each of the four numbers, by name, over rows.
-        rows: encoders that q(z) was estimated from.
-        full_size: encoders that q(z) is made of.
+        standard_error: standard error over rows of each of the four numbers, by name.
+        rows: number of rows that q(z) was estimated from.
+        full_size: number of rows that q(z) is the mixture of.
     """
 
     latent: str
@@ -71,20 +71,19 @@ def kl_decomposition(
     seed: int | None = 0,
     **kwargs: Any,
 ) -> KLDecomposition:
-    r"""Take the average KL of a latent apart: information on the datum, total correlation, dimensions against prior.
+    r"""Decompose the average KL of a latent: information on the datum, total correlation, dimensions against prior.
 
-    Give it the full data: then q(z) is exact, and only the draws are random. Where the latent's plate subsamples, the
-    densities are weighted as in the full data (``Mixture.of_full_data``); the result is then a
-    rough estimate, I(z; x) too high and the total correlation too low. Pairs of rows are compared in blocks, so that
-    memory stays small; time grows with rows² × dimensions.
+    On the full data q(z) is exact, and only the draws are random. Where the latent's plate subsamples, the densities
+    are weighted as in the full data (``Mixture.of_full_data``): a rough estimate, I(z; x) too high and the total
+    correlation too low. Pairs of rows are compared in blocks, which bounds memory; time grows with rows² × dimensions.
 
     Args:
         model: the generative program.
         guide: its variational posterior.
         args: their arguments.
         latent: the site; the only latent of the data's plate if omitted.
-        num_samples: draws per row that are averaged.
-        seed: of the draws; torch's own stream is left as it was. None: draw from it.
+        num_samples: number of draws per row, which are averaged.
+        seed: seed of the draws; torch's own stream is left as it was. None draws from that stream.
         kwargs: further arguments of the programs.
 
     Raises:
@@ -134,7 +133,7 @@ def _only_latent(terms: Terms, latent: str | None) -> str:
 
 
 def _parts(term: Term) -> Float[Tensor, "rows parts"]:
-    """Of each row: information, total correlation, and the dimensions' KL to the prior."""
+    """Return each row's information, total correlation, and KL to the prior by dimension."""
     plate, (site,) = term.plates[0], term.draws
     encoded = AggregatePosterior(site, plate, None)
     if term.per_dim is None and site.event_dim:

@@ -1,4 +1,4 @@
-"""Classifiers that try to read an attribute out of a representation, and how well they do on rows held out."""
+"""Probes: classifiers that predict an attribute from a representation, scored on held-out rows."""
 
 import copy
 import math
@@ -30,15 +30,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """How well one probe reads an attribute out of the representation, on rows that it was not fitted on.
+    """The scores of one probe on held-out rows.
 
     Attributes:
-        name: of the probe.
-        accuracy: share of rows that it names rightly; Wilson interval.
+        name: name of the probe.
+        accuracy: share of correct predictions; Wilson interval.
         cross_entropy: mean of -log q(attribute | z), nats per row; normal interval.
         information: H(attribute) - cross_entropy, nats: a lower bound on I(z; attribute), which a bad probe can make
             negative; normal interval.
-        converged: False if a fit ran out of iterations, so that a longer one may read more.
+        converged: False if a fit ran out of iterations; a longer one may score higher.
     """
 
     name: str
@@ -50,14 +50,14 @@ class ProbeScore:
 
 @dataclass(frozen=True)
 class Readout:
-    """What all probes read out about one attribute.
+    """The scores of all probes for one attribute.
 
     Attributes:
         name, levels: of the attribute.
         majority_level: the most frequent level among the judged rows.
-        majority: its share; no constant answer is right more often.
+        majority: its share, the accuracy of the best constant answer.
         entropy: H(attribute) of the judged rows, nats.
-        probes: one score a probe.
+        probes: one score per probe.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Readout:
 
     @property
     def best(self) -> ProbeScore:
-        """The probe of the largest accuracy. Its interval does not allow for having been chosen among the probes."""
+        """The most accurate probe. Its interval does not account for the choice among probes."""
         return max(self.probes, key=lambda probe: probe.accuracy.value)
 
     @property
@@ -79,7 +79,7 @@ class Readout:
 
     @property
     def is_found(self) -> bool:
-        """Whether the best probe's interval lies above the accuracy of a constant answer."""
+        """Return whether the best probe's interval lies above the accuracy of a constant answer."""
         return self.best.accuracy.low > self.majority
 
     def __str__(self) -> str:
@@ -93,20 +93,20 @@ class Readout:
 
 
 class Labels(NamedTuple):
-    """A discrete attribute: each row's level by number, and the levels' names."""
+    """A discrete attribute: the level of each row by number, and the names of the levels."""
 
     codes: Int[np.ndarray, " row"]
     levels: tuple[str, ...]
 
 
 class ProbeRows(NamedTuple):
-    """ProbeRows to fit on and to judge.
+    """Rows to fit on and to judge.
 
     Attributes:
         z: the representation.
         labels: its attributes.
-        start: the first row of a test split, which the rows before it are fitted for; 0 for cross-validation.
-        folds: of cross-validation; 0 for a test split.
+        start: the first row of the test split; 0 for cross-validation.
+        folds: number of folds of cross-validation; 0 for a test split.
     """
 
     z: Float[np.ndarray, "row dim"]
@@ -115,7 +115,7 @@ class ProbeRows(NamedTuple):
     folds: int
 
     def split(self, codes: Int[np.ndarray, " row"], seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of rows to fit on and rows to judge."""
+        """Return pairs of rows to fit on and rows to judge."""
         from sklearn.model_selection import StratifiedKFold
 
         if self.start:
@@ -127,7 +127,7 @@ class ProbeRows(NamedTuple):
 def read_out(
     name: str, labels: Labels, rows: ProbeRows, probes: Sequence[str], seed: int
 ) -> tuple[Readout, Int[np.ndarray, " judged"]]:
-    """Fit and judge all probes; also say what the best of them predicts for the judged rows."""
+    """Fit and judge all probes; also return the best probe's predictions for the judged rows."""
     codes = labels.codes[rows.start :]
     splits = rows.split(labels.codes, seed)
     fits = [_predict(probe, rows.z, labels, splits, seed) for probe in probes]
@@ -143,7 +143,7 @@ def read_out(
 
 
 def _make_probe(name: str, seed: int) -> Any:
-    """A classifier; what could overfit stops early."""
+    """Build a classifier; those that could overfit stop early."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
 
@@ -157,10 +157,10 @@ def _make_probe(name: str, seed: int) -> Any:
 
 
 class _MLP:
-    """Scikit-learn's MLP, with the weights of the epoch of least cross-entropy on a tenth of the rows.
+    """Scikit-learn's MLP with the weights of the epoch of least cross-entropy on a tenth of the rows.
 
-    Its own early stopping goes by accuracy: where s is too rare to be answered, or as soon as every answer is right, it
-    stops at once, and its probabilities tell far less than there is.
+    Scikit-learn's early stopping watches accuracy. Where a level is too rare to be predicted, or as soon as every
+    prediction is right, it stops at once, and the probabilities carry far less information than they could.
     """
 
     max_iter = 200
@@ -202,7 +202,7 @@ def _predict(
     splits: Sequence[tuple[np.ndarray, np.ndarray]],
     seed: int,
 ) -> tuple[Float[np.ndarray, "row level"], bool]:
-    """Probabilities of every level, NaN in rows that are fitted on only, and whether all fits converged."""
+    """Return the probabilities of every level, NaN in rows that are only fitted on, and whether all fits converged."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
@@ -211,13 +211,13 @@ def _predict(
     converged = True
     for fitted, judged in splits:
         scaler, model = StandardScaler().fit(z[fitted]), _make_probe(probe, seed)
-        # Fits are small: threads cost more than they save, many times over on a busy machine, and reorder sums.
+        # Fits are small: threads cost more than they save and change the order of sums.
         with warnings.catch_warnings(), threadpool_limits(1):
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the result says it instead
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the result records it
             model.fit(scaler.transform(z[fitted]), labels.codes[fitted])
             chances[judged] = model.predict_proba(scaler.transform(z[judged]))
         converged &= bool(np.max(model.n_iter_) < model.max_iter)
-    chances = chances.clip(np.finfo(np.float64).eps)  # to be certain and wrong would cost infinitely much
+    chances = chances.clip(np.finfo(np.float64).eps)  # a certain and wrong prediction has infinite cross-entropy
     return chances / chances.sum(1, keepdims=True), converged
 
 
@@ -232,7 +232,7 @@ def _score(
 
 
 def estimate_share(hits: int, rows: int) -> Estimate:
-    """A share with its Wilson interval.
+    """Return a share with its Wilson interval.
 
     Example:
         >>> f"{estimate_share(80, 100):.2f}"
@@ -245,6 +245,6 @@ def estimate_share(hits: int, rows: int) -> Estimate:
 
 
 def estimate_mean(values: Float[np.ndarray, " row"]) -> Estimate:
-    """A mean with its normal interval."""
+    """Return a mean with its normal interval."""
     mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
     return Estimate(mean, mean - _SIGMAS * error, mean + _SIGMAS * error)

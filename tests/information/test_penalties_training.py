@@ -315,7 +315,7 @@ def test_attributes_that_cannot_be_used():
             pyro.sample("z", dist.Normal(torch.zeros(DIMS), 1.0).to_event(1))
 
     loss.terms(unobserved, unobserved, x, s)
-    with refuses(DataError, "does not know", "(2,)"):
+    with refuses(DataError, "has not seen", "(2,)"):
         loss.terms(unobserved, unobserved, x, 2 * s)
 
 

@@ -1,1 +1,1 @@
-"""Scripts that a user reads top to bottom; each ends in a claim that it checks."""
+"""Scripts to read from top to bottom; each ends with a claim that it checks."""

@@ -1,12 +1,12 @@
-"""A representation that keeps a target and forgets a sensitive attribute, and the proof of it.
+"""A representation that keeps a target and forgets a sensitive attribute, checked by fresh probes.
 
-A FairVAE encodes mixed columns x to z. A penalty λ I(z; s) makes z forget s; fresh probes then judge what is left of s
-in z, and what can still be predicted of y. All this is about one draw of z a row, which is what may be handed out:
-means of q(z | x, s) tell far more, as the end of the output shows.
+A FairVAE encodes mixed columns x to z. A penalty λ I(z; s) makes z forget s. Fresh probes then measure how well z still
+predicts s and y. All figures describe one draw of z per row, which is what may be released: the means of q(z | x, s)
+reveal far more, as the end of the output shows.
 
-Without ``--data`` a simulator draws Gaussian columns, whose linear encoders have an I(z; s) that is known, and the
-script prints it beside the estimate. With ``--data adult.npz`` s is sex and y an income of more than 50 000 $. Run with
-``python -m examples.fair_representation``; the picture of the trade-off lands in ``runs/fair_representation/``. Needs
+Without ``--data`` a simulator draws Gaussian columns. Their linear encoders have a known I(z; s), which the script
+prints beside the estimate. With ``--data adult.npz``, s is sex and y an income above 50 000 $. Run with
+``python -m examples.fair_representation``; the plot of the trade-off is saved to ``runs/fair_representation/``. Needs
 ``pip install 'pyro-elbo[plot,probe]'``.
 """
 
@@ -30,12 +30,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 PROBES = ("logistic", "gradient boosting")
-FAIR = 100.0  # the λ that the claims are about; chosen for Adult by tests/benchmarks/bench_adult.py
+FAIR = 100.0  # the λ of the claims; tests/benchmarks/bench_adult.py chose it for Adult
 
 
 @dataclass(frozen=True)
 class Simulator:
-    """Columns x = A u + e of two traits u, whose first has a higher mean where s = 1; y asks for a high sum of traits.
+    """Columns x = A u + e of two traits u; s = 1 raises the mean of the first, and y = 1 for a high sum of traits.
 
     s ~ Bernoulli(½),  u | s ~ Normal(gap · s · (1, 0), I),  e ~ Normal(0, noise² I),  y = [u_1 + u_2 + ε > gap / 2].
     """
@@ -46,11 +46,11 @@ class Simulator:
 
     @property
     def loading(self) -> Float[Tensor, "columns 2"]:
-        """A."""
+        """The loading matrix A."""
         return torch.randn(self.columns, 2, generator=torch.Generator().manual_seed(7)) / 2
 
     def draw(self, n: int, seed: int) -> Table:
-        """Rows."""
+        """Draw n rows."""
         generator = torch.Generator().manual_seed(seed)
         s = torch.randint(2, (n,), generator=generator)
         traits, noise = (torch.randn(n, k, generator=generator) for k in (2, self.columns))
@@ -61,7 +61,7 @@ class Simulator:
 
     @torch.no_grad()
     def information(self, vae: FairVAE) -> float:
-        """I(z; s) of a linear encoder, nats: q(z | s) are two Gaussians of one covariance."""
+        """Return I(z; s) of a linear encoder in nats: both q(z | s) are Gaussian, with one covariance."""
         means = torch.stack([torch.zeros(self.columns), self.gap * self.loading[:, 0]])
         locs, scales = vae.encode(means, torch.arange(2))
         gain = vae.encoder[0].weight[:, : self.columns]
@@ -72,7 +72,7 @@ class Simulator:
 
 
 def information_of_two_normals(distance: float) -> float:
-    """I(z; s) in nats for s ~ Bernoulli(½) and z | s ~ Normal(distance · s, 1), by quadrature.
+    """Return I(z; s) in nats for s ~ Bernoulli(½) and z | s ~ Normal(distance · s, 1), by quadrature.
 
     log p(s = 1 | z) = logsigmoid(l), and l ~ Normal(±d²/2, d²): I = log 2 + E logsigmoid(d²/2 + d ε).
 
@@ -90,17 +90,17 @@ def information_of_two_normals(distance: float) -> float:
 
 @dataclass(frozen=True)
 class Problem:
-    """What to train on and to judge by.
+    """Data, model size and training plan.
 
     Attributes:
-        groups: of categorical columns.
-        names: of s and y.
-        hidden: widths of the networks; none for linear ones.
-        z_dim: latent dimensions.
-        target_weight: of the log-likelihood of y.
-        weights: λ.
-        epochs: of the training.
-        simulator: None for data of which nothing more is known.
+        groups: the categorical columns, with their number of levels.
+        names: the names of s and y.
+        hidden: the widths of the networks; empty for linear ones.
+        z_dim: the number of latent dimensions.
+        target_weight: the weight of the log-likelihood of y.
+        weights: the values of λ.
+        epochs: the number of training epochs.
+        simulator: the source of the data, or None for real data.
     """
 
     train: Table
@@ -116,7 +116,7 @@ class Problem:
 
 
 def load(data: Path | None, seed: int, quick: bool) -> Problem:
-    """The simulator's problem, or Adult's."""
+    """Return the problem of the simulator, or of Adult."""
     if data is None:
         simulator = Simulator()
         train, test = simulator.draw(4000, seed), simulator.draw(4000, seed + 1)
@@ -130,7 +130,7 @@ def load(data: Path | None, seed: int, quick: bool) -> Problem:
 def train(problem: Problem, weight: float, seed: int, compile: bool) -> FairVAE:
     """Fit a model with λ = ``weight``."""
     pyro.clear_param_store()
-    torch.manual_seed(seed)  # of the networks' first weights; pe.fit has a seed of its own
+    torch.manual_seed(seed)  # for the initial weights; pe.fit has its own seed
     numeric = problem.train.x.shape[1] - sum(problem.groups.values())
     options = {"hidden": problem.hidden, "z_dim": problem.z_dim, "target_weight": problem.target_weight}
     vae = FairVAE(numeric, problem.groups, **options, size=len(problem.train.x))
@@ -151,7 +151,7 @@ def train(problem: Problem, weight: float, seed: int, compile: bool) -> FairVAE:
 
 @torch.no_grad()
 def estimate(vae: FairVAE, test: Table, seed: int) -> tuple[float, float]:
-    """Where I(z; s) lies, from 4000 test rows, nats."""
+    """Return an interval for I(z; s) in nats, from 4000 test rows."""
     pyro.set_rng_seed(seed)
     some = test.rows(torch.arange(4000))
     loss = pe.TraceMI_ELBO(latent="z", attribute="s", weight=0.0)
@@ -159,7 +159,7 @@ def estimate(vae: FairVAE, test: Table, seed: int) -> tuple[float, float]:
 
 
 def judge(vae: FairVAE, problem: Problem, *, means: bool = False) -> Audit:
-    """What probes read out of one draw of z a row, or of the means of q(z | x, s)."""
+    """Audit one draw of z per row, or the means of q(z | x, s)."""
     parts = []
     for seed, (x, s, y) in enumerate((problem.train, problem.test)):
         with torch.no_grad():
@@ -179,22 +179,22 @@ def report(weight: float, known: float | None, bracket: tuple[float, float], fou
 
 
 def check(audits: dict[float, Audit], brackets: dict[float, tuple[float, float]], known: dict[float, float]) -> None:
-    """What the script claims."""
+    """Check the claims of the script."""
     free, fair = (audits[weight] for weight in (0.0, FAIR))
     for weight, truth in known.items():
         low, high = brackets[weight]
-        assert low <= truth <= high, f"at λ = {weight:g} the bracket must hold the known I(z; s), {truth:.3f} nats"
-        assert audits[weight].s.information.low <= truth, "a probe must not find more than there is"
+        assert low <= truth <= high, f"at λ = {weight:g} the bracket must contain the known I(z; s), {truth:.3f} nats"
+        assert audits[weight].s.information.low <= truth, "a probe must not report more than I(z; s)"
     if known:
-        assert known[FAIR] < 0.05 * known[0.0], "with the penalty hardly anything must be left of I(z; s)"
+        assert known[FAIR] < 0.05 * known[0.0], "the penalty must remove 95 % of I(z; s)"
     excess = [a.s.best.accuracy.value - a.s.majority for a in (free, fair)]
     assert excess[1] <= excess[0] / 4, (
-        f"probes must gain over a constant answer at most a quarter of what they gain at λ = 0, got {excess}"
+        f"the gain of the probes over the majority must shrink to a quarter of that at λ = 0, got {excess}"
     )
     gaps = [a.fairness.demographic_parity.value for a in (free, fair)]
-    assert gaps[1] <= gaps[0] / 2, f"the parity difference must be halved, got {gaps[0]:.3f} -> {gaps[1]:.3f}"
+    assert gaps[1] <= gaps[0] / 2, f"the penalty must halve the parity difference, got {gaps[0]:.3f} -> {gaps[1]:.3f}"
     least = fair.y.majority + 0.05
-    assert fair.y.best.accuracy.value >= least, f"{fair.y.name} must be kept: predicted at no less than {least:.3f}"
+    assert fair.y.best.accuracy.value >= least, f"z must keep {fair.y.name}: accuracy of at least {least:.3f}"
 
 
 def main(data: Path | None, out: Path, *, seed: int = 0, quick: bool = False) -> None:

@@ -1,8 +1,8 @@
-"""Eight reference posteriors: fitted by SVI, judged by k-hat, corrected by importance resampling.
+"""Eight reference posteriors, fitted by SVI, judged by k-hat and corrected by importance resampling.
 
-For every posterior and guide: the largest |mean - reference| in reference standard deviations, before and after
-PSIS resampling, k-hat and the effective sample size. Without ``--data`` only eight schools is fitted and compared with
-means that a long NUTS run gave. Run with ``python -m examples.posteriordb [--data FOLDER]``.
+For every posterior and guide the script prints the largest |mean - reference| in reference standard deviations, before
+and after PSIS resampling, then k-hat and the effective sample size. Without ``--data`` it fits only eight schools and
+compares the means with those of a long NUTS run. Run with ``python -m examples.posteriordb [--data FOLDER]``.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SCHOOLS_DATA = (
     torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64),
     torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64),
 )
-# Mean and standard deviation of mu and tau after 10 chains of 1000 draws.
+# Mean and standard deviation of mu and tau, from 10 chains of 1000 draws.
 SCHOOLS_REFERENCE = {"mu": (4.41, 3.31), "tau": (3.60, 3.20)}
 GUIDES = {"AutoMultivariateNormal": AutoMultivariateNormal, "AutoNormal": AutoNormal}
 STEPS, DRAWS = 3000, 20_000
@@ -31,7 +31,7 @@ STEPS, DRAWS = 3000, 20_000
 
 @dataclass(frozen=True)
 class Row:
-    """How one guide did on one posterior."""
+    """The result of one guide on one posterior."""
 
     posterior: str
     guide: str
@@ -42,7 +42,7 @@ class Row:
 
 
 def fit_guide(posterior: Posterior, args: tuple, kind: str, seed: int = 0) -> object:
-    """3000 steps of Adam with a learning rate that decays from 0.02 to 0.0002."""
+    """Train a guide for 3000 steps of Adam; the learning rate decays from 0.02 to 0.0002."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     start = init_to_value(values=posterior.init(*args), fallback=None)
@@ -55,13 +55,13 @@ def fit_guide(posterior: Posterior, args: tuple, kind: str, seed: int = 0) -> ob
 
 
 def columns(posterior: Posterior, data: object) -> np.ndarray:
-    """Posterior draws in the order of the reference."""
+    """Return the posterior draws in the column order of the reference."""
     draws = {site: torch.as_tensor(data["posterior"][site].values.copy()).flatten(0, 1) for site in posterior.sites}
     return posterior.columns(draws).numpy()
 
 
 def judge(posterior: Posterior, args: tuple, kind: str, mean: np.ndarray, sd: np.ndarray) -> Row:
-    """Fit, export twice (as drawn, and resampled) and compare both means with the reference."""
+    """Fit a guide, export raw and resampled draws, and compare both means with the reference."""
     guide = fit_guide(posterior, args, kind)
     options = {"num_samples": DRAWS, "seed": 1, "prior": False, "predictive": False}
     plain = pe.to_arviz(posterior.model, guide, *args, **options)
@@ -77,7 +77,7 @@ def show(rows: list[Row]) -> None:
         print(f"{r.posterior:42}{r.guide:24}{r.error:9.3f}{r.resampled_error:11.3f}{r.k:7.2f}{r.ess:7.0f}")
     for r in rows:
         if r.k < 0.7:
-            assert r.resampled_error < 0.1, f"{r}: a good k-hat promises good resampled means"
+            assert r.resampled_error < 0.1, f"{r}: a good k-hat must come with good resampled means"
         assert r.error < 0.3 or r.k >= 0.7, f"{r}: a bad fit must show in k-hat"
 
 

@@ -1,7 +1,7 @@
 """From a Pyro program to a fitted, explained and exported posterior, in one script.
 
-A β-VAE learns scikit-learn's 8 x 8 digits, whose pixels are counts from 0 to 16. Run with ``make demo``; the files
-land in ``runs/quickstart/``.
+A β-VAE learns the 8 x 8 digits of scikit-learn, whose pixels are counts from 0 to 16. Run with ``make demo``; the
+script writes its files to ``runs/quickstart/``.
 """
 
 import argparse
@@ -22,7 +22,7 @@ Z_DIM = 8
 
 
 def load() -> tuple[torch.Tensor, torch.Tensor]:
-    """Shuffle the bundled digits into 1500 images to train on and 297 to judge by."""
+    """Shuffle the bundled digits and split them into 1500 training and 297 validation images."""
     images = torch.tensor(load_digits().data, dtype=torch.float32)
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     return images[:1500], images[1500:]
@@ -32,19 +32,19 @@ def describe(terms: dict[str, pe.Terms], locs: torch.Tensor) -> int:
     """Print the bound, its parts and the KL of every latent dimension; return the number of active units."""
     print(f"\n{'nats per image':22}" + "".join(f"{split:>12}" for split in terms))
     for name in ("elbo", "distortion", "rate"):
-        values = (getattr(t, name).item() / t.num_data for t in terms.values())
+        values = (getattr(t.per_datum, name).item() for t in terms.values())
         print(f"{name:22}" + "".join(f"{v:12.2f}" for v in values))
     per_dim = terms["validation"].kl_per_dim["z"].mean(0)
     active = locs.var(0) > 0.01
     print("\nKL per latent dimension (nats, validation mean)")
     for i, kl in enumerate(per_dim.tolist()):
-        print(f"  z[{i}] {kl:6.2f}  {'#' * round(10 * kl)}{'' if active[i] else '  (unused: its mean does not move)'}")
+        print(f"  z[{i}] {kl:6.2f}  {'#' * round(10 * kl)}{'' if active[i] else '  (unused: its mean is constant)'}")
     print(f"\nactive units: {int(active.sum())} of {len(active)}  (variance of the posterior mean above 0.01)")
     return int(active.sum())
 
 
 def draw(result: pe.FitResult, images: torch.Tensor, path: Path) -> None:
-    """Training curves, reconstructions, and a walk along each of the four busiest latent dimensions."""
+    """Plot training curves, reconstructions, and a walk along each of the four most active latent dimensions."""
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.15])
     pe.plot_history(result.history, list(top.subplots(1, 2)))
@@ -77,7 +77,7 @@ def show(figure: "matplotlib.figure.SubFigure", rows: list, labels: list[str], t
 
 
 def main(out: Path) -> None:
-    torch.manual_seed(0)  # of the networks' first weights; pe.fit has a seed of its own
+    torch.manual_seed(0)  # for the initial weights; pe.fit has its own seed
     train, valid = load()
     beta = pe.LinearWarmup(0.0, 1.0, steps=240)
     result = pe.fit(
@@ -113,8 +113,8 @@ def main(out: Path) -> None:
         right = result.model.decoder(locs).sigmoid()
     own = torch.distributions.Binomial(16, right).log_prob(valid).sum(-1)
     other = torch.distributions.Binomial(16, right[shuffled]).log_prob(valid).sum(-1)
-    assert (own > other).float().mean() > 0.95, "the code of an image must explain it better than another image's"
-    assert active >= 4, "the latent space must be used"
+    assert (own > other).float().mean() > 0.95, "an image must be more likely under its own code"
+    assert active >= 4, "the model must use its latent space"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ten lines for someone who already has an SVI loop: only the loss changes.
+"""An existing SVI loop with the loss of this library: one line changes.
 
 Run with ``python -m examples.svi_script``.
 """
@@ -25,7 +25,7 @@ def main() -> None:
     pyro.set_rng_seed(0)
     guide = AutoNormal(model)
     loss = pe.TraceBeta_ELBO(beta=pe.LinearWarmup(0.0, 1.0, steps=200), num_particles=8, vectorize_particles=True)
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.998}), loss)  # the loop stays as it was
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.998}), loss)  # the loop itself is unchanged
     for step in range(1500):
         svi.step(heights)
         if step % 300 == 0:
@@ -35,7 +35,7 @@ def main() -> None:
     print("KL in nats:", {name: round(kl.item(), 2) for name, kl in terms.kl.items()})
     median = guide.median(heights)["mean"].item()
     print(f"posterior median of the mean: {median:.3f} m; sample mean: {heights.mean():.3f} m")
-    assert abs(median - heights.mean()) < 0.02, "the posterior must sit at the data"
+    assert abs(median - heights.mean()) < 0.02, "the posterior must agree with the data"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Digits read row by row: a variational recurrent network on sequences of eight rows.
+"""A variational recurrent network (VRNN) that reads digits row by row.
 
-Scikit-learn's 8 x 8 digits, black and white, are sequences of 8 frames of 8 pixels. The script trains a small VRNN,
-prints the bound of every step, draws digits from the model and finishes digits of which it has seen the upper half.
-Run with ``python -m examples.vrnn_digits``; the picture lands in ``runs/vrnn_digits/``.
+The 8 x 8 digits of scikit-learn, in black and white, are sequences of 8 frames of 8 pixels. The script trains a small
+VRNN, prints the bound of every step, draws digits from the model, and completes digits from their upper half. Run with
+``python -m examples.vrnn_digits``; the figure is saved to ``runs/vrnn_digits/``.
 """
 
 import argparse
@@ -18,24 +18,24 @@ from models.sequences import digits
 from models.vrnn import VRNN
 
 ROWS = 8
-INK = 7  # counts above it are ink
+INK = 7  # pixels above this count are black
 
 
 def load(seed: int) -> tuple[Tensor, Tensor]:
-    """Shuffle the bundled digits, black and white, into 1500 to train on and 297 to judge by."""
+    """Shuffle the bundled digits in black and white and split them into 1500 training and 297 held-out images."""
     images = (digits() > INK).float()
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
     return images[:1500], images[1500:]
 
 
 def independent_pixels(train: Tensor, held_out: Tensor) -> Tensor:
-    """Log p of each held-out row (nats) if every pixel had a frequency of its own and knew of no other: shape (8,)."""
+    """Return log p of each held-out row under independent pixels, each with its own frequency: nats, shape (8,)."""
     frequency = (train.sum(0) + 1) / (len(train) + 2)
     return torch.distributions.Bernoulli(frequency).log_prob(held_out).sum(-1).mean(0)
 
 
 def per_step(loss: pe.TraceTimestep_ELBO, vrnn: VRNN, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-likelihood and KL of each step, nats, means over digits: shapes (8,)."""
+    """Return log-likelihood and KL of each step in nats, averaged over digits: shapes (8,)."""
     with torch.no_grad():
         terms = loss.terms(vrnn.model, vrnn.guide, x)
     return terms.log_likelihood["x"].mean(0), terms.kl["z"].mean(0)
@@ -50,7 +50,7 @@ def report(likelihood: Tensor, kl: Tensor, baseline: Tensor) -> None:
 
 
 def draw(vrnn: VRNN, held_out: Tensor, path: Path) -> None:
-    """Held-out digits, the same with the lower half drawn by the model, and digits drawn from nothing."""
+    """Plot held-out digits, the same digits with a drawn lower half, and digits drawn from the model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,11 +74,11 @@ def draw(vrnn: VRNN, held_out: Tensor, path: Path) -> None:
 
 
 def main(out: Path, *, seed: int = 0, quick: bool = False) -> None:
-    torch.manual_seed(seed)  # of the network's first weights; pe.fit has a seed of its own
+    torch.manual_seed(seed)  # for the initial weights; pe.fit has its own seed
     train, held_out = load(seed)
     vrnn = VRNN(x_dim=ROWS, z_dim=4, hidden=32 if quick else 64)
     epochs = 8 if quick else 80
-    beta = pe.LinearWarmup(0.1, 1.0, steps=6 * epochs)  # half of the training: else z is given up before it says much
+    beta = pe.LinearWarmup(0.1, 1.0, steps=6 * epochs)  # half of the training; a shorter warm-up lets z collapse
     loss = pe.TraceTimestep_ELBO(beta, normalize="frame")
     pe.fit(
         vrnn.model,
@@ -104,8 +104,8 @@ def main(out: Path, *, seed: int = 0, quick: bool = False) -> None:
         print(f"written to {out}/: vrnn_digits.png, history.nc, best.ckpt and last.ckpt")
 
     bound = (likelihood - kl).mean()
-    assert bound > baseline.mean() + 0.2, "rows must tell more about a digit than frequencies of single pixels"
-    assert (drawn.mean() - held_out.mean()).abs() < 0.1, "drawn digits must hold as much ink as real ones"
+    assert bound > baseline.mean() + 0.2, "earlier rows must help to predict a digit"
+    assert (drawn.mean() - held_out.mean()).abs() < 0.1, "drawn digits must have as much ink as real ones"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Four-part music as a sequence model: a variational recurrent network, its bound over time, and a new piece as MIDI.
+"""A sequence model of four-part music: a VRNN, its bound over time, and a generated piece as MIDI.
 
-With ``--data jsb_chorales.npz`` the script learns harmonisations by J. S. Bach; without it a small simulator writes
-chords in four voices. It trains on phrases of 32 quarter notes, shows where the held-out pieces surprise the model, and
-writes to ``runs/vrnn_music/`` pictures, the posterior for ArviZ (dimension ``time``) and a generated piece. Run with
-``python -m examples.vrnn_music``; needs ``pip install matplotlib mido``.
+With ``--data jsb_chorales.npz`` the script learns harmonizations by J. S. Bach. Without it, a small simulator writes
+chords in four voices. The script trains on phrases of 32 quarter notes and plots where held-out pieces surprise the
+model. It writes figures, the posterior for ArviZ (dimension ``time``) and a generated piece to ``runs/vrnn_music/``.
+Run with ``python -m examples.vrnn_music``; needs ``pip install matplotlib mido``.
 """
 
 import argparse
@@ -24,12 +24,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 PHRASE, SHORTEST = 32, 8  # quarter notes
 SCALE = (0, 2, 4, 5, 7, 9, 11)  # half tones of a major scale
-FOLLOWERS = {0: (1, 3, 4, 5), 1: (4, 4, 0), 3: (0, 1, 4), 4: (0, 0, 5), 5: (1, 3)}  # what a degree's chord leads to
-VOICES = (43, 52, 57, 64)  # MIDI's lowest note of bass, tenor, alto and soprano
+FOLLOWERS = {0: (1, 3, 4, 5), 1: (4, 4, 0), 3: (0, 1, 4), 4: (0, 0, 5), 5: (1, 3)}  # the degrees that may follow
+VOICES = (43, 52, 57, 64)  # the lowest MIDI notes of bass, tenor, alto and soprano
 
 
 def simulate(num_pieces: int, seed: int) -> Sequences:
-    """Pieces of 16 to 48 quarter notes in any major key: a walk over chords, each two quarter notes long."""
+    """Simulate pieces of 16 to 48 quarter notes in any major key, as walks over chords of two quarter notes."""
     rng, pieces = np.random.default_rng(seed), []
     for _ in range(num_pieces):
         roll, tonic, degree = torch.zeros(2 * int(rng.integers(8, 25)), KEYS), rng.integers(12), 0
@@ -44,19 +44,19 @@ def simulate(num_pieces: int, seed: int) -> Sequences:
 
 
 def load(data: Path | None, seed: int) -> dict[str, Sequences]:
-    """Pieces to train on (``train``), to stop by (``valid``) and to judge by (``test``)."""
+    """Return the pieces for training (``train``), early stopping (``valid``) and testing (``test``)."""
     if data is None:
         return {"train": simulate(200, seed), "valid": simulate(40, seed + 1), "test": simulate(40, seed + 2)}
     return load_chorales(data)
 
 
 def phrases(pieces: Sequences) -> tuple[Tensor, Tensor]:
-    """The pieces cut into phrases, padded, and the phrases' lengths."""
+    """Cut the pieces into padded phrases; return the phrases and their lengths."""
     return pad([phrase for piece in pieces for phrase in piece.split(PHRASE) if len(phrase) >= SHORTEST])
 
 
 def independent_keys(train: Sequences, held_out: Sequences) -> float:
-    """Log p of a held-out frame (nats) if every key had a frequency of its own and knew of no other."""
+    """Return log p of a held-out frame in nats under independent keys, each with its own frequency."""
     frames = torch.cat(list(train))
     frequency = (frames.sum(0) + 1) / (len(frames) + 2)
     return torch.distributions.Bernoulli(frequency).log_prob(torch.cat(list(held_out))).sum(-1).mean().item()
@@ -64,7 +64,7 @@ def independent_keys(train: Sequences, held_out: Sequences) -> float:
 
 @torch.no_grad()
 def per_step(vrnn: VRNN, pieces: Sequences) -> tuple[Tensor, Tensor]:
-    """The bound of each frame, nats, shape (pieces, time), 0 in the padding; and how many pieces have a frame t."""
+    """Return the bound of each frame in nats, shape (pieces, time), 0 in the padding; and the pieces per frame."""
     x, lengths = pad(pieces)
     terms = pe.TraceTimestep_ELBO(num_particles=4).terms(vrnn.model, vrnn.guide, x, lengths)
     present = torch.arange(x.shape[1]) < lengths[:, None]
@@ -72,7 +72,7 @@ def per_step(vrnn: VRNN, pieces: Sequences) -> tuple[Tensor, Tensor]:
 
 
 def draw(vrnn: VRNN, held_out: Sequences, generated: Tensor, baseline: float, path: Path) -> None:
-    """A held-out piece above the bound of its frames, the mean bound over time, and a generated piece."""
+    """Plot a held-out piece above the bound of its frames, the mean bound over time, and a generated piece."""
     bounds, present = per_step(vrnn, held_out)
     piece = held_out[0]
     figure, (roll, surprise, mean, new) = plt.subplots(
@@ -94,7 +94,7 @@ def draw(vrnn: VRNN, held_out: Sequences, generated: Tensor, baseline: float, pa
 
 
 def export(vrnn: VRNN, held_out: Sequences, history: pe.FitResult, path: Path, *, num_samples: int) -> None:
-    """Write the posterior of the first phrases, which have a dimension of time, for ArviZ."""
+    """Write the posterior of the first phrases, which has a time dimension, for ArviZ."""
     x, lengths = phrases(held_out[:4])
     whole = x[lengths == PHRASE]
     data = pe.to_arviz(vrnn.model, vrnn.guide, whole, num_samples=num_samples, history=history)
@@ -103,7 +103,7 @@ def export(vrnn: VRNN, held_out: Sequences, history: pe.FitResult, path: Path, *
 
 
 def main(data: Path | None, out: Path, *, seed: int = 0, quick: bool = False) -> None:
-    torch.manual_seed(seed)  # of the network's first weights; pe.fit has a seed of its own
+    torch.manual_seed(seed)  # for the initial weights; pe.fit has its own seed
     pieces = load(data, seed)
     train, held_out = pieces["train"][:40] if quick else pieces["train"], pieces["test"]
     vrnn = VRNN(KEYS, z_dim=4, hidden=32) if quick else VRNN(KEYS, z_dim=32, hidden=128)
@@ -138,7 +138,7 @@ def main(data: Path | None, out: Path, *, seed: int = 0, quick: bool = False) ->
     print(
         f"written to {out}/: generated.mid, vrnn_music.png, posterior.nc (ArviZ), history.nc, best.ckpt and last.ckpt"
     )
-    assert bound > baseline + 0.5, "what was played before must tell more than frequencies of single keys"
+    assert bound > baseline + 0.5, "earlier frames must predict better than the frequencies of single keys"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Training loops: steps by hand (``SVI``) or epochs on Lightning (``fit``), and the history of a fit.
+"""Training loops: single steps (``SVI``) or epochs on Lightning (``fit``), and the history of a fit.
 
-Takes programs and data; gives trained parameters, ``FitResult`` and its history as a Dataset. ``lightning`` adapts to
-Lightning's Trainer; ``fit`` imports it when called.
+Takes programs and data; gives trained parameters, ``FitResult`` and its history as a Dataset. ``lightning`` adapts
+programs to Lightning's Trainer; ``fit`` imports it when called.
 Imports compile and below.
 """
 

@@ -1,4 +1,4 @@
-"""Programs and data -> fitted parameters and a history. The loop is Lightning's; this module prepares and explains."""
+"""Fit programs to data on Lightning: check the arguments, prepare the run, train, and return the result."""
 
 import logging
 import os
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What :func:`fit` returns.
+    """The result of :func:`fit`.
 
     Attributes:
-        model, guide, loss: as given; the parameters are trained in place.
+        model, guide, loss: the arguments of :func:`fit`; the parameters are trained in place.
         history: Dataset over ``epoch`` x ``split`` (x ``latent``), nats per datum.
         best_epoch: the epoch after warm-up with the highest validation ELBO at β = 1 (training ELBO without
             validation data).
-        stopped_early: whether patience ran out before ``max_epochs``.
-        best_path, last_path: checkpoints, None without ``dir``.
+        stopped_early: True if patience ran out before ``max_epochs``.
+        best_path, last_path: the checkpoints; None without ``dir``.
     """
 
     model: Program
@@ -68,34 +68,34 @@ def fit(
     compile: bool = False,
     progress: bool = True,
 ) -> FitResult:
-    r"""Train model and guide: epochs, validation, early stopping, checkpoints, on Lightning's Trainer.
+    r"""Train model and guide on Lightning's Trainer, with validation, early stopping and checkpoints.
 
-    The gradient is that of ``loss`` divided by the rows of the full data. The progress bar and the history show the
-    ELBO at β = 1 in nats per datum beside the loss.
+    Training follows the gradient of ``loss`` divided by the rows of the full data. The progress bar and the history
+    show the ELBO at β = 1 in nats per datum beside the loss.
 
     Args:
         train: a tensor, a tuple of tensors (the programs' arguments), a dict (keyword arguments), a Dataset or a
             DataLoader. Rows are data.
-        valid: the same, for validation after every epoch with fixed noise.
+        valid: data of the same form, evaluated after every epoch with fixed noise.
         loss: the objective; ``TraceBeta_ELBO()`` if omitted.
-        lr: step size of Adam. Ignored where ``optimizer`` is given.
-        optimizer: from parameters to a torch optimizer.
+        lr: the learning rate of Adam; unused with ``optimizer``.
+        optimizer: a function from parameters to a torch optimizer.
         batch_size: rows per step; None for all.
-        patience: stop after so many epochs without a better validation ELBO, counted after warm-up, and go back to
-            the best epoch's parameters. Without it the last epoch's stay.
+        patience: stop after this many epochs without a better validation ELBO, counted after warm-up, and restore the
+            parameters of the best epoch. Without it, the parameters of the last epoch stay.
         dir: folder for ``best.ckpt``, ``last.ckpt`` and ``history.nc``.
-        resume: continue from ``dir/last.ckpt``, exactly as if training had not stopped (unless a DataLoader draws
-            from a generator of its own). ``max_epochs`` counts from the start.
-        seed: repeats a run bit for bit on a CPU. The caller's random state is left as it was.
-        devices: processes on this machine; gradients are averaged, every process draws its own noise.
-        grad_clip: largest norm of the gradient.
-        compile: whether to run steps that come again as one compiled graph (see :class:`SVI`), on one device.
-        progress: whether to show the progress bar.
+        resume: continue from ``dir/last.ckpt`` exactly as if training had not stopped (unless a DataLoader draws
+            from its own generator). ``max_epochs`` counts from the start of training.
+        seed: repeats a run bit for bit on a CPU. The caller's random state is restored afterwards.
+        devices: processes on this machine; they average their gradients and draw separate noise.
+        grad_clip: the largest norm of the gradient; larger gradients are scaled down.
+        compile: run repeated steps as one compiled graph (see :class:`SVI`); needs ``devices=1``.
+        progress: show the progress bar.
 
     Raises:
         ArgumentError: a schedule outlasts the training, arguments do not go together, or ``optimizer`` makes no torch
             optimizer.
-        DataError: no data, tensors of different length, or minibatches of a model that does not know of them.
+        DataError: no data, tensors of different length, or minibatches of a model that does not declare them.
         CheckpointError: the folder cannot be written, or a checkpoint is damaged or of other programs.
         GuideError: the parameter store already holds parameters of another guide of the same name, or there is
             nothing to train.
@@ -160,14 +160,14 @@ def _check_schedule(loss: TraceBeta_ELBO, taken: int, max_epochs: int, batches: 
     if loss.settled > end:
         raise ArgumentError(
             f"The schedule settles after {loss.settled} optimization steps, but {max_epochs} epochs of {batches} "
-            f"batches a process end at step {end}: training would end at another β than you asked for. Shorten the "
-            "schedule or raise max_epochs."
+            f"batches a process end at step {end}: training would end before β is final. Shorten the schedule "
+            "or raise max_epochs."
         )
 
 
 @contextmanager
 def _errors_of_processes() -> Iterator[None]:
-    """Let an error of this library leave a process as itself: torch hands over its text alone."""
+    """Raise an error of this library from a process with its own type: torch passes on only its text."""
     try:
         yield
     except torch.multiprocessing.ProcessRaisedException as error:
@@ -180,7 +180,7 @@ def _errors_of_processes() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keep the caller's random state, and keep Lightning's advertisements and advice off the screen."""
+    """Restore the caller's random state, and silence Lightning's advertisements and advice."""
     import lightning  # noqa: F401  (sets its loggers' levels when imported)
 
     state = pyro.util.get_rng_state()
@@ -202,9 +202,9 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tuple[Terms, dict[str, nn.Parameter]]:
-    """Run both programs once so that lazy parameters exist; return the terms and the parameters of no module.
+    """Run both programs once to create lazy parameters; return the terms and the parameters that no module owns.
 
-    Tensors of Pyro's store become nn.Parameters in place: optimizer, checkpoint and DDP then see what Pyro sees.
+    Replace the tensors in Pyro's store by nn.Parameters, so that optimizer, checkpoint and DDP share them with Pyro.
     """
     store = pyro.get_param_store()
     module.eval()  # buffers such as batch-norm statistics must not see the batch twice
@@ -232,9 +232,9 @@ def _first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tupl
 
 
 def _displaced_parameters(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, nn.Parameter]:
-    """Parameters of modules in the programs whose names in the store belong to other modules.
+    """Return the parameters of the programs' modules whose names in the store belong to other modules.
 
-    Pyro would silently use the store's. An empty store shows which ones the programs bring themselves.
+    Pyro would silently use those of the store. A run with an empty store shows the programs' own parameters.
     """
     store = pyro.get_param_store()
     known = dict(store.named_parameters())
@@ -247,7 +247,7 @@ def _displaced_parameters(module: TermsModule, args: tuple, kwargs: dict[str, An
 
 
 def _check_minibatches(terms: Terms, batches: int, rows: int) -> None:
-    """Refuse minibatches where the KL of a global latent would be counted once per batch, and wrong full sizes."""
+    """Refuse minibatches that would count the KL of a global latent once per batch, and wrong full sizes."""
     plate = terms.data_plate
     subsampled = plate is not None and plate.full_size != plate.size
     if subsampled and plate.full_size != rows:
@@ -303,7 +303,7 @@ def _checked_checkpoint(path: Path, programs: Any, optimizer: torch.optim.Optimi
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of :func:`fit`; nothing in the file can run code.
+    """Read a checkpoint of :func:`fit` without running any code in it.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds more than tensors and plain values.
@@ -314,7 +314,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: nothing to resume. Train with the same dir first.") from error
-    except Exception as error:  # on damaged bytes the unpickler raises whatever it stumbles over
+    except Exception as error:  # the unpickler raises exceptions of any type on damaged bytes
         raise CheckpointError(
             f"{path} is damaged or is no checkpoint of pe.fit: {error} Delete it, or resume from a copy."
         ) from error

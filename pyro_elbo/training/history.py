@@ -1,6 +1,6 @@
-"""Terms -> one record per epoch and split -> the training history as labelled arrays.
+"""The training history: one record per epoch and split, and a labelled Dataset of all records.
 
-Records are plain dictionaries of numbers, so that they can live in a checkpoint which is read without running code.
+Records are plain dictionaries of numbers, so a checkpoint can hold them and be read without running code.
 """
 
 import os
@@ -28,13 +28,13 @@ class RunningMean:
     rows: int = 0
 
     def add(self, values: Mapping[str, Tensor], rows: int) -> None:
-        """Count ``values``, the means of ``rows`` rows."""
+        """Add ``values``, the means of ``rows`` rows."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * rows
         self.rows += rows
 
     def reduce(self) -> dict[str, float]:
-        """The means, over all processes where there are several."""
+        """Return the means, over all processes if there are several."""
         sums = list(self.sums.values())
         packed = torch.stack([*sums, torch.full_like(sums[0], self.rows)])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -44,20 +44,20 @@ class RunningMean:
 
 
 def best(records: list[EpochRecord]) -> EpochRecord:
-    """The record with the highest bound at β = 1: of validation where there is one, of epochs after the warm-up.
+    """Return the record with the highest bound at β = 1, of validation if there is one and after the warm-up.
 
-    While β moves, the bound at β = 1 may be high for weights that nobody asked for.
+    While β still moves, a high bound at β = 1 may belong to weights that the user did not ask for.
     """
     validated = [r for r in records if r["split"] == "valid"] or records
     return max([r for r in validated if r["settled"]] or validated, key=lambda r: r["values"]["elbo"])
 
 
 def to_dataset(records: list[EpochRecord]) -> "xarray.Dataset":
-    """Records of epochs and splits as a Dataset over ``epoch``, ``split`` and ``latent``.
+    """Return the records as a Dataset over ``epoch``, ``split`` and ``latent``.
 
     Variables: ``elbo``, ``distortion``, ``rate``, ``loss`` (epoch, split), ``kl`` (epoch, split, latent), all in nats
     per datum; ``beta`` (epoch, latent), the weight at the end of the epoch; with penalties, ``penalty`` (epoch, split,
-    penalty_name), unweighted. What a split lacks is NaN.
+    penalty_name), unweighted. Missing values of a split are NaN.
     """
     import numpy as np
     import xarray
@@ -91,7 +91,7 @@ def to_dataset(records: list[EpochRecord]) -> "xarray.Dataset":
 
 
 def save(history: "xarray.Dataset", path: Path) -> None:
-    """Write the history as NetCDF: whole, or not at all."""
+    """Write the history as NetCDF, atomically."""
     temporary = path.with_suffix(".part")
     history.to_netcdf(temporary, engine="h5netcdf")
     os.replace(temporary, path)

@@ -1,6 +1,6 @@
-"""The adapter to Lightning: programs as a LightningModule, data as loaders, the callbacks and the Trainer.
+"""Adapters to Lightning: programs as a LightningModule, data as loaders, the callbacks and the Trainer.
 
-Imported by :func:`pyro_elbo.fit` alone, when it is called.
+Only :func:`pyro_elbo.fit` imports this module, when it is called, because Lightning is slow to import.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +28,7 @@ Batch = Tensor | tuple | list | dict
 
 
 class RowDataset(Dataset):
-    """Tensors of the same length, indexed a batch at a time."""
+    """A dataset of tensors of the same length, indexed by batches."""
 
     def __init__(self, data: Tensor | tuple | Mapping[str, Tensor]) -> None:
         self.data = data
@@ -40,7 +40,7 @@ class RowDataset(Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> Any:
-        """Return the rows of a batch in the container that the data came in."""
+        """Return the rows of a batch in the same container as the data."""
         if len(indices) == len(self) and indices == list(range(len(self))):
             return self.data
         return _map(lambda x: x[indices], self.data)
@@ -55,21 +55,21 @@ def _map(function: Callable[[Tensor], Tensor], data: Any) -> Any:
 
 
 def num_rows(batch: Any) -> int:
-    """RowDataset of the first tensor of a batch."""
+    """Return the number of rows of a batch, those of its first tensor."""
     if isinstance(batch, Mapping):
         batch = tuple(batch.values())
     return len(batch if isinstance(batch, Tensor) else batch[0])
 
 
 def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    """A batch as the arguments of model and guide."""
+    """Return a batch as positional and keyword arguments of the programs."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (batch,) if isinstance(batch, Tensor) else tuple(batch), {}
 
 
 def _loader(dataset: Dataset, batch_size: int, shuffle: bool, seed: int, rank: int, world: int) -> DataLoader:
-    """A loader whose order depends on the seed and the epoch alone (Lightning tells the sampler the epoch)."""
+    """Return a loader whose order depends only on the seed and the epoch (Lightning tells the sampler the epoch)."""
     sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
     collate = _identity if isinstance(dataset, RowDataset) else None
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
@@ -81,7 +81,7 @@ def _identity(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Makes the loader of a split for a process."""
+    """The data of both splits, and a loader of them for each process."""
 
     train: Any
     valid: Any
@@ -90,11 +90,11 @@ class Loaders:
 
     @property
     def rows(self) -> int:
-        """RowDataset of the training data."""
+        """The number of rows of the training data."""
         return _num_rows(self.train)
 
     def __call__(self, split: str, rank: int = 0, world: int = 1) -> Any:
-        """The loader, or nothing to iterate over where the split has no data."""
+        """Return the loader of a split, or an empty list if the split has no data."""
         data = self.train if split == "train" else self.valid
         if data is None or isinstance(data, DataLoader):
             return data if data is not None else []
@@ -103,7 +103,7 @@ class Loaders:
 
 
 def prepare_data(train: Any, valid: Any, batch_size: int | None, seed: int) -> tuple[Loaders, Any]:
-    """Check the data of both splits; return their loaders and the first batch."""
+    """Check the data of both splits; return their loaders and the first training batch."""
     loaders = Loaders(_as_dataset("train", train), _as_dataset("valid", valid), batch_size, seed)
     batches = {split: next(iter(loaders(split)), None) for split in ("train", "valid")}
     for split, data in (("train", train), ("valid", valid)):
@@ -140,11 +140,11 @@ def _num_rows(data: Any) -> int:
 
 
 class LightningPrograms(lightning.LightningModule):
-    """Model, guide and loss as Lightning wants them.
+    """Model, guide and loss as a LightningModule.
 
-    Every training epoch starts from a random state that is a function of (seed, epoch, rank): runs repeat bit for bit,
-    continue exactly from an epoch's end, and ranks draw different noise. Validation always uses the same noise and
-    leaves the training's stream alone.
+    Every training epoch starts from a random state that is a function of (seed, epoch, rank). Runs therefore repeat
+    bit for bit, resume exactly at the end of an epoch, and draw different noise on each rank. Validation always uses
+    the same noise and does not advance the random stream of training.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class LightningPrograms(lightning.LightningModule):
         self.automatic_optimization = not compile
         self.grad_clip, self.steps = grad_clip, None
         self.module = module
-        # "@" keeps names such as "values" apart from the dictionary's own methods
+        # the prefix "@" separates names such as "values" from the methods of the dictionary
         self.store = nn.ParameterDict({f"@{name.replace('.', '|')}": p for name, p in store.items()})
         self.make_optimizer, self.loaders, self.seed, self.progress = optimizer, loaders, seed, progress
         self.records: list[EpochRecord] = []
@@ -170,11 +170,11 @@ class LightningPrograms(lightning.LightningModule):
         self.valid_mean = RunningMean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over all parameters of both programs.
+        """Return the optimizer of all parameters of both programs.
 
         Raises:
-            GuideError: there is nothing to train.
-            ArgumentError: what ``fit`` was given as ``optimizer`` does not make a torch optimizer.
+            GuideError: there is no parameter to train.
+            ArgumentError: the ``optimizer`` argument of ``fit`` does not return a torch optimizer.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
@@ -200,28 +200,28 @@ class LightningPrograms(lightning.LightningModule):
         return self.loaders("valid", self.global_rank, self.trainer.world_size)
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's mean, and the random state from which shuffling loaders draw."""
+        """Reset the mean of the epoch and seed the random state from which shuffling loaders draw."""
         self.mean = RunningMean()
         if not self.has_iterator:
             self._seed_loader()
         self.has_iterator = False
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Start the epoch's random stream, after loaders have taken what they need from the global one."""
+        """Seed the random stream of the epoch after the loaders have drawn from the global one."""
         if batch_idx == 0:
             pyro.set_rng_seed(mix_seed(self.seed, self.current_epoch, self.global_rank))
 
     def on_fit_start(self) -> None:
-        """Prepare compiled steps, now that parameters and optimizer are where they stay."""
+        """Prepare compiled steps once parameters and optimizer are on their device."""
         if not self.automatic_optimization:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             update = TorchUpdate(optimizer, self.grad_clip)
             programs = self.module.model, self.module.guide, self.module.elbo
-            # the program's own stream: runs repeat and resume with the noise of uncompiled ones
+            # draw the same noise as uncompiled steps, so that runs repeat and resume alike
             self.steps = CompiledSVI(*programs, update, per_datum=True, fallback_random=True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """The loss per datum; a compiled step has already followed its gradient."""
+        """Return the loss per datum, or None after a compiled step, which has updated the parameters already."""
         if self.steps is not None:
             self._show(self._compiled_step(batch))
             return None
@@ -230,7 +230,7 @@ class LightningPrograms(lightning.LightningModule):
         return self.module.elbo.count_step(-terms.objective / terms.num_data, terms)
 
     def _compiled_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Take the step where Lightning expects the gradient: without one, its own step moves nothing."""
+        """Run the step inside the optimizer's closure; without gradients, the optimizer's own step changes nothing."""
         optimizer: Any = self.optimizers()
         record: list[Any] = []
 
@@ -253,33 +253,33 @@ class LightningPrograms(lightning.LightningModule):
             self.log("loss", values["loss"], prog_bar=True, batch_size=1)
 
     def on_validation_epoch_start(self) -> None:
-        """Switch to the noise of validation."""
+        """Seed the noise of validation and keep the random stream of training."""
         self.stream = torch.get_rng_state()
         torch.manual_seed(mix_seed(self.seed, 2**31, self.global_rank))
         self.valid_mean = RunningMean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Count the terms of a validation batch."""
+        """Add the terms of a validation batch to the mean of the epoch."""
         if self.steps is not None:
             self._count(self.steps.evaluate(*arguments(batch)), batch, self.valid_mean)
         else:
             self._evaluate(batch, self.valid_mean)
 
     def on_validation_epoch_end(self) -> None:
-        """Record the epoch's validation terms and return to the training's noise."""
+        """Record the validation terms of the epoch and restore the random stream of training."""
         torch.set_rng_state(self.stream)
         self._record("valid", self.valid_mean)
 
     def on_train_epoch_end(self) -> None:
-        """Record the epoch's training terms."""
+        """Record the training terms of the epoch."""
         self._record("train", self.mean)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the history beside the weights."""
+        """Add the history to the checkpoint."""
         checkpoint["history"] = self.records
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue the history."""
+        """Restore the history from the checkpoint."""
         self.records = list(checkpoint["history"])
 
     def _seed_loader(self) -> None:
@@ -313,20 +313,20 @@ class StopAfterWarmup(EarlyStopping):
     """
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Check, unless a schedule still moves."""
+        """Check the bound, unless a schedule still moves."""
         elbo: Any = pl_module.module.elbo
         if elbo.step >= elbo.settled:
             super().on_train_epoch_end(trainer, pl_module)
 
 
 class KeepBest(Checkpoint):
-    """Save every epoch that is the best so far, judged as :func:`pyro_elbo.history.best` does."""
+    """Save every epoch that :func:`pyro_elbo.training.history.best` ranks first so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save, if the epoch that ends is the best."""
+        """Save a checkpoint if this epoch is the best so far."""
         records: Any = pl_module.records
         if best(records)["epoch"] == pl_module.current_epoch:
             trainer.save_checkpoint(self.path)
@@ -335,7 +335,7 @@ class KeepBest(Checkpoint):
 def make_trainer(
     folder: Path | None, max_epochs: int, patience: int | None, devices: int, grad_clip: float | None, progress: bool
 ) -> lightning.Trainer:
-    """Lightning's Trainer with our callbacks and without its files, tables and advice."""
+    """Return Lightning's Trainer with the callbacks of this module and without its files, tables and advice."""
     callbacks: list[lightning.Callback] = []
     if patience is not None:
         callbacks.append(StopAfterWarmup("valid_elbo", patience=patience, mode="max", check_on_train_epoch_end=True))

@@ -21,23 +21,23 @@ CHUNK = 1000  # steps between two looks at the progress bar
 class SVI:
     r"""Stochastic variational inference: :class:`pyro.infer.SVI` for the objectives of this library, compiled.
 
-    With ``compile=True`` a whole step becomes one graph: program, objective, gradient and optimizer. The first step
-    with data of a new shape runs as it is, the second is captured and compiled, and from then on the graph runs, as
-    long as nothing that it froze has changed (see ``docs/compile.md``). Parameters and the optimizer's state are
-    trained in place and can be read, saved and loaded as ever.
+    With ``compile=True`` a whole step becomes one graph: programs, objective, gradient and optimizer. The first step
+    with data of a new shape runs in Python. The second step is captured and compiled. From then on the graph runs, as
+    long as nothing that it has frozen changes (see ``docs/compile.md``). Steps train the parameters and the
+    optimizer's state in place, so both can be read, saved and loaded as usual.
 
     Args:
         model: the generative program.
-        guide: its variational posterior.
+        guide: the variational posterior of the model.
         optim: a ``pyro.optim`` optimizer, or a ``torch.optim`` one that holds all parameters.
         loss: an objective of this library.
-        compile: whether to compile steps that are repeated.
-        grad_clip: largest norm of the gradient of all parameters together.
-        fallback_random: draw in a compiled step exactly what an uncompiled one would draw from the same seed. Slower;
-            without it the draws are equal in distribution, seeded by torch's generator all the same.
+        compile: compile repeated steps.
+        grad_clip: the largest joint norm of the gradients of all parameters.
+        fallback_random: draw in a compiled step exactly the numbers that an uncompiled one draws from the same seed.
+            This is slower. Without it the draws are equal in distribution and still seeded by torch's generator.
 
     Raises:
-        ArgumentError: ``loss`` or ``optim`` is of another kind, or ``grad_clip`` is not positive.
+        ArgumentError: ``loss`` or ``optim`` has the wrong type, or ``grad_clip`` is not positive.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
@@ -77,16 +77,16 @@ class SVI:
         """Take one step and return the loss, an estimate of -objective in nats.
 
         Raises:
-            CompileError: the step cannot be one graph, or what Python froze changes at every step.
-            NonFiniteError: the objective is not finite; the parameters stay those before the step.
+            CompileError: the step cannot be one graph, or a frozen Python value changes at every step.
+            NonFiniteError: the objective is not finite; the step leaves the parameters unchanged.
             SiteError: model and guide do not fit each other.
         """
         return self._train(args, kwargs, 1)[1][0, 0].item()
 
     def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Float64[Tensor, "num_steps"]:
-        """Take many steps on the same data and return the loss of each in nats; compiled, without Python in between.
+        """Take many steps on the same data and return the loss of each in nats.
 
-        ``progress`` shows a bar with the ELBO at β = 1.
+        Compiled steps run without Python between them. ``progress`` shows a bar with the ELBO at β = 1.
 
         Raises:
             ArgumentError: ``num_steps`` is less than 1.
@@ -105,7 +105,7 @@ class SVI:
         return torch.from_numpy(losses)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """The loss without a step, in nats; schedules stay where they are."""
+        """Return the loss in nats without taking a step; schedules do not advance."""
         return self._steps.evaluate(args, kwargs)[1][0, 0].item()
 
     def _train(self, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:

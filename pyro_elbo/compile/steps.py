@@ -152,7 +152,7 @@ class CompiledSVI:
     ) -> tuple[Terms, dict[str, Tensor], Parameters]:
         """Run a step as pyro.infer.SVI does; return its terms, what it records, and the parameters that it used."""
         with torch.set_grad_enabled(kind == "train"), collect_parameters() as parameters:
-            terms = self.loss.terms(self.model, self.guide, *args, **kwargs)
+            terms = self.loss.checked_terms(self.model, self.guide, args, kwargs)
             loss = self._loss(terms)
         if kind == "train" and loss.requires_grad:
             self.loss.count_step(loss, terms).backward()

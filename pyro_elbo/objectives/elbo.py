@@ -24,7 +24,7 @@ from pyro_elbo.errors import ArgumentError
 from pyro_elbo.information import Critic, Penalty, critic_gradients
 from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
-from pyro_elbo.programs import Program, check_initialized, find_plate_nesting, trace_pair
+from pyro_elbo.programs import Program, check_initialized, evaluating, find_plate_nesting, trace_pair
 from pyro_elbo.schedules import Schedule
 from pyro_elbo.terms import KLForm, Term, Terms, evaluate_terms, stack_particles
 
@@ -100,7 +100,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         return TermsModule(model, guide, self)
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
-        """Evaluate every term of the bound on one set of draws.
+        """Evaluate every term of the bound on one set of draws, with modules in evaluation mode.
 
         Returns:
             The terms in nats; ``objective`` uses the weights of the current step and carries the gradient of
@@ -110,6 +110,11 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
             SiteError: model and guide do not fit each other.
             NonFiniteError: data or a term hold NaN or infinity.
         """
+        with evaluating(model, guide):
+            return self.checked_terms(model, guide, args, kwargs)
+
+    def checked_terms(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> Terms:
+        """Evaluate the terms in the modes that modules have, as a training step does, and check them."""
         terms = self.evaluate(model, guide, args, kwargs, lambda schedule: schedule(self.step))
         if not torch.isfinite(terms.objective):
             terms.check_finite()
@@ -146,7 +151,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
         """-objective, differentiable; a backward through it followed by an optimizer's step counts as a step."""
-        terms = self.terms(model, guide, *args, **kwargs)
+        terms = self.checked_terms(model, guide, args, kwargs)
         return self.count_step(-terms.objective, terms)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:

@@ -15,7 +15,7 @@ from pyro_elbo.errors import ArgumentError
 from pyro_elbo.posterior.draws import Arrays, Draws, draw, predict
 from pyro_elbo.posterior.importance import resample
 from pyro_elbo.posterior.psis import MIN_DRAWS
-from pyro_elbo.programs import Plate, Program, check_initialized, collect_parameters, seeded
+from pyro_elbo.programs import Plate, Program, check_initialized, collect_parameters, evaluating, seeded
 
 if TYPE_CHECKING:
     import xarray
@@ -233,7 +233,7 @@ def _check_not_shared(
 ) -> None:
     """Refuse a guide that reads a parameter of a previous one: they are one restart, not two."""
     check_initialized(guide)
-    with torch.no_grad(), seeded(0), collect_parameters() as used:
+    with torch.no_grad(), seeded(0), evaluating(guide), collect_parameters() as used:
         guide(*args, **kwargs)
     for p in [*used.values(), *(guide.parameters() if isinstance(guide, nn.Module) else ())]:
         if owners.setdefault(id(p), index) != index:

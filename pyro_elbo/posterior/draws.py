@@ -23,6 +23,7 @@ from pyro_elbo.programs import (
     Site,
     TracePair,
     check_initialized,
+    evaluating,
     find_plate_nesting,
     seeded,
     sort_by_dim,
@@ -123,7 +124,7 @@ def draw(
     seed: int | None = None,
     rows: Arrays | None = None,
 ) -> Draws:
-    """Draw from the guide and evaluate both programs at the draws, without gradients.
+    """Draw from the guide and evaluate both programs at the draws, without gradients, in evaluation mode.
 
     Plates that take a random subsample take the same one in every draw: ``rows`` if given.
 
@@ -136,7 +137,7 @@ def draw(
         raise ArgumentError(f"num_samples must be at least 1, got {num_samples}.")
     check_initialized(guide)
     programs = ProgramCall(model, guide, args, kwargs)
-    with torch.no_grad(), seeded(seed):
+    with torch.no_grad(), seeded(seed), evaluating(model, guide):
         rows = subsampled_rows(*programs) if rows is None else rows
         if rows:  # every draw sees the same rows: values per datum would otherwise belong to different data
             programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
@@ -176,7 +177,7 @@ def predict(
         return chunk or None
 
     parts = []
-    with torch.no_grad(), seeded(seed):
+    with torch.no_grad(), seeded(seed), evaluating(model):
         shapes = trace_program(program, args, kwargs, given(0, 1))
         shapes = {name: site for name, site in shapes.items() if site.role != "factor"}
         for start in range(0, len(draws.log_p), step):

@@ -2,12 +2,13 @@
 
 Takes the programs and their arguments; gives ``TracePair``: a ``Site`` per sample statement, with its plates, scale and
 mask. ``tracing`` runs the programs, ``messages`` reads their traces, ``checks`` compares the two. ``parameters``
-and ``modules`` collect parameters and torch modules, ``explain`` translates failures of Pyro and torch, ``rng`` derives
-seeds.
+and ``modules`` collect parameters and torch modules, ``modes`` sets evaluation mode, ``explain`` translates failures of
+Pyro and torch, ``rng`` derives seeds.
 Imports sequences and below.
 """
 
 from pyro_elbo.programs.explain import failed_line
+from pyro_elbo.programs.modes import evaluating
 from pyro_elbo.programs.modules import collect_modules
 from pyro_elbo.programs.parameters import Parameters, check_initialized, collect_parameters
 from pyro_elbo.programs.rng import mix_seed, seeded
@@ -34,6 +35,7 @@ __all__ = [
     "collect_modules",
     "collect_parameters",
     "check_initialized",
+    "evaluating",
     "failed_line",
     "find_plate_nesting",
     "mix_seed",

@@ -1,7 +1,7 @@
 """Collect the torch modules that programs use."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
@@ -25,11 +25,14 @@ def owners(program: Any) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def collect_modules(*programs: Any) -> Iterator[list[nn.Module]]:
+def collect_modules(
+    *programs: Any, on_found: Callable[[nn.Module], Any] = lambda module: None
+) -> Iterator[list[nn.Module]]:
     """Collect the modules that ``programs`` use while they run in the block, without modules inside of another.
 
     These are the programs themselves, the owners of methods, the arguments of ``pyro.module``, and all modules that
-    are called. The list is in the order of their first use, so it repeats from process to process.
+    are called. The list is in the order of their first use, so it repeats from process to process. ``on_found`` is
+    called with each module before its first use.
     """
     found: list[nn.Module] = []
     known: set[int] = set()
@@ -39,6 +42,7 @@ def collect_modules(*programs: Any) -> Iterator[list[nn.Module]]:
             inside = set(map(id, module.modules()))
             found[:] = [m for m in found if id(m) not in inside] + [module]
             known.update(inside)
+            on_found(module)
 
     for program in programs:
         for module in owners(program):

@@ -288,7 +288,7 @@ class LightningPrograms(lightning.LightningModule):
 
     def _evaluate(self, batch: Batch, mean: RunningMean) -> tuple[Terms, dict[str, Tensor]]:
         args, kwargs = arguments(batch)
-        terms = self.module.terms(*args, **kwargs)
+        terms = self.module.elbo.checked_terms(self.module.model, self.module.guide, args, kwargs)
         with torch.no_grad():
             values = {"loss": -terms.per_datum.objective} | terms.per_datum.totals()
         values = {name: x.detach() for name, x in values.items() if not name.startswith("log_likelihood")}

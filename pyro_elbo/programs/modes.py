@@ -1,0 +1,54 @@
+"""Run programs in evaluation mode."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from pyro_elbo.programs.modules import collect_modules
+
+
+@contextmanager
+def evaluating(*programs: Any) -> Iterator[None]:
+    """Put the modules that programs use into evaluation mode; restore the modes and buffers of all parts afterwards.
+
+    Modules that programs are or own change mode at once, others when the programs first use them in the block.
+
+    Example:
+        >>> net = nn.BatchNorm1d(2)
+        >>> with evaluating():
+        ...     _ = net(torch.ones(4, 2))
+        ...     net.training
+        False
+        >>> net.training, net.num_batches_tracked.item()
+        (True, 0)
+    """
+    with ExitStack() as stack, collect_modules(*programs, on_found=lambda m: stack.enter_context(_evaluating(m))):
+        yield
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    parts = list(module.modules())
+    modes = [part.training for part in parts]
+    buffers = [
+        (part, name, buffer, buffer.detach().clone())
+        for part in parts
+        for name, buffer in part._buffers.items()
+        if buffer is not None and not is_lazy(buffer)
+    ]
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(modes[0])  # a module may override train(): the parts follow
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
+        with torch.no_grad():
+            for part, name, buffer, value in buffers:
+                part._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

@@ -1,9 +1,9 @@
-"""A Pyro program as one step of a sequence, and the steps of two programs side by side.
+"""Scan a Pyro program over time, and filter a model and guide by sequential Monte Carlo.
 
-Takes step programs and tensors over time; gives one site per step site, with time in its event. ``scan`` runs the
-steps, ``step`` hides their sites and states them stacked, ``stacked`` is the distribution over all steps, ``smc``
-runs model and guide together with resampling.
-Imports masking, assumptions, errors.
+Takes a step program and tensors over time. Gives one site for each site of the step, with time as a dimension of its
+event. ``scan`` runs the steps, ``step`` collects their sites, ``stacked`` is the distribution of a site over all steps,
+``smc`` runs the scans of model and guide together and resamples.
+May import masking, assumptions and errors.
 """
 
 from pyro_elbo.sequences.scan import scan

@@ -1,10 +1,11 @@
-"""A Pyro program as one step of a sequence: its sites appear once each, with a dimension of time.
+"""Scan a Pyro program over time; each site of the step appears once in the trace, with a time dimension.
 
-The steps run inside of a handler that hides their sites from the handlers around the scan. Those are asked once per
-site which plates surround it and whether they give its value; at the end each site is stated once, over all steps.
+The steps run under a handler that hides their sites from the handlers around the scan. The scan asks those handlers
+once per site which plates surround it and whether they fix its value. After the last step it emits each site once,
+stacked over all steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from pyro_elbo.assumptions import active_loop, check_or_defer
 from pyro_elbo.errors import ArgumentError, CompileError
-from pyro_elbo.sequences.smc import ScanSide, active_filter, one_by_one, stack_rows
+from pyro_elbo.sequences.smc import ScanFunction, active_filter, run_loop, stack_rows
 from pyro_elbo.sequences.stacked import ScanRun
-from pyro_elbo.sequences.step import Step, StepProgram
+from pyro_elbo.sequences.step import Step, StepProgram, StepResult
 
 
 def scan(
@@ -33,32 +34,32 @@ def scan(
 ) -> tuple[Any, Any]:
     r"""Run ``carry, out = step(carry, x_t)`` over time, where ``step`` is a Pyro program.
 
-    Each site of the step appears in the trace once, with event shape (T,) + its own: log p is the sum over steps,
-    each conditioned on what came before. All of Pyro's handlers work on it, around the scan and inside of the step:
-    a plate may stand on either side. A value that a handler gives (replay, condition) may cover the first steps only;
-    the others are drawn.
+    Each site of the step appears in the trace once, with event shape (T,) + its own. Its log density is the sum over
+    steps, each conditioned on the steps before it. All of Pyro's handlers apply, around the scan and within the step,
+    and plates may stand on either side. A value from a handler (replay, condition) may cover only the first steps;
+    the remaining ones are drawn.
 
     Args:
         step: a Pyro program with the same sites at every step; ``x_t`` is ``xs`` at one time.
-        init: the first carry: a tensor, or any nest of tuples, lists and dictionaries of them. Its shapes and dtypes
-            must stay as they are (it may be smaller than what the first step makes of it, if it broadcasts).
-        xs: tensors that have time as dimension ``dim``, nested alike; or None, with ``length``.
-        lengths: integers, the batch's shape: how many steps of each sequence are real. Padding may hold anything; it
-            enters no term and no gradient, and the carry of a sequence that has ended stays. What a step sees
-            there is the sequence's last real frame.
+        init: the initial carry: a tensor, or a pytree of tensors (tuples, lists, dictionaries). Every step must keep
+            its shapes and dtypes; only the first step may enlarge it, by broadcasting.
+        xs: a tensor or pytree of tensors with time as dimension ``dim``; or None, together with ``length``.
+        lengths: integers of the batch's shape: the number of valid steps of each sequence. Padding may hold any
+            value: it enters neither terms nor gradients, and a sequence that has ended keeps its carry. At padded
+            steps the step program sees the sequence's last valid frame.
         length: the number of steps if ``xs`` is None.
-        horizon: how many steps to run after the end of ``xs``, with None in place of each x_t. An observed site
-            (``obs=x_t``) is drawn there: a forecast.
+        horizon: the number of steps to forecast after the end of ``xs``. They get None in place of each x_t, and an
+            observed site (``obs=x_t``) is drawn.
         reverse: run from the last step to the first.
-        dim: the dimension of time in ``xs`` and in the outputs.
-        name: of the dimension of time, in ``to_dataset()`` and in ArviZ.
+        dim: the time dimension of ``xs`` and of the outputs.
+        name: the name of the time dimension in ``to_dataset()`` and in ArviZ.
 
     Returns:
-        The last carry, and the outs of all steps, with time as dimension ``dim``.
+        The last carry, and the outs of all steps with time as dimension ``dim``.
 
     Raises:
-        ArgumentError: there are no steps; lengths are not between 1 and T; the carry changes shape or dtype.
-        SiteError: a site appears twice in a step, or not in all steps; its distribution changes.
+        ArgumentError: if there are no steps, lengths are not between 1 and T, or the carry changes shape or dtype.
+        SiteError: if a site appears twice in a step or is missing from some steps, or its distribution changes.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -74,73 +75,73 @@ def scan(
         Bradbury et al. (2018), JAX (``jax.lax.scan``); Phan, Pradhan, Jankowiak (2019), arXiv:1912.11554.
     """
     if horizon and reverse:
-        raise ArgumentError("pe.scan: a forecast runs forward from the end of xs: choose horizon or reverse.")
+        raise ArgumentError("pe.scan: a forecast runs forward from the end of xs. Pass either horizon or reverse.")
     inputs = _Inputs.make(xs, lengths, length, horizon, dim)
     steps = StepProgram(step, inputs.total)
-    last, stacked = _run(steps, init, inputs, reverse)
-    return last, steps.emit(stacked, inputs.valid, dim, ScanRun(name, reverse))
+    last_carry, stacked = _run(steps, init, inputs, reverse)
+    return last_carry, steps.emit(stacked, inputs.valid, dim, ScanRun(name, reverse))
 
 
 def _run(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
-    """Run all steps: the last carry, and what they drew, time first."""
-    loop, by = active_loop(), active_filter()
-    if loop is None and by is None:
-        return _one_by_one(steps, init, inputs, reverse)
+    """Run all steps and return the last carry and the stacked tensors of all steps, time first."""
+    loop, particle_filter = active_loop(), active_filter()
+    if loop is None and particle_filter is None:
+        return _run_eagerly(steps, init, inputs, reverse)
     if inputs.total > inputs.given:
         raise CompileError("A forecast (pe.scan with horizon) can be neither compiled nor filtered: use compile=False.")
-    carry = steps.peek(init, inputs.at(0), None if inputs.valid is None else inputs.valid[0])
+    carry, first = steps.peek(init, inputs.at(0), inputs.valid_at(0))
     state, spec = pytree.tree_flatten(carry)
-    side = _side(steps, state, spec, inputs, reverse)
-    if by is not None and steps.outside:
-        last, stacked = by.scan(side)
+    function = _as_function(steps, first, state, spec, inputs, reverse)
+    if particle_filter is not None and first.sites:
+        last, stacked = particle_filter.scan(function)
     else:
-        alone = lambda leaves, row: side.body(leaves, row, {})  # noqa: E731
-        last, stacked = (loop or one_by_one)(alone, side.state, side.columns, inputs.total, reverse)
+        last, stacked = (loop or run_loop)(function.body, function.state, function.columns, inputs.total, reverse)
     return _with_tensors(state, last, spec), stacked
 
 
-def _one_by_one(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
+def _run_eagerly(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
     carry, rows = init, []
     for t in inputs.order(reverse):
-        valid = None if inputs.valid is None else inputs.valid[t]
-        carry, row = steps.run(carry, inputs.at(t), valid, t, steps.given_at(t))
-        rows.append(row)
+        result = steps.run(carry, inputs.at(t), inputs.valid_at(t), t, steps.given_at(t))
+        carry = result.carry
+        rows.append(result.tensors)
     return carry, stack_rows(rows[::-1] if reverse else rows)
 
 
-def _side(steps: StepProgram, state: Sequence[Any], spec: Any, inputs: "_Inputs", reverse: bool) -> ScanSide:
-    """The scan as a function of tensors: a step is the same at all times but for its row of inputs."""
-    valid, given = inputs.valid, steps.given_over_time()
+def _as_function(
+    steps: StepProgram, first: StepResult, state: Sequence[Any], spec: Any, inputs: "_Inputs", reverse: bool
+) -> ScanFunction:
+    """Return the scan as a function of tensors, whose steps differ only in their row of inputs."""
+    valid, given = inputs.valid, steps.given_over_time(first.sites)
     xs, xs_spec = pytree.tree_flatten(inputs.xs)
     columns = [x for x in (*xs, valid, *given.values()) if isinstance(x, Tensor)]
 
-    def body(leaves: list[Tensor], row: list[Tensor], drawn: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def step(leaves: list[Tensor], row: list[Tensor], drawn: Mapping[str, Tensor]) -> StepResult:
         parts = iter(row)
         x_t = pytree.tree_unflatten([x if x is None else next(parts) for x in xs], xs_spec)
         valid_t = None if valid is None else next(parts)
-        values = drawn | dict(zip(given, parts, strict=True))
-        old = _with_tensors(state, leaves, spec)
-        new, out = steps.again(old, x_t, valid_t, lambda name, event_dim: values.get(name))
-        return [x for x in pytree.tree_leaves(new) if isinstance(x, Tensor)], out
+        values = {**drawn, **dict(zip(given, parts, strict=True))}
+        carry = _with_tensors(state, leaves, spec)
+        return steps.run_any(carry, x_t, valid_t, lambda name, event_dim: values.get(name))
 
-    return ScanSide(steps, [x for x in state if isinstance(x, Tensor)], columns, body, reverse)
+    return ScanFunction(steps.total, first, [x for x in state if isinstance(x, Tensor)], columns, step, reverse)
 
 
 def _with_tensors(leaves: Sequence[Any], tensors: Sequence[Tensor], spec: Any) -> Any:
-    """The nest of ``leaves`` with other tensors in it."""
+    """Return the pytree of ``leaves`` with its tensors replaced by ``tensors``."""
     new = iter(tensors)
     return pytree.tree_unflatten([next(new) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the steps get.
+    """The inputs of all steps.
 
     Attributes:
-        xs: the given inputs, time first, padding replaced by each sequence's last real frame.
-        given: steps that have an input.
-        total: those and the steps of the forecast.
-        valid: which steps of which sequence are real, shape (T, *batch); None if all are.
+        xs: the inputs, time first, with padding replaced by each sequence's last valid frame.
+        given: the number of steps that have an input.
+        total: the number of steps, the forecast included.
+        valid: the valid steps of each sequence, shape (T, *batch); None if all are.
     """
 
     xs: Any
@@ -164,26 +165,30 @@ class _Inputs:
         if lengths is None:
             return _Inputs(xs, given, given + horizon, None)
         if horizon:
-            raise ArgumentError("pe.scan: a forecast starts where all sequences end: choose horizon or lengths.")
+            raise ArgumentError("pe.scan: a forecast starts where all sequences end. Pass either horizon or lengths.")
         lengths = _check_lengths(lengths, given, [x for x in pytree.tree_leaves(xs) if x is not None])
         times = torch.arange(given, device=lengths.device).reshape(-1, *(1,) * lengths.dim())
         last = torch.minimum(times, lengths - 1)
         return _Inputs(pytree.tree_map(lambda x: _take(x, last), xs), given, given, times < lengths)
 
     def at(self, t: int) -> Any:
-        """The inputs of step ``t``; None in place of each in the forecast."""
+        """Return the inputs of step ``t``, with None in place of each tensor in the forecast."""
         return pytree.tree_map(lambda x: x[t] if t < self.given and x is not None else None, self.xs)
 
+    def valid_at(self, t: int) -> Tensor | None:
+        """Return which sequences have a step ``t``; None if all do."""
+        return None if self.valid is None else self.valid[t]
+
     def order(self, reverse: bool) -> range:
-        """The steps, in the order in which they run."""
+        """Return the steps in the order in which they run."""
         return range(self.total - 1, -1, -1) if reverse else range(self.total)
 
 
 def _size(x: Tensor, dim: int) -> int:
     if not -x.dim() <= dim < x.dim():
         raise ArgumentError(
-            f"pe.scan: xs holds a tensor of shape {tuple(x.shape)}, which has no dimension {dim} for time. Choose "
-            "another dim."
+            f"pe.scan: xs holds a tensor of shape {tuple(x.shape)}, which has no dimension {dim} for time. Pass the "
+            "time dimension as dim."
         )
     return x.shape[dim]
 
@@ -196,7 +201,7 @@ def _check_lengths(lengths: Any, total: int, xs: Sequence[Tensor]) -> Tensor:
         if x.shape[1 : 1 + lengths.dim()] != lengths.shape:
             raise ArgumentError(
                 f"pe.scan: lengths of shape {tuple(lengths.shape)} do not fit inputs of shape {tuple(x.shape)} (time "
-                f"first): expected time, then the dimensions of lengths. dim=1 is for inputs with time second."
+                f"first). Expected time, then the dimensions of lengths. Pass dim=1 if time is second."
             )
     if not check_or_defer(((lengths >= 1) & (lengths <= total)).all()):
         bad = lengths[(lengths < 1) | (lengths > total)]
@@ -208,7 +213,7 @@ def _check_lengths(lengths: Any, total: int, xs: Sequence[Tensor]) -> Tensor:
 
 
 def _take(x: Tensor | None, last: Tensor) -> Tensor | None:
-    """Each sequence at the times ``last``, shape (T, *batch)."""
+    """Return each sequence at the times ``last``, shape (T, *batch)."""
     if x is None:
         return None
     index = last.reshape(last.shape + (1,) * (x.dim() - last.dim())).expand(last.shape + x.shape[last.dim() :])

@@ -1,16 +1,16 @@
-r"""Model and guide side by side, step by step, with resampling: the filtering bound.
+r"""Run model and guide together over time and resample: the filtering bound.
 
 .. math:: \log \hat Z = \sum_{\text{resampled } t} \log \frac1K \sum_k w_{tk}, \qquad E[\hat Z] = p(x_{1:T})
 
-After a step, a sequence whose effective sample size has fallen below a part of the particles draws new ones among
-them, by weight. The carries of both programs follow. The gradient leaves out that of the choice of ancestors.
+After a step, a sequence resamples when its effective sample size has fallen below a fraction of the particles: it draws
+ancestors by weight, and the carries of both programs follow them. The gradient omits the term of the ancestors' choice.
 
 References:
     Maddison et al. (2017), Filtering variational objectives, arXiv:1705.09279; Le et al. (2018), arXiv:1705.10306;
     Naesseth et al. (2018), arXiv:1705.11140.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,42 +23,49 @@ from pyro_elbo.assumptions import active_loop
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.masking import log_mean_exp, masked
 from pyro_elbo.sequences.stacked import fill_masked
-from pyro_elbo.sequences.step import StepProgram, StepSite
+from pyro_elbo.sequences.step import StepResult, StepSite
 
-StepFunction = Callable[[list[Tensor], list[Tensor], dict[str, Tensor]], tuple[list[Tensor], list[Tensor]]]
+StepFunction = Callable[[list[Tensor], list[Tensor], Mapping[str, Tensor]], StepResult]
+ScanResult = tuple[list[Tensor], list[Tensor]]
+"""The last carry of a scan, and the stacked tensors of all steps."""
 
 
 @dataclass(frozen=True)
-class ScanSide:
+class ScanFunction:
     """The scan of one program as a function of tensors.
 
     Attributes:
-        steps: what its sites are.
-        state, columns: the carry at the start, and a row of tensors per step (time first).
-        body: (carry, row, values of sites) -> (next carry, what is kept of the step).
+        total: the number of steps.
+        first: a step that ran before the scan and left no trace: its sites with their shapes.
+        state: the tensors of the initial carry.
+        columns: the inputs of all steps, time first; a row holds those of one step.
+        step: (carry, row, values of sites) -> the step's result.
+        reverse: run from the last step to the first.
     """
 
-    steps: StepProgram
+    total: int
+    first: StepResult
     state: list[Tensor]
     columns: list[Tensor]
-    body: StepFunction
+    step: StepFunction
     reverse: bool
 
-
-ScanResult = tuple[list[Tensor], list[Tensor]]
-"""The last carry of a scan, and what it kept of all steps."""
+    def body(self, state: list[Tensor], row: list[Tensor]) -> ScanResult:
+        """Run one step: the next carry and the tensors kept of the step."""
+        result = self.step(state, row, {})
+        return result.carry_tensors, result.tensors
 
 
 @dataclass
 class Filter:
-    """Runs a guide's scan together with a model's.
+    """A particle filter: runs the guide's scan together with the model's.
 
     Attributes:
-        particles: how many.
-        rank: batch dimensions, that of the particles on the left included.
-        threshold: a sequence resamples when its effective sample size is below this part of the particles.
-        run_guide: runs the guide, when the model has come to its scan.
-        log_evidence: log Ẑ of each sequence (nats), shaped like the plates; known after the run.
+        particles: the number of particles.
+        rank: the number of batch dimensions, the leftmost one for the particles included.
+        threshold: a sequence resamples when its effective sample size is below this fraction of the particles.
+        run_guide: runs the guide, once the model has reached its scan.
+        log_evidence: log Ẑ of each sequence (nats), shaped like the plates; set by the run.
     """
 
     particles: int
@@ -66,19 +73,19 @@ class Filter:
     threshold: float
     run_guide: Callable[[], None]
     log_evidence: Tensor | None = None
-    _model: ScanSide | None = None
+    _model: ScanFunction | None = None
     _results: dict[str, ScanResult] = field(default_factory=dict)
     _handlers: int = field(default_factory=lambda: len(_PYRO_STACK))
 
-    def scan(self, side: ScanSide) -> ScanResult:
-        """Take part in the run: first the model, from within it the guide."""
+    def scan(self, scan: ScanFunction) -> ScanResult:
+        """Run a scan of the model, which runs the guide and its scan, or that scan of the guide."""
         if self._results:
             raise SiteError("The filtering bound needs one pe.scan with sites in each program: join the scans.")
         if self._model is not None:
-            self._run(side, self._model)
+            self._run(scan, self._model)
             return self._results["guide"]
-        self._model = side
-        with self._aside():
+        self._model = scan
+        with self._outside_model():
             self.run_guide()
         if not self._results:
             raise SiteError(
@@ -88,8 +95,8 @@ class Filter:
         return self._results["model"]
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Leave the handlers and plates of the model for a while."""
+    def _outside_model(self) -> Iterator[None]:
+        """Remove the handlers and plates of the model for a while."""
         handlers, plates = list(_PYRO_STACK), list(_DIM_ALLOCATOR._stack)
         _PYRO_STACK[self._handlers :], _DIM_ALLOCATOR._stack[:] = [], []
         try:
@@ -97,50 +104,49 @@ class Filter:
         finally:
             _PYRO_STACK[:], _DIM_ALLOCATOR._stack[:] = handlers, plates
 
-    def _run(self, q: ScanSide, p: ScanSide) -> None:
+    def _run(self, q: ScanFunction, p: ScanFunction) -> None:
         _check(q, p)
-        total, nq, mq = q.steps.total, len(q.state), len(q.columns)
-        shape = self._shape([*q.steps.last.values(), *p.steps.last.values()])
+        total, nq, mq = q.total, len(q.state), len(q.columns)
+        shape = self._shape([*q.first.sites.values(), *p.first.sites.values()])
         log_w = torch.zeros(shape, device=p.columns[0].device if p.columns else None)
         last = torch.arange(total, device=log_w.device) == total - 1
         start = [*q.state, *p.state, log_w, torch.zeros_like(log_w[:1])]
 
         def body(state: list[Tensor], row: list[Tensor]) -> ScanResult:
-            new_q, row_q = q.body(state[:nq], row[:mq], {})
-            drawn = {name: site.value for name, site in q.steps.last.items()}
-            new_p, row_p = p.body(state[nq:-2], row[mq:-1], drawn)
-            log_w = state[-2] + self._log_weights(q.steps, p.steps, shape)
-            carry, log_w, gained = self._resample([*new_q, *new_p], log_w, row[-1], p.steps.valid)
-            return [*carry, log_w, state[-1] + gained], [*row_q, *row_p]
+            guide = q.step(state[:nq], row[:mq], {})
+            drawn = {name: site.value for name, site in guide.sites.items()}
+            model = p.step(state[nq:-2], row[mq:-1], drawn)
+            log_w = state[-2] + self._log_weights(guide, model, shape)
+            carry = [*guide.carry_tensors, *model.carry_tensors]
+            carry, log_w, gained = self._resample(carry, log_w, row[-1], model.valid)
+            return [*carry, log_w, state[-1] + gained], [*guide.tensors, *model.tensors]
 
-        ends, rows = (active_loop() or one_by_one)(body, start, [*q.columns, *p.columns, last], total, False)
+        ends, rows = (active_loop() or run_loop)(body, start, [*q.columns, *p.columns, last], total, False)
         self.log_evidence = ends[-1].squeeze(0)
-        self._results = {
-            "guide": (ends[:nq], rows[: q.steps.width]),
-            "model": (ends[nq:-2], rows[q.steps.width :]),
-        }
+        width = len(q.first.tensors)
+        self._results = {"guide": (ends[:nq], rows[:width]), "model": (ends[nq:-2], rows[width:])}
 
     def _shape(self, sites: list[StepSite]) -> tuple[int, ...]:
-        """Particles, then the plates that all sites share; the rest of the batch is summed out."""
+        """Return the shape of the log weights: particles and the plates that all sites share, 1 elsewhere."""
         shape = [1] * self.rank
         for frame in set.intersection(*(set(s.everywhere) for s in sites)):
             shape[frame.dim] = frame.size
         return tuple(shape)
 
-    def _log_weights(self, q: StepProgram, p: StepProgram, shape: tuple[int, ...]) -> Tensor:
+    def _log_weights(self, guide: StepResult, model: StepResult, shape: tuple[int, ...]) -> Tensor:
         total = torch.zeros(shape)
-        for sign, steps in ((1, p), (-1, q)):
-            for site in steps.last.values():
+        for sign, step in ((1, model), (-1, guide)):
+            for site in step.sites.values():
                 if not site.infer.get("_deterministic"):
                     nats = masked(site.fn.log_prob(fill_masked(site.fn, site.value, site.mask)), site.mask)
                     gone = [d for d in range(-nats.dim(), 0) if shape[d] == 1 and nats.shape[d] != 1]
                     total = total + sign * (nats.sum(gone, keepdim=True) if gone else nats)
-        return masked(total, p.valid)
+        return masked(total, model.valid)
 
     def _resample(
         self, carry: list[Tensor], log_w: Tensor, last: Tensor, valid: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The carries of the new particles, their log weights, and what this adds to log Ẑ."""
+        """Return the carries of the new particles, their log weights, and the increment of log Ẑ."""
         count = self.particles
         weights = log_w.detach().softmax(0)
         poor = (1 / weights.square().sum(0, keepdim=True) < self.threshold * count) & ~last
@@ -155,7 +161,7 @@ class Filter:
 
 
 def _follow(carry: Tensor, ancestors: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The carry of the ancestors; one that is the same for all particles stays."""
+    """Return the carry of the ancestors; a carry that all particles share is unchanged."""
     rank = len(shape)
     if carry.dim() < rank or any(n not in (1, m) for n, m in zip(shape, carry.shape, strict=False)):
         return carry
@@ -165,32 +171,32 @@ def _follow(carry: Tensor, ancestors: Tensor, shape: tuple[int, ...]) -> Tensor:
     return carry.gather(0, index)
 
 
-def _check(q: ScanSide, p: ScanSide) -> None:
-    if q.steps.total != p.steps.total or q.reverse or p.reverse:
-        ways = [f"{s.steps.total} steps{' backward' * s.reverse}" for s in (p, q)]
+def _check(q: ScanFunction, p: ScanFunction) -> None:
+    if q.total != p.total or q.reverse or p.reverse:
+        ways = [f"{s.total} steps{' backward' * s.reverse}" for s in (p, q)]
         raise SiteError(
             f"The filtering bound runs model and guide forward through the same steps, but the model takes {ways[0]} "
             f"and the guide {ways[1]}."
         )
-    for name, site in q.steps.last.items():
+    for name, site in q.first.sites.items():
         if not site.fn.has_rsample:
             raise SiteError(
                 f"Site '{name}' has no pathwise gradient ({type(site.fn).__name__}), which the filtering bound needs. "
                 "Use bound='importance'."
             )
-    latent = {n for n, s in p.steps.last.items() if not s.observed and not s.infer.get("_deterministic")}
-    if missing := sorted(latent - q.steps.last.keys()):
+    latent = {n for n, s in p.first.sites.items() if not s.observed and not s.infer.get("_deterministic")}
+    if missing := sorted(latent - q.first.sites.keys()):
         raise SiteError(f"The latent sites {missing} of the model's scan are not in the guide's scan. Draw them there.")
 
 
-def one_by_one(
+def run_loop(
     body: Callable[[list[Tensor], list[Tensor]], ScanResult],
     state: list[Tensor],
     columns: list[Tensor],
     total: int,
     reverse: bool,
 ) -> ScanResult:
-    """Run a step over time in Python: the last carry, and what is kept of all steps, time first."""
+    """Run a step over time in Python and return the last carry and the tensors of all steps, time first."""
     rows = []
     for t in range(total - 1, -1, -1) if reverse else range(total):
         state, row = body(state, [x[t] for x in columns])
@@ -199,10 +205,10 @@ def one_by_one(
 
 
 def stack_rows(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The tensors of all steps, time first.
+    """Stack the tensors of all steps, time first.
 
     Raises:
-        ArgumentError: one changes its shape from step to step.
+        ArgumentError: if a tensor changes its shape from step to step.
     """
     stacked = []
     for column in zip(*rows, strict=True):
@@ -211,8 +217,8 @@ def stack_rows(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         except RuntimeError as error:
             shapes = list(dict.fromkeys(tuple(x.shape) for x in column))
             raise ArgumentError(
-                f"pe.scan: a tensor that step returns in its out, or a mask, changes its shape over time: {shapes}. "
-                "Give it one shape."
+                f"pe.scan: a tensor in the step's out, or a mask, changes its shape over time: {shapes}. Return one "
+                "shape at all steps."
             ) from error
     return stacked
 
@@ -221,14 +227,14 @@ _active: ContextVar[Filter | None] = ContextVar("filter", default=None)
 
 
 def active_filter() -> Filter | None:
-    """The filter in which a program is run, if any."""
+    """Return the filter under which the program runs, if any."""
     return _active.get()
 
 
 @contextmanager
-def filtering(by: Filter) -> Iterator[None]:
-    """Let the scans of a model take part in a filter."""
-    token = _active.set(by)
+def filtering(particle_filter: Filter) -> Iterator[None]:
+    """Run the scans of a model under a particle filter."""
+    token = _active.set(particle_filter)
     try:
         yield
     finally:

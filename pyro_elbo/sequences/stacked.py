@@ -23,7 +23,7 @@ from pyro_elbo.masking import expand_to_event, masked
 
 
 def fill_masked(fn: Distribution, value: Tensor, mask: Tensor | bool | None) -> Tensor:
-    """Replace what is masked and not finite by a point of the support: 0 * NaN is NaN in the gradient."""
+    """Replace masked values that are not finite by a point of the support, since 0 · NaN is NaN in the gradient."""
     if not isinstance(mask, Tensor) or not value.is_floating_point() or isinstance(fn, RecordedDensity):
         return value
     missing = ~expand_to_event(mask, len(fn.event_shape)) & ~torch.isfinite(value)
@@ -38,20 +38,20 @@ def fill_masked(fn: Distribution, value: Tensor, mask: Tensor | bool | None) -> 
 
 @dataclass(frozen=True, eq=False)
 class ScanRun:
-    """One run of a scan, which its sites share: the name of its time, and whether it ran from the last step on."""
+    """One run of a scan, shared by its sites: the name of its time dimension and its direction."""
 
     time: str
     reverse: bool
 
 
 class StackedDistribution(TorchDistribution):
-    """A site's distribution at all steps; a draw from it is what the scan drew.
+    """The distribution of one site over all steps; sampling returns the values of the scan.
 
     Args:
-        steps: batch shape plates + (T,).
-        value: what the scan drew or was given, shape plates + (T,) + event.
-        counted: which steps count, broadcastable to plates + (T,); None or True for all.
-        run: the scan that made it.
+        steps: the distribution of each step, batch shape plates + (T,).
+        value: the values drawn or given in the scan, shape plates + (T,) + event.
+        counted: the mask of the steps that count, broadcastable to plates + (T,); None or True for all.
+        run: the scan that produced it.
     """
 
     arg_constraints: Any = {}
@@ -70,26 +70,26 @@ class StackedDistribution(TorchDistribution):
 
     @property
     def support(self) -> Any:
-        """The support of the steps, over time."""
+        """The support of the steps, with time as an event dimension."""
         return constraints.independent(self.steps.support, 1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """What the scan drew: other draws need the program."""
+        """Return the values of the scan; new draws need a new run of the program."""
         if sample_shape:
             raise SiteError(
-                "The sites of a scan are drawn by running it, as one step depends on the one before: run the program "
-                "again."
+                "Sites of a pe.scan cannot be sampled again on their own, since each step depends on the one before. "
+                "Run the program again."
             )
         return self.value
 
     rsample: Any = sample
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Σ_t log p_t(value_t) over the steps that count, shape plates (nats)."""
+        """Return Σ_t log p_t(value_t) over the steps that count, shape plates (nats)."""
         return masked(self.steps.log_prob(fill_masked(self.steps, value, self.counted)), self.counted).sum(-1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "StackedDistribution":
-        """The same steps for more rows."""
+        """Broadcast the steps over more rows."""
         batch_shape = Size(batch_shape)
         if batch_shape == self.batch_shape:
             return self
@@ -98,7 +98,7 @@ class StackedDistribution(TorchDistribution):
 
 
 def _kl_stacked(q: StackedDistribution, p: StackedDistribution) -> Tensor:
-    """Σ_t KL(q_t ‖ p_t): exact given the draws of earlier steps, if both run through time in the same direction."""
+    """Return Σ_t KL(q_t ‖ p_t), exact given the draws of earlier steps if both scans run in the same direction."""
     if q.run.reverse != p.run.reverse:
         raise NotImplementedError
     return masked(kl.kl_divergence(q.steps, p.steps), p.counted).sum(-1)
@@ -108,9 +108,9 @@ kl.register_kl(StackedDistribution, StackedDistribution)(_kl_stacked)
 
 
 class RecordedDensity(TorchDistribution):
-    """A distribution that is known by the log density of one value only.
+    """The recorded log density of one value, in place of a distribution that cannot be stacked over time.
 
-    It stands for what cannot be stacked over time, such as a flow whose transforms hold tensors.
+    A flow whose transforms hold tensors is one.
     """
 
     arg_constraints: Any = {}
@@ -126,15 +126,15 @@ class RecordedDensity(TorchDistribution):
 
     @property
     def support(self) -> Any:
-        """The support of the distribution that it stands for."""
+        """The support of the recorded distribution."""
         return self.like.support
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log density, of the recorded value only (nats)."""
+        """Return the log density of the recorded value (nats)."""
         if value is not self.value:
             raise SiteError(
-                f"A {type(self.like).__name__} inside of a scan knows the density of its own draws only. ScanRun the "
-                "program on other values instead (pyro.poutine.condition)."
+                f"A {type(self.like).__name__} in a pe.scan has a log density for its own draws only. Run the program "
+                "on other values instead (pyro.poutine.condition)."
             )
         return self.density
 
@@ -144,8 +144,9 @@ class DistributionSpec:
     """A distribution without its tensors.
 
     Attributes:
-        parts: attribute -> the position of its tensor, the structure of a distribution inside, or a constant.
-        count: how many tensors the distribution has.
+        fn: a distribution of the same class and settings.
+        parts: attribute -> the position of its tensor, the spec of a nested distribution, or a constant.
+        count: the number of tensors.
     """
 
     fn: Distribution
@@ -158,7 +159,7 @@ class DistributionSpec:
         return type(self.fn)
 
     def matches(self, other: "DistributionSpec") -> bool:
-        """Whether two distributions differ in the values of their tensors only."""
+        """Return whether two distributions differ only in the values of their tensors."""
         return (
             self.kind is other.kind
             and self.fn.batch_shape == other.fn.batch_shape
@@ -168,7 +169,7 @@ class DistributionSpec:
         )
 
     def unflatten(self, tensors: Sequence[Tensor], position: int) -> Distribution:
-        """The distribution of tensors that have one more batch dimension, at ``position``."""
+        """Build the distribution from tensors with one more batch dimension, at ``position``."""
         made, size = copy.copy(self.fn), tensors[0].shape[position]
         shape = self.fn.batch_shape
         vars(made)["_batch_shape"] = shape[:position] + (size,) + shape[position:]
@@ -181,13 +182,13 @@ class DistributionSpec:
 
 
 class _Position(int):
-    """Where a tensor stands in a list."""
+    """The index of a tensor in a list."""
 
 
 def flatten_distribution(fn: Distribution, tensors: list[Tensor]) -> DistributionSpec | None:
-    """Append the tensors that make up ``fn``, each with all batch dimensions on its left, and return the rest.
+    """Append the tensors of ``fn`` to a list, each with all batch dimensions on its left, and return the spec.
 
-    None for distributions that hold tensors in other ways, such as in the transforms of a flow.
+    Return None for distributions that hold tensors in other ways, such as in the transforms of a flow.
     """
     try:
         fn = fn.expand(fn.batch_shape)  # gives tensors all batch dimensions
@@ -215,7 +216,7 @@ def flatten_distribution(fn: Distribution, tensors: list[Tensor]) -> Distributio
 
 
 def copy_without_cache(fn: Distribution) -> Distribution:
-    """A copy that does not get what ``fn`` computes and keeps later (``probs`` from ``logits``, when it is sampled)."""
+    """Copy ``fn`` so that values it caches later, such as ``probs`` computed from ``logits``, do not reach the copy."""
     made = copy.copy(fn)
     vars(made).update({key: copy_without_cache(x) for key, x in vars(fn).items() if isinstance(x, Distribution)})
     return made

@@ -403,7 +403,7 @@ def test_a_scan_inside_of_a_step(interpreted):
         return pyro.sample("z", dist.Normal(number("b") * x_t.sum(0), 1.0)), None
 
     model, guide = (in_plates(s, zeros(N))(scanned) for s in (step, guide_step))
-    refused(model, guide, frames(5, N), match=r"inside of a step.*loop out.*compile=False")
+    refused(model, guide, frames(5, N), match=r"within the step.*loop out.*compile=False")
 
 
 def test_values_that_a_step_looks_at(interpreted):

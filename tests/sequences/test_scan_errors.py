@@ -123,9 +123,9 @@ def test_inputs(xs, options, parts):
         ((torch.zeros(3), torch.zeros(2)), lambda c: (c[0], c[1][:1]), ("part 1", "(2,)", "(1,)")),
         ({"a": torch.zeros(3)}, lambda c: {"b": c["a"]}, ("structure", "'a'", "'b'")),
         ((torch.zeros(3),), lambda c: [c[0]], ("structure", "tuple", "list")),
-        (None, lambda c: torch.zeros(3), ("part 0", "None", "make it a tensor")),
-        (0.0, lambda c: c + 1.0, ("0.0", "1.0", "make it a tensor")),
-        (np.zeros(2), lambda c: c + 1.0, ("make it a tensor",)),
+        (None, lambda c: torch.zeros(3), ("part 0", "None", "Make it a tensor")),
+        (0.0, lambda c: c + 1.0, ("0.0", "1.0", "Make it a tensor")),
+        (np.zeros(2), lambda c: c + 1.0, ("Make it a tensor",)),
     ],
 )
 def test_a_carry_that_changes(carry, after, parts, t):
@@ -256,7 +256,7 @@ def test_sites_of_a_ragged_scan_without_plate():
 
 
 def test_a_scan_inside_of_a_step():
-    with refuses(SiteError, "'z'", "scan inside of a scan"):
+    with refuses(SiteError, "'z'", "within the step of another"):
         sequences(lambda c, x_t: (c, pe.scan(guide_step, c, None, length=2)[1]))(X)
 
 
@@ -287,7 +287,7 @@ def test_handlers_around_that_replace_a_site():
         (poutine.reparam(model, {"z": LocScaleReparam(0.0)}), "poutine.reparam"),
         (poutine.reparam(model, lambda site: LocScaleReparam(0.0) if site["name"] == "z" else None), "poutine.reparam"),
     ):
-        with refuses(SiteError, "'z'", kind, "inside"):
+        with refuses(SiteError, "'z'", kind, "within"):
             handler(X)
     for others in (poutine.do(model, {"y": torch.zeros(N)}), poutine.reparam(model, {"y": LocScaleReparam(0.0)})):
         assert others(X)[1].shape == (T, N)
@@ -319,7 +319,7 @@ def test_values_that_do_not_fit_in_time(shape):
 
 def test_other_draws_of_a_site():
     fn = poutine.trace(sequences()).get_trace(X).nodes["z"]["fn"]
-    with refuses(SiteError, "drawn by running it"):
+    with refuses(SiteError, "Run the program again"):
         fn.sample(torch.Size([2]))
 
 

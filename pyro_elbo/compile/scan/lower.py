@@ -1,7 +1,7 @@
-"""A scan inside of a captured graph: one operator that calls the machine code of one step T times.
+"""Lower a scan in a captured graph to one operator that calls the machine code of one step T times.
 
-The step is traced once, with its gradient. What needs the carry runs inside of the operator; all else becomes part of
-the graph around it, for all steps at once. Neither the graph nor its compilation grows with T.
+The step is traced once, with its gradient. The recurrence runs within the operator; everything else joins the graph
+around it, vectorized over all steps. Neither the graph nor its compilation grows with T.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,7 @@ LoopBody = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tenso
 
 
 def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
-    """A functional graph of constants and arguments, and the constants."""
+    """Trace a function into a functional graph of constants and arguments; return it and the constants."""
     raw = make_fx(function)(*arguments)
     with unset_fake_temporarily(), DisableTorchFunction():  # literals of the program are real
         constants = lift(raw, {})
@@ -54,8 +54,8 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[f
         module = fx.GraphModule(module, fx_graph_cse(module.graph))
     if any(n.target is aten.copy_.default for n in module.graph.nodes):
         raise CompileError(
-            "A step of pe.scan changes a tensor in place that it did not make (a buffer, such as batch-norm "
-            "statistics): a compiled scan cannot follow. Carry it from step to step, update it after the scan, or use "
+            "A step of pe.scan changes a tensor in place that it did not create (a buffer, such as batch-norm "
+            "statistics), which a compiled scan cannot do. Put it into the carry, update it after the scan, or use "
             "compile=False."
         )
     return module, constants
@@ -67,15 +67,15 @@ def _fresh(x: Tensor, requires_grad: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class _Traced:
-    """One step as a graph, with what it uses and what it draws."""
+    """One step as a graph, with its constants and its draws."""
 
     graph: StepGraph
     constants: list[Tensor]
-    draws: list["_Draws"]
+    draws: list["_Draw"]
 
 
 def _forward(body: LoopBody, carry: Sequence[Tensor], inputs: Sequence[Tensor], results: list[Tensor]) -> _Traced:
-    """Trace one step; ``results`` gets what it returned, which tells shapes and what needs a gradient."""
+    """Trace one step; ``results`` receives what it returned: the shapes, and which results need a gradient."""
     n, train = len(carry), torch.is_grad_enabled()
     leaves = [*(_fresh(c, train) for c in carry), *(_fresh(x[0], train and x.requires_grad) for x in inputs)]
 
@@ -85,24 +85,27 @@ def _forward(body: LoopBody, carry: Sequence[Tensor], inputs: Sequence[Tensor], 
         return results
 
     module, constants = _trace(function, leaves)
-    return _read(module, constants, n, len(leaves))
+    return _label(module, constants, n, len(leaves))
 
 
-def _to_run(
-    body: LoopBody, carry: Sequence[Tensor], inputs: Sequence[Tensor], seen: Sequence[Tensor], uses: Sequence[Tensor]
+def _forward_and_backward(
+    body: LoopBody, carry: Sequence[Tensor], inputs: Sequence[Tensor], results: Sequence[Tensor], uses: Sequence[Tensor]
 ) -> _Traced:
-    """Trace one step to run it: with its gradient if something in it needs one.
+    """Trace one step, with its gradient if a result needs one.
 
     Args:
-        seen: what the step returned when it was traced before.
+        body: the step, called with one row of ``inputs``.
+        carry: the carry before the step.
+        inputs: time first.
+        results: what the step returned to :func:`_forward`.
         uses: the constants that it used.
     """
-    seeded, n = [i for i, x in enumerate(seen) if x.requires_grad and torch.is_grad_enabled()], len(carry)
+    seeded, n = [i for i, x in enumerate(results) if x.requires_grad and torch.is_grad_enabled()], len(carry)
     leaves = [
         *(_fresh(c, bool(seeded)) for c in carry),
         *(_fresh(x[0], bool(seeded) and x.requires_grad) for x in inputs),
     ]
-    seeds = [_fresh(seen[i], False) for i in seeded]
+    seeds = [_fresh(results[i], False) for i in seeded]
     wanted = [x for x in (*leaves, *uses) if x.requires_grad] if seeded else []
 
     def joint(*arguments: Tensor) -> list[Tensor | None]:
@@ -116,10 +119,10 @@ def _to_run(
 
     module, constants = _trace(joint, [*leaves, *seeds])
     split_products(module.graph, [p for p in module.graph.nodes if p.op == "placeholder"][len(constants) :][:n])
-    return _read(module, constants, n, len(leaves), seeded, wanted, leaves)
+    return _label(module, constants, n, len(leaves), seeded, wanted, leaves)
 
 
-def _read(
+def _label(
     module: fx.GraphModule,
     constants: list[Tensor],
     n: int,
@@ -128,7 +131,7 @@ def _read(
     wanted: Sequence[Tensor] = (),
     leaves: Sequence[Tensor] = (),
 ) -> _Traced:
-    """Say what the inputs and outputs of a traced step are: n carries among m arguments, then seeds."""
+    """Label the inputs and outputs of a traced step: n carries among m arguments, then seeds of the gradient."""
     draws = _lift_draws(module.graph)
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
     (results,) = next(node for node in module.graph.nodes if node.op == "output").args
@@ -151,17 +154,17 @@ def _read(
 
 
 @dataclass(frozen=True)
-class _Draws:
-    """A draw inside of a step, made for all steps before the loop."""
+class _Draw:
+    """A draw within a step, made for all steps before the loop; ``node`` stands for it in the step."""
 
-    place: fx.Node
+    node: fx.Node
     target: Any
     args: tuple[Any, ...]
     like: Tensor
 
 
-def _lift_draws(graph: fx.Graph) -> list[_Draws]:
-    """Make draws whose distribution depends on nothing inputs of the step."""
+def _lift_draws(graph: fx.Graph) -> list[_Draw]:
+    """Turn draws with fixed distributions into inputs of the step."""
     draws = []
     _write_out_bernoulli(graph)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
@@ -169,14 +172,14 @@ def _lift_draws(graph: fx.Graph) -> list[_Draws]:
         with graph.inserting_after(last):
             last = graph.placeholder(f"draws_{len(draws)}")
         last.meta = dict(node.meta)
-        draws.append(_Draws(last, node.target, tuple(location_scale(node)), node.meta["val"]))
+        draws.append(_Draw(last, node.target, tuple(location_scale(node)), node.meta["val"]))
         node.replace_all_uses_with(last)
         graph.erase_node(node)
     return draws
 
 
 def _write_out_bernoulli(graph: fx.Graph) -> None:
-    """A Bernoulli draw is a uniform one below p: that one depends on nothing. torch draws it so, in the same stream."""
+    """Write a Bernoulli draw as a uniform one below p, as torch does in the same stream: its distribution is fixed."""
     for node in [n for n in graph.nodes if n.target is aten.bernoulli.default]:
         p, value = node.args[0], node.meta["val"]
         with graph.inserting_before(node):
@@ -196,7 +199,7 @@ def _evaluate_all_steps(
     init: Sequence[Tensor],
     reverse: bool,
 ) -> list[Tensor]:
-    """Evaluate nodes for all steps, of which some need the carry of the step before; return the last carries."""
+    """Evaluate nodes for all steps, in a loop where they need the carry of the step before; return the last carries."""
     finals: dict[fx.Node, Tensor] = {}
     start, after = dict(zip(carry, init, strict=True)), dict(zip(carry, next_carry, strict=True))
     while True:
@@ -234,7 +237,7 @@ def _loop(
         like = [*constants, *state, *(x[0] for x in inputs), *state]
         rows = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in like]
         rows += [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in exports]
-    number = values.number if any(map(is_random, part.nodes)) else 0  # its draws are its own
+    number = values.number if any(map(is_random, part.nodes)) else 0  # loops that draw are never the same
     key = register(part.module(), rows, tuple((x.shape, x.dtype) for x in exports), reverse, number)
     room = torch.ops.pyro_elbo.loop(constants, state, inputs, values.steps, key)
     for c, states in zip(carry, room, strict=False):
@@ -246,53 +249,51 @@ def _loop(
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, traced: "_Bound", *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.traced = traced
+    def forward(ctx: Any, bound: "_BoundStep", *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.bound = bound
         ctx.set_materialize_grads(False)
-        with DisableTorchFunction():  # rows of a batch are no tensors of the program
-            results = traced.forward(tensors)
-        ctx.mark_non_differentiable(
-            *(x for x, g in zip(results, traced.step.graph.gradients, strict=True) if g is None)
-        )
+        with DisableTorchFunction():  # vmap's rows are not tensors of the program
+            results = bound.forward(tensors)
+        ctx.mark_non_differentiable(*(x for x, g in zip(results, bound.step.graph.gradients, strict=True) if g is None))
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         with DisableTorchFunction():
-            return None, *ctx.traced.backward(gradients)
+            return None, *ctx.bound.backward(gradients)
 
 
-class _Bound:
-    """A traced step with the tensors of one run."""
+class _BoundStep:
+    """A traced step, bound to the tensors of one scan."""
 
     def __init__(self, step: _Traced, steps: int, reverse: bool, number: int) -> None:
         self.step, self.reverse, self.values = step, reverse, StepValues(steps, number)
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The last carry and the outs of all steps."""
+        """Return the last carry and the outs of all steps."""
         graph, values = self.step.graph, self.values
         k, n = len(graph.constants), len(graph.carry)
         values.constant |= dict(zip(graph.constants, tensors[:k], strict=True))
         values.per_step |= dict(zip(graph.inputs, tensors[k + n :], strict=True))
-        values.per_step |= _drawn(self.step.draws, values.steps, self.reverse)
+        values.per_step |= _make_draws(self.step.draws, values.steps, self.reverse)
         nodes = graph.between([*graph.next_carry, *graph.outs])
         finals = _evaluate_all_steps(values, nodes, graph.carry, graph.next_carry, tensors[k : k + n], self.reverse)
         return [x.clone() for x in (*finals, *map(values.stacked, graph.outs))]
 
     def backward(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of constants, carry and inputs."""
+        """Return the gradients of constants, carry and inputs."""
         graph, values, n = self.step.graph, self.values, len(self.step.graph.carry)
         seeds = {place: x for place, x in zip(graph.gradients, given, strict=True) if place is not None}
         equal, carried = _without_zeros(graph, seeds)
-        known = lambda nodes: [x and equal.get(x, x) for x in nodes]  # noqa: E731
-        after = dict(zip(graph.gradients[:n], known(graph.carry_gradients), strict=True))
+        simplified = lambda nodes: [x and equal.get(x, x) for x in nodes]  # noqa: E731
+        after = dict(zip(graph.gradients[:n], simplified(graph.carry_gradients), strict=True))
         for place, x in seeds.items():
             if x is not None and place not in after:
                 values.per_step[place] = x
             elif x is not None and after[place] is None:
                 rest, last = _zeros(x, values.steps - 1), x.unsqueeze(0)
                 values.per_step[place] = torch.cat([last, rest] if self.reverse else [rest, last])
-        inputs, constants = known(graph.input_gradients), known(graph.constant_gradients)
+        inputs, constants = simplified(graph.input_gradients), simplified(graph.constant_gradients)
         nodes = [x for x in graph.between([*after.values(), *inputs, *constants]) if x not in values]
         loops = {c: node for c in carried if (node := after[c]) is not None}
         init = [_zeros(c.meta["val"]) if (x := seeds[c]) is None else x for c in loops]
@@ -308,7 +309,11 @@ class _Bound:
 def _without_zeros(
     graph: StepGraph, seeds: dict[fx.Node, Tensor | None]
 ) -> tuple[dict[fx.Node, fx.Node | None], list[fx.Node]]:
-    """What becomes of the backward where results have no gradient, and the carries that have one at some step."""
+    """Simplify the backward for results without a gradient.
+
+    Returns:
+        Node -> the node that it equals, None for zero; and the carries that have a gradient at some step.
+    """
     carried = [c for c in graph.gradients[: len(graph.carry)] if c is not None]
     zero = {place for place, x in seeds.items() if x is None}
     pairs = zip(graph.gradients, graph.carry_gradients, strict=False)
@@ -326,8 +331,8 @@ def _zeros(like: Tensor, *left: int) -> Tensor:
     return torch.zeros((*left, *like.shape), dtype=like.dtype, device=like.device)
 
 
-def _drawn(draws: Sequence[_Draws], steps: int, reverse: bool) -> dict[fx.Node, Tensor]:
-    """The draws of all steps; in the order of the steps where the uncompiled stream is to be followed."""
+def _make_draws(draws: Sequence[_Draw], steps: int, reverse: bool) -> dict[fx.Node, Tensor]:
+    """Make the draws of all steps, in the order of an uncompiled run under ``fallback_random``."""
     if not draws:
         return {}
     kinds = tuple(RANDOM[d.target] for d in draws)
@@ -341,63 +346,63 @@ def _drawn(draws: Sequence[_Draws], steps: int, reverse: bool) -> dict[fx.Node, 
     for d, x in zip(draws, rows, strict=False):
         for op, number in d.args:
             x = op(x, number)
-        result[d.place] = x
+        result[d.node] = x
     return result
 
 
 class ScanLowering:
-    """Runs the scans of one captured step as parts of its graph."""
+    """Lowers the scans of one captured graph."""
 
     def __init__(self) -> None:
-        self._numbers, self._ran, self._is_tracing = ValueNumbering(), [], False
+        self._numbers, self._lowered, self._is_tracing = ValueNumbering(), [], False
 
     def __call__(
         self, body: LoopBody, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The last carry and the outs of all steps, time first.
+        """Return the last carry and the outs of all steps, time first.
 
         Args:
             body: (carry, inputs of one step) -> (next carry, outs).
-            carry: of the shapes that the step makes.
+            carry: in the shapes that the step returns.
             inputs: time first.
-            steps: how many.
+            steps: the number of steps.
             reverse: run from the last step to the first.
         """
         with self._tracing():
-            known, other = self._known(body, carry, inputs, steps, reverse)
-        rest = [i for i in range(len(carry)) if i not in known]
-        extra = [] if other is None else [other.states[j] for j in known.values()]
+            shared, other = self._find_shared(body, carry, inputs, steps, reverse)
+        rest = [i for i in range(len(carry)) if i not in shared]
+        extra = [] if other is None else [other.states[j] for j in shared.values()]
 
         def reduced(state: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            given = len(row) - len(extra)
-            whole = dict(zip(rest, state, strict=True)) | dict(zip(known, row[given:], strict=True))
-            new, outs = body([whole[i] for i in range(len(carry))], row[:given])
-            return [new[i] for i in rest], [*outs, *state]  # what the carry was may serve another loop
+            width = len(row) - len(extra)
+            whole = dict(zip(rest, state, strict=True)) | dict(zip(shared, row[width:], strict=True))
+            new, outs = body([whole[i] for i in range(len(carry))], row[:width])
+            return [new[i] for i in rest], [*outs, *state]  # another loop may share these states
 
         state, columns = [carry[i] for i in rest], [*inputs, *extra]
         with self._tracing(), disable_proxy_modes_tracing():
-            seen: list[Tensor] = []
-            alone = _forward(reduced, state, columns, seen)
-            step = _to_run(reduced, state, columns, seen, alone.constants)
-        results = list(_Scan.apply(_Bound(step, steps, reverse, 1 + len(self._ran)), *step.constants, *state, *columns))
+            results: list[Tensor] = []
+            forward = _forward(reduced, state, columns, results)
+            step = _forward_and_backward(reduced, state, columns, results, forward.constants)
+        bound = _BoundStep(step, steps, reverse, 1 + len(self._lowered))
+        results = list(_Scan.apply(bound, *step.constants, *state, *columns))
         finals, outs, states = (
             results[: len(rest)],
             results[len(rest) : -len(rest) or None],
             results[-len(rest) or len(results) :],
         )
         if rest:
-            self._remember(alone, state, columns, finals, outs, states, steps, reverse)
-        last = dict(zip(rest, finals, strict=True)) | {
-            i: other.finals[j] for i, j in known.items() if other is not None
-        }
+            self._remember(forward, state, columns, finals, outs, states, steps, reverse)
+        last = dict(zip(rest, finals, strict=True))
+        last |= {i: other.finals[j] for i, j in shared.items() if other is not None}
         return [last[i] for i in range(len(carry))], outs
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
-        """Refuse scans inside of a step while it is traced."""
+        """Refuse scans within a step while it is traced."""
         if self._is_tracing:
             raise CompileError(
-                "A pe.scan inside of a step of pe.scan cannot be compiled: write the inner loop out, or use "
+                "A pe.scan within the step of another cannot be compiled: write the inner loop out, or use "
                 "compile=False."
             )
         self._is_tracing = True
@@ -406,21 +411,21 @@ class ScanLowering:
         finally:
             self._is_tracing = False
 
-    def _known(
+    def _find_shared(
         self, body: LoopBody, carry: Sequence[Tensor], inputs: Sequence[Tensor], steps: int, reverse: bool
     ) -> tuple[dict[int, int], LoweredLoop | None]:
-        """Which parts of the carry a loop before has computed, and which loop."""
-        alike = [x for x in self._ran if (x.steps, x.reverse) == (steps, reverse)]
+        """Find a lowered loop that has computed parts of the carry: (index here -> index there, that loop)."""
+        alike = [x for x in self._lowered if (x.steps, x.reverse) == (steps, reverse)]
         if not alike:
             return {}, None
         with disable_proxy_modes_tracing():
             step = _forward(body, carry, inputs, [])
         graph, numbers = step.graph, self._numbers
         leaves = {p: ("constant", numbers(x)) for p, x in zip(graph.constants, step.constants, strict=True)}
-        leaves |= {p: ("over time", numbers(x)) for p, x in zip(graph.inputs, inputs, strict=True)}
+        leaves |= {p: ("per step", numbers(x)) for p, x in zip(graph.inputs, inputs, strict=True)}
         for other in alike:
-            if known := shared_states(graph, leaves, [numbers(c) for c in carry], other):
-                return known, other
+            if shared := shared_states(graph, leaves, [numbers(c) for c in carry], other):
+                return shared, other
         return {}, None
 
     def _remember(
@@ -436,7 +441,7 @@ class ScanLowering:
     ) -> None:
         graph, numbers = step.graph, self._numbers
         leaves = {("constant", numbers(x)): p for p, x in zip(graph.constants, step.constants, strict=True)}
-        leaves |= {("over time", numbers(x)): p for x, p in zip(outs, graph.outs, strict=False)}
-        leaves |= {("over time", numbers(x)): p for p, x in zip(graph.inputs, inputs, strict=True)}
+        leaves |= {("per step", numbers(x)): p for x, p in zip(outs, graph.outs, strict=False)}
+        leaves |= {("per step", numbers(x)): p for p, x in zip(graph.inputs, inputs, strict=True)}
         starts = tuple(numbers(c) for c in carry)
-        self._ran.append(LoweredLoop(graph, steps, reverse, leaves, starts, tuple(states), tuple(finals)))
+        self._lowered.append(LoweredLoop(graph, steps, reverse, leaves, starts, tuple(states), tuple(finals)))

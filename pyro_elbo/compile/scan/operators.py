@@ -1,6 +1,7 @@
-"""The operators of a captured graph that stand for loops over time: calls of one step's machine code, and draws.
+"""Operators of a captured graph for loops over time: one runs a step's machine code, one makes the draws of a scan.
 
-They are known by a number that depends on what they do, so that compiled graphs find them in other processes.
+A key identifies what an operator runs. It is a hash of the content, so that graphs in Inductor's disk cache find the
+same loop in another process.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out
 
 @dataclass
 class _Loop:
-    """What the operator with its key runs: the recurrence of one step, which fills the room that it is given."""
+    """The recurrence that the loop operator runs for a key; it writes to the tensors that it is given."""
 
     module: fx.GraphModule
     inputs: tuple[Tensor, ...]
@@ -27,7 +28,7 @@ class _Loop:
     machine: Any = None
 
     def room(self, carry: Sequence[Tensor], like: Tensor, steps: int) -> list[Tensor]:
-        """Tensors for the carry before and after all steps, and for what each step exports; and one that pads."""
+        """Make tensors for the carries around all steps and for the exports of each step, and one as padding."""
         states = [c.new_empty((steps + 1, *c.shape)) for c in carry]
         return (
             states + [like.new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports] + [_padding(like)]
@@ -35,7 +36,7 @@ class _Loop:
 
 
 def _padding(like: Tensor) -> Tensor:
-    """One output more: Inductor's C++ wrapper (torch 2.13) takes a list of one tensor for the tensor."""
+    """Return one more output: Inductor's C++ wrapper (torch 2.13) confuses a list of one tensor with the tensor."""
     return like.new_empty(0)
 
 
@@ -72,7 +73,7 @@ def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], ste
 
 
 def on_cpu(tensors: Iterable[Tensor]) -> bool:
-    """Whether the C++ driver can call what is compiled for these tensors."""
+    """Return whether the C++ driver can call code compiled for these tensors."""
     return all(x.device.type == "cpu" for x in tensors)
 
 
@@ -85,17 +86,17 @@ torch.library.register_fake("pyro_elbo::loop", _meta, lib=_library)
 
 
 def stable_key(x: Any) -> int:
-    """A number that is the same in every process."""
+    """Return a hash that is the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(x).encode()).digest()[:7], "little")
 
 
 _streams: dict[int, tuple[tuple[str, ...], tuple[Any, ...]]] = {}
 _library.define("draws(int steps, bool reverse, int key) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,))
-rand_ops.append(torch.ops.pyro_elbo.draws)  # two calls with the same arguments are not the same
+rand_ops.append(torch.ops.pyro_elbo.draws)  # equal calls must not be merged
 
 
 def register_draws(kinds: tuple[str, ...], shapes: tuple[Any, ...]) -> int:
-    """Keep what a step draws and return the key by which the operator finds it."""
+    """Keep the kinds and shapes of a step's draws and return their key."""
     key = stable_key((kinds, shapes))
     _streams[key] = kinds, shapes
     return key
@@ -107,7 +108,7 @@ def _room_for_draws(steps: int, reverse: bool, key: int) -> list[Tensor]:
 
 
 def _draw(steps: int, reverse: bool, key: int) -> list[Tensor]:
-    """Draw for one step after the other, as a program does."""
+    """Draw step by step, in the order of an uncompiled run."""
     rows = _room_for_draws(steps, reverse, key)
     for t in reversed(range(steps)) if reverse else range(steps):
         for kind, x in zip(_streams[key][0], rows, strict=False):
@@ -120,9 +121,9 @@ torch.library.register_fake("pyro_elbo::draws", _room_for_draws, lib=_library)
 
 
 def register(module: fx.GraphModule, inputs: Sequence[Tensor], exports: Any, reverse: bool, number: int) -> int:
-    """Keep a recurrence for compilation and return the key by which the operator finds it, in any process.
+    """Keep a recurrence for compilation and return its key, the same in any process.
 
-    ScanLowering with one key and the same arguments are computed once; ``number`` tells apart those that draw.
+    Loops with equal keys and arguments are computed once; ``number`` distinguishes those that draw.
     """
     layout = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs]
     key = stable_key((module.code, layout, exports, reverse, number))
@@ -131,7 +132,7 @@ def register(module: fx.GraphModule, inputs: Sequence[Tensor], exports: Any, rev
 
 
 def compile_pending() -> None:
-    """Compile the recurrences of the loops that were captured last."""
+    """Compile the recurrences that were captured since the last call."""
     for loop in _loops.values():
         if loop.machine is None:
             mode = FakeTensorMode(shape_env=ShapeEnv())

@@ -1,9 +1,9 @@
-"""One step of a loop as a graph, taken apart by what depends on the step before.
+"""Partition the graph of one step into the recurrence and the parts that run for all steps at once.
 
-A step maps (constants, carry, inputs) to (next carry, outs); its backward maps gradients of the next carry and of the
-outs to those of carry, inputs and constants. In either direction only what the recurrence itself needs has to run step
-by step. The rest is evaluated for all steps at once: what does not depend on the carry before the loop, what the next
-carry does not need after it.
+A step maps (constants, carry, inputs) to (next carry, outs). Its backward maps the gradients of next carry and outs to
+those of carry, inputs and constants. In either direction only the recurrence has to run step by step: nodes that depend
+on the carry and that the next carry needs. Nodes that do not depend on the carry are evaluated before the loop, for all
+steps at once; nodes that the next carry does not need are evaluated so after it.
 """
 
 import operator
@@ -32,7 +32,7 @@ _LINEAR = (
     aten.squeeze.dim,
     aten.slice_backward.default,
 )
-# A view of a row may be none of all rows.
+# A view of one row need not be a view of all rows.
 _SAME: Any = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 _BATCHED: Any = {**_SAME, aten.fill.Scalar: aten.full_like.default}  # torch.vmap has no rule for it
 
@@ -42,8 +42,8 @@ class StepGraph:
     """A functional graph of one step, forward and backward; its fields are nodes.
 
     Attributes:
-        gradients: of the next carry and the outs, placeholders; None where there is no gradient.
-        carry_gradients, input_gradients, constant_gradients: what the backward makes; None where nothing needs it.
+        gradients: placeholders for the gradients of next carry and outs; None where there is no gradient.
+        carry_gradients, input_gradients, constant_gradients: the results of the backward; None where not needed.
     """
 
     graph: fx.Graph
@@ -58,13 +58,13 @@ class StepGraph:
     constant_gradients: tuple[fx.Node | None, ...] = ()
 
     def between(self, targets: Iterable[fx.Node | None]) -> list[fx.Node]:
-        """The operations that the targets need, in order."""
+        """Return the operations that the targets need, in order."""
         needed = needed_for(targets)
         return [n for n in self.graph.nodes if n.op == "call_function" and n in needed]
 
 
 def needed_for(targets: Iterable[fx.Node | None]) -> set[fx.Node]:
-    """The nodes from which the targets are computed, and the targets."""
+    """Return the nodes from which the targets are computed, and the targets."""
     found: set[fx.Node] = set()
     waiting = [node for node in targets if node is not None]
     while waiting:
@@ -76,7 +76,7 @@ def needed_for(targets: Iterable[fx.Node | None]) -> set[fx.Node]:
 
 
 def depending_on(sources: Iterable[fx.Node], among: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes, in the order of the graph, that use a source; and the sources."""
+    """Return the nodes that depend on a source, and the sources; ``among`` is in the order of the graph."""
     found = set(sources)
     for node in among:
         if any(argument in found for argument in node.all_input_nodes):
@@ -85,9 +85,11 @@ def depending_on(sources: Iterable[fx.Node], among: Iterable[fx.Node]) -> set[fx
 
 
 class StepValues:
-    """What nodes stand for: one value for all steps, or one per step with time on the left.
+    """The values of nodes: one for all steps, or one per step with time first.
 
-    ``number`` is that of the scan among those of a graph.
+    Args:
+        steps: the number of steps.
+        number: the position of the scan among those of the graph.
     """
 
     def __init__(self, steps: int, number: int) -> None:
@@ -99,7 +101,7 @@ class StepValues:
         return node in self.constant or node in self.per_step
 
     def stacked(self, node: fx.Node) -> Tensor:
-        """The value of every step."""
+        """Return the values of all steps, time first."""
         if node in self.per_step:
             return self.per_step[node]
         value = self.constant[node]
@@ -133,7 +135,7 @@ class StepValues:
         self.per_step |= dict(zip(batched, results, strict=True))
 
     def total(self, node: fx.Node) -> Tensor:
-        """The sum of a node over all steps, without a copy of a matrix per step where it can be avoided."""
+        """Return the sum of a node over all steps; avoid one matrix per step where a single product gives the sum."""
         if node in self.constant:
             return self.constant[node] * self.steps
         arguments: Any = node.args
@@ -154,7 +156,7 @@ def _shape(node: fx.Node) -> Any:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers."""
+    """Return whether a node draws random numbers."""
     return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
@@ -166,10 +168,10 @@ def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
 
 
 def split_products(graph: fx.Graph, carry: Sequence[fx.Node]) -> None:
-    """Take products with joined inputs apart, [a b] W = a W_a + b W_b, where one of the inputs depends on the carry.
+    """Split products with concatenated inputs, [a b] W = a W_a + b W_b, where only one input depends on the carry.
 
-    Then the other one's product can be made for all steps at once; likewise the columns of a product that only a part
-    of the backward needs.
+    The product of the other input can then be computed for all steps at once. Products of the backward are split by
+    columns likewise.
     """
     dependent = depending_on(carry, graph.nodes)
     for node in list(graph.nodes):
@@ -219,7 +221,7 @@ _FIRST_ZERO = (*_LINEAR, *_SAME, aten.div.Tensor, aten.expand.default, aten.clon
 
 
 def _is_zero(target: Any, zero: list[bool]) -> bool:
-    """Whether an operator gives zero, if those of its arguments are zero."""
+    """Return whether an operator gives zero, where ``zero`` says which of its arguments are zero."""
     if target is aten.where.self:
         return zero[1:] == [True, True]
     if target in (aten.add.Tensor, aten.sub.Tensor):
@@ -228,9 +230,15 @@ def _is_zero(target: Any, zero: list[bool]) -> bool:
 
 
 def drop_zeros(nodes: Iterable[fx.Node], zeros: set[fx.Node], *, replace: bool) -> dict[fx.Node, fx.Node | None]:
-    """Follow zeros through linear operators: what a node is equal to, None for a zero, where it is not itself.
+    """Propagate zeros through linear operators.
 
-    With ``replace`` the graph uses the one in place of the other.
+    Args:
+        nodes: in the order of the graph.
+        zeros: the nodes known to be zero.
+        replace: also replace nodes in the graph by the node that they equal.
+
+    Returns:
+        Node -> the node that it equals, None for zero; nodes without an entry do not change.
     """
     equal: dict[fx.Node, fx.Node | None] = dict.fromkeys(zeros)
     for node in nodes:
@@ -251,13 +259,13 @@ def drop_zeros(nodes: Iterable[fx.Node], zeros: set[fx.Node], *, replace: bool) 
 
 @dataclass(frozen=True)
 class Recurrence:
-    """What has to run step by step.
+    """The part of a step that has to run step by step.
 
     Attributes:
         nodes: in the order of the graph.
-        carry: the placeholders of the state, and what becomes of them.
-        constants, inputs: what the nodes use from elsewhere.
-        exports: nodes whose values other parts use.
+        carry, next_carry: the state before and after the step.
+        constants, inputs: values from outside the recurrence that its nodes use.
+        exports: nodes of the recurrence that other parts use.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -268,7 +276,7 @@ class Recurrence:
     exports: tuple[fx.Node, ...]
 
     def module(self) -> fx.GraphModule:
-        """A graph from constants, carry, inputs, and room for next carry and exports, which it fills."""
+        """Build a module of constants, carry and inputs that writes next carry and exports to its last arguments."""
         graph = fx.Graph()
         new: dict[fx.Node, fx.Node] = {}
         for i, node in enumerate((*self.constants, *self.carry, *self.inputs)):
@@ -286,11 +294,12 @@ class Recurrence:
 def recurrence(
     nodes: Sequence[fx.Node], carry: Sequence[fx.Node], next_carry: Sequence[fx.Node], values: StepValues
 ) -> Recurrence:
-    """The part of ``nodes`` that next carry needs and that depends on the carry.
+    """Return the recurrence: the nodes that the next carry needs and that depend on the carry.
 
     Args:
         nodes: in the order of the graph, not yet evaluated.
-        values: what is known of all steps.
+        carry, next_carry: the state before and after the step.
+        values: the values evaluated so far.
     """
     inside = needed_for(next_carry)
     inside |= {n for n in nodes if n.target is operator.getitem and n.args[0] in inside}  # no tuple leaves the loop

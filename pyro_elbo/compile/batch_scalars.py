@@ -1,8 +1,8 @@
-"""Many equal operators on scalars -> one operator on a vector, whose elements are called lanes.
+"""Batch equal operators on scalars into one operator on a vector; the vector's elements are called lanes.
 
-A guide over forty scalar sites computes forty times the same: a graph of thousands of operators on one number each,
-which Inductor takes a minute to compile. Operators that agree in all but where their scalars come from become one, on
-the stacked scalars; its operands are the lanes of such operators before it, a scalar that all share, or are stacked.
+A guide over forty scalar sites does the same computation forty times. Its graph has thousands of operators on single
+numbers, and Inductor takes a minute to compile it. Operators that differ only in the source of their scalars become one
+operator on vectors. Each of its operands is a slice of an earlier vector, a scalar that all lanes share, or a stack.
 """
 
 import itertools
@@ -16,18 +16,21 @@ from torch import Tensor, fx
 from pyro_elbo.compile._torch import OpOverload, pytree, stable_topological_sort
 
 aten = torch.ops.aten
-FEW = 4  # lanes from which a vector is worth its making
+FEW = 4  # fewest lanes of a vector
 
-_SAME = (aten.detach.default, aten.alias.default, aten.expand.default, aten.view.default)  # of a scalar: its other name
+_SAME = (aten.detach.default, aten.alias.default, aten.expand.default, aten.view.default)  # of a scalar: an alias
 _COPIES = (aten.sum.default, aten.mean.default, aten.clone.default)  # of a scalar
-_LANEWISE = (  # without torch's tag for it
+_LANEWISE = (  # elementwise, but without torch's pointwise tag
     *(torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.full.default),
     *(aten.softplus_backward.default, aten.sigmoid_backward.default, aten.tanh_backward.default),
 )
 
 
 def batch_scalars(graph: fx.Graph) -> None:
-    """Rewrite a graph up to its first write; its nodes have ``meta["val"]``, new ones have it where they are lanes."""
+    """Batch the scalar operators of a graph up to its first write.
+
+    Its nodes have ``meta["val"]``; of the new nodes, lanes have it.
+    """
     before = list(itertools.takewhile(lambda node: not _is_barrier(node), graph.nodes))
     written = {_memory(x) for node in graph.nodes for x in _written(node)}
     nodes = [n for n in before if _is_scalar(n) and (n.target in _SAME or _memory(n) not in written)]
@@ -45,7 +48,7 @@ def _memory(x: fx.Node) -> int:
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
-    """The operands that an operator writes to."""
+    """Return the operands that an operator writes to."""
     if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
         return []
     given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
@@ -54,7 +57,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def _simplify(graph: fx.Graph, node: fx.Node, written: set[int]) -> None:
-    """Leave out what does nothing to a scalar, and write constants as such."""
+    """Bypass an operator that leaves its scalar unchanged, and write a constant as ``full``."""
     value, target, (x, *_) = node.meta["val"], node.target, node.all_input_nodes or [node]
     if target is aten.zeros_like.default or target is aten.ones_like.default:
         options = {"dtype": value.dtype, "device": value.device}
@@ -67,7 +70,7 @@ def _simplify(graph: fx.Graph, node: fx.Node, written: set[int]) -> None:
 
 
 def _is_barrier(node: fx.Node) -> bool:
-    """Whether what comes after a node must stay there: it writes, or draws numbers at its place in the stream."""
+    """Return whether later nodes must stay after a node: it writes, or its draws have a place in the random stream."""
     if not isinstance(node.target, OpOverload):
         return False
     draws = torch.Tag.nondeterministic_seeded in node.target.tags
@@ -75,9 +78,9 @@ def _is_barrier(node: fx.Node) -> bool:
 
 
 def _equals(nodes: Iterable[fx.Node], free: set[fx.Node]) -> list[list[fx.Node]]:
-    """Groups of operators that may become one, those nearest to the inputs first."""
+    """Group the operators that may be batched, those nearest to the inputs first."""
     depths: dict[fx.Node, int] = {}
-    kinds: dict[fx.Node, int] = {}  # numbered, since nested tuples would be hashed again and again
+    kinds: dict[fx.Node, int] = {}  # numbers, since nested tuples would be hashed repeatedly
     numbers: dict[Hashable, int] = {}
     equal: dict[int, list[fx.Node]] = defaultdict(list)
     for node in nodes:
@@ -107,7 +110,7 @@ def _is_lanewise(node: fx.Node) -> bool:
 
 
 def _kind(node: fx.Node, kinds: dict[fx.Node, int], depth: int, lanewise: bool) -> Hashable:
-    """Equal for operators that may become one: then they are equally deep, so that none of them needs another."""
+    """Return a key that is equal for operators that may be batched; equal depth makes them independent."""
     value = node.meta.get("val")
     if not lanewise:
         return (value.dtype, value.device, depth) if isinstance(value, Tensor) else node.name
@@ -116,7 +119,7 @@ def _kind(node: fx.Node, kinds: dict[fx.Node, int], depth: int, lanewise: bool) 
 
 
 def _without_twins(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
-    """Compute once what is computed twice from the same scalars."""
+    """Merge operators with the same operands."""
     found: dict[Hashable, fx.Node] = {}
     for node in nodes:
         twin = found.setdefault(tuple(x if isinstance(x, fx.Node) else repr(x) for x in node.args), node)
@@ -127,11 +130,11 @@ def _without_twins(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
 
 
 def _replace(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Make one operator of equal ones."""
+    """Replace equal operators by one on vectors."""
     if len(nodes) < FEW:
         return
     last = nodes[-1]
-    nodes = sorted(nodes, key=_place)  # what is computed backwards comes in reverse
+    nodes = sorted(nodes, key=_place)  # a backward pass has them in reverse
     with graph.inserting_before(last):
         args = [_operand(graph, xs) for xs in zip(*(node.args for node in nodes), strict=True)]
         vector = graph.create_node("call_function", last.target, tuple(args), last.kwargs)
@@ -144,12 +147,12 @@ def _replace(graph: fx.Graph, nodes: list[fx.Node]) -> None:
 
 
 def _place(node: fx.Node) -> tuple[str, int]:
-    """The first lane among a node's operands."""
+    """Return the first lane among a node's operands."""
     return next(((vector.name, i) for x in node.all_input_nodes for vector, i in [_lane(x)] if vector), ("", 0))
 
 
 def _operand(graph: fx.Graph, xs: Sequence[Any]) -> Any:
-    """One operand for all lanes: what they share, or a vector."""
+    """Return one operand for all lanes: the scalar that they share, or a vector."""
     if not isinstance(xs[0], fx.Node) or all(x is xs[0] for x in xs):
         return xs[0]
     parts = _runs(graph, xs)
@@ -157,13 +160,13 @@ def _operand(graph: fx.Graph, xs: Sequence[Any]) -> Any:
 
 
 def _lane(x: fx.Node) -> tuple[fx.Node | None, int]:
-    """The vector and the index that a scalar is taken from; None where it is on its own."""
+    """Return the vector and the index of a lane; None for a scalar that is not a lane."""
     vector, _, index = x.args if x.target is aten.select.int and _is_scalar(x) else (None, 0, 0)
     return (vector, index) if isinstance(vector, fx.Node) and isinstance(index, int) and index >= 0 else (None, 0)
 
 
 def _runs(graph: fx.Graph, scalars: Sequence[fx.Node]) -> list[fx.Node]:
-    """Vectors that in a row hold the scalars: slices where they are lanes of equal distance, else one for each."""
+    """Return vectors whose concatenation holds the scalars: slices of evenly spaced lanes, else one per scalar."""
     parts, start = [], 0
     while start < len(scalars):
         stop = _end_of_run(scalars, start)
@@ -178,7 +181,7 @@ def _runs(graph: fx.Graph, scalars: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _end_of_run(scalars: Sequence[fx.Node], start: int) -> int:
-    """The position after the last scalar that goes on a run from ``start``."""
+    """Return the end of the run of evenly spaced lanes from ``start``."""
     lanes = [_lane(x) for x in scalars[start:]]
     stop = 1
     while stop < len(lanes) and lanes[0][0] and lanes[stop][0] is lanes[0][0]:
@@ -190,7 +193,7 @@ def _end_of_run(scalars: Sequence[fx.Node], start: int) -> int:
 
 
 def _join_runs(graph: fx.Graph) -> None:
-    """Take whole slices where lanes are put together again."""
+    """Use slices of vectors where lanes are concatenated."""
     for node in [n for n in graph.nodes if n.target is aten.cat.default and n.args[1:] in ((), (0,))]:
         parts: list[fx.Node] = []
         with graph.inserting_before(node):
@@ -201,6 +204,6 @@ def _join_runs(graph: fx.Graph) -> None:
 
 
 def _is_one_scalar(x: fx.Node) -> bool:
-    """Whether a vector is one scalar."""
-    made = x.target is aten.unsqueeze.default or (x.target is aten.view.default and x.args[1] in ([1], [-1]))
-    return made and _is_scalar(x.all_input_nodes[0])
+    """Return whether a vector has one scalar as its only element."""
+    unsqueezed = x.target is aten.unsqueeze.default or (x.target is aten.view.default and x.args[1] in ([1], [-1]))
+    return unsqueezed and _is_scalar(x.all_input_nodes[0])

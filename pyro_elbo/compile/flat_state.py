@@ -1,10 +1,11 @@
-"""The state of small parameters in a few flat tensors, so that a graph updates all of them at once.
+"""Keep the optimizer state of small parameters in flat tensors, so that a graph updates all of them at once.
 
-Adam and its kin act on each element by itself: to step eighty scalars one by one or their concatenation is the same,
-but one graph has eighty times the operators of the other. So ``optimizer.state[p]["exp_avg"]`` of small parameters that
-share settings become views of one flat tensor. Optimizers, ``state_dict`` and steps in Python see what they always see;
-a captured step takes the flat tensor. Where it lies is read from the views themselves (``_base``), so that nothing
-needs to be kept in step: state that was loaded or replaced has no base, and is moved to a new flat tensor.
+Adam and related optimizers act elementwise: stepping eighty scalars one by one equals stepping their concatenation, but
+takes a graph of eighty times the operators. So the state of small parameters with equal settings, such as
+``optimizer.state[p]["exp_avg"]``, becomes views of one flat tensor. Optimizers, ``state_dict`` and uncompiled steps see
+ordinary state; a captured step takes the flat tensor. The views themselves tell which flat tensor they belong to
+(``_base``), so there is no second record to update: state that was loaded or replaced has no base and moves to a new
+flat tensor.
 """
 
 import itertools
@@ -18,17 +19,17 @@ from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
-SMALL = 1024  # elements of a parameter from which its own loop is worth it
+SMALL = 1024  # parameters with fewer elements are updated together
 _ELEMENTWISE = (
     *(optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.Adamax, optim.NAdam, optim.Adadelta),
     *(optim.Rprop, ClippedAdam),
 )
-_COUNTS = ("step", "mu_product")  # one number per parameter, whatever its shape
+_COUNTS = ("step", "mu_product")  # one number per parameter of any shape
 
 
 @dataclass(frozen=True, eq=False)
 class OptimizedParameter:
-    """A parameter with the optimizer and the group that it is in."""
+    """A parameter with its optimizer and parameter group."""
 
     optimizer: Optimizer
     group: dict[str, Any]
@@ -36,15 +37,15 @@ class OptimizedParameter:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the optimizer keeps for the parameter."""
+        """The optimizer's state of the parameter."""
         return self.optimizer.state.get(self.parameter, {})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the state."""
+        """Return the tensors of the state."""
         return {key: x for key, x in self.state.items() if isinstance(x, Tensor)}
 
     def kind(self) -> Hashable:
-        """Equal for members that one step on a concatenation can serve."""
+        """Return a key that is equal for parameters that can be stepped as one concatenation."""
         p = self.parameter
         group = [(k, id(x) if isinstance(x, Tensor) else repr(x)) for k, x in self.group.items() if k not in _OWN]
         state = [(k, x.item() if k in _COUNTS else x.dtype) for k, x in self.tensors().items()]
@@ -52,21 +53,21 @@ class OptimizedParameter:
         return type(self.optimizer), p.dtype, p.device, *group, *state, *numbers
 
     def home(self) -> tuple[int, ...] | None:
-        """The flat tensors that hold the state, by identity; None where one of them is on its own."""
+        """Return the identities of the flat tensors that hold the state; None if part of the state is not in one."""
         bases = [x._base for x in self.tensors().values()]
         places = {x.storage_offset() for k, x in self.tensors().items() if k not in _COUNTS}
         flat = all(base is not None and base.dim() == 1 and base.is_contiguous() for base in bases)
         return tuple(map(id, bases)) if flat and len(places) <= 1 else None
 
 
-_OWN = ("params", "initial_lr")  # settings that say nothing of how a group is updated
+_OWN = ("params", "initial_lr")  # settings that do not affect a group's update
 
 
 class FlatGroup:
     """Small parameters that are updated as one.
 
     Args:
-        members: of one kind, with their state in the same flat tensors.
+        members: parameters of one kind, with their state in the same flat tensors.
     """
 
     def __init__(self, members: list[OptimizedParameter]) -> None:
@@ -82,7 +83,7 @@ class FlatGroup:
         return [base._version for key, base in self._bases.items() if key in _COUNTS]
 
     def even(self) -> bool:
-        """Whether the members still share their rate and their counts, which Python may change one by one."""
+        """Return whether the members still share learning rate and step counts, which user code may change."""
         first = self.members[0]
         if not all(m.group["lr"] is first.group["lr"] or m.group["lr"] == first.group["lr"] for m in self.members):
             return False
@@ -95,17 +96,17 @@ class FlatGroup:
         return all(bool((torch.stack(views) == views[0]).all()) for views in counts)
 
     def join(self, tensors: Iterable[Tensor]) -> Tensor:
-        """One tensor per member -> one flat tensor."""
+        """Concatenate one tensor per member to a flat tensor."""
         return torch.cat([x.reshape(-1) for x in tensors])
 
     def split(self, x: Tensor) -> Iterator[Tensor]:
-        """A flat tensor -> one tensor per member, in the shape of its parameter."""
-        starts = itertools.accumulate(self._sizes, initial=0)  # functionalize makes n² operators of one split
+        """Split a flat tensor into one tensor per member, in the shape of its parameter."""
+        starts = itertools.accumulate(self._sizes, initial=0)  # functionalize turns one split into n² operators
         for start, p in zip(starts, self.parameters, strict=False):
             yield x[start] if p.dim() == 0 else x[start : start + p.numel()].view(p.shape)
 
     def take(self) -> dict[str, Any]:
-        """The state of the members as that of one flat parameter: copies."""
+        """Return a copy of the members' state as that of one flat parameter."""
         return self.members[0].state | {key: self._taken(key) for key in self._bases}
 
     def _taken(self, key: str) -> Tensor:
@@ -117,7 +118,7 @@ class FlatGroup:
         return torch.cat([base[a : a + n] for a, n in zip(starts, self._sizes, strict=True)])
 
     def put(self, state: Mapping[str, Any]) -> None:
-        """Write what :meth:`take` gave and a step has changed."""
+        """Write back the state from :meth:`take`, after a step has changed it."""
         for key, base in self._bases.items():
             sizes = [1] * len(self.members) if key in _COUNTS else self._sizes
             x = state[key].to(base.dtype).expand(sum(sizes))
@@ -128,14 +129,14 @@ class FlatGroup:
                 base[start : start + len(part)].copy_(part)
 
     def _is_all(self, key: str) -> bool:
-        """Whether the members fill their flat tensor in its order."""
+        """Return whether the members fill their flat tensor, in order."""
         sizes = [1] * len(self.members) if key in _COUNTS else self._sizes
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return self._starts[key] == starts and len(self._bases[key]) == sum(sizes)
 
 
 def flatten(optimizers: Iterable[Optimizer]) -> list[FlatGroup]:
-    """Move the state of small parameters that have a gradient to flat tensors, unless it is there already."""
+    """Group small parameters that have a gradient, and move their state to flat tensors where it is not yet."""
     held = [OptimizedParameter(o, g, p) for o in optimizers for g in o.param_groups for p in g["params"]]
     times = Counter(m.parameter for m in held)  # pyro.optim steps a parameter of two names twice
     alike: dict[Hashable, list[OptimizedParameter]] = defaultdict(list)

@@ -36,7 +36,7 @@ from tests.support.scanned import (
     zeros,
 )
 
-VECTORizED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
+VECTORIZED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
 
 
 def training(model, guide, *args, make_objective=pe.TraceTimestep_ELBO, steps=20, evaluate=False):
@@ -80,7 +80,7 @@ def loops(graph):
 )
 def test_programs(interpreted, name, particles):
     model, guide, xs = PROGRAMS[name]
-    options = VECTORizED if particles == "vectorized" else {}
+    options = VECTORIZED if particles == "vectorized" else {}
     assert_compiled(model(scanned), guide(scanned), known(xs), make_objective=lambda: pe.TraceTimestep_ELBO(**options))
 
 
@@ -94,8 +94,8 @@ MODELS = {"VRNN": VRNN, "MarkovVRNN": MarkovVRNN, "DMM": DMM, "SRNN": SRNN}
 OBJECTIVES = {
     "β per step, free bits": lambda: pe.TraceTimestep_ELBO(torch.linspace(0.0, 2.0, laws.T).double(), free_bits=0.05),
     "warm-up per frame": lambda: pe.TraceTimestep_ELBO(pe.LinearWarmup(0.0, 1.0, steps=7), normalize="frame"),
-    "particles": lambda: pe.TraceTimestep_ELBO(**laws.VECTORizED),
-    "importance": lambda: pe.TraceTimestep_ELBO(bound="importance", **laws.VECTORizED),
+    "particles": lambda: pe.TraceTimestep_ELBO(**laws.VECTORIZED),
+    "importance": lambda: pe.TraceTimestep_ELBO(bound="importance", **laws.VECTORIZED),
     "filtering": lambda: pe.TraceTimestep_ELBO(bound="filtering", num_particles=3, max_plate_nesting=1),
     "always resampling": lambda: pe.TraceTimestep_ELBO(
         bound="filtering", num_particles=3, resample=1.0, max_plate_nesting=1
@@ -207,7 +207,7 @@ def test_a_carry_of_several_tensors(interpreted, reverse):
 
     model = in_plates(step, init, reverse=reverse)(scanned)
     guide = in_plates(guide_step, lambda: (torch.zeros(()), torch.zeros(N, 3)), reverse=reverse)(scanned)
-    options = VECTORizED if reverse else {}
+    options = VECTORIZED if reverse else {}
     assert_compiled(model, guide, frames(N), make_objective=lambda: pe.TraceTimestep_ELBO(**options))
 
 
@@ -463,7 +463,7 @@ def test_machine_code_of_a_ragged_vrnn(graphs):
 def test_machine_code_of_a_smoother_with_particles():
     def scenario(svi_of):
         module = laws.make(MarkovVRNN)
-        objective = lambda: pe.TraceTimestep_ELBO(bound="importance", **laws.VECTORizED)  # noqa: E731
+        objective = lambda: pe.TraceTimestep_ELBO(bound="importance", **laws.VECTORIZED)  # noqa: E731
         return training(module.model, module.guide, laws.frames(), make_objective=objective)(svi_of)
 
     assert_same(scenario, rtol=1e-9, atol=1e-11)

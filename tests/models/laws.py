@@ -14,8 +14,8 @@ import pyro_elbo as pe
 
 N, T, X, Z, HIDDEN = 3, 5, 4, 2, 6
 LENGTHS = torch.tensor([5, 2, 3])
-VECTORizED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}
-PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorized": VECTORizED}
+VECTORIZED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}
+PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorized": VECTORIZED}
 OBJECTIVES = {
     "pyro": Trace_ELBO,
     "beta": lambda **options: pe.TraceBeta_ELBO(2.0, **options),
@@ -135,7 +135,7 @@ def trace_of(z):
 def _trace_of_guide(module, particles):
     guide = module.guide
     if particles == "vectorized":
-        plate = pyro.plate("num_particles_vectorized", VECTORizED["num_particles"], dim=-2)
+        plate = pyro.plate("num_particles_vectorized", VECTORIZED["num_particles"], dim=-2)
         guide = plate(guide)
     with torch.no_grad():
         return poutine.trace(guide).get_trace(ragged(), LENGTHS)

@@ -38,8 +38,8 @@ def _double():
     torch.set_default_dtype(torch.float64)
 
 
-VECTORizED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
-PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorized": VECTORizED}
+VECTORIZED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
+PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorized": VECTORIZED}
 
 
 def both(name):

@@ -15,8 +15,8 @@ from tests.support.scanned import BOTH, Numbered, loss_and_gradients
 
 N, T = 3, 4
 LENGTHS = torch.tensor([4, 1, 3])
-VECTORizED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}
-PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorized": VECTORizED}
+VECTORIZED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1}
+PARTICLES = {"one": {}, "looped": {"num_particles": 3}, "vectorized": VECTORIZED}
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_markov_loops():
 
 @pytest.mark.parametrize("way", BOTH)
 def test_dataset_has_a_dimension_of_time(way):
-    data = terms_of(way, pe.TraceTimestep_ELBO(**VECTORizED), frames()).to_dataset()
+    data = terms_of(way, pe.TraceTimestep_ELBO(**VECTORIZED), frames()).to_dataset()
     assert data["kl_z"].dims == data["kl_w"].dims == data["log_likelihood_x"].dims == ("sequences", "time")
     assert data["kl_per_dim_z"].dims == ("sequences", "time", "z_dim_0")
     assert data.sizes["time"] == T

@@ -28,9 +28,9 @@ from tests.programs import (
 )
 
 # The nesting is given because a trial run that finds it would use up random numbers.
-VECTORizED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
+VECTORIZED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
 several = pytest.mark.parametrize(
-    "particles", [{}, {"num_particles": 3}, VECTORizED], ids=["one", "loop", "vectorized"]
+    "particles", [{}, {"num_particles": 3}, VECTORIZED], ids=["one", "loop", "vectorized"]
 )
 
 

@@ -1,1 +1,1 @@
-"""Pyro programs, one file each: model, guide where it needs one, and what is known exactly about it."""
+"""Pyro programs, one file each: the model, its guide where it needs one, and its exact answers."""

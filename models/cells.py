@@ -1,7 +1,7 @@
-"""What the sequence models share: cells and Gaussians for any batch, summaries over time, generating, forecasting.
+"""Parts of the sequence models: cells and Gaussians for any batch, summaries over time, generating, forecasting.
 
-Tensors have shape (..., features); on the left of the sequences may stand particles. Networks see x inside of
-:func:`pyro_elbo.scan` only: there padding, which may be NaN, reaches neither a value nor a gradient.
+Tensors have shape (..., features), with particles to the left of the sequences. Networks see x only inside
+:func:`pyro_elbo.scan`: there padding, which may be NaN, reaches neither a value nor a gradient.
 """
 
 import functools
@@ -38,7 +38,7 @@ class Joint(nn.Module):
         self.parts = nn.ModuleList(nn.Linear(n, outputs, bias=i == 0) for i, n in enumerate(inputs))
 
     def forward(self, *xs: Float[Tensor, "..."]) -> Float[Tensor, "... outputs"]:
-        """The sum."""
+        """Return the sum."""
         return functools.reduce(operator.add, (part(x) for part, x in zip(self.parts, xs, strict=True)))
 
 
@@ -59,7 +59,7 @@ class MLP(nn.Module):
         self.last = nn.Linear(hidden, outputs)
 
     def forward(self, *xs: Float[Tensor, "..."]) -> Float[Tensor, "... outputs"]:
-        """The output."""
+        """Return the output."""
         x = self.first(*xs).relu()
         for layer in self.hidden:
             x = layer(x).relu()
@@ -81,7 +81,7 @@ class GRU(nn.Module):
         self.state = nn.Linear(hidden, 3 * hidden)
 
     def forward(self, state: Float[Tensor, "... hidden"], *xs: Float[Tensor, "..."]) -> Float[Tensor, "... hidden"]:
-        """The next state."""
+        """Return the next state."""
         reset_x, update_x, new_x = self.inputs(*xs).chunk(3, -1)
         reset_h, update_h, new_h = self.state(state).chunk(3, -1)
         reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
@@ -110,7 +110,7 @@ def summaries(
     *,
     reverse: bool,
 ) -> Float[Tensor, "n time hidden"]:
-    """The states of a recurrent encoder: at t of x up to t, or with ``reverse`` of x from t to the sequence's end."""
+    """Return the states of a recurrent encoder: at t of x up to t, or with ``reverse`` of x from t to the end."""
 
     def step(state: Tensor, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         state = cell(state, *x)
@@ -121,7 +121,7 @@ def summaries(
 
 
 class SequenceModel(nn.Module):
-    """A model of binary sequences with a latent z for every frame: two Pyro programs and what follows from them.
+    """A model of binary sequences with a latent z for every frame: model, guide, reconstructions and forecasts.
 
     Args:
         x_dim: features of a frame.
@@ -149,7 +149,7 @@ class SequenceModel(nn.Module):
 
     @torch.no_grad()
     def start_from(self, frames: Float[Tensor, "frames x_dim"]) -> None:
-        """Let the output's bias be the log odds of each feature among ``frames``: training need not learn it."""
+        """Set the output's bias to the log odds of each feature among ``frames``, so that training starts there."""
         frequency = (frames.sum(0) + 0.5) / (len(frames) + 1)
         self.output.bias.copy_(torch.logit(frequency))
 
@@ -178,6 +178,6 @@ class SequenceModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, num_sequences: int, length: int) -> Float[Tensor, "num_sequences length x_dim"]:
-        """Draw sequences from the model: forecasts from nothing."""
+        """Draw sequences from the model: forecasts without a past."""
         like = next(self.parameters())
         return self.model(like.new_zeros(num_sequences, 0, self.x_dim), horizon=length)

@@ -37,20 +37,20 @@ class Transition(nn.Module):
         nn.init.constant_(self.gate.last.bias, -1.0)
 
     def forward(self, z: Float[Tensor, "... z_dim"]) -> pyro.distributions.Independent:
-        """The distribution of the next z."""
+        """Return the distribution of the next z."""
         gate, proposal = torch.sigmoid(self.gate(z)), self.proposal(z)
         return gaussian((1 - gate) * self.linear(z) + gate * proposal, self.scale(torch.relu(proposal)))
 
 
 class Combiner(nn.Module):
-    """Mean and raw scale of q(z_t | z_{t-1}, s_t), from the mean of what the last z and the summary of x suggest."""
+    """Mean and raw scale of q(z_t | z_{t-1}, s_t), from the average of the last z's features and the summary of x."""
 
     def __init__(self, z_dim: int, rnn: int) -> None:
         super().__init__()
         self.state, self.output = nn.Linear(z_dim, rnn), nn.Linear(rnn, 2 * z_dim)
 
     def forward(self, z: Float[Tensor, "... z_dim"], seen: Float[Tensor, "... rnn"]) -> tuple[Tensor, ...]:
-        """The two halves of the output."""
+        """Return the two halves of the output."""
         return self.output(0.5 * (torch.tanh(self.state(z)) + seen)).chunk(2, -1)
 
 
@@ -115,7 +115,7 @@ class DMM(SequenceModel):
         return z, pyro.sample("x", bernoulli(self.emitter(z)), obs=x_t)
 
     def guide_step(self, z: Tensor, seen: Tensor) -> tuple[Tensor, None]:
-        """Draw z_t given z_{t-1} and what the recurrent network has seen."""
+        """Draw z_t given z_{t-1} and the state of the recurrent network."""
         loc, raw_scale = self.combiner(z, seen)
         if self.residual:
             loc = self.transition(z).mean + loc

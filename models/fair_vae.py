@@ -1,4 +1,4 @@
-"""A variational autoencoder of mixed columns whose decoder is told the sensitive attribute.
+"""A variational autoencoder of mixed columns whose decoder sees the sensitive attribute.
 
     s_n ~ Categorical(π),   z_n ~ Normal(0, I)
     x_n | z_n, s_n:  numeric columns ~ Normal(decoder(z_n, s_n), σ²),  each group of categories ~ Categorical(decoder)
@@ -102,12 +102,12 @@ class FairVAE(nn.Module):
 
     @property
     def numeric_scale(self) -> Float[Tensor, " numeric"]:
-        """σ of the numeric columns; not below a hundredth of their spread, or a constant column takes all."""
+        """σ of the numeric columns; at least a hundredth of their spread: a constant column does not take all."""
         return softplus(self.raw_scale) + 1e-2
 
     @torch.no_grad()
     def draw(self, x: Float[Tensor, "n columns"], s: Int[Tensor, " n"], seed: int = 0) -> Float[Tensor, "n z_dim"]:
-        """One draw of q(z | x, s) a row. I(z; s) is about these; means or several draws of a row may tell more."""
+        """One draw of q(z | x, s) a row. I(z; s) is defined by these; means or several draws may tell more."""
         loc, scale = self.encode(x, s)
         return loc + scale * torch.randn(loc.shape, generator=torch.Generator().manual_seed(seed), dtype=loc.dtype)
 
@@ -150,7 +150,7 @@ class Table(NamedTuple):
     y: Float[Tensor, " n"]
 
     def rows(self, chosen: Int[Tensor, " m"]) -> "Table":
-        """Some of the rows."""
+        """Return some of the rows."""
         return Table(*(column[chosen] for column in self))
 
 

@@ -1,4 +1,4 @@
-"""The linear-Gaussian latent-variable model, where everything is known exactly.
+"""The linear-Gaussian latent-variable model, whose posterior and evidence are known exactly.
 
     z_n ~ Normal(0, I_k),     x_n | z_n ~ Normal(W z_n + μ, σ² I_d)
 
@@ -57,17 +57,17 @@ class LinearGaussian:
 
     @property
     def mean_field_gap(self) -> Tensor:
-        """½(Σ log M_ii - log|M|): nats per datum that the best diagonal guide stays below log p(x)."""
+        """½(Σ log M_ii - log|M|): nats per datum between log p(x) and the best diagonal guide."""
         return 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision))
 
     def log_evidence(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """Log p(x_n) in nats."""
+        """Return log p(x_n) in nats."""
         eye = torch.eye(len(self.mean), dtype=self.mean.dtype)
         cov = self.weight @ self.weight.T + self.noise**2 * eye
         return dist.MultivariateNormal(self.mean, cov).log_prob(x)
 
     def exact_guide(self) -> Callable[[Tensor], Tensor]:
-        """The exact posterior as a guide."""
+        """Return the exact posterior as a guide."""
 
         def guide(x: Float[Tensor, "n d"]) -> Tensor:
             with pyro.plate("data", len(x)):

@@ -1,9 +1,9 @@
-"""The linear-Gaussian state-space model, where everything is known exactly.
+"""The linear-Gaussian state-space model, whose posterior and evidence are known exactly.
 
     z_1 ~ Normal(m₀, P₀),     z_t | z_{t-1} ~ Normal(A z_{t-1}, Q),     x_t | z_t ~ Normal(C z_t, R)
 
-Forward, the Kalman filter gives log p(x) and p(z_t | x_{1:t}). Backward, the likelihood of what is still to come is
-a Gaussian in the state, p(x_{t:T} | z_t) ∝ exp(-½ zᵀJ_t z + h_tᵀz), with
+Forward, the Kalman filter gives log p(x) and p(z_t | x_{1:t}). Backward, the likelihood of the future is a Gaussian
+in the state, p(x_{t:T} | z_t) ∝ exp(-½ zᵀJ_t z + h_tᵀz), with
 
     J_t = CᵀR⁻¹C + Aᵀ(J - JΣJ)A,     h_t = CᵀR⁻¹x_t + Aᵀ(I - JΣ)h,     Σ = (Q⁻¹ + J)⁻¹,     J = J_{t+1}, h = h_{t+1},
 
@@ -47,7 +47,7 @@ class Chain(NamedTuple):
     scale_tril: Float[Tensor, "batch time k k"]
 
     def sample(self, before: Float[Tensor, "*particles batch k"]) -> Float[Tensor, "*particles batch k"]:
-        """State the Pyro site ``z`` of one step, for a chain that holds that step alone, without time."""
+        """Draw the Pyro site ``z`` of one step, for a chain that holds that step alone, without time."""
         loc = _times(self.gain, before) + self.offset
         return pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=self.scale_tril))
 
@@ -160,14 +160,14 @@ class LinearGaussianSSM:
         return self._conditionals(*self._likelihood(*_observed(x, lengths, mask)))
 
     def _likelihood(self, x: Data, observed: Bool[Tensor, "batch time"]) -> tuple[Tensor, Tensor]:
-        """J and h of p(x_t | z_t) alone, 0 where x_t is not observed."""
+        """Return J and h of p(x_t | z_t) alone, 0 where x_t is not observed."""
         whitened = solve_triangular(self.emission_scale_tril, self.emission, upper=False)
         residual = solve_triangular(self.emission_scale_tril, x.mT, upper=False)
         h = (whitened.T @ residual).mT
         return observed[..., None, None] * (whitened.T @ whitened), observed[..., None] * h
 
     def _conditionals(self, J: Float[Tensor, "batch time k k"], h: Float[Tensor, "batch time k"]) -> Chain:
-        """The chain's steps, each multiplied by exp(-½ zᵀJ_t z + h_tᵀz) and normalized again.
+        """Return the chain's steps, each multiplied by exp(-½ zᵀJ_t z + h_tᵀz) and normalized again.
 
         Σ = L M⁻¹ Lᵀ with M = I + LᵀJL and LLᵀ = Q (P₀ at the first step) inverts neither Q nor J.
         """
@@ -206,7 +206,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _observed(x: Data, lengths: Lengths, mask: Mask) -> tuple[Data, Bool[Tensor, "batch time"]]:
-    """The data with 0 where nothing was observed, and where that is not so."""
+    """Return the data with 0 in place of unobserved steps, and the mask of observed ones."""
     observed = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
     if lengths is not None:
         if not bool(((lengths >= 1) & (lengths <= x.shape[1])).all()):

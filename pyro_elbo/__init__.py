@@ -1,7 +1,7 @@
-"""The evidence lower bound of Pyro programs as terms that one can see and steer."""
+"""The evidence lower bound of Pyro programs as terms to see and to steer."""
 
 from pyro_elbo.errors import PyroElboError
-from pyro_elbo.information import MutualInformation, TotalCorrelation
+from pyro_elbo.information import MutualInformation, Penalty, PenaltyContext, PenaltyTerm, TotalCorrelation
 from pyro_elbo.objectives import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
 from pyro_elbo.plots import plot_history, plot_tradeoff
 from pyro_elbo.posterior import ParetoK, loo, pareto_k, to_arviz
@@ -24,6 +24,9 @@ __all__ = [
     "LinearWarmup",
     "MutualInformation",
     "ParetoK",
+    "Penalty",
+    "PenaltyContext",
+    "PenaltyTerm",
     "PyroElboError",
     "Schedule",
     "SigmoidWarmup",

@@ -1,7 +1,7 @@
-r"""Schedules: the number of optimization steps taken -> the weight :math:`\beta` of the KL.
+r"""Schedules: functions from the number of optimization steps to the weight :math:`\beta` of the KL.
 
-A schedule is a frozen value and a pure function of the step, so that it needs no state of its own: the
-objective counts the optimization steps (see :mod:`pyro_elbo.objectives.elbo`) and asks.
+A schedule is a pure function of the step and has no state: the objective counts the optimization steps (see
+:mod:`pyro_elbo.objectives.step_count`) and asks.
 """
 
 import math
@@ -12,7 +12,28 @@ from pyro_elbo.errors import ArgumentError
 
 
 class Schedule(ABC):
-    """A function from the number of optimization steps taken so far to a weight."""
+    """A function from the number of optimization steps taken so far to a weight.
+
+    A subclass gives the weight and the step from which it is constant (early stopping waits for it).
+
+    Example:
+        >>> @dataclass
+        ... class Jump(Schedule):
+        ...     at: int
+        ...     def __call__(self, step: int) -> float:
+        ...         return float(step >= self.at)
+        ...     @property
+        ...     def settled(self) -> int:
+        ...         return self.at
+        >>> [Jump(at=2)(step) for step in range(4)]
+        [0.0, 0.0, 1.0, 1.0]
+    """
+
+    def __init_subclass__(cls) -> None:
+        """Keep dataclasses that are not frozen hashable: objectives look weights up by their schedule."""
+        super().__init_subclass__()
+        if cls.__dict__.get("__hash__") is None:
+            cls.__hash__ = _hash_by_type
 
     @abstractmethod
     def __call__(self, step: int) -> float:
@@ -22,6 +43,11 @@ class Schedule(ABC):
     @abstractmethod
     def settled(self) -> int:
         """The step from which the weight no longer changes."""
+
+
+def _hash_by_type(schedule: Schedule) -> int:
+    """Hash a schedule by its type: equal schedules are equal in their fields, which may change."""
+    return hash(type(schedule))
 
 
 def _check_weight(schedule: Schedule, **weights: float) -> None:
@@ -53,7 +79,7 @@ class Constant(Schedule):
         _check_weight(self, value=self.value)
 
     def __call__(self, step: int) -> float:
-        """The weight after ``step`` optimization steps."""
+        """Return the weight after ``step`` optimization steps."""
         return self.value
 
     @property
@@ -64,7 +90,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class LinearWarmup(Schedule):
-    """From ``start`` to ``end`` in a straight line over ``steps`` steps, ``end`` afterwards.
+    """Rise (or fall) from ``start`` to ``end`` in a straight line over ``steps`` steps; ``end`` afterwards.
 
     Example:
         >>> [LinearWarmup(0.0, 1.0, steps=4)(s) for s in (0, 1, 4, 9)]
@@ -83,7 +109,7 @@ class LinearWarmup(Schedule):
         _check_steps(self, self.steps)
 
     def __call__(self, step: int) -> float:
-        """The weight after ``step`` optimization steps."""
+        """Return the weight after ``step`` optimization steps."""
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
     @property
@@ -94,9 +120,9 @@ class LinearWarmup(Schedule):
 
 @dataclass(frozen=True)
 class SigmoidWarmup(Schedule):
-    """From ``start`` to ``end`` along a logistic curve over ``steps`` steps, exactly ``end`` afterwards.
+    """Rise from ``start`` to ``end`` along a logistic curve over ``steps`` steps; exactly ``end`` afterwards.
 
-    The curve runs through the middle at ``steps / 2``; it is stretched to meet both ends exactly.
+    The curve passes the midpoint at ``steps / 2`` and is stretched to meet both ends exactly.
 
     Example:
         >>> [round(SigmoidWarmup(0.0, 1.0, steps=100)(s), 3) for s in (0, 25, 50, 100)]
@@ -119,7 +145,7 @@ class SigmoidWarmup(Schedule):
             raise ArgumentError(f"SigmoidWarmup: steepness must be positive, got {self.steepness}.")
 
     def __call__(self, step: int) -> float:
-        """The weight after ``step`` optimization steps."""
+        """Return the weight after ``step`` optimization steps."""
         # tanh(k (t - 1/2) / 2) is the logistic curve rescaled to (-1, 1); dividing by its value at t = 1
         # makes the ends exact.
         t = min(step / self.steps, 1.0)
@@ -162,7 +188,7 @@ class Cyclical(Schedule):
             )
 
     def __call__(self, step: int) -> float:
-        """The weight after ``step`` optimization steps."""
+        """Return the weight after ``step`` optimization steps."""
         if step >= self.steps:
             return self.end
         phase = (step * self.cycles / self.steps) % 1.0
@@ -176,10 +202,10 @@ class Cyclical(Schedule):
 
 @dataclass(frozen=True)
 class Capacity(Schedule):
-    r"""A target for the KL instead of a weight: the objective pays :math:`\gamma\,|KL - C|`.
+    r"""A target for the KL instead of a weight: the KL is charged as :math:`\gamma\,|KL - C|`.
 
-    The target :math:`C`, in nats per datum, grows from ``start`` to ``end`` over ``steps`` steps. It
-    is compared with the KL per datum of all sites that the schedule weighs together.
+    The target :math:`C`, in nats per datum, grows from ``start`` to ``end`` over ``steps`` steps. It is compared with
+    the KL per datum, summed over all sites that the schedule weighs.
 
     Example:
         >>> Capacity(0.0, 25.0, steps=100, gamma=1000.0)(50)
@@ -200,7 +226,7 @@ class Capacity(Schedule):
         _check_steps(self, self.steps)
 
     def __call__(self, step: int) -> float:
-        """The weight after ``step`` optimization steps."""
+        """Return the weight after ``step`` optimization steps."""
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
     @property

@@ -1,5 +1,7 @@
 """Schedules as functions of the step, and the counting of optimization steps."""
 
+from dataclasses import dataclass
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -62,6 +64,32 @@ def test_bad_schedule_names_itself(make):
         make()
 
 
+@dataclass
+class Jump(pe.Schedule):
+    """A user's schedule, neither frozen nor hashable by itself."""
+
+    at: int
+
+    def __call__(self, step):
+        return float(step >= self.at)
+
+    @property
+    def settled(self):
+        return self.at
+
+
+def test_a_dataclass_that_is_not_frozen_is_a_schedule():
+    loss = pe.TraceBeta_ELBO(beta={"z": Jump(2)})
+    svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), loss)
+    rates = []
+    for _ in range(4):
+        terms = loss.terms(model, guide, X)
+        rates.append(((-terms.distortion - terms.objective) / terms.rate).item())
+        svi.step(X)
+    assert rates == pytest.approx([0.0, 0.0, 1.0, 1.0], abs=1e-5)
+    assert len(pe.TraceBeta_ELBO(beta={"z": Jump(2), "w": Jump(2), "v": Jump(3)}).schedules) == 2
+
+
 def test_svi_step_advances_and_evaluation_does_not():
     loss = pe.TraceBeta_ELBO(beta=pe.LinearWarmup(0.0, 1.0, steps=10))
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss)
@@ -120,7 +148,7 @@ def test_scheduled_objective_is_the_weighted_bound():
     torch.testing.assert_close(terms.objective, -terms.distortion - 4.0 * terms.rate)
 
 
-def test_capacity_pays_the_distance_to_its_target_and_pulls_towards_it():
+def test_capacity_charges_the_distance_to_its_target_and_pulls_towards_it():
     capacity = pe.Capacity(0.0, 2.0, steps=4, gamma=10.0)
     loss = pe.TraceBeta_ELBO(beta=capacity)
     for step, pull in ((0, 1.0), (4, -1.0)):  # KL of q(z) is 0.2367 nats, per datum 0.0789: above 0, below 2

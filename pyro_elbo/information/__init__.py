@@ -8,9 +8,9 @@ Imports terms and below.
 
 from pyro_elbo.information.aggregate import AggregatePosterior, Mixture, in_blocks
 from pyro_elbo.information.critics import Critic
-from pyro_elbo.information.estimators import AttributeSource
+from pyro_elbo.information.estimators import AttributeSource, PenaltyContext
 from pyro_elbo.information.penalties import Estimator, MutualInformation, Penalty, TotalCorrelation
-from pyro_elbo.information.penalty_term import critic_gradients
+from pyro_elbo.information.penalty_term import PenaltyTerm, critic_gradients
 
 __all__ = [
     "Critic",
@@ -20,6 +20,8 @@ __all__ = [
     "Mixture",
     "MutualInformation",
     "Penalty",
+    "PenaltyContext",
+    "PenaltyTerm",
     "TotalCorrelation",
     "critic_gradients",
     "in_blocks",

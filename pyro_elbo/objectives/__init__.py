@@ -1,8 +1,8 @@
 """The objectives: ``pyro.infer.ELBO`` subclasses over bound, weighting, gradient estimator and penalties.
 
-Takes programs and data; gives ``Terms`` with the objective that training maximizes. ``elbo`` adapts to Pyro and counts
-steps, ``variants`` names settings, ``weighting`` applies beta, ``importance`` is the importance-weighted bound,
-``score_function`` the gradient of sites without a pathwise one.
+Takes programs and data; gives ``Terms`` with the objective that training maximizes. ``elbo`` adapts to Pyro,
+``variants`` names settings, ``weighting`` applies beta, ``importance`` is the importance-weighted bound,
+``score_function`` the gradient of sites without a pathwise one, ``step_count`` counts steps for the schedules.
 Imports information, terms and below.
 """
 

@@ -1,15 +1,12 @@
-r"""The Trace_ELBO variants: :class:`pyro.infer.ELBO` adapters over terms, weighting and estimator.
+r"""The ELBO as an objective: :class:`pyro.infer.ELBO` over terms, weighting, bound and penalties.
+
+.. math:: \text{objective} = \text{bound}(\text{terms}, \text{weighted KL}) - \sum_k \lambda_k\, N\, I_k
 
 An objective is maximized; Pyro minimizes a loss. The one minus sign of the library lives here.
-
-The number of optimization steps, which schedules ask for, is counted where steps really happen: a backward
-through the loss marks the objective, and the next step of any ``torch.optim`` optimizer (Pyro's wrappers use them
-too) advances it, once. Evaluation never does.
 """
 
 import math
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +15,11 @@ from jaxtyping import Float
 from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.information import Critic, Penalty, critic_gradients
 from pyro_elbo.objectives.score_function import surrogate
+from pyro_elbo.objectives.step_count import advance_after_backward
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
 from pyro_elbo.programs import Program, check_initialized, evaluating, find_plate_nesting, trace_pair
 from pyro_elbo.schedules import Schedule
@@ -41,12 +38,13 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
             (sites that are not named have β = 1).
         kl: ``"auto"``: analytic where a formula exists and is exact, site by site; ``"sampled"``: always
             log q - log p at the draw.
-        free_bits: nats per latent dimension (per site where the KL does not factorize) that cost nothing less.
+        free_bits: λ, nats per latent dimension (per site where the KL does not factorize). A KL whose mean over the
+            data is below λ is charged as λ, without a gradient.
         num_particles: draws per step, averaged.
         vectorize_particles: draw them in one run, inside a plate on the left of all others.
-        max_plate_nesting: how many batch dimensions the plates use; found by a trial run if omitted.
+        max_plate_nesting: the number of batch dimensions that the plates use; found by a trial run if omitted.
         retain_graph: keep the autograd graph after ``loss_and_grads``.
-        penalties: what is paid beside the KL, such as :class:`MutualInformation`.
+        penalties: charges beside the KL, such as :class:`MutualInformation`; each needs a name of its own.
 
     Raises:
         ArgumentError: a weight is negative, NaN or infinite, or another argument is out of range.
@@ -123,15 +121,36 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def evaluate(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
-        """:meth:`terms` as a function of what the schedules say, without looking at any number."""
-        return self._penalize(self._bounded(model, guide, args, kwargs, value), args, kwargs, value)
+        """Return :meth:`terms` for given values of the schedules, without checking any number."""
+        return self._penalize(self._unpenalized(model, guide, args, kwargs, value), args, kwargs, value)
 
-    def _bounded(
+    def bound(
+        self,
+        sites: Mapping[str, Term],
+        weighted: Mapping[str, Tensor],
+        constant: float | Tensor,
+        particle_dim: int | None,
+    ) -> Float[Tensor, ""]:
+        """Reduce the terms to the objective before penalties; a subclass overrides it to maximize another bound.
+
+        Args:
+            sites: the terms of the bound by site, unscaled and unreduced.
+            weighted: the charge for each KL site (β KL, capacity, free bits), shaped like the term's nats.
+            constant: nats subtracted once.
+            particle_dim: the batch dimension of the particles, counted from the right; None for one particle.
+
+        Returns:
+            The bound in nats, to be maximized: scaled to the full data, with the gradient of the estimator (that of
+            the score function included, for terms that have a ``score``).
+        """
+        return surrogate(sites, weighted, constant, particle_dim)
+
+    def _unpenalized(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         sites, particle_dim = self._sites(model, guide, args, kwargs)
         weighted, constant = self.weighting(sites, particle_dim, value)
-        return Terms(sites, particle_dim, self._bound(sites, weighted, constant, particle_dim))
+        return Terms(sites, particle_dim, self.bound(sites, weighted, constant, particle_dim))
 
     def _penalize(self, terms: Terms, args: tuple, kwargs: dict[str, Any], value: ScheduleValue) -> Terms:
         found, objective = {}, terms.objective
@@ -142,20 +161,18 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
                 objective = objective - found[penalty.name].cost
         return replace(terms, objective=objective, penalties=found)
 
-    _bound = staticmethod(surrogate)
-
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """-objective as a number, without gradients; no step is counted."""
+        """Return -objective as a number, without gradients; no step is counted."""
         with torch.no_grad():
             return -self.terms(model, guide, *args, **kwargs).objective.item()
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
-        """-objective, differentiable; a backward through it followed by an optimizer's step counts as a step."""
+        """Return -objective, differentiable; a backward followed by an optimizer's step counts as one step."""
         terms = self.checked_terms(model, guide, args, kwargs)
         return self.count_step(-terms.objective, terms)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """-objective as a number, after a backward through it."""
+        """Run a backward through -objective and return it as a number."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
@@ -174,21 +191,21 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         return tuple(dict.fromkeys([*self.weighting.schedules, *penalties]))
 
     def beta_at(self, step: int, sites: Iterable[str]) -> dict[str, float]:
-        """β of each site at a step, averaged over data; a ``Capacity`` gives its target in nats."""
+        """Return the β of each site at a step, averaged over data; for a ``Capacity`` its target in nats."""
         return self.weighting.at(step, sites)
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be saved beside parameters and optimizer for an exact continuation: step count and critics."""
+        """Return what an exact continuation needs beside parameters and optimizer: step count and critics."""
         critics = {"critics": {n: critic.state() for n, critic in self.critics.items()}} if self.critics else {}
         return {"step": self.step} | critics
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore the state that :meth:`state_dict` returned."""
         self.step = int(state["step"])
         self.critics = {n: Critic.restored(critic) for n, critic in state.get("critics", {}).items()}
 
     def advance(self) -> None:
-        """Count one step of an optimizer, and let the critics take theirs."""
+        """Count one step of an optimizer and step the critics."""
         self.step += 1
         for critic in self.critics.values():
             critic.step()
@@ -215,10 +232,10 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def count_step(self, loss: Float[Tensor, "*"], terms: Terms) -> Float[Tensor, "*"]:
         """Return ``loss``, marked so that the optimizer's step after its backward counts as one step.
 
-        The critics of ``terms`` get their gradients, and step then too.
+        The critics of ``terms`` receive their gradients now and step with the optimizer.
         """
         if loss.requires_grad:
-            loss.register_hook(lambda _: _pending.add(self))
+            advance_after_backward(loss, self)
             for critic, gradients in critic_gradients(terms):
                 critic.accept(gradients)
         return loss
@@ -234,7 +251,7 @@ class TermsModule(ELBOModule):
         return self.elbo.terms(self.model, self.guide, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "TermsModule":
-        """As in torch; the modules whose methods are the programs follow (dropout, batch norm)."""
+        """Set the mode as in torch, also of modules whose methods are the programs (dropout, batch norm)."""
         for program in (self.model, self.guide):
             owner = getattr(program, "__self__", None)
             if isinstance(owner, torch.nn.Module):
@@ -242,7 +259,7 @@ class TermsModule(ELBOModule):
         return super().train(mode)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """As in torch, but refuses guides that have no parameters yet: an optimizer would silently miss them.
+        """List parameters as in torch, but refuse guides that have none yet: an optimizer would miss them.
 
         Raises:
             GuideError: an AutoGuide inside has never run.
@@ -251,20 +268,9 @@ class TermsModule(ELBOModule):
         return super().named_parameters(*args, **kwargs)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Step count and critics, saved with the parameters."""
+        """Return step count and critics, saved with the parameters."""
         return self.elbo.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore step count and critics."""
         self.elbo.load_state_dict(state)
-
-
-_pending: "weakref.WeakSet[TraceBeta_ELBO]" = weakref.WeakSet()
-
-
-def _advance(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-    while _pending:
-        _pending.pop().advance()
-
-
-register_optimizer_step_post_hook(_advance)

@@ -29,7 +29,7 @@ def importance_weighted(
 
     Args:
         sites: the terms, sampled and not analytic.
-        weighted: what the objective pays for each KL site, shaped like the term's nats.
+        weighted: the charge for each KL site, shaped like the term's nats.
         constant: nats subtracted once.
         particle_dim: the batch dimension of the particles, if any.
 
@@ -38,8 +38,9 @@ def importance_weighted(
             gradient has a weight other than one.
     """
     keep = _shared_dims(sites, particle_dim)
-    paid = weighted if particle_dim is None else {n: _with_gradient(sites[n], x) for n, x in weighted.items()}
-    log_w = sum(_kept(-paid[n] if t.is_kl else t.nats, keep) for n, t in sites.items())
+    if particle_dim is not None:
+        weighted = {n: _with_score(sites[n], x) for n, x in weighted.items()}
+    log_w = sum(_kept(-weighted[n] if t.is_kl else t.nats, keep) for n, t in sites.items())
     assert isinstance(log_w, Tensor)
     bound = log_w if particle_dim is None else log_mean_exp(log_w, particle_dim)
     scores = [_kept(t.score, keep) for t in sites.values() if t.score is not None]
@@ -50,16 +51,16 @@ def importance_weighted(
     return (bound * shared_scale(sites)).sum() - constant
 
 
-def _with_gradient(term: Term, paid: Tensor) -> Tensor:
-    """What is paid for a site, with the gradient of log q also where draws carry none.
+def _with_score(term: Term, charge: Tensor) -> Tensor:
+    """Return a site's charge with the gradient of log q, also where the draw has no pathwise one.
 
     Its mean is zero under q, but not under the weights w_k / Σ w that the logarithm of a mean puts on it.
     """
     if term.score is None:
-        return paid
-    if paid is not term.nats:
+        return charge
+    if charge is not term.nats:
         raise SiteError(
-            f"Site '{term.name}' has no pathwise gradient: inside of log weights its KL must have weight one. Use "
+            f"Site '{term.name}' has no pathwise gradient: inside log weights its KL must have weight one. Use "
             "beta=1 without free_bits, or the ELBO."
         )
     steps = term.steps
@@ -67,11 +68,11 @@ def _with_gradient(term: Term, paid: Tensor) -> Tensor:
         log_q = masked(term.score, term.mask)
     else:
         log_q = masked(steps.score, steps.mask).sum(-1)
-    return paid + log_q - log_q.detach()
+    return charge + log_q - log_q.detach()
 
 
 def _signal(log_w: Tensor, bound: Tensor, particle_dim: int | None) -> Tensor:
-    """What a particle adds to the bound, compared with one whose log weight is the mean of the others."""
+    """Return the gain in the bound over a particle whose log weight is the mean of the others'."""
     if particle_dim is None or log_w.shape[particle_dim] == 1:
         return bound
     count = log_w.shape[particle_dim]
@@ -84,7 +85,7 @@ def _signal(log_w: Tensor, bound: Tensor, particle_dim: int | None) -> Tensor:
 
 
 def _shared_dims(sites: Mapping[str, Term], particle_dim: int | None) -> set[int]:
-    """The dimensions whose rows are independent: those of plates around every site; and the particles'."""
+    """Return the dimensions of independent rows: those of plates around every site, and the particles'."""
     shared = set.intersection(*(set(t.plates) for t in sites.values()))
     for name, term in sites.items():
         others = [p for p in term.plates if p not in shared and p.size != p.full_size]
@@ -104,7 +105,7 @@ def _kept(x: Tensor, keep: set[int]) -> Tensor:
 
 
 def shared_scale(sites: Mapping[str, Term]) -> float | Tensor:
-    """The one scale of all sites.
+    """Return the scale that all sites share.
 
     Raises:
         SiteError: they differ.

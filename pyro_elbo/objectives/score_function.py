@@ -1,12 +1,11 @@
-r"""How gradients reach the parameters.
+r"""The score-function gradient of sites without a pathwise one.
 
-A term's ``nats`` already carry the pathwise gradient. What remains is the score function of the sites without
-one: for a site z drawn from q,
+A term's ``nats`` carry the pathwise gradient. For a site z drawn from q without one,
 
 .. math:: \nabla E_q[R] = E_q[R\,\nabla \log q(z)] + E_q[\nabla R],
 
-with R everything that the objective holds. Only what shares z's plates, or lies outside of them, can depend on
-a row of z, so the rest is summed out of R plate by plate (Rao-Blackwellisation).
+with R the whole objective. A row of z can affect only terms that share its plates or lie outside them, so R is summed
+over all other plates and each row keeps the part that it can affect (Rao-Blackwellization).
 
 References:
     Ranganath, Gerrish, Blei (2014), Black box variational inference, arXiv:1401.0118; Wingate, Weber (2013),
@@ -26,11 +25,11 @@ from pyro_elbo.terms import Term, is_one, scaled_sum
 def surrogate(
     sites: Mapping[str, Term], weighted: Mapping[str, Tensor], constant: float | Tensor, particle_dim: int | None
 ) -> Float[Tensor, ""]:
-    """The objective: its value, with the gradient of the estimator.
+    """Return the objective with the gradient of the estimator.
 
     Args:
         sites: the terms of the bound.
-        weighted: what the objective pays for each KL site, shaped like the term's nats.
+        weighted: the charge for each KL site, shaped like the term's nats.
         constant: nats subtracted once.
         particle_dim: the batch dimension of the particles, if any.
 
@@ -46,7 +45,7 @@ def surrogate(
 
 
 def _score_function(sites: Mapping[str, Term], signed: Mapping[str, Tensor], particle_dim: int | None) -> Tensor:
-    """Σ reward · log q over the sites without pathwise gradient; the rewards are constants."""
+    """Return Σ reward · log q over the sites without pathwise gradient; the rewards are constants."""
     by_plates: dict[frozenset[Plate], Tensor] = {}
     for name, x in signed.items():
         scale, plates = sites[name].scale, frozenset(sites[name].plates)

@@ -1,5 +1,6 @@
-"""Named settings of the objective: importance-weighted, penalized, over time. See :mod:`pyro_elbo.objectives.elbo`."""
+"""Named settings of the ELBO: importance-weighted, penalized, over time."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -50,11 +51,19 @@ class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
     def __init__(self, num_particles: int = 2, *, beta: Beta = 1.0, **options: Any) -> None:
         super().__init__(beta, kl="sampled", num_particles=num_particles, **options)
 
-    _bound = staticmethod(importance_weighted)
+    def bound(
+        self,
+        sites: Mapping[str, Term],
+        weighted: Mapping[str, Tensor],
+        constant: float | Tensor,
+        particle_dim: int | None,
+    ) -> Float[Tensor, ""]:
+        """Return the importance-weighted bound: see :meth:`TraceBeta_ELBO.bound`."""
+        return importance_weighted(sites, weighted, constant, particle_dim)
 
 
 class TraceMI_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
-    r"""The ELBO less a penalty on what a latent tells of an attribute.
+    r"""The ELBO less a penalty on the information of a latent about an attribute.
 
     .. math:: E[\text{ELBO}] - \lambda N\, I_q(z; s)
 
@@ -64,7 +73,7 @@ class TraceMI_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         latent: the site z, as in :class:`MutualInformation`.
         attribute: the attribute s.
         weight: λ per datum, a number or a schedule.
-        estimator: how the information is estimated.
+        estimator: the estimator of the information, as in :class:`MutualInformation`.
         beta: weight of the KL.
         conditional_on: y, for I(z; s | y).
         options: those of :class:`TraceBeta_ELBO`.
@@ -106,14 +115,14 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
 
     Args:
         beta: as in :class:`TraceBeta_ELBO`; a tensor of shape (T,) is a β per step.
-        normalize: what the objective is divided by: ``"total"`` by nothing, ``"sequence"`` by the number of sequences,
-            ``"frame"`` by the number of real frames (lengths and masks), ``"step"`` by T. The other numbers of the
-            terms stay totals.
+        normalize: the divisor of the objective: ``"total"`` none, ``"sequence"`` the number of sequences,
+            ``"frame"`` the number of real frames (lengths and masks), ``"step"`` T. The other numbers of the terms stay
+            totals.
         bound: ``"elbo"``; ``"importance"``: the log of the mean weight of ``num_particles`` particles, per sequence;
             ``"filtering"``: the same with resampling, which stays tight for long sequences (model and guide draw
             all latents in one pe.scan each; ``terms.elbo`` is then an average over resampled particles, no bound).
-        resample: with ``"filtering"``, the part of the particles below which the effective sample size makes a
-            sequence resample; 1 resamples at every step, 0 never.
+        resample: with ``"filtering"``, a sequence resamples where its effective sample size is below this part of the
+            particles; 1 resamples at every step, 0 never.
         options: those of :class:`TraceBeta_ELBO`.
 
     Raises:
@@ -147,7 +156,7 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         **options: Any,
     ) -> None:
         self.normalize: Normalize = normalize
-        self.bound: SequenceBound = bound
+        self.bound_kind: SequenceBound = bound
         self.resample = resample
         for name, given, known in (("normalize", normalize, Normalize), ("bound", bound, SequenceBound)):
             if given not in get_args(known):
@@ -160,17 +169,25 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         if bound == "filtering" and (self.num_particles < 2 or not self.weighting.is_identity()):
             raise ArgumentError("bound='filtering' needs num_particles >= 2, and takes neither beta nor free_bits.")
 
-    def _bounded(
+    def _unpenalized(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
-        if self.bound == "filtering":
+        if self.bound_kind == "filtering":
             terms = self._filtered(model, guide, args, kwargs)
         else:
-            terms = super()._bounded(model, guide, args, kwargs, value)
+            terms = super()._unpenalized(model, guide, args, kwargs, value)
         return replace(terms, objective=terms.objective / divisor(terms.sites, self.normalize))
 
-    def _bound(self, *terms: Any) -> Float[Tensor, ""]:
-        return (importance_weighted if self.bound == "importance" else surrogate)(*terms)
+    def bound(
+        self,
+        sites: Mapping[str, Term],
+        weighted: Mapping[str, Tensor],
+        constant: float | Tensor,
+        particle_dim: int | None,
+    ) -> Float[Tensor, ""]:
+        """Return the ELBO or the importance-weighted bound: see :meth:`TraceBeta_ELBO.bound`."""
+        reduce = importance_weighted if self.bound_kind == "importance" else surrogate
+        return reduce(sites, weighted, constant, particle_dim)
 
     def _filtered(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> Terms:
         nesting = self._nesting(model, guide, args, kwargs)

@@ -1,8 +1,8 @@
-r"""Terms -> the weighted KL of the objective.
+r"""The weights of the KL: β, schedules, capacity and free bits.
 
 .. math:: \text{objective} = \sum \log p(x \mid z) - \sum_s \text{weighted}_s
 
-A weighting never touches the terms: it returns, site by site, what the objective pays in place of the KL.
+A weighting never changes the terms. It returns, site by site, the charge in place of the KL.
 """
 
 import math
@@ -24,16 +24,16 @@ ScheduleValue = Callable[[Schedule], float | Tensor]
 
 @dataclass(frozen=True)
 class KLWeighting:
-    r"""β for every site, and the nats per dimension that are free.
+    r"""β of every site and free bits.
 
     * a number, or a tensor that broadcasts against the site's plates (a β per datum), and time if the site has it
       (shape (T,): a β per step): :math:`\beta\,KL`;
-    * a schedule: the same with the β of the step; :class:`Capacity`: :math:`\gamma\,|KL - C|`;
+    * a schedule: the β of the current step; :class:`Capacity`: :math:`\gamma\,|KL - C|`;
     * free bits: per latent dimension where the KL factorizes, per site otherwise,
-      :math:`\beta \max(\lambda, \overline{KL})` with the mean over the data of the run, and over their real steps.
+      :math:`\beta \max(\lambda, \overline{KL})` with the mean over the data and real steps of the run.
 
     References:
-        Higgins et al. (2017), β-VAE, ICLR; Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling (2016),
+        Higgins et al. (2017), β-VAE, ICLR; Kingma, Salimans et al. (2016),
         arXiv:1606.04934 (free bits); Burgess et al. (2018), arXiv:1804.03599 (capacity).
     """
 
@@ -53,15 +53,15 @@ class KLWeighting:
 
     @property
     def settled(self) -> int:
-        """The step from which no weight changes any more."""
+        """The step from which every weight is constant."""
         return max((w.settled for w in self._schedules.values() if isinstance(w, Schedule)), default=0)
 
     def is_identity(self) -> bool:
-        """Whether the weighted KL is the KL itself."""
+        """Return True where the weighted KL is the KL itself."""
         return self.free_bits == 0 and not isinstance(self.beta, Tensor | Schedule | Mapping) and self.beta == 1
 
     def at(self, step: int, sites: Iterable[str]) -> dict[str, float]:
-        """β of each site at a step, averaged over data (for a Capacity, its target in nats)."""
+        """Return the β of each site at a step, averaged over data (for a Capacity, its target in nats)."""
         weights = {name: self._of(name) for name in sites}
         values = {n: w(step) if isinstance(w, Schedule) else w for n, w in weights.items()}
         return {name: float(torch.as_tensor(w).mean()) for name, w in values.items()}
@@ -74,12 +74,12 @@ class KLWeighting:
     def __call__(
         self, sites: Mapping[str, Term], particle_dim: int | None, value: ScheduleValue
     ) -> tuple[dict[str, Tensor], float | Tensor]:
-        """Return what the objective pays per site, shaped like the term's nats, and a constant.
+        """Return the charge for each KL site, shaped like the term's nats, and a constant.
 
         Args:
             sites: the terms of the bound.
             particle_dim: the batch dimension of the particles, if any.
-            value: gives what a schedule says at this step.
+            value: gives the value of a schedule at this step.
 
         Raises:
             ArgumentError: a weight names no KL site, or a tensor does not broadcast against the plates.
@@ -96,12 +96,12 @@ class KLWeighting:
                 weight = value(weight)
             elif isinstance(weight, Tensor) and name not in gates:
                 _check_broadcast(term.steps or term, weight)
-            weighted[name] = self._pay(term, weight, per_step=isinstance(self._of(name), Tensor))
+            weighted[name] = self._charge(term, weight, per_step=isinstance(self._of(name), Tensor))
         return weighted, constant
 
-    def _pay(self, term: Term, weight: float | Tensor, per_step: bool) -> Tensor:
+    def _charge(self, term: Term, weight: float | Tensor, per_step: bool) -> Tensor:
         if term.steps is not None and (per_step or self.free_bits):
-            return self._pay(term.steps, weight, per_step).sum(-1)
+            return self._charge(term.steps, weight, per_step).sum(-1)
         return (self._free(term) if self.free_bits else term.nats) * weight
 
     def _of(self, name: str) -> Weight:
@@ -110,7 +110,7 @@ class KLWeighting:
     def _capacity(
         self, sites: Mapping[str, Term], particle_dim: int | None, value: ScheduleValue
     ) -> tuple[dict[str, float | Tensor], float | Tensor]:
-        """γ|KL - C| as a multiplier ±γ on the KL of each site and a constant, one target per schedule."""
+        """Return γ|KL - C| as a factor ±γ on the KL of each site and a constant, one target per schedule."""
         groups: dict[Capacity, list[str]] = {}
         for name, term in sites.items():
             weight = self._of(name)
@@ -126,7 +126,7 @@ class KLWeighting:
         return gates, constant
 
     def _free(self, term: Term) -> Tensor:
-        """Max(λ, mean KL) per dimension as a tensor per datum; below λ the gradient is zero."""
+        """Return max(λ, mean KL) per dimension as a tensor per datum; below λ the gradient is zero."""
         events = len(term.event_shape)
         nats = term.per_dim() if term.per_dim is not None else term.nats
         events = events if term.per_dim is not None else 0
@@ -168,7 +168,7 @@ def _check_broadcast(term: Term, weight: Tensor) -> None:
 
 
 def _mean_over_data(x: Tensor, term: Term, event_dim: int) -> Tensor:
-    """Mean over particles and over the unmasked data, one number per element of the event."""
+    """Average over particles and the unmasked data: one number per element of the event."""
     batch = tuple(range(x.dim() - event_dim))
     if not batch:
         return x

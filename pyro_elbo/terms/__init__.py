@@ -7,7 +7,8 @@ Imports programs and below.
 
 from pyro_elbo.terms.evaluate import KLForm, evaluate_terms, is_point, stack_particles, univariate
 from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
-from pyro_elbo.terms.terms import Term, Terms, is_one, num_data, scaled_sum, shared_plate
+from pyro_elbo.terms.term import Term, is_one, num_data, scaled_sum, shared_plate
+from pyro_elbo.terms.terms import Terms
 
 __all__ = [
     "KLForm",

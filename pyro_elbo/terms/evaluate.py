@@ -1,6 +1,6 @@
-r"""Sites -> the terms of the bound.
+r"""Evaluate the term of each site: the log-likelihood of the data, the KL of a latent.
 
-A latent's term is its KL: analytic where a formula exists and is exact, otherwise :math:`\log q - \log p` at the draw.
+A KL is analytic where a formula exists and is exact, otherwise it is :math:`\log q - \log p` at the draw.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,13 +18,13 @@ from pyro_elbo.assumptions import check_or_defer
 from pyro_elbo.masking import expand_to_event, masked
 from pyro_elbo.programs import Site, TracePair
 from pyro_elbo.sequences import StackedDistribution
-from pyro_elbo.terms.terms import Term, TermKind
+from pyro_elbo.terms.term import Term, TermKind
 
 KLForm = Literal["auto", "sampled"]
 
 
 def evaluate_terms(run: TracePair, kl: KLForm) -> dict[str, Term]:
-    """Turn the sites of a run into terms.
+    """Return the term of each site of a run, by name.
 
     With ``kl="auto"`` a latent's KL is analytic where a formula exists and is exact, that is, where no parent
     of the site in the model can be its descendant in the guide. With ``"sampled"`` it never is.
@@ -49,7 +49,7 @@ def evaluate_terms(run: TracePair, kl: KLForm) -> dict[str, Term]:
 
 
 def _analytic_is_exact(run: TracePair) -> frozenset[str]:
-    """Latents whose predecessors in the model all precede them in the guide: then no parent is a descendant.
+    """Return the latents whose predecessors in the model all precede them in the guide: no parent is a descendant.
 
     E_q[log q(z|..) - log p(z|parents)] is E of the KL only while the parents do not depend on z under q.
     """
@@ -65,7 +65,7 @@ def _analytic_is_exact(run: TracePair) -> frozenset[str]:
 
 
 def _draws(sites: Mapping[str, Site]) -> Iterator[tuple[str, int]]:
-    """Sites and steps in the order in which a program draws them; two steps of a scan show all that matters."""
+    """Yield sites and steps in the order in which a program draws them; of a scan, two steps suffice."""
     runs = groupby(sites.items(), lambda item: item[1].fn.run if isinstance(item[1].fn, StackedDistribution) else None)
     for scan, members in runs:
         names = [name for name, _ in members]
@@ -79,7 +79,7 @@ def _term(site: Site, kind: TermKind, nats: Tensor, **more: Any) -> Term:
 
 
 def sum_over_time(site: Site, steps: Term) -> Term:
-    """The term of a site with a dimension of time from the one with time as a plate."""
+    """Return the term of a site over time from the same term with time as a plate."""
     score = None if steps.score is None else steps.score.sum(-1)
     return _term(site, steps.kind, steps.nats.sum(-1), is_analytic=steps.is_analytic, score=score, steps=steps)
 
@@ -106,7 +106,7 @@ def _latent_term(p: Site, q: Site, exact: bool) -> Term:
 
 
 def _log_q(q: Site) -> tuple[Tensor, Tensor | None]:
-    """Log q at the draw whose gradient is the pathwise one, and the factor of the score-function estimator."""
+    """Return log q at the draw with its pathwise gradient, and the factor of the score-function estimator."""
     parts = q.score_parts()
     score = None if is_identically_zero(parts.score_function) else parts.score_function
     if parts.entropy_term is parts.log_prob or score is None:
@@ -117,7 +117,7 @@ def _log_q(q: Site) -> tuple[Tensor, Tensor | None]:
 
 
 def _analytic_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor | None] | None:
-    """KL(q || p) per batch element, and per element of the event where both factorize; None without formula."""
+    """Return KL(q ‖ p) per row, and per element of the event where both factorize; None without a formula."""
     n = len(q.event_shape)
     q_base, p_base = univariate(q), univariate(p)
     try:
@@ -130,14 +130,14 @@ def _analytic_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor | Non
 
 
 def univariate(fn: Distribution) -> Distribution | None:
-    """The elementwise distribution inside ``fn.to_event(n)``, or None where the event does not factorize."""
+    """Return the elementwise distribution inside ``fn.to_event(n)``; None where the event does not factorize."""
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return fn if not fn.event_shape else None
 
 
 def is_point(fn: Distribution) -> bool:
-    """Whether a distribution puts all its mass on one value."""
+    """Return True for a distribution with all its mass on one value."""
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return isinstance(fn, Delta)
@@ -173,7 +173,7 @@ def _same(a: Tensor | float | None, b: Tensor | float | None) -> bool:
 
 
 def _add_auxiliary(terms: dict[str, Term], site: Site) -> None:
-    """Count log q of a site that only the guide has.
+    """Add log q of a site that the guide alone has.
 
     AutoNormal draws ``z_unconstrained`` and passes it on as a Delta at ``z``: one latent, one KL.
     """
@@ -190,9 +190,9 @@ def _add_auxiliary(terms: dict[str, Term], site: Site) -> None:
 
 
 def stack_particles(runs: list[dict[str, Term]]) -> tuple[dict[str, Term], int | None]:
-    """Put the terms of several runs side by side, particles on the left of all plates.
+    """Stack the terms of several runs: particles become a dimension on the left of all plates.
 
-    A site that some of the runs lack contributes nothing there.
+    A site contributes nothing to the runs that lack it.
     """
     if len(runs) == 1:
         return runs[0], None
@@ -203,7 +203,7 @@ def stack_particles(runs: list[dict[str, Term]]) -> tuple[dict[str, Term], int |
 
 
 def _merge(term: Term, same: list[Term | None], depth: int) -> Term:
-    """One term of several runs' terms of a site, with particles at dimension -(depth + 1)."""
+    """Stack one site's terms of several runs, with particles at dimension -(depth + 1)."""
 
     def stack(tensors: list[Tensor | None], event_dim: int) -> Tensor:
         like = next(x for x in tensors if x is not None)

@@ -1,4 +1,4 @@
-r"""Terms over time: loops that number their sites, and what a bound is divided by.
+r"""Terms over time: loops that number their sites, and the divisor of a bound per frame.
 
 .. math:: \sum_t E \log p(x_t \mid z_{\le t}, x_{<t})
     - \sum_t \beta_t\, KL(q(z_t \mid z_{<t}, x) \,\|\, p(z_t \mid z_{<t}))
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs import Plate
-from pyro_elbo.terms.terms import Term, num_data, num_frames
+from pyro_elbo.terms.term import Term, num_data, num_frames
 
 Normalize = Literal["total", "sequence", "frame", "step"]
 SequenceBound = Literal["elbo", "importance", "filtering"]
 
 
 def join_numbered_sites(sites: Mapping[str, Term]) -> dict[str, Term]:
-    """Join the terms of ``z_0, z_1, ...`` to one term ``z`` over time.
+    """Join the terms of ``z_0, z_1, ...`` into one term ``z`` over time.
 
     Raises:
         SiteError: the sites of one loop differ in their plates, scale or event.
@@ -81,7 +81,7 @@ def _join(name: str, loop: list[Term]) -> Term:
 
 
 def divisor(sites: Mapping[str, Term], normalize: Normalize) -> float | Tensor:
-    """What the objective is divided by."""
+    """Return the divisor of the objective."""
     if normalize == "total":
         return 1.0
     if normalize == "sequence":

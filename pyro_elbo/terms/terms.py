@@ -1,68 +1,33 @@
-r"""The terms of the bound, and their reductions.
+r"""The terms of the bound as users see them, and their reductions.
 
 .. math:: \text{elbo} = \sum \log p(x \mid z) - \sum KL(q(z) \,\|\, p(z))
 
-Everything downstream (weighting, penalties, importance bounds, history, diagnosis, export) is a function of
-:class:`Terms`. All numbers are nats. A :class:`Term` keeps one site's contribution before scaling and before
-any reduction; the properties of :class:`Terms` reduce them.
+Weightings, penalties, importance bounds, the history and the export are functions of :class:`Terms`. All numbers are
+nats. A :class:`Term` keeps one site's contribution before scaling and before any reduction; the properties of
+:class:`Terms` reduce them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, NonFiniteError, count_nonfinite
-from pyro_elbo.programs import Plate, Site, sort_by_dim
+from pyro_elbo.errors import NonFiniteError, count_nonfinite
+from pyro_elbo.programs import Plate, sort_by_dim
+from pyro_elbo.terms.dataset import to_dataset
+from pyro_elbo.terms.term import Term, data_plate, num_data, num_frames, scaled_sum
 
 if TYPE_CHECKING:
     import xarray
 
-TermKind = Literal["likelihood", "factor", "latent", "auxiliary"]
-
-
-@dataclass(frozen=True)
-class Term:
-    """One site's contribution to the bound, unscaled and masked.
-
-    Attributes:
-        nats: log p for a ``likelihood`` or a ``factor``; the KL, or log q - log p at the draw, for a
-            ``latent``; log q for an ``auxiliary`` site. Batch dimensions as in the run, particles on the left.
-        score: log q of a site without pathwise gradient (times its reward it is the score-function
-            estimator), otherwise None.
-        per_dim: gives the KL per element of the event, where it factorizes, otherwise None.
-        steps: the same term with time as the innermost plate, if the site has a dimension of time; ``nats`` is its
-            sum over time.
-        draws: the site that was drawn or observed, the guide's for latents: one per run of the programs (one per
-            particle, unless particles are vectorized).
-    """
-
-    name: str
-    kind: TermKind
-    plates: tuple[Plate, ...]
-    scale: float | Tensor
-    mask: Tensor | bool | None
-    event_shape: torch.Size
-    nats: Tensor
-    is_analytic: bool = False
-    score: Tensor | None = None
-    per_dim: Callable[[], Tensor] | None = None
-    steps: "Term | None" = None
-    draws: tuple[Site, ...] = ()
-
-    @property
-    def is_kl(self) -> bool:
-        """Whether the term belongs to the rate."""
-        return self.kind in ("latent", "auxiliary")
-
 
 @runtime_checkable
 class PenaltyValue(Protocol):
-    """What :class:`Terms` knows of a penalty: its value."""
+    """The value of a penalty, all that :class:`Terms` needs of it."""
 
     nats: Tensor
 
@@ -79,7 +44,7 @@ class Terms:
         particle_dim: the batch dimension of the particles, counted from the right; None for one particle.
         objective: what training maximizes: the weighted bound, with the gradient of the estimator. Differentiate
             this one; the other numbers carry pathwise gradients only.
-        penalties: what each penalty of the objective found, by its name.
+        penalties: the value of each penalty of the objective, by its name.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
@@ -173,7 +138,7 @@ class Terms:
 
     @cached_property
     def is_analytic(self) -> dict[str, bool]:
-        """Whether the KL of each latent site is exact given its parents (True) or an estimate at the draw."""
+        """True for each latent site whose KL is exact given its parents, False for an estimate at the draw."""
         return {name: t.is_analytic for name, t in self.sites.items() if t.is_kl}
 
     @cached_property
@@ -221,24 +186,7 @@ class Terms:
         Args:
             per_datum: divide the four totals by ``num_data``; the attribute ``totals`` and their units say so.
         """
-        import xarray
-
-        count, units = (self.num_data, "nats per datum") if per_datum else (1, "nats")
-        totals = {n: ((), getattr(self, n) / count, units) for n in ("elbo", "objective", "rate", "distortion")}
-        sites = {
-            f"{group}_{name}": (self._dims(name, values), values, "nats")
-            for group in ("log_likelihood", "kl", "kl_per_dim")
-            for name, values in getattr(self, group).items()
-        }
-        variables = {
-            name: (dims, x.detach().cpu().numpy(), {"units": unit})
-            for name, (dims, x, unit) in (totals | sites).items()
-        }
-        coords = {"penalty_name": list(self.penalties)} if self.penalties else {}
-        if self.penalties:
-            values = [p.nats.item() for p in self.penalties.values()]
-            variables["penalty"] = (("penalty_name",), values, {"units": "nats per datum"})
-        return xarray.Dataset(variables, coords, attrs={"num_data": self.num_data, "totals": units})
+        return to_dataset(self, per_datum)
 
     def check_finite(self) -> None:
         """Raise NonFiniteError for the first site whose term holds NaN or infinity."""
@@ -285,10 +233,6 @@ class Terms:
         shape = torch.Size(p.size for p in sort_by_dim(term.plates))
         return x.expand(shape + x.shape[x.dim() - event_dim :])
 
-    def _dims(self, name: str, values: Tensor) -> tuple[str, ...]:
-        plates = tuple(p.name for p in self.plates[name])
-        return plates + tuple(f"{name}_dim_{i}" for i in range(values.dim() - len(plates)))
-
 
 @dataclass(frozen=True)
 class PerDatum:
@@ -315,7 +259,7 @@ class PerDatum:
 
     @property
     def objective(self) -> Float[Tensor, ""]:
-        """What training maximizes."""
+        """The objective of training."""
         return self.terms.objective / self.terms.num_data
 
     @property
@@ -331,52 +275,3 @@ class PerDatum:
     def totals(self) -> dict[str, Tensor]:
         """:meth:`Terms.totals`, divided."""
         return {name: x / self.terms.num_data for name, x in self.terms.totals().items()}
-
-
-def shared_plate(stacks: Iterable[tuple[Plate, ...]]) -> Plate | None:
-    """The outermost plate that all stacks of plates hold."""
-    first, *others = list(stacks) or [()]
-    return next((p for p in first if all(p in stack for stack in others)), None)
-
-
-def data_plate(sites: Mapping[str, Term]) -> Plate | None:
-    """The outermost plate that all observed sites share."""
-    return shared_plate(t.plates for t in sites.values() if t.kind == "likelihood")
-
-
-def num_data(sites: Mapping[str, Term]) -> int:
-    """Rows of the full data: those of the data plate, 1 without one."""
-    plate = data_plate(sites)
-    return plate.full_size if plate else 1
-
-
-def num_frames(sites: Mapping[str, Term]) -> Float[Tensor, ""]:
-    """Steps of sequences that some observed site counts, scaled to the full data."""
-    terms = [t for t in sites.values() if t.kind == "likelihood" and t.steps is not None]
-    if not terms:
-        raise ArgumentError("No observed site has a dimension of time: there are no frames to count.")
-    counted = sum(frames(t).to(torch.float64) for t in terms) > 0
-    return (counted * terms[0].scale).sum()
-
-
-def frames(term: Term) -> Tensor:
-    """Which steps of which sequences a term counts, with the dimensions of its plates and time."""
-    steps = term.steps or term
-    shape = [1] * -min(p.dim for p in steps.plates)
-    for plate in steps.plates:
-        shape[plate.dim] = plate.size
-    counted = torch.ones(shape, dtype=torch.bool, device=steps.nats.device)
-    return counted if steps.mask is None else counted & steps.mask
-
-
-def scaled_sum(term: Term, x: Tensor, particle_dim: int | None) -> Tensor:
-    """Sum over data, scaled to the full data, averaged over particles."""
-    total = (x if is_one(term.scale) else x * term.scale).sum()
-    if particle_dim is not None and x.dim() >= -particle_dim:
-        total = total / x.shape[particle_dim]
-    return total
-
-
-def is_one(scale: float | Tensor) -> bool:
-    """Whether a scale is the plain number one."""
-    return not isinstance(scale, Tensor) and scale == 1

@@ -1,4 +1,4 @@
-"""What holds for every sequence model, stated once: equal to loops, ragged batches, forecasts, terms over time."""
+"""Laws of every sequence model: equal to loops, ragged batches, forecasts, terms over time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

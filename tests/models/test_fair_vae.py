@@ -32,7 +32,7 @@ def _double():
 
 
 def raw(scale, least):
-    """What softplus, plus the least scale, makes the scale."""
+    """The inverse of softplus plus the least scale."""
     return torch.special.expm1(scale - least).log()
 
 

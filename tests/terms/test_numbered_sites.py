@@ -212,8 +212,8 @@ BETAS = {
 def test_beta_per_step(way, beta, kl):
     weight = BETAS[beta].double()
     terms = terms_of(way, pe.TraceTimestep_ELBO(weight, kl=kl), frames())
-    paid = (weight * (terms.kl["z"] + terms.kl["w"])).sum()
-    torch.testing.assert_close(terms.objective, terms.log_likelihood["x"].sum() - paid)
+    charge = (weight * (terms.kl["z"] + terms.kl["w"])).sum()
+    torch.testing.assert_close(terms.objective, terms.log_likelihood["x"].sum() - charge)
     torch.testing.assert_close(terms.elbo, terms_of(way, pe.TraceTimestep_ELBO(kl=kl), frames()).elbo)
 
 
@@ -221,8 +221,8 @@ def test_beta_per_step(way, beta, kl):
 def test_beta_per_site_and_step(way):
     weights = {"z": torch.tensor([0.0, 1.0, 2.0, 3.0]), "w": pe.LinearWarmup(0.25, 1.0, steps=10)}
     terms = terms_of(way, pe.TraceTimestep_ELBO(weights), frames())
-    paid = (weights["z"] * terms.kl["z"]).sum() + 0.25 * terms.kl["w"].sum()
-    torch.testing.assert_close(terms.objective, terms.log_likelihood["x"].sum() - paid)
+    charge = (weights["z"] * terms.kl["z"]).sum() + 0.25 * terms.kl["w"].sum()
+    torch.testing.assert_close(terms.objective, terms.log_likelihood["x"].sum() - charge)
 
 
 @pytest.mark.parametrize("particles", PARTICLES)

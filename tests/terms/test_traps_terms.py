@@ -171,7 +171,7 @@ def three_rows_guide():
 
 @several
 def test_3_a_beta_per_datum_weighs_row_by_row(particles):
-    """KL(N(1, 1) ‖ N(0, 1)) = 1/2 a row: β = (1, 2, 3) pays 3.0; the slopes in the means are β."""
+    """KL(N(1, 1) ‖ N(0, 1)) = 1/2 a row: β = (1, 2, 3) charges 3.0; the slopes in the means are β."""
     loss = pe.TraceBeta_ELBO(beta=torch.tensor([1.0, 2.0, 3.0]), **particles)
     terms = terms_of(loss, three_rows_model, three_rows_guide)
     assert terms.objective.item() == pytest.approx(-3.0)
@@ -429,7 +429,7 @@ def test_8_log_q_of_the_auxiliary_site_and_the_jacobian_of_the_delta_site_cancel
 
 
 def test_8_pyros_mean_field_bound_loses_the_jacobian():
-    """What it loses is log|d rate / d log rate| = log rate, a draw of N(0, 1)."""
+    """It loses log|d rate / d log rate| = log rate, a draw of N(0, 1)."""
     guide = at_the_prior(AutoNormal)
     guide()
     pyro.set_rng_seed(0)

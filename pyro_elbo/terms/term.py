@@ -1,0 +1,98 @@
+"""One site's term of the bound, and the figures that need several terms: rows, frames, scaled sums."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_elbo.errors import ArgumentError
+from pyro_elbo.programs import Plate, Site
+
+TermKind = Literal["likelihood", "factor", "latent", "auxiliary"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One site's contribution to the bound, unscaled and masked.
+
+    Attributes:
+        nats: log p for a ``likelihood`` or a ``factor``; the KL, or log q - log p at the draw, for a
+            ``latent``; log q for an ``auxiliary`` site. Batch dimensions as in the run, particles on the left.
+        score: log q of a site without pathwise gradient (times its reward it is the score-function
+            estimator), otherwise None.
+        per_dim: a function that returns the KL per element of the event, where it factorizes, otherwise None.
+        steps: the same term with time as the innermost plate, if the site has a dimension of time; ``nats`` is its
+            sum over time.
+        draws: the site that was drawn or observed, the guide's for latents: one per run of the programs (one per
+            particle, unless particles are vectorized).
+    """
+
+    name: str
+    kind: TermKind
+    plates: tuple[Plate, ...]
+    scale: float | Tensor
+    mask: Tensor | bool | None
+    event_shape: torch.Size
+    nats: Tensor
+    is_analytic: bool = False
+    score: Tensor | None = None
+    per_dim: Callable[[], Tensor] | None = None
+    steps: "Term | None" = None
+    draws: tuple[Site, ...] = ()
+
+    @property
+    def is_kl(self) -> bool:
+        """True for a term of the rate."""
+        return self.kind in ("latent", "auxiliary")
+
+
+def shared_plate(stacks: Iterable[tuple[Plate, ...]]) -> Plate | None:
+    """Return the outermost plate that all stacks of plates hold."""
+    first, *others = list(stacks) or [()]
+    return next((p for p in first if all(p in stack for stack in others)), None)
+
+
+def data_plate(sites: Mapping[str, Term]) -> Plate | None:
+    """Return the outermost plate that all observed sites share."""
+    return shared_plate(t.plates for t in sites.values() if t.kind == "likelihood")
+
+
+def num_data(sites: Mapping[str, Term]) -> int:
+    """Count the rows of the full data: those of the data plate, 1 without one."""
+    plate = data_plate(sites)
+    return plate.full_size if plate else 1
+
+
+def num_frames(sites: Mapping[str, Term]) -> Float[Tensor, ""]:
+    """Count the steps of sequences that some observed site counts, scaled to the full data."""
+    terms = [t for t in sites.values() if t.kind == "likelihood" and t.steps is not None]
+    if not terms:
+        raise ArgumentError("No observed site has a dimension of time: there are no frames to count.")
+    counted = sum(frames(t).to(torch.float64) for t in terms) > 0
+    return (counted * terms[0].scale).sum()
+
+
+def frames(term: Term) -> Tensor:
+    """Return the mask of the rows and steps that a term counts, with the dimensions of its plates and time."""
+    steps = term.steps or term
+    shape = [1] * -min(p.dim for p in steps.plates)
+    for plate in steps.plates:
+        shape[plate.dim] = plate.size
+    counted = torch.ones(shape, dtype=torch.bool, device=steps.nats.device)
+    return counted if steps.mask is None else counted & steps.mask
+
+
+def scaled_sum(term: Term, x: Tensor, particle_dim: int | None) -> Tensor:
+    """Sum over data, scaled to the full data, averaged over particles."""
+    total = (x if is_one(term.scale) else x * term.scale).sum()
+    if particle_dim is not None and x.dim() >= -particle_dim:
+        total = total / x.shape[particle_dim]
+    return total
+
+
+def is_one(scale: float | Tensor) -> bool:
+    """Return True for a scale that is the plain number one."""
+    return not isinstance(scale, Tensor) and scale == 1

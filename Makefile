@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 PINS := constraints/py$(shell $(PYTHON) -c 'import sys; print(f"{sys.version_info.major}{sys.version_info.minor}")').txt
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench
+# Byte code is kept: without it every process compiles the library and the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: install demo test fuzz lint bench
 
 install: $(STAMP)
 
@@ -26,8 +29,14 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered
+# FAST=1 is the inner loop: no coverage, no types, nothing that is marked slow.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(if $(FAST),$(STAMP),lint)
+	$(PYTEST) $(if $(FAST),-m "not slow",--cov --cov-report=term-missing:skip-covered)
+
+# Many more random programs than `make test` tries.
+fuzz: $(STAMP)
+	PYRO_ELBO_FUZZ=$(or $(SEEDS),2000) $(PYTEST) $(shell find tests -name 'test_random_*.py')
 
 bench: $(STAMP)
 	$(BIN)/pip install -q -c $(PINS) -e '.[bench]'

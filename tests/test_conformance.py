@@ -23,6 +23,7 @@ from tests.programs import (
     subsampled_guide,
     subsampled_model,
 )
+from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
 
 table = pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
 
@@ -449,7 +450,14 @@ def assert_compiled_equals_eager(program, steps, make_loss):
 
 
 @table
-def test_compiled_steps_equal_eager_ones(program):
+def test_compiled_steps_equal_eager_ones(interpreted, program):
+    assert_compiled_equals_eager(program, 20, pe.TraceBeta_ELBO)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nested plates", "AutoIAFNormal", "mixture", "scan"])
+def test_machine_code_equals_eager_steps(name):
+    program = next(p for p in PROGRAMS if p.name == name)
     assert_compiled_equals_eager(program, 200, pe.TraceBeta_ELBO)
 
 
@@ -464,13 +472,13 @@ def test_compiled_steps_equal_eager_ones(program):
     ],
     ids=lambda s: ", ".join(s),
 )
-def test_compiled_steps_equal_eager_ones_under_every_setting(settings):
+def test_compiled_steps_equal_eager_ones_under_every_setting(interpreted, settings):
     program = next(p for p in PROGRAMS if p.name == "nested plates")
     assert_compiled_equals_eager(program, 20, lambda: pe.TraceBeta_ELBO(**settings))
 
 
 # The latents on whose rows a penalty can act: in a plate, with a density and a pathwise gradient.
-PENALizED = {
+PENALIZED = {
     "local latents": "z",
     "nested plates": "m",
     "subsampled plate": "z",
@@ -481,34 +489,34 @@ PENALizED = {
     "exact posterior, local": "z",
 }
 ONE_PIECE = ("flow guide", "exact posterior, local")  # densities that do not factorize have no total correlation
-PENALizED_PAIRS = [
+PENALIZED_PAIRS = [
     pytest.param(program, kind, id=f"{program.name}, {kind.__name__}")
     for program in PROGRAMS
     for kind in (pe.MutualInformation, pe.TotalCorrelation)
-    if program.name in PENALizED and not (program.name in ONE_PIECE and kind is pe.TotalCorrelation)
+    if program.name in PENALIZED and not (program.name in ONE_PIECE and kind is pe.TotalCorrelation)
 ]
 
 
-@pytest.mark.parametrize(("program", "kind"), PENALizED_PAIRS)
+@pytest.mark.parametrize(("program", "kind"), PENALIZED_PAIRS)
 def test_penalties_leave_the_elbo_alone_and_cost_nothing_at_weight_zero(program, kind):
     guide = program.guide(program.model)
     create_parameters(guide, program.args)
     plain = value_and_gradient(pe.TraceBeta_ELBO(), program.model, guide, program.args)
-    free = pe.TraceBeta_ELBO(penalties=[kind(PENALizED[program.name], weight=0.0)])
+    free = pe.TraceBeta_ELBO(penalties=[kind(PENALIZED[program.name], weight=0.0)])
     assert_same(value_and_gradient(free, program.model, guide, program.args), plain)
     pyro.set_rng_seed(3)
     expected = pe.TraceBeta_ELBO().terms(program.model, guide, *program.args)
     pyro.set_rng_seed(3)
-    loss = pe.TraceBeta_ELBO(penalties=[kind(PENALizED[program.name], weight=2.0)])
+    loss = pe.TraceBeta_ELBO(penalties=[kind(PENALIZED[program.name], weight=2.0)])
     terms = loss.terms(program.model, guide, *program.args)
     assert terms.elbo == expected.elbo
     (penalty,) = terms.penalties.values()
-    rows = terms.scale[PENALizED[program.name]] * terms.plates[PENALizED[program.name]][0].size
+    rows = terms.scale[PENALIZED[program.name]] * terms.plates[PENALIZED[program.name]][0].size
     torch.testing.assert_close(terms.objective, expected.objective - 2.0 * rows * penalty.nats)
 
 
 @pytest.mark.parametrize("name", ["nested plates", "poutine.mask"])
-def test_compiled_steps_equal_eager_ones_with_a_penalty(name):
+def test_compiled_steps_equal_eager_ones_with_a_penalty(interpreted, name):
     program = next(p for p in PROGRAMS if p.name == name)
-    penalties = [pe.MutualInformation(PENALizED[name], weight=pe.LinearWarmup(0.0, 2.0, steps=5))]
+    penalties = [pe.MutualInformation(PENALIZED[name], weight=pe.LinearWarmup(0.0, 2.0, steps=5))]
     assert_compiled_equals_eager(program, 20, lambda: pe.TraceBeta_ELBO(penalties=penalties))

@@ -10,6 +10,8 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python( no-run)?\n(.*?)^```(?:\n\nprints\n\n```\n(.*?)^```)?", re.MULTILINE | re.DOTALL)

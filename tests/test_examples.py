@@ -10,6 +10,8 @@ import examples.posteriordb as reference
 from examples import fair_representation, quickstart, svi_script, vrnn_digits, vrnn_music
 from models.posteriordb import POSTERIORS
 
+pytestmark = pytest.mark.slow
+
 
 def test_quickstart(tmp_path, capsys):
     quickstart.main(tmp_path)

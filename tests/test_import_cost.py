@@ -1,19 +1,28 @@
 """`import pyro_elbo` costs little beside `import pyro` and pulls in nothing heavy."""
 
-import statistics
+import os
 import subprocess
 import sys
 
-_TIMED = "import time; import pyro; t = time.perf_counter(); import pyro_elbo; print(time.perf_counter() - t)"
+_TIMED = """
+from time import process_time as now
+start = now(); import pyro; between = now(); import pyro_elbo
+print((now() - between) / (between - start))
+"""
 _LOADED = "import sys; import pyro_elbo; print(*sys.modules)"
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    """Run code in a new interpreter that keeps byte code, as an installed package does."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
 
 
-def test_import_adds_less_than_three_tenths_of_a_second():
-    assert statistics.median(float(run(_TIMED)) for _ in range(5)) < 0.3
+def test_import_adds_less_than_a_tenth_to_that_of_pyro():
+    """Processor time, and the best of five: what other processes do at the time does not count."""
+    assert min(float(run(_TIMED)) for _ in range(5)) < 0.1
 
 
 def test_heavy_libraries_are_imported_when_needed():

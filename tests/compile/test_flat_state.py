@@ -64,7 +64,7 @@ def trains_alike(optimizer, between=lambda opt: None, program=guide, **options):
     assert_same(scenario, **options)
 
 
-OPTIMizERS = {
+OPTIMIZERS = {
     "Adam": (lambda: pyro.optim.Adam({"lr": 0.05, "amsgrad": True, "weight_decay": 0.1}), 3),
     "AdamW, clipped": (lambda: pyro.optim.AdamW({"lr": 0.05}, {"clip_norm": 0.05}), 2),
     "SGD": (lambda: pyro.optim.SGD({"lr": 0.05}), 0),
@@ -79,13 +79,14 @@ OPTIMizERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMizERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_many_parameters_are_updated_as_one(interpreted, graphs, name):
-    optimizer, tensors = OPTIMizERS[name]
+    optimizer, tensors = OPTIMIZERS[name]
     trains_alike(optimizer)
     assert [flat_tensors(graph) for graph in graphs] == [tensors]
 
 
+@pytest.mark.slow
 def test_flat_updates_compiled():
     trains_alike(lambda: pyro.optim.Adam({"lr": 0.05, "weight_decay": 0.1}), grad_clip=0.5)
 
@@ -280,6 +281,7 @@ def test_equal_sites_are_computed_as_one(interpreted, graphs, guide_of):
     assert sum(n.target is aten.log.default for n in graphs[0].module.graph.nodes) < 6
 
 
+@pytest.mark.slow
 def test_equal_sites_compiled():
     def scenario(svi_of):
         svi = svi_of(many, by_hand, adam(0.05), sampled())

@@ -119,6 +119,7 @@ def test_an_argument_that_the_program_changes(interpreted, together):
     assert not message or "in place" in message
 
 
+@pytest.mark.slow
 def test_shapes_dtypes_and_layouts(graphs):
     """Machine code: another shape, precision or layout of the data is another graph, or the same and right."""
 
@@ -132,7 +133,7 @@ def test_shapes_dtypes_and_layouts(graphs):
     assert len(graphs) <= 5
 
 
-def test_the_last_batch_costs_one_graph(graphs):
+def test_the_last_batch_costs_one_graph(interpreted, graphs):
     data = torch.linspace(-1.0, 2.0, 10)
 
     def scenario(svi_of):

@@ -452,6 +452,7 @@ def hidden_from_x(z, x_t):
 # --- machine code --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_machine_code_of_a_ragged_vrnn(graphs):
     def scenario(svi_of):
         module = laws.make(VRNN)
@@ -460,6 +461,7 @@ def test_machine_code_of_a_ragged_vrnn(graphs):
     assert_same(scenario, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_machine_code_of_a_smoother_with_particles():
     def scenario(svi_of):
         module = laws.make(MarkovVRNN)
@@ -469,6 +471,7 @@ def test_machine_code_of_a_smoother_with_particles():
     assert_same(scenario, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_machine_code_of_a_filter():
     model, guide = (in_plates(s, zeros(N))(scanned) for s in (chain_step, chain_guide_step))
     assert_compiled(model, guide, frames(N), LENGTHS, make_objective=OBJECTIVES["filtering"])

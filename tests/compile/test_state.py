@@ -130,6 +130,7 @@ def test_a_buffer_that_is_assigned_is_refused_by_name(interpreted):
     assert program.mean.item() == pytest.approx(0.1 * X.mean().item())
 
 
+@pytest.mark.slow
 def test_memory_of_another_layout(graphs):
     """Machine code: .data of another shape, stride or precision behind the same tensor."""
 
@@ -288,6 +289,7 @@ class Guide(PyroModule):
         pyro.sample("z", dist.Normal(self.loc, 0.5))
 
 
+@pytest.mark.slow
 def test_memory_is_given_back_and_kept_as_long_as_needed():
     """Machine code: data may go at once, programs with the object, parameters stay when it goes."""
     svi = pe.SVI(model, guide, adam(), sampled(), compile=True)
@@ -306,6 +308,7 @@ def test_memory_is_given_back_and_kept_as_long_as_needed():
     assert torch.isfinite(pyro.param("loc"))
 
 
+@pytest.mark.slow
 def test_threads_take_turns():
     svi = pe.SVI(model, guide, adam(), sampled(), compile=True)
     svi.run(3, X, progress=False)

@@ -51,7 +51,7 @@ class Encoder(PyroModule):
         pyro.sample("z", dist.Normal(loc, self.width))
 
 
-def test_pyro_module_with_local_parameters():
+def test_pyro_module_with_local_parameters(interpreted):
     def scenario(svi_of):
         encoder = Encoder()
         svi = svi_of(model, encoder, optim.Adam(encoder.parameters(), 0.05, weight_decay=0.1), sampled())
@@ -87,11 +87,12 @@ def train_and_eval(svi_of):
     return [*losses, svi.step(X)], after, frozen, net.state_dict()
 
 
-def test_batch_norm_and_dropout_follow_the_mode(graphs):
+def test_batch_norm_and_dropout_follow_the_mode(interpreted, graphs):
     assert_same(train_and_eval)
     assert len(graphs) == 2
 
 
+@pytest.mark.slow
 def test_batch_norm_and_dropout_in_single_precision():
     torch.set_default_dtype(torch.float32)
 
@@ -122,7 +123,7 @@ def two_latents(x):
     pyro.sample("w", dist.Beta(2.0, 3.0))
 
 
-def test_an_auto_guide_makes_its_parameters_first():
+def test_an_auto_guide_makes_its_parameters_first(interpreted):
     def scenario(svi_of):
         svi = svi_of(two_latents, AutoNormal(two_latents), adam(), pe.TraceBeta_ELBO())
         first = svi.evaluate_loss(X)
@@ -156,6 +157,7 @@ def twins_model(x):
     pyro.sample("x", dist.Normal(torch.stack([d.double() for d in pairs]), 1.0).to_event(1), obs=torch.zeros(9))
 
 
+@pytest.mark.slow
 def test_two_sites_of_one_distribution_have_two_draws():
     def scenario(svi_of):
         svi = svi_of(twins_model, lambda x: twins(x) and None, pyro.optim.SGD({"lr": 1e-4}), sampled())
@@ -255,7 +257,7 @@ def test_objectives_in_steps_and_runs(interpreted, graphs, name):
     assert len(graphs) == 1
 
 
-def test_a_run_equals_steps():
+def test_a_run_equals_steps(interpreted):
     def trained(in_steps):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
@@ -305,17 +307,18 @@ def row_guide(x):
 
 @pytest.fixture(scope="module")
 def noise_svi():
-    """Steps that draw 60 numbers but train nothing: a run of 20000 has to be done in parts."""
+    """Steps that draw 200 numbers but train nothing: a run of 4000 is done in parts."""
     pyro.clear_param_store()
     pyro.set_rng_seed(1)
     return pe.SVI(row_model, row_guide, pyro.optim.SGD({"lr": 0.0}), sampled(), compile=True)
 
 
+@pytest.mark.slow
 def test_default_noise_has_the_distribution_of_eager(noise_svi):
     """Means, variances and lag correlations within 5 standard errors; false alarms of all together: 1e-5."""
     torch.set_default_dtype(torch.float64)
-    data = X.repeat(8)[:30]
-    n = 20_000
+    data = X.repeat(25)
+    n = 4000
     noise_svi.run(5, data, progress=False)
     pyro.set_rng_seed(2)
     losses = noise_svi.run(n, data, progress=False)
@@ -336,9 +339,10 @@ def test_default_noise_has_the_distribution_of_eager(noise_svi):
     assert not torch.isin(noise_svi.run(100, data, progress=False), losses).any()
 
 
+@pytest.mark.slow
 def test_noise_is_independent_across_sites_and_rows():
     """The draws, seen through a buffer: no correlation above 5 / sqrt(n); false alarms over all pairs: 4e-5."""
-    seen, n = torch.zeros(6), 20_000
+    seen, n = torch.zeros(6), 4000
 
     def watching(x):
         with pyro.plate("data", 2):

@@ -22,6 +22,8 @@ from torch.distributions import biject_to
 
 from models.posteriordb import POSTERIORS, Posterior, Values
 
+pytestmark = pytest.mark.slow
+
 Raw = dict[str, Any]
 Row = dict[str, np.ndarray]
 

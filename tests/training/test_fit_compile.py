@@ -10,6 +10,8 @@ from models.vae import VAEGuide, VAEModel
 from pyro_elbo.compile import inductor as executable
 from pyro_elbo.errors import ArgumentError
 
+pytestmark = pytest.mark.slow
+
 with torch.random.fork_rng():
     torch.manual_seed(0)
     COUNTS = torch.distributions.Binomial(16, torch.linspace(0.1, 0.9, 12)).sample((56,))

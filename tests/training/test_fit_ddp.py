@@ -11,6 +11,8 @@ from models.vae import VAEGuide, VAEModel
 from pyro_elbo.errors import ArgumentError, DataError, NonFiniteError
 from pyro_elbo.programs.rng import mix_seed
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_processes_train_one_model(tmp_path):
     x = torch.distributions.Binomial(16, torch.linspace(0.1, 0.9, 12)).sample((64,))

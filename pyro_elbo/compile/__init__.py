@@ -1,9 +1,9 @@
 """Training steps, in Python or as one compiled graph under guard.
 
-Takes programs, objective and optimizer; gives steps with the totals of each. ``steps`` decides which steps to compile,
-``capture`` traces them on ``fakes``, ``batch_scalars`` and ``flat_state`` shrink the graph, ``inductor`` makes machine
-code, ``guard`` watches what the graph froze, ``optimizer`` steps parameters. The first capture imports what is heavy.
-Imports objectives and below.
+Takes programs, objective and optimizer; gives steps with the totals of each. ``steps`` decides when to compile,
+``capture`` traces a step on ``fakes``, ``batch_scalars`` and ``flat_state`` shrink its graph, ``inductor`` compiles it,
+``guard`` watches what it froze, ``optimizer`` and ``traced_update`` step parameters. ``_torch`` holds all private names
+of torch; the first capture loads the heavy ones. Imports objectives and below.
 """
 
 from pyro_elbo.compile.optimizer import PyroUpdate, TorchUpdate

@@ -1,8 +1,8 @@
-"""A function of tensors -> one functional graph whose inputs are everything that the function read or wrote.
+"""Capture a function of tensors as one functional graph.
 
-The function runs once, on fake tensors, as it stands: it may call Pyro, autograd and an optimizer. Every real tensor
-that it touches (parameters, buffers, the optimizer's state, tensors of closures) becomes an input, by identity; what
-it changes in place is written back at the end of the graph, unless the step turns out to be unusable.
+The function runs once, unchanged, on fake tensors: it may call Pyro, autograd and an optimizer. Every real tensor that
+it touches (parameters, buffers, the optimizer's state, tensors of closures) becomes an input of the graph, by identity.
+The end of the graph writes back what the function changed in place, unless the step turns out to be unusable.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ from pyro_elbo.errors import CompileError
 aten = torch.ops.aten
 NoiseKind = Literal["normal", "uniform"]
 
-# Copies that only separate autograd or aliasing; a functional graph needs none of them.
+# Operators that copy for the sake of autograd or aliasing: a functional graph needs none of them.
 _IDENTITIES = (
     aten.detach.default,
     aten.detach_copy.default,
@@ -44,7 +44,7 @@ _IDENTITIES = (
     aten.lift_fresh_copy.default,
 )
 _LITERALS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
-# Operators whose decompositions draw other numbers than they do.
+# Random operators whose decompositions draw other numbers than the operators themselves.
 _STREAMS = ("bernoulli", "exponential", "geometric", "cauchy", "log_normal", "normal", "uniform", "native_dropout")
 _DRAWS = {aten.normal_.default: aten.normal_functional.default, aten.uniform_.default: aten.uniform.default}
 RANDOM: dict[Any, NoiseKind] = {
@@ -59,14 +59,14 @@ RANDOM: dict[Any, NoiseKind] = {
 
 @dataclass(frozen=True)
 class Noise:
-    """One row of independent draws that the graph takes as an input."""
+    """A row of independent standard draws, an input of the graph."""
 
     kind: NoiseKind
     dtype: torch.dtype
     size: int
 
     def rows(self, count: int, device: torch.device) -> Tensor:
-        """Make room for ``count`` rows, each padded to whole cache lines."""
+        """Allocate ``count`` rows, each padded to whole cache lines."""
         return torch.empty(count, -(-self.size // 16) * 16, dtype=self.dtype, device=device)
 
     def draw(self, rows: Tensor) -> None:
@@ -76,7 +76,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Graph:
-    """A functional graph; its inputs in order are ``externals``, the function's inputs, and one row per noise."""
+    """A functional graph. Its inputs are ``externals``, then the function's inputs, then one row per noise."""
 
     module: fx.GraphModule
     externals: tuple[Tensor, ...]
@@ -88,13 +88,13 @@ def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: 
     """Capture one call of ``function(*inputs)``.
 
     Args:
-        function: returns a boolean scalar: whether what it wrote may be kept.
-        inputs: one tensor per input; two of them may be the same object.
-        kept: how many of the last inputs are written in any case.
-        lift_noise: draw normal and uniform noise outside of the graph, all at once.
+        function: returns a boolean scalar: keep what the call wrote.
+        inputs: the tensors of the call; two of them may be the same object.
+        kept: the number of last inputs that are written even where the function returns False.
+        lift_noise: draw normal and uniform noise outside the graph, all at once.
 
     Raises:
-        CompileError: tensors of the program share memory, and one of them is written.
+        CompileError: tensors of the program share memory and the program writes to one of them.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(x.detach()) for x in inputs]
@@ -120,7 +120,7 @@ def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: 
 
 
 def decompositions(lift_noise: bool) -> dict[Any, Any]:
-    """Inductor's decompositions; without those of random operators where their own stream is asked for."""
+    """Return Inductor's decompositions; unless noise is lifted, without those that change the random stream."""
     table = dict(select_decomp_table())
     if lift_noise:
         return table
@@ -132,7 +132,7 @@ def decompositions(lift_noise: bool) -> dict[Any, Any]:
 
 
 def lift(module: fx.GraphModule, real: Mapping[int, Tensor]) -> list[Tensor]:
-    """Turn the tensors that the trace holds into inputs on the left; literals of the program become constants."""
+    """Make the tensors that the trace holds the first inputs, and return them; literals become constants."""
     found: dict[int, tuple[Tensor, fx.Node]] = {}
     first = next(iter(module.graph.nodes))
     for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
@@ -159,7 +159,7 @@ def lift(module: fx.GraphModule, real: Mapping[int, Tensor]) -> list[Tensor]:
 
 
 def remove_identities(graph: fx.Graph) -> None:
-    """Leave out copies that a functional graph does not need."""
+    """Remove copies that a functional graph does not need."""
     for node in list(graph.nodes):
         if node.target in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
@@ -170,14 +170,14 @@ def remove_identities(graph: fx.Graph) -> None:
 
 
 def _write_out_draws(graph: fx.Graph) -> None:
-    """Let draws into fresh memory be no writes."""
+    """Replace draws in place into fresh memory by functional draws."""
     for node in [n for n in graph.nodes if n.target in _DRAWS and n.args[0].target is aten.empty.memory_format]:
         if len(node.args[0].users) == 1:
             node.target = _DRAWS[node.target]
 
 
 def write_out_alpha(graph: fx.Graph) -> None:
-    """Turn x + alpha y into x + (alpha y): Inductor (torch 2.13) forgets alpha where y or x is a matrix product."""
+    """Turn x + alpha y into x + (alpha y): Inductor (torch 2.13) drops alpha where y or x is a matrix product."""
     for node in list(graph.nodes):
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) != 1:
             with graph.inserting_before(node):
@@ -193,7 +193,7 @@ def _same_kind(a: fx.Node, b: Any) -> bool:
 
 
 def _keep_if(graph: fx.Graph, conditional: int) -> list[int]:
-    """Write the first inputs only where the graph's output is true; return the positions of what is written."""
+    """Write the first ``conditional`` inputs only where the output is true; return the positions of written inputs."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(n for n in graph.nodes if n.op == "output")
     (usable,) = output.args if isinstance(output.args[0], fx.Node) else output.args[0]
@@ -208,7 +208,7 @@ def _keep_if(graph: fx.Graph, conditional: int) -> list[int]:
             writes.append((node.args[0], new))
         node.replace_all_uses_with(node.args[1])
         graph.erase_node(node)
-    with graph.inserting_before(output):  # behind all that reads
+    with graph.inserting_before(output):  # after every read
         for write in writes:
             graph.call_function(aten.copy_.default, write)
     output.args = ((),)
@@ -216,13 +216,13 @@ def _keep_if(graph: fx.Graph, conditional: int) -> list[int]:
 
 
 def _check_writes(tensors: Sequence[Tensor], written: Sequence[int], externals: int) -> None:
-    """Refuse writes to arguments, and to memory that the graph also sees under another name."""
+    """Raise CompileError for writes to arguments, and to memory that two inputs share."""
     owners: dict[int, int] = {}
     for i, x in enumerate(tensors):
         if i >= externals and i in written:
             raise CompileError(
-                f"The program changes its tensor argument number {i - externals} in place: a compiled step leaves the "
-                "data as they are. Write x = x - y instead of x -= y, or use compile=False."
+                f"The program changes its tensor argument number {i - externals} in place, which a compiled step would "
+                "not do. Write x = x - y instead of x -= y, or use compile=False."
             )
         memory = x.untyped_storage().data_ptr() if x.numel() else -i - 1
         other = owners.setdefault(memory, i)
@@ -230,12 +230,12 @@ def _check_writes(tensors: Sequence[Tensor], written: Sequence[int], externals: 
             raise CompileError(
                 f"Two tensors of the program, of shapes {tuple(tensors[other].shape)} and {tuple(x.shape)}, share "
                 "memory and one of them is trained or updated: a compiled step would miss the change in the other. "
-                "Make one of them from the other inside of the program, or use compile=False."
+                "Compute one of them from the other in the program, or use compile=False."
             )
 
 
 def _lift_noise(graph: fx.Graph) -> tuple[Noise, ...]:
-    """Replace draws whose distribution depends on nothing by slices of one row per kind and dtype."""
+    """Replace draws whose distribution is fixed by slices of one row of noise per kind and dtype."""
     sizes: dict[tuple[NoiseKind, torch.dtype], int] = {}
     rows: dict[tuple[NoiseKind, torch.dtype], fx.Node] = {}
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
@@ -262,7 +262,7 @@ def _lift_noise(graph: fx.Graph) -> tuple[Noise, ...]:
 
 
 def location_scale(node: fx.Node) -> Iterator[tuple[Any, float]]:
-    """What turns standard draws into those of the node: normal(mean, std) or uniform(from, to)."""
+    """Yield the operators that turn standard draws into the node's: normal(mean, std) or uniform(from, to)."""
     if node.target is aten.normal_functional.default or node.target is aten.uniform.default:
         names = ("mean", "std") if node.target is aten.normal_functional.default else ("from", "to")
         given: Any = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
@@ -275,7 +275,7 @@ def location_scale(node: fx.Node) -> Iterator[tuple[Any, float]]:
 
 
 def optimize(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
-    """Fold constants and compute once what is computed twice, as AOTAutograd would before Inductor."""
+    """Fold constants and remove common subexpressions, as AOTAutograd does before Inductor."""
     module = _without_repetition(module, mode, fakes)
     batch_scalars(module.graph)
     module = _without_repetition(module, mode, fakes)
@@ -288,6 +288,6 @@ def _without_repetition(module: fx.GraphModule, mode: FakeTensorMode, fakes: Seq
     FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
     targets = {node.target for node in module.graph.nodes if isinstance(node.target, OpOverload)}
     draws = {op for op in targets if torch.Tag.nondeterministic_seeded in op.tags}
-    if any(op.overloadpacket not in rand_ops for op in draws):  # two draws that look alike would become one
+    if any(op.overloadpacket not in rand_ops for op in draws):  # two draws with equal arguments would become one
         return module
     return fx.GraphModule(module, fx_graph_cse(module.graph))

@@ -1,7 +1,7 @@
-"""How a program sees its tensors while it is captured: fake, each standing for a real one by identity.
+"""Fake tensors in place of a program's real ones while it is captured, matched by identity.
 
-No operator ever gets a real tensor, so none can change it or have its value frozen into the graph; whatever wants to
-look at a value fails, with the program's own line in the traceback.
+No operator receives a real tensor, so none can change it or freeze its value into the graph. Code that reads a value
+fails, with the program's own line in the traceback.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -24,39 +24,39 @@ aten = torch.ops.aten
 
 
 class Lifting(TorchFunctionMode):
-    """Replaces real tensors by fake ones, and rewrites what only seems to look at values."""
+    """Replaces real tensors by fake ones, and rewrites operations that read values without need."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
         self._mode = mode
-        # the real ones kept alive: ids are unique among the living
+        # Both hold the tensors themselves too: an id is unique among living objects only.
         self._fakes: dict[int, tuple[Tensor, FakeTensor]] = {}
-        self._integers: dict[int, tuple[Tensor, Any]] = {}  # fake tensors whose values the program itself fixes
+        self._integers: dict[int, tuple[Tensor, Any]] = {}  # known values of fake tensors, those of torch.arange
 
     def __enter__(self) -> "Lifting":
-        """Lift what goes into custom autograd functions too, which are no operators of torch."""
+        """Lift arguments of torch functions and of custom autograd functions."""
         self._custom = custom_functions_taking(self._lift_all)
         self._custom.__enter__()
         self._fork_rng, torch.random.fork_rng = torch.random.fork_rng, _refuse_fork
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        """Leave torch as it was."""
+        """Undo the changes to torch."""
         self._custom.__exit__(*error)
         torch.random.fork_rng = self._fork_rng
         super().__exit__(*error)
 
     @property
     def lifted(self) -> dict[int, Tensor]:
-        """The real tensor of each fake one, by its id."""
+        """Return the real tensor of each fake one, by the fake one's id."""
         return {id(fake): real for real, fake in self._fakes.values()}
 
     def lift(self, x: Tensor) -> Tensor:
-        """The fake tensor that stands for ``x``."""
+        """Return the fake tensor that stands for ``x``."""
         if isinstance(x, FakeTensor):
             return x
         if id(x) not in self._fakes:
-            with disable_proxy_modes_tracing():  # making a fake view of a fake base is no step of the program
+            with disable_proxy_modes_tracing():  # the making of a fake is no part of the program
                 self._fakes[id(x)] = x, self._mode.from_tensor(x)
         return self._fakes[id(x)][1]
 
@@ -103,8 +103,8 @@ def _refuse_fork(devices: Any = None, enabled: bool = True, **options: Any) -> A
     if not enabled:
         return nullcontext()
     raise CompileError(
-        "The programs fork torch's random generator (torch.utils.checkpoint does), which a graph cannot. Leave out the "
-        "checkpoint (preserve_rng_state=False where nothing in it is random), or use compile=False."
+        "The programs fork torch's random generator, as torch.utils.checkpoint does: a graph cannot. Remove the "
+        "checkpoint, pass it preserve_rng_state=False if it draws nothing, or use compile=False."
     )
 
 
@@ -113,7 +113,7 @@ def _is_masked_fill(x: Tensor, index: Any, value: Any) -> bool:
 
 
 def _scalar_indices(x: Tensor, index: Any) -> list[Tensor | None] | None:
-    """The indices of ``x[k]``, ``x[..., k]`` and the like for integer scalars k, at whose value Python would look."""
+    """Return the indices of ``x[k]``, ``x[..., k]`` and the like for integer scalars k, whose values Python reads."""
     parts = index if isinstance(index, tuple) else (index,)
     scalars = [i for i in parts if isinstance(i, Tensor) and i.dim() == 0 and i.dtype not in (torch.bool, torch.uint8)]
     if not scalars or not all(isinstance(i, Tensor) or i is Ellipsis or i == slice(None) for i in parts):

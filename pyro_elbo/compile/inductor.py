@@ -1,7 +1,7 @@
-"""A captured graph -> machine code, called without Python between steps.
+"""Compile captured graphs to machine code and run many steps without Python in between.
 
-Inductor compiles the graph to one C++ function. On a CPU it is called directly: no dispatcher, no wrapper, and as many
-steps in a row as one likes. Elsewhere Inductor's own wrapper calls it, through CUDA graphs.
+Inductor compiles a graph to one C++ function. On a CPU a small C++ driver calls that function directly, without
+dispatcher or wrapper, for any number of steps in a row. On other devices Inductor's own wrapper calls it.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ from pyro_elbo.errors import CompileError
 
 AHEAD = 2**18  # numbers of noise drawn at once
 
-# A compiled function takes ownership of the handles that it is given, so every step gets fresh ones.
+# A compiled function takes ownership of its handles, so every step makes new ones.
 _DRIVER = r"""
 #include <Python.h>
 #include <cstdint>
@@ -59,7 +59,7 @@ extern "C" int aoti_torch_get_dtype(void* tensor, int32_t* result);
 extern "C" int aoti_torch_get_size(void* tensor, int64_t dim, int64_t* result);
 extern "C" int aoti_torch_get_stride(void* tensor, int64_t dim, int64_t* result);
 
-// Write dtype, dimension, sizes and strides of every tensor to `layout`, or compare them with it.
+// Write dtype, dimension, sizes and strides of every tensor to `layout`, or compare them with `layout`.
 extern "C" int64_t layout(PyObject* list, int64_t* layout, int64_t compare) {
   int64_t k = 0;
   auto note = [&](int64_t x) { if (compare && layout[k] != x) return false; layout[k++] = x; return true; };
@@ -105,7 +105,7 @@ extern "C" const char* run(void* entry, PyObject* fixed, PyObject* data, PyObjec
 
 
 class Handles:
-    """Tensors as Inductor's C++ functions take them, alive as long as this object."""
+    """C++ handles of tensors, valid as long as this object lives."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.capsules = tensor_handles(list(tensors))
@@ -113,7 +113,7 @@ class Handles:
 
 
 class StepInputs:
-    """The inputs that change from step to step, for ``count`` steps: scalars, records and noise."""
+    """The scalars, records and noise of ``count`` steps: the inputs that differ between steps."""
 
     def __init__(self, count: int, scalars: Tensor, flag: Tensor, record: Tensor, noise: Sequence[Noise]) -> None:
         self.values: Sequence[Sequence[float]] = ()
@@ -136,8 +136,8 @@ class Executable:
     """A compiled graph with the tensors that it holds.
 
     Args:
-        graph: its inputs are externals, data, and the row of a step.
-        row: scalars, the flag that says whether all steps so far were usable, and what a step records.
+        graph: a graph whose inputs are externals, data, then the row of a step.
+        row: the scalars, the flag that all steps so far were usable, and the record of a step.
     """
 
     def __init__(self, graph: Graph, row: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -152,12 +152,12 @@ class Executable:
         self._layout = self._layouts()
 
     def __call__(self, data: Sequence[Tensor], values: Sequence[Sequence[float]]) -> np.ndarray:
-        """Run one step per entry of ``values`` (its scalars) on the same data; return what each step recorded."""
+        """Run one step per entry of ``values`` (its scalars) on the same data; return the record of each."""
         parts = [values[i : i + self._ahead] for i in range(0, len(values), self._ahead)]
         return np.concatenate([self._run(data, part) for part in parts])
 
     def fits(self) -> bool:
-        """Whether the external tensors still have the layout that the machine code was made for."""
+        """Return whether the external tensors still have the layout that the machine code assumes."""
         if self._handles is not None:
             return bool(driver().layout(self._handles.capsules, self._layout, 1))
         return self._layout == self._layouts()
@@ -171,7 +171,7 @@ class Executable:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Put back at the end what the graph's external tensors hold now."""
+        """Restore the contents of the graph's external tensors at the end."""
         before = [x.detach().clone() for x in self._externals]
         try:
             yield
@@ -190,7 +190,7 @@ class Executable:
         else:
             for i in range(0, len(rows.inputs), rows.width):
                 self._compiled([*self._externals, *data, *rows.inputs[i : i + rows.width]])
-        return rows.record.cpu().numpy().copy()  # the next part of a run writes to the same rows
+        return rows.record.cpu().numpy().copy()  # later steps write to the same rows
 
     def _rows_for(self, count: int) -> tuple[StepInputs, Handles | None]:
         if count not in self._rows:
@@ -202,7 +202,7 @@ class Executable:
 
 
 def compile_graph(graph: Graph, on_cpu: bool) -> Any:
-    """Inductor's code for a graph.
+    """Compile a graph with Inductor.
 
     Raises:
         CompileError: Inductor or the C++ compiler failed.
@@ -212,7 +212,7 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
         "size_asserts": not on_cpu,  # externals are checked by fits(), data by their key
         "aot_inductor.allow_stack_allocation": True,
         "cpp.min_chunk_size": 2**14,  # a second thread costs more than it saves on smaller loops
-        # Compilers that know C++20, which torch's headers need, know every vector instruction; trying takes 7 seconds.
+        # torch's headers need C++20, and such compilers know every vector instruction; the test takes 7 seconds.
         "cpp.vec_isa_ok": True,
     }
     with config.patch(options), torch.no_grad(), tracing(context), _quiet():
@@ -227,14 +227,14 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
             )
         except InductorError as error:
             raise CompileError(
-                f"Inductor cannot compile the step: {str(error).splitlines()[0]} A C++ compiler is needed (CXX names "
-                "it). If one is there, compile=False runs the program as it is."
+                f"Inductor cannot compile the step: {str(error).splitlines()[0]} Install a C++ compiler (the variable "
+                "CXX names it). If there is one, use compile=False."
             ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Inductor's remarks on its own operators off the screen."""
+    """Silence Inductor's warnings about its own operators."""
     logger = logging.getLogger("torch._inductor.ir")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -247,7 +247,7 @@ def _quiet() -> Iterator[None]:
 
 
 def entry_point(compiled: Any) -> ctypes.c_void_p:
-    """The address of the C++ function behind Inductor's Python wrapper."""
+    """Return the address of the C++ function behind Inductor's Python wrapper."""
     binding = inspect.getclosurevars(compiled.current_callable).nonlocals["f"]
     library = ctypes.PyDLL(sys.modules[binding.__module__].__file__)
     return ctypes.cast(library._Z19inductor_entry_implPP16AtenTensorOpaqueS1_, ctypes.c_void_p)
@@ -255,7 +255,7 @@ def entry_point(compiled: Any) -> ctypes.c_void_p:
 
 @cache
 def driver() -> ctypes.PyDLL:
-    """The library that calls compiled functions."""
+    """Build and load the C++ library that calls compiled functions."""
     library = ctypes.PyDLL(CppCodeCache.load(_DRIVER)._name)
     library.run.restype = ctypes.c_char_p
     library.run.argtypes = [ctypes.c_void_p, *(ctypes.py_object,) * 3, ctypes.c_int64]
@@ -267,7 +267,7 @@ def driver() -> ctypes.PyDLL:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Say on a terminal that compilation goes on, and for how long."""
+    """Show on a terminal for how many seconds the compilation has run."""
     start, done = time.monotonic(), threading.Event()
 
     def show(end: str) -> None:

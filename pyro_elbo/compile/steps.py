@@ -1,15 +1,15 @@
-"""Programs, objective and optimizer -> steps that run as one compiled graph.
+"""Training and evaluation steps, each run as one compiled graph.
 
-A step that is new (another shape, another mode, another value of something that Python froze) runs once as it is: that
-makes lazy parameters and the optimizer's state, and gives Pyro's own errors. When it comes again it is captured
-(:mod:`pyro_elbo.compile.capture`), compiled (:mod:`pyro_elbo.compile.inductor`) and from then on run under guard
-(:mod:`pyro_elbo.compile.guard`).
+A new step (another shape, another mode, another value of something that the graph froze) first runs once in Python.
+That run makes lazy parameters and the optimizer's state, and raises Pyro's own errors. The second time, the step is
+captured (:mod:`pyro_elbo.compile.capture`) and compiled (:mod:`pyro_elbo.compile.inductor`). From then on its graph
+runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed.
 """
 
 import math
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,10 +21,12 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from pyro_elbo.assumptions import capturing
-from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutputShapeException, pytree
+from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutputShapeException
+from pyro_elbo.compile.arguments import Key, describe, with_tensors
 from pyro_elbo.compile.guard import Guard
-from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, trace_update, watch
-from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, PyroElboError
+from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, watch
+from pyro_elbo.compile.traced_update import trace_update
+from pyro_elbo.errors import CompileError, NonFiniteError, PyroElboError
 from pyro_elbo.information import critic_gradients
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Parameters, Program, collect_parameters, failed_line
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from pyro_elbo.compile.inductor import Executable
 
 StepKind = Literal["train", "evaluate"]
-Key = tuple[Any, ...]
 StepTotals = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names): loss and totals in nats
 
 _VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine")
@@ -44,7 +45,7 @@ MAX_SHAPES = 64  # kinds of data
 
 @dataclass
 class _KnownStep:
-    """A step that ran once: what it used, recorded and relies on, and its graph once it came again."""
+    """A step that ran once in Python, with what its graph relies on; the second run adds the graph."""
 
     parameters: dict[str, Tensor]
     plan: UpdatePlan
@@ -55,21 +56,21 @@ class _KnownStep:
     execute: "Executable | None" = None
 
     def broken(self) -> str | None:
-        """The name of something that the step relies on and that has changed."""
+        """Return the name of something that the step relies on and that has changed, or None."""
         if (changed := self.guard.broken() or self.plan.broken()) is not None or self.execute is None:
             return changed
         return None if self.execute.fits() else "the layout of a parameter or buffer"
 
 
 class CompiledSVI:
-    """Steps of one objective over one pair of programs, compiled when they are repeated.
+    """Steps of stochastic variational inference, compiled from their second run on.
 
     Args:
-        update: how parameters follow their gradients.
-        compile: whether to compile them; otherwise every step runs in Python.
-        per_datum: whether the loss is divided by the rows of the full data.
-        fallback_random: draw with torch's operators in the program's order, which gives the stream of an uncompiled
-            run; otherwise all noise of a step is drawn at once.
+        update: moves the parameters by their gradients.
+        compile: compile the steps; False runs every step in Python.
+        per_datum: divide the loss by the number of rows of the full data.
+        fallback_random: draw with torch's own operators in the program's order, which reproduces the stream of an
+            uncompiled run. Otherwise all noise of a step is drawn at once.
     """
 
     def __init__(
@@ -89,25 +90,26 @@ class CompiledSVI:
         self._misses = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_known": {}, "_misses": 0}  # graphs belong to their tensors, copies have others
+        return vars(self) | {"_known": {}, "_misses": 0}  # a copy has other tensors than those of the graphs
 
     def train(self, args: tuple, kwargs: dict[str, Any], steps: int = 1) -> StepTotals:
-        """Take steps on the same data; a step that is not usable changes nothing.
+        """Take ``steps`` steps on the same data.
 
         Raises:
-            CompileError: the step cannot be one graph, or what Python froze changes at every step.
-            NonFiniteError: the objective is not finite; the parameters are those before that step.
+            CompileError: the step cannot be captured as one graph, or something that a graph freezes changes from step
+                to step.
+            NonFiniteError: the objective is not finite. That step changes nothing.
         """
         return self._run("train", args, kwargs, steps)
 
     def evaluate(self, args: tuple, kwargs: dict[str, Any]) -> StepTotals:
-        """The loss and the totals without a step."""
+        """Return the loss and the totals; change nothing."""
         return self._run("evaluate", args, kwargs, 1)
 
     def _run(self, kind: StepKind, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:
-        if not self.compile or _PYRO_STACK:  # handlers around the step would be captured with it
+        if not self.compile or _PYRO_STACK:  # a graph would freeze the handlers around the step
             return self._run_in_python(kind, args, kwargs, steps)
-        key, leaves, spec = _describe(kind, args, kwargs)
+        key, leaves, spec = describe(kind, args, kwargs)
         known = self._known.setdefault(key, [])
         changed = "the program"
         for step in known:
@@ -127,13 +129,13 @@ class CompiledSVI:
         return names, np.concatenate([first, self._run(kind, args, kwargs, steps - 1)[1]])
 
     def _check_misses(self, changed: str | None) -> None:
-        """Refuse to make graphs for ever; ``changed`` is None where the shapes of the data are new."""
+        """Raise once too many steps needed a new graph; ``changed`` is None where the shapes of the data are new."""
         self._misses += changed is not None
         if self._misses > MAX_MISSES or len(self._known) > MAX_SHAPES:
             what = f"'{changed}' changes" if changed is not None else "the shapes of the data change"
             raise CompileError(
-                f"Too few steps can use the same graph: {what} again and again, and a graph is made for fixed ones. "
-                "Pass what changes as a tensor argument, pad the data, or use compile=False."
+                f"Almost every step needs a graph of its own: {what} from step to step, and a graph is compiled for "
+                "one value. Pass what changes as a tensor argument, pad the data to one shape, or use compile=False."
             )
 
     def _loss(self, terms: Terms) -> Tensor:
@@ -150,7 +152,7 @@ class CompiledSVI:
     def _in_python(
         self, kind: StepKind, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Terms, dict[str, Tensor], Parameters]:
-        """Run a step as pyro.infer.SVI does; return its terms, what it records, and the parameters that it used."""
+        """Take a step as pyro.infer.SVI does; return its terms, its record and the parameters that it used."""
         with torch.set_grad_enabled(kind == "train"), collect_parameters() as parameters:
             terms = self.loss.checked_terms(self.model, self.guide, args, kwargs)
             loss = self._loss(terms)
@@ -162,7 +164,7 @@ class CompiledSVI:
         return terms, self._record(terms, loss), parameters
 
     def _record_step(self, kind: StepKind, args: tuple, kwargs: dict[str, Any]) -> tuple[_KnownStep, StepTotals]:
-        """Run a step in Python and note what a graph of it would rely on."""
+        """Take a step in Python and note everything that its graph will rely on."""
         terms, record, parameters = self._in_python(kind, args, kwargs)
         trained = kind == "train" and terms.objective.requires_grad
         critics = [critic.optimizer for critic in self.loss.critics.values()]
@@ -179,7 +181,7 @@ class CompiledSVI:
         return step, (step.names, np.array([[x.item() for x in record.values()]]))
 
     def _capture(self, step: _KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
-        """Make the graph of a step that comes the second time."""
+        """Capture and compile a step."""
         if torch.__version__ < "2.13":  # make_fx and Inductor's interfaces move
             raise CompileError(f"Compiled steps need torch 2.13 or later, this is {torch.__version__}: compile=False.")
 
@@ -189,20 +191,19 @@ class CompiledSVI:
         from pyro_elbo.compile.scan.lower import ScanLowering
         from pyro_elbo.compile.scan.operators import compile_pending
 
-        schedules, validate = self.loss.schedules, pyro.settings.get("validate_distributions_pyro")
+        names, validate = list(self._scalars(step, 0)), pyro.settings.get("validate_distributions_pyro")
 
         def function(*inputs: Tensor) -> Tensor:
             *tensors, scalars, alive, record = inputs
-            args, kwargs = _arguments(leaves, spec, tensors)
-            values = iter([scalars[i] for i in range(len(scalars))])
-            beta = {schedule: next(values) for schedule in schedules}
+            args, kwargs = with_tensors(leaves, spec, tensors)
+            named = {name: scalars[i] for i, name in enumerate(names)}
             with capturing(validate, ScanLowering()) as assumed, torch.set_grad_enabled(kind == "train"):
-                terms = self.loss.evaluate(self.model, self.guide, args, kwargs, beta.__getitem__)
+                terms = self.loss.evaluate(self.model, self.guide, args, kwargs, named.__getitem__)
                 _check_sites(step.sites, tuple(terms.sites))
                 loss = self._loss(terms)
                 recorded = self._record(terms, loss)
             if step.plan.optimizers:
-                trace_update(self.update, step.plan, _gradients(loss, step), _critic_gradients(terms), values)
+                trace_update(self.update, step.plan, _gradients(loss, step), _critic_gradients(terms), named)
             usable = torch.stack([alive, torch.isfinite(loss.detach()), *assumed]).all()
             record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), usable)]))
             alive.copy_(usable)
@@ -210,8 +211,7 @@ class CompiledSVI:
 
         device = next((p.device for p in step.parameters.values()), torch.get_default_device())
         scalars, record = (
-            torch.zeros(n, dtype=torch.float64, device=device)
-            for n in (len(self._scalars(step, 0)), len(step.names) + 1)
+            torch.zeros(n, dtype=torch.float64, device=device) for n in (len(names), len(step.names) + 1)
         )
         row = scalars, torch.ones((), dtype=torch.bool, device=device), record
         inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
@@ -223,21 +223,23 @@ class CompiledSVI:
             compile_pending()
             step.execute = Executable(graph, row)
 
-    def _scalars(self, step: _KnownStep, ahead: int) -> list[float]:
+    def _scalars(self, step: _KnownStep, ahead: int) -> dict[Hashable, float]:
+        """Return the Python numbers of the step after ``ahead`` more: each schedule's, and the optimizers'."""
         taken = self.loss.step + ahead
-        return [schedule(taken) for schedule in self.loss.schedules] + step.plan.numbers(ahead)
+        return {schedule: schedule(taken) for schedule in self.loss.schedules} | step.plan.numbers(ahead)
 
     def _execute(
         self, step: _KnownStep, args: tuple, kwargs: dict[str, Any], data: list[Tensor], steps: int
     ) -> StepTotals:
         constant = self.loss.step >= self.loss.settled and not step.plan.counts_in_python
-        values = [self._scalars(step, ahead) for ahead in range(1 if constant else steps)] * (steps if constant else 1)
+        values = [list(self._scalars(step, ahead).values()) for ahead in range(1 if constant else steps)]
+        values *= steps if constant else 1
         execute: Any = step.execute
         try:
             record = execute(data, values)
         except RuntimeError:
             with torch.no_grad():
-                self.loss.terms(self.model, self.guide, *args, **kwargs)  # Pyro's and torch's own words for it
+                self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises Pyro's or torch's own error, if any
             raise
         usable = int(record[:, -1].sum())
         if step.plan.optimizers:
@@ -250,35 +252,35 @@ class CompiledSVI:
 
     def _explain_unusable(self, step: _KnownStep, row: np.ndarray, args: tuple, kwargs: dict[str, Any]) -> None:
         with torch.no_grad(), step.execute.unchanged():
-            self.loss.terms(self.model, self.guide, *args, **kwargs)  # names the site and the rows, if it fails again
+            self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises an error that names site and rows, if any
         values = dict(zip(step.names, row.tolist(), strict=False))
         bad = [name for name, x in values.items() if not math.isfinite(x)]
         if not bad:
             raise CompileError(
-                "Masks or scales of a site that were equal in model and guide when the step was captured now differ. "
-                "Use the same mask in both programs, or compile=False."
+                "The masks or scales of a site were equal in model and guide when the step was captured, and now "
+                "differ. Use the same mask in both programs, or compile=False."
             )
         raise NonFiniteError(
-            f"The objective is not finite ({', '.join(f'{name} {values[name]}' for name in bad)}); the parameters are "
-            "those before this step. Look for data outside the support, NaN in the data or a diverging parameter."
+            f"The objective is not finite ({', '.join(f'{name} {values[name]}' for name in bad)}). The step changed no "
+            "parameter. Look for data outside the support, NaN in the data or a diverging parameter."
         )
 
 
 def _gradients(loss: Tensor, step: _KnownStep) -> dict[Tensor, Tensor]:
-    """The gradient of every parameter that the optimizers move; those that this step gives none keep what they hold."""
+    """Return the gradient of every parameter that the optimizers move, the one it holds where this step gives none."""
     trained = [p for p in step.parameters.values() if p.requires_grad]
     found = zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True)
     gradients = {p: g for p, g in found if g is not None}
     if sparse := [tuple(p.shape) for p, g in gradients.items() if g.layout is not torch.strided]:
         raise CompileError(
-            f"Parameters of shapes {sparse} have sparse gradients, which a compiled step cannot hold. Leave out "
-            "sparse=True of the nn.Embedding, or use compile=False."
+            f"Parameters of shapes {sparse} have sparse gradients, which a compiled step does not support. Make the "
+            "nn.Embedding with sparse=False, or use compile=False."
         )
     return {p: g for p, g in step.gradients.items() if p not in gradients} | gradients
 
 
 def _critic_gradients(terms: Terms) -> dict[Tensor, Tensor]:
-    """The gradient of every critic's parameter."""
+    """Return the gradient of every critic's parameters."""
     pairs = [zip(critic.network.parameters(), found, strict=True) for critic, found in critic_gradients(terms)]
     return {p: gradient for pair in pairs for p, gradient in pair}
 
@@ -291,62 +293,14 @@ def _check_reachable(guard: Guard) -> None:
 def _check_sites(expected: tuple[str, ...], found: tuple[str, ...]) -> None:
     if changed := sorted(set(expected) ^ set(found)):
         raise CompileError(
-            f"The sites {changed} come and go from run to run: a compiled step is one graph with fixed sites. Keep "
-            "the sites and mask them (pyro.poutine.mask), or use compile=False."
+            f"The sites {changed} are in some runs of the programs and not in others: a compiled step is one graph "
+            "with fixed sites. Keep the sites and mask them (pyro.poutine.mask), or use compile=False."
         )
-
-
-def _describe(kind: StepKind, args: tuple, kwargs: dict[str, Any]) -> tuple[Key, list[Any], Any]:
-    """What a graph is made for: the shapes of tensors, the values of all else, and Pyro's settings."""
-    if kwargs or not all(isinstance(x, Tensor) for x in args):
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-    else:
-        leaves, spec = list(args), None
-    autocast = [torch.get_autocast_dtype(x) for x in ("cpu", "cuda") if torch.is_autocast_enabled(x)]
-    return (kind, spec, torch.get_default_dtype(), *autocast, *map(_describe_leaf, leaves)), leaves, spec
-
-
-def _arguments(leaves: list[Any], spec: Any, tensors: Iterable[Tensor]) -> tuple[tuple, dict[str, Any]]:
-    """Put other tensors in the place of those among the arguments."""
-    given = iter(tensors)
-    replaced = [next(given) if isinstance(x, Tensor) else x for x in leaves]
-    return (tuple(replaced), {}) if spec is None else pytree.tree_unflatten(replaced, spec)
-
-
-def _describe_leaf(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        if x.requires_grad:
-            raise ArgumentError(
-                "An argument of the programs requires a gradient: a compiled step trains parameters only. Pass "
-                "x.detach(), or make it a pyro.param."
-            )
-        return x.shape, x.stride(), x.dtype, x.device
-    if isinstance(x, np.ndarray):
-        raise ArgumentError(
-            f"An argument of the programs is a NumPy array of shape {x.shape}, whose values a graph would freeze. "
-            "Pass torch.as_tensor(x)."
-        )
-    if isinstance(x, bool | int | float | complex | str | None | np.generic):
-        return type(x), x
-    return _Identity(x)
-
-
-@dataclass(frozen=True)
-class _Identity:
-    """An object as itself: no other compares equal, and it lives as long as what was made for it."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
 
 
 @contextmanager
 def _side_effects(guard: Guard) -> Iterator[None]:
-    """Undo what a captured run changed on the Python side, and refuse to do without it in later steps."""
+    """Restore the Python state that a captured run changed, and raise since later steps would not change it."""
     try:
         yield
     finally:
@@ -361,7 +315,7 @@ def _side_effects(guard: Guard) -> Iterator[None]:
 
 @contextmanager
 def _explain_capture(generators: list[Any]) -> Iterator[None]:
-    """Say where and why a program cannot be one graph."""
+    """Raise errors of a capture with the line of the program and the reason."""
     before = _states(generators)
     try:
         yield
@@ -377,13 +331,13 @@ def _explain_capture(generators: list[Any]) -> Iterator[None]:
         ) from error
     if before != _states(generators):
         raise CompileError(
-            "The program seeds torch, or draws from Python's or NumPy's random numbers, which a graph would freeze. "
-            "Draw from pyro.sample or torch, pass the numbers as tensors, or use compile=False."
+            "The program seeds torch, or draws random numbers from Python or NumPy, which a graph would freeze. Draw "
+            "with pyro.sample or torch, pass the numbers as tensors, or use compile=False."
         )
 
 
 def _states(generators: list[Any]) -> list[str]:
-    """The states of torch's random generator, and of those of Python and NumPy that the programs can reach."""
+    """Return the states of torch's random generator and of every Python or NumPy generator in reach."""
     states: list[Any] = [torch.get_rng_state().tolist()]  # fake draws leave it alone, seeding does not
     for generator in generators:
         if isinstance(generator, random.Random):

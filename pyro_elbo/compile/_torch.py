@@ -75,9 +75,12 @@ def __getattr__(name: str) -> Any:
 @contextmanager
 def custom_functions_taking(transform: Callable[[Any], Any]) -> Iterator[None]:
     """Apply ``transform`` to the arguments of custom autograd functions, which no torch function mode sees."""
-    original, apply = torch.autograd.Function.__dict__["apply"], torch.autograd.Function.apply.__func__
-    transformed = lambda cls, *args, **kwargs: apply(cls, *transform(args), **transform(kwargs))  # noqa: E731
-    torch.autograd.Function.apply = classmethod(transformed)
+    original = torch.autograd.Function.__dict__["apply"]  # a classmethod; from torch 2.14 on, one written in C
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return original.__get__(None, cls)(*transform(args), **transform(kwargs))
+
+    torch.autograd.Function.apply = classmethod(apply)
     try:
         yield
     finally:

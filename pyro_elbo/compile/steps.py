@@ -139,7 +139,7 @@ class CompiledSVI:
             )
 
     def _loss(self, terms: Terms) -> Tensor:
-        return -terms.objective / terms.num_data if self.per_datum else -terms.objective
+        return -(terms.per_datum if self.per_datum else terms).objective
 
     def _record(self, terms: Terms, loss: Tensor) -> dict[str, Tensor]:
         totals = (terms.per_datum if self.per_datum else terms).totals()

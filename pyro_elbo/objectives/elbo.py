@@ -21,7 +21,7 @@ from pyro_elbo.information import Critic, Penalty, critic_gradients
 from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.step_count import advance_after_backward
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
-from pyro_elbo.programs import Program, check_initialized, evaluating, find_plate_nesting, trace_pair
+from pyro_elbo.programs import Program, SameRows, check_initialized, evaluating, find_plate_nesting, trace_pair
 from pyro_elbo.schedules import Schedule
 from pyro_elbo.terms import KLForm, Term, Terms, evaluate_terms, stack_particles
 
@@ -217,9 +217,9 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
             nesting = self._nesting(model, guide, args, kwargs)
             pair = trace_pair(model, guide, args, kwargs, self.num_particles, nesting)
             return evaluate_terms(pair, self.kl), pair.particle_dim
-        return stack_particles(
-            [evaluate_terms(trace_pair(model, guide, args, kwargs), self.kl) for _ in range(self.num_particles)]
-        )
+        with SameRows():
+            runs = [trace_pair(model, guide, args, kwargs) for _ in range(self.num_particles)]
+        return stack_particles([evaluate_terms(run, self.kl) for run in runs])
 
     def _nesting(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> int:
         if math.isinf(self.max_plate_nesting):

@@ -105,16 +105,20 @@ def _kept(x: Tensor, keep: set[int]) -> Tensor:
 
 
 def shared_scale(sites: Mapping[str, Term]) -> float | Tensor:
-    """Return the scale that all sites share.
+    """Return the scale that all sites share, in the model and in the guide.
 
     Raises:
         SiteError: they differ.
     """
-    scales = [t.scale for t in sites.values()]
-    first = scales[0]
-    if any(isinstance(s, Tensor) or s != first for s in scales):
+    scales = {name: t.scale for name, t in sites.items()}
+    first = next(iter(scales.values()))
+    for name, term in sites.items():
+        draws = [site for t in (term, term.steps) if t is not None for site in t.draws]
+        in_guide = {f"{name} in the guide": site.scale for site in draws} if term.is_kl else {}
+        scales |= {label: scale for label, scale in in_guide.items() if scale is not term.scale}
+    if any(isinstance(s, Tensor) or s != first for s in scales.values()):
         raise SiteError(
-            f"The sites {list(sites)} have different scales, {scales}: log weights of a row need one. Scale model and "
-            "guide as a whole (the plate's subsampling does)."
+            f"The sites differ in scale, or have one per row: {scales}. Log weights of a row need one number. Scale "
+            "model and guide alike, as a whole (the plate's subsampling does)."
         )
     return first

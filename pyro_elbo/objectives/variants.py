@@ -169,14 +169,22 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         if bound == "filtering" and (self.num_particles < 2 or not self.weighting.is_identity()):
             raise ArgumentError("bound='filtering' needs num_particles >= 2, and takes neither beta nor free_bits.")
 
+    def evaluate(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
+    ) -> Terms:
+        """Return the terms with a normalized objective: see :meth:`TraceBeta_ELBO.evaluate`."""
+        terms = super().evaluate(model, guide, args, kwargs, value)
+        if self.normalize == "total":
+            return terms
+        count = divisor(terms.sites, terms.particle_dim, self.normalize)
+        return replace(terms, objective=terms.objective / count, divisor=count)
+
     def _unpenalized(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         if self.bound_kind == "filtering":
-            terms = self._filtered(model, guide, args, kwargs)
-        else:
-            terms = super()._unpenalized(model, guide, args, kwargs, value)
-        return replace(terms, objective=terms.objective / divisor(terms.sites, self.normalize))
+            return self._filtered(model, guide, args, kwargs)
+        return super()._unpenalized(model, guide, args, kwargs, value)
 
     def bound(
         self,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.masking import expand_to_event, masked
+from pyro_elbo.objectives.free_bits import floor_joint, floor_site
 from pyro_elbo.schedules import Capacity, Schedule
 from pyro_elbo.terms import Term, num_data, scaled_sum
 
@@ -29,8 +29,7 @@ class KLWeighting:
     * a number, or a tensor that broadcasts against the site's plates (a β per datum), and time if the site has it
       (shape (T,): a β per step): :math:`\beta\,KL`;
     * a schedule: the β of the current step; :class:`Capacity`: :math:`\gamma\,|KL - C|`;
-    * free bits: per latent dimension where the KL factorizes, per site otherwise,
-      :math:`\beta \max(\lambda, \overline{KL})` with the mean over the data and real steps of the run.
+    * free bits: :math:`\beta \max(\lambda, \overline{KL})`, see :mod:`pyro_elbo.objectives.free_bits`.
 
     References:
         Higgins et al. (2017), β-VAE, ICLR; Kingma, Salimans et al. (2016),
@@ -97,12 +96,25 @@ class KLWeighting:
             elif isinstance(weight, Tensor) and name not in gates:
                 _check_broadcast(term.steps or term, weight)
             weighted[name] = self._charge(term, weight, per_step=isinstance(self._of(name), Tensor))
+        if self.free_bits and (joint := {name: t for name, t in terms.items() if t.joint}):
+            charges, floor = floor_joint(joint, self.free_bits, self._joint_weight(joint, value), particle_dim)
+            weighted, constant = weighted | charges, constant + floor
         return weighted, constant
+
+    def _joint_weight(self, joint: Mapping[str, Term], value: ScheduleValue) -> float | Tensor:
+        """Return the one β of sites that have one KL together."""
+        weights = [self._of(name) for name in joint]
+        if any(w is not weights[0] and (isinstance(w, Tensor) or w != weights[0]) for w in weights):
+            raise ArgumentError(
+                f"free_bits with a beta per site: the sites {list(joint)} are drawn together by the guide and have one "
+                "KL, so they need one beta. Give all of them the same, or leave out free_bits."
+            )
+        return value(weights[0]) if isinstance(weights[0], Schedule) else weights[0]
 
     def _charge(self, term: Term, weight: float | Tensor, per_step: bool) -> Tensor:
         if term.steps is not None and (per_step or self.free_bits):
             return self._charge(term.steps, weight, per_step).sum(-1)
-        return (self._free(term) if self.free_bits else term.nats) * weight
+        return (floor_site(term, self.free_bits) if self.free_bits else term.nats) * weight
 
     def _of(self, name: str) -> Weight:
         return self._schedules.get(name, self._schedules.get(None, 1.0))
@@ -124,17 +136,6 @@ class KLWeighting:
             gates |= dict.fromkeys(names, sign)
             constant = constant - sign * target
         return gates, constant
-
-    def _free(self, term: Term) -> Tensor:
-        """Return max(λ, mean KL) per dimension as a tensor per datum; below λ the gradient is zero."""
-        events = len(term.event_shape)
-        nats = term.per_dim() if term.per_dim is not None else term.nats
-        events = events if term.per_dim is not None else 0
-        mean = _mean_over_data(nats.detach(), term, events)
-        floored = torch.where(mean > self.free_bits, nats, nats.new_tensor(self.free_bits))
-        if isinstance(term.mask, Tensor):
-            floored = masked(floored, expand_to_event(term.mask, events))
-        return floored.flatten(floored.dim() - events).sum(-1) if events else floored
 
     def _check_names(self, terms: Mapping[str, Term]) -> None:
         if None in self._schedules:
@@ -165,14 +166,3 @@ def _check_broadcast(term: Term, weight: Tensor) -> None:
             f"Site '{term.name}': expected a beta that broadcasts against its plates {plates}, got shape "
             f"{tuple(weight.shape)}."
         )
-
-
-def _mean_over_data(x: Tensor, term: Term, event_dim: int) -> Tensor:
-    """Average over particles and the unmasked data: one number per element of the event."""
-    batch = tuple(range(x.dim() - event_dim))
-    if not batch:
-        return x
-    if isinstance(term.mask, Tensor):
-        mask = term.mask.expand(x.shape[: x.dim() - event_dim])
-        return x.sum(batch) / mask.sum().clamp(min=1)
-    return x.mean(batch)

@@ -16,6 +16,7 @@ from pyro_elbo.programs.sites import Plate, Site, sort_by_dim
 from pyro_elbo.programs.tracing import (
     Program,
     ResampleObserved,
+    SameRows,
     TracePair,
     find_plate_nesting,
     subsampled_rows,
@@ -31,6 +32,7 @@ __all__ = [
     "TracePair",
     "Site",
     "ResampleObserved",
+    "SameRows",
     "sort_by_dim",
     "collect_modules",
     "collect_parameters",

@@ -125,6 +125,26 @@ def subsampled_rows(model: Program, guide: Program, args: tuple, kwargs: Mapping
     return {n: node["value"] for n, node in subsamples.items() if len(node["value"]) < node["fn"].size}
 
 
+class SameRows(poutine.messenger.Messenger):
+    """Give every run in the block the rows that its first run chose at random, plate by plate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: dict[tuple[str, Any, Any], Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg) and not msg["done"] and (rows := self._rows.get(self._key(msg))) is not None:
+            msg["value"], msg["done"] = rows, True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if is_subsample(msg):
+            self._rows.setdefault(self._key(msg), msg["value"])
+
+    @staticmethod
+    def _key(msg: Any) -> tuple[str, Any, Any]:
+        return msg["name"], msg["fn"].size, msg["fn"].subsample_size
+
+
 class ResampleObserved(poutine.messenger.Messenger):
     """Draw observed sites from their distributions inside the block; keep deterministic values and factors."""
 
@@ -161,6 +181,6 @@ def _trace_both(
     if isinstance(unwrapped, poutine.messenger.Messenger):
         with explain_failure(args, kwargs):
             program(*args, **kwargs)
-            return unwrapped.get_trace_both()
+            return unwrapped.get_traces()
     guide_trace = _trace(program, args, kwargs)
     return _trace(poutine.replay(model, trace=guide_trace), args, kwargs), guide_trace

@@ -5,9 +5,10 @@ Takes a ``TracePair``; gives a ``Term`` per site (``evaluate``) and ``Terms``, t
 Imports programs and below.
 """
 
-from pyro_elbo.terms.evaluate import KLForm, evaluate_terms, is_point, stack_particles, univariate
+from pyro_elbo.terms.evaluate import KLForm, evaluate_terms, is_point, univariate
 from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
-from pyro_elbo.terms.term import Term, is_one, num_data, scaled_sum, shared_plate
+from pyro_elbo.terms.particles import stack_particles
+from pyro_elbo.terms.term import Term, frames, is_one, num_data, scaled_sum, shared_plate
 from pyro_elbo.terms.terms import Terms
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Terms",
     "divisor",
     "evaluate_terms",
+    "frames",
     "is_one",
     "is_point",
     "num_data",

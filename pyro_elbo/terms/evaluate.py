@@ -3,8 +3,10 @@ r"""Evaluate the term of each site: the log-likelihood of the data, the KL of a 
 A KL is analytic where a formula exists and is exact, otherwise it is :math:`\log q - \log p` at the draw.
 """
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -12,13 +14,12 @@ import torch
 from pyro.distributions import Delta
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor
-from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions import Distribution, Independent, constraints, kl_divergence
 
-from pyro_elbo.assumptions import check_or_defer
 from pyro_elbo.masking import expand_to_event, masked
 from pyro_elbo.programs import Site, TracePair
 from pyro_elbo.sequences import StackedDistribution
-from pyro_elbo.terms.term import Term, TermKind
+from pyro_elbo.terms.term import Term, TermKind, alike
 
 KLForm = Literal["auto", "sampled"]
 
@@ -42,10 +43,7 @@ def evaluate_terms(run: TracePair, kl: KLForm) -> dict[str, Term]:
         elif site.role != "deterministic":
             likelihood = _likelihood(site, "factor" if site.role == "factor" else "likelihood")
             terms[name] = replace(likelihood, draws=(site,))
-    for site in run.guide.values():
-        if site.role == "auxiliary":
-            _add_auxiliary(terms, site)
-    return terms
+    return _add_auxiliary(terms, (_auxiliary_term(site) for site in run.guide.values() if site.role == "auxiliary"))
 
 
 def _analytic_is_exact(run: TracePair) -> frozenset[str]:
@@ -91,15 +89,15 @@ def _likelihood(site: Site, kind: TermKind) -> Term:
 
 
 def _latent_term(p: Site, q: Site, exact: bool) -> Term:
-    if exact and not is_point(q.fn) and _same(p.scale, q.scale) and _same(p.mask, q.mask):
+    if exact and not is_point(q.fn) and alike(p.scale, q.scale) and alike(p.mask, q.mask):
         analytic = _analytic_kl(q.fn, p.fn)
-        if analytic is not None:
+        if analytic is not None and _nested(p, q):
             nats, by_event = analytic
             score = None if q.fn.has_rsample else _log_q(q)[1]
             per_dim = None if by_event is None else lambda: _masked_event(by_event, p)
             return _term(p, "latent", masked(nats, p.mask), is_analytic=True, score=score, per_dim=per_dim)
     log_q, score = _log_q(q)
-    if not _same(p.scale, q.scale):
+    if not alike(p.scale, q.scale):
         log_q = log_q * (q.scale / p.scale)
     per_dim = (lambda: _sampled_per_dim(p, q)) if _factorizes(p, q) else None
     return _term(p, "latent", log_q - p.log_prob(), score=score, per_dim=per_dim)
@@ -147,7 +145,7 @@ def _factorizes(p: Site, q: Site) -> bool:
     return bool(
         p.event_dim
         and not is_point(q.fn)
-        and _same(p.scale, q.scale)
+        and alike(p.scale, q.scale)
         and univariate(p.fn) is not None
         and univariate(q.fn) is not None
     )
@@ -164,57 +162,90 @@ def _masked_event(x: Tensor, site: Site) -> Tensor:
     return masked(x, expand_to_event(mask, site.event_dim) if isinstance(mask, Tensor) else mask)
 
 
-def _same(a: Tensor | float | None, b: Tensor | float | None) -> bool:
-    if a is b:
+def _nested(p: Site, q: Site) -> bool:
+    """Return False, and say so once, where q is unbounded on a side on which p is bounded: its KL is infinite.
+
+    The term at the draw is finite wherever the draw falls into the support of p.
+    """
+    ends = zip(_unbounded(q.fn), _unbounded(p.fn), strict=True)
+    if not any(q_end and not p_end for q_end, p_end in ends):
         return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and check_or_defer((a == b).all())
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+    _warn_of_support(p.name, type(univariate(q.fn)).__name__, type(univariate(p.fn)).__name__)
+    return False
 
 
-def _add_auxiliary(terms: dict[str, Term], site: Site) -> None:
-    """Add log q of a site that the guide alone has.
-
-    AutoNormal draws ``z_unconstrained`` and passes it on as a Delta at ``z``: one latent, one KL.
-    """
-    log_q, score = _log_q(site)
-    latent = terms.get(site.name.removesuffix("_unconstrained"))
-    if latent is not None and latent.kind == "latent" and _same(latent.scale, site.scale) and latent.score is None:
-        terms[latent.name] = replace(latent, nats=latent.nats + log_q, score=score)
-    elif isinstance(site.fn, StackedDistribution):
-        steps = site.stepwise()
-        nats, score = _log_q(steps)
-        terms[site.name] = sum_over_time(site, _term(steps, "auxiliary", nats, score=score))
-    else:
-        terms[site.name] = _term(site, "auxiliary", log_q, score=score)
+def _unbounded(fn: Distribution) -> tuple[bool, bool]:
+    """Return whether the support is unbounded below and above, as far as its kind tells."""
+    base = univariate(fn)
+    try:
+        support = None if base is None else base.support
+    except NotImplementedError:
+        support = None
+    if support is constraints.real:
+        return True, True
+    lower, upper = hasattr(support, "lower_bound"), hasattr(support, "upper_bound")
+    return upper and not lower, lower and not upper
 
 
-def stack_particles(runs: list[dict[str, Term]]) -> tuple[dict[str, Term], int | None]:
-    """Stack the terms of several runs: particles become a dimension on the left of all plates.
-
-    A site contributes nothing to the runs that lack it.
-    """
-    if len(runs) == 1:
-        return runs[0], None
-    depth = max((t.nats.dim() for run in runs for t in run.values()), default=0)
-    union = {name: term for run in runs for name, term in run.items()}
-    merged = {name: _merge(term, [run.get(name) for run in runs], depth) for name, term in union.items()}
-    return merged, -(depth + 1)
+@cache
+def _warn_of_support(name: str, q: str, p: str) -> None:
+    warnings.warn(
+        f"Site '{name}': the guide's {q} reaches beyond the support of the model's {p}, so that KL(q || p) is "
+        "infinite. The term is log q - log p at the draw, as with kl='sampled'. Give the guide the support of the "
+        "prior, as AutoNormal does.",
+        stacklevel=2,
+    )
 
 
-def _merge(term: Term, same: list[Term | None], depth: int) -> Term:
-    """Stack one site's terms of several runs, with particles at dimension -(depth + 1)."""
+def _auxiliary_term(site: Site) -> Term:
+    """Return log q of a site that the guide alone has."""
+    steps = site.stepwise() if isinstance(site.fn, StackedDistribution) else site
+    nats, score = _log_q(steps)
+    term = _term(steps, "auxiliary", nats, score=score)
+    return replace(term if steps is site else sum_over_time(site, term), draws=(site,))
 
-    def stack(tensors: list[Tensor | None], event_dim: int) -> Tensor:
-        like = next(x for x in tensors if x is not None)
-        parts = [torch.zeros_like(like) if x is None else x for x in tensors]
-        return torch.stack([x.reshape((1,) * (depth + event_dim - x.dim()) + x.shape) for x in parts])
 
-    score = None if term.score is None else stack([t and t.score for t in same], 0)
-    per_dim = None
-    if term.per_dim is not None:
-        per_dim = lambda: stack([t and t.per_dim and t.per_dim() for t in same], len(term.event_shape))  # noqa: E731
-    steps = None if term.steps is None else _merge(term.steps, [t and t.steps for t in same], depth + 1)
-    draws = tuple(site for t in same if t is not None for site in t.draws)
-    nats = stack([t and t.nats for t in same], 0)
-    return replace(term, nats=nats, score=score, per_dim=per_dim, steps=steps, draws=draws)
+def _is_passed_on(auxiliary: Term, latent: Term | None) -> bool:
+    """Return True where an auxiliary site is one latent before its transform (AutoNormal's ``z_unconstrained``)."""
+    return (
+        latent is not None
+        and _is_determined(latent)
+        and latent.score is None
+        and set(latent.plates) == set(auxiliary.plates)
+        and (latent.steps is None) == (auxiliary.steps is None)
+        and alike(latent.scale, auxiliary.scale)
+    )
+
+
+def _is_determined(term: Term) -> bool:
+    """Return True for a latent that the guide does not draw but gives as a point."""
+    if term.kind != "latent":
+        return False
+    fn = term.draws[0].fn
+    return is_point(fn.steps if isinstance(fn, StackedDistribution) else fn)
+
+
+def _add_log_q(latent: Term, auxiliary: Term) -> Term:
+    """Return one KL for a latent and the auxiliary site that it was drawn as."""
+    steps = latent.steps
+    if steps is not None and auxiliary.steps is not None:
+        steps = replace(steps, nats=steps.nats + auxiliary.steps.nats, score=auxiliary.steps.score)
+    return replace(latent, nats=latent.nats + auxiliary.nats, score=auxiliary.score, steps=steps)
+
+
+def _add_auxiliary(terms: dict[str, Term], auxiliary: Iterable[Term]) -> dict[str, Term]:
+    """Add log q of the sites that the guide alone has, to the latent that one is passed on to, else as terms."""
+    joint: dict[str, Term] = {}
+    single = set()
+    for term in auxiliary:
+        name = term.name.removesuffix("_unconstrained")
+        if name != term.name and _is_passed_on(term, terms.get(name)):
+            terms = terms | {name: _add_log_q(terms[name], term)}
+            single.add(name)
+        else:
+            joint[term.name] = term
+    if not joint:
+        return terms
+    latents = {n: t for n, t in terms.items() if t.kind == "latent" and n not in single}
+    joint |= {n: t for n, t in latents.items() if _is_determined(t)} or latents
+    return terms | {n: replace(t, joint=True) for n, t in joint.items()}

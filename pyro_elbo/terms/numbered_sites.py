@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs import Plate
-from pyro_elbo.terms.term import Term, num_data, num_frames
+from pyro_elbo.terms.term import Term, alike, num_data, num_frames
 
 Normalize = Literal["total", "sequence", "frame", "step"]
 SequenceBound = Literal["elbo", "importance", "filtering"]
@@ -48,7 +48,7 @@ def _join(name: str, loop: list[Term]) -> Term:
     first, size = loop[0], len(loop)
     for t in loop:
         same = (t.plates, t.event_shape, t.kind) == (first.plates, first.event_shape, first.kind)
-        if not same or not (t.scale is first.scale or bool(torch.as_tensor(t.scale == first.scale).all())):
+        if not same or not alike(t.scale, first.scale):
             raise SiteError(
                 f"Site '{t.name}' differs from '{first.name}' in plates, scale or event shape: the sites of a loop "
                 f"over time must be alike to be terms of one '{name}'. Mask what has ended (pyro.poutine.mask), use "
@@ -63,7 +63,10 @@ def _join(name: str, loop: list[Term]) -> Term:
     per_dims = [t.per_dim for t in loop if t.per_dim is not None]
     axis = -1 - len(first.event_shape)
     per_dim = None if len(per_dims) < size else lambda: torch.stack([x() for x in per_dims], axis)
-    scores = [t.score for t in loop if t.score is not None]
+    score = None
+    if any(t.score is not None for t in loop):
+        scores = [torch.zeros_like(t.nats) if t.score is None else t.score for t in loop]
+        score = torch.stack(torch.broadcast_tensors(*scores), -1)
     steps = replace(
         first,
         name=name,
@@ -72,20 +75,20 @@ def _join(name: str, loop: list[Term]) -> Term:
         mask=mask,
         nats=torch.stack(torch.broadcast_tensors(*(t.nats for t in loop)), -1),
         is_analytic=all(t.is_analytic for t in loop),
-        score=None if len(scores) < size else torch.stack(scores, -1),
+        score=score,
+        draws=tuple(site for t in loop for site in t.draws),
+        joint=any(t.joint for t in loop),
         per_dim=per_dim,
     )
-    score = None if steps.score is None else steps.score.sum(-1)
-    whole = replace(first, name=name, draws=(), mask=None, nats=steps.nats.sum(-1), score=score, per_dim=None)
-    return replace(whole, is_analytic=steps.is_analytic, steps=steps)
+    score = None if score is None else score.sum(-1)
+    whole = replace(steps, plates=first.plates, scale=first.scale, mask=None, per_dim=None, draws=())
+    return replace(whole, nats=steps.nats.sum(-1), score=score, steps=steps)
 
 
-def divisor(sites: Mapping[str, Term], normalize: Normalize) -> float | Tensor:
+def divisor(sites: Mapping[str, Term], particle_dim: int | None, normalize: Normalize) -> float | Tensor:
     """Return the divisor of the objective."""
-    if normalize == "total":
-        return 1.0
     if normalize == "sequence":
         return float(num_data(sites))
     if normalize == "frame":
-        return num_frames(sites)
+        return num_frames(sites, particle_dim)
     return float(max((t.steps.plates[-1].size for t in sites.values() if t.steps is not None), default=1))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_elbo.assumptions import check_or_defer
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.programs import Plate, Site
 
@@ -28,6 +29,8 @@ class Term:
             sum over time.
         draws: the site that was drawn or observed, the guide's for latents: one per run of the programs (one per
             particle, unless particles are vectorized).
+        joint: True for the auxiliary sites of the guide and the latents whose values they determine: only the sum of
+            their terms is a KL.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Term:
     per_dim: Callable[[], Tensor] | None = None
     steps: "Term | None" = None
     draws: tuple[Site, ...] = ()
+    joint: bool = False
 
     @property
     def is_kl(self) -> bool:
@@ -66,23 +70,32 @@ def num_data(sites: Mapping[str, Term]) -> int:
     return plate.full_size if plate else 1
 
 
-def num_frames(sites: Mapping[str, Term]) -> Float[Tensor, ""]:
-    """Count the steps of sequences that some observed site counts, scaled to the full data."""
-    terms = [t for t in sites.values() if t.kind == "likelihood" and t.steps is not None]
-    if not terms:
+def num_frames(sites: Mapping[str, Term], particle_dim: int | None) -> Float[Tensor, ""]:
+    """Count the steps of sequences that some observed site counts, scaled to the full data, mean over particles."""
+    steps = [t.steps for t in sites.values() if t.kind == "likelihood" and t.steps is not None]
+    if not steps:
         raise ArgumentError("No observed site has a dimension of time: there are no frames to count.")
-    counted = sum(frames(t).to(torch.float64) for t in terms) > 0
-    return (counted * terms[0].scale).sum()
+    counted = (sum(frames(t).to(torch.float64) for t in steps) > 0).to(torch.float64)
+    return scaled_sum(steps[0], counted, None if particle_dim is None else particle_dim - 1)
 
 
 def frames(term: Term) -> Tensor:
     """Return the mask of the rows and steps that a term counts, with the dimensions of its plates and time."""
     steps = term.steps or term
-    shape = [1] * -min(p.dim for p in steps.plates)
+    shape = [1] * -min((p.dim for p in steps.plates), default=0)
     for plate in steps.plates:
         shape[plate.dim] = plate.size
     counted = torch.ones(shape, dtype=torch.bool, device=steps.nats.device)
     return counted if steps.mask is None else counted & steps.mask
+
+
+def alike(a: Tensor | float | None, b: Tensor | float | None) -> bool:
+    """Return True for equal scales or masks; a capture assumes that of two tensors and has every step check it."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and check_or_defer((a == b).all())
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 
 def scaled_sum(term: Term, x: Tensor, particle_dim: int | None) -> Tensor:

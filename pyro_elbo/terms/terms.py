@@ -45,6 +45,7 @@ class Terms:
         objective: what training maximizes: the weighted bound, with the gradient of the estimator. Differentiate
             this one; the other numbers carry pathwise gradients only.
         penalties: the value of each penalty of the objective, by its name.
+        divisor: the number by which the objective is divided already (sequences, frames or steps); None for a total.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
@@ -68,6 +69,7 @@ class Terms:
     particle_dim: int | None
     objective: Float[Tensor, ""]
     penalties: Mapping[str, PenaltyValue] = field(default_factory=dict)
+    divisor: float | Tensor | None = None
 
     def __repr__(self) -> str:
         """The bound and the share of every site, as totals and per datum, and the objective."""
@@ -169,7 +171,7 @@ class Terms:
     @property
     def num_frames(self) -> Float[Tensor, ""]:
         """Real frames, scaled to the full data: steps of sequences that some observed site counts (lengths, masks)."""
-        return num_frames(self.sites)
+        return num_frames(self.sites, self.particle_dim)
 
     @property
     def num_data(self) -> int:
@@ -259,8 +261,8 @@ class PerDatum:
 
     @property
     def objective(self) -> Float[Tensor, ""]:
-        """The objective of training."""
-        return self.terms.objective / self.terms.num_data
+        """The objective of training; one that is normalized already (per frame, ...) stays as it is."""
+        return self.terms.objective / (self.terms.num_data if self.terms.divisor is None else 1)
 
     @property
     def rate(self) -> Float[Tensor, ""]:

@@ -227,7 +227,7 @@ class LightningPrograms(lightning.LightningModule):
             return None
         terms, values = self._evaluate(batch, self.mean)
         self._show(values)
-        return self.module.elbo.count_step(-terms.objective / terms.num_data, terms)
+        return self.module.elbo.count_step(-terms.per_datum.objective, terms)
 
     def _compiled_step(self, batch: Batch) -> dict[str, Tensor]:
         """Run the step inside the optimizer's closure; without gradients, the optimizer's own step changes nothing."""

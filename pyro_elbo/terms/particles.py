@@ -1,0 +1,80 @@
+"""Stack the terms of several runs of the programs: particles drawn in a loop."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_elbo.errors import SiteError
+from pyro_elbo.terms.term import Term
+
+
+def stack_particles(runs: list[dict[str, Term]]) -> tuple[dict[str, Term], int | None]:
+    """Stack the terms of several runs: particles become a dimension on the left of all plates.
+
+    A site contributes nothing to the runs that lack it.
+
+    Raises:
+        SiteError: a plate or an event of a site changes from run to run.
+    """
+    if len(runs) == 1:
+        return runs[0], None
+    depth = max((t.nats.dim() for run in runs for t in run.values()), default=0)
+    union = {name: term for run in runs for name, term in run.items()}
+    return {name: _merge([run.get(name) for run in runs], depth) for name in union}, -(depth + 1)
+
+
+def _merge(runs: Sequence[Term | None], depth: int) -> Term:
+    """Stack one site's terms of several runs, with particles at dimension -(depth + 1)."""
+    found = [t for t in runs if t is not None]
+    term = found[0]
+    for other in found:
+        _check_alike(term, other)
+
+    def stack(tensors: Iterable[Tensor | None], event_dim: int = 0) -> Tensor:
+        tensors = list(tensors)
+        like = next(x for x in tensors if x is not None)
+        parts = [torch.zeros_like(like) if x is None else x for x in tensors]
+        shape = torch.broadcast_shapes((1,) * (depth + event_dim), *(x.shape for x in parts))
+        return torch.stack([x.expand(shape) for x in parts])
+
+    def factor(values: Sequence[Any], default: Any) -> Any:
+        """Return the scale or mask that all runs share, else one per particle."""
+        if (
+            all(x is values[0] for x in values)
+            or not any(isinstance(x, Tensor) for x in values)
+            and len({*values}) == 1
+        ):
+            return values[0]
+        like = next((x for x in values if isinstance(x, Tensor)), term.nats)
+        dtype = torch.bool if isinstance(default, bool) else term.nats.dtype
+        given = [default if x is None else x for x in values]
+        return stack([torch.as_tensor(x, dtype=dtype, device=like.device) for x in given])
+
+    per_dim = None
+    if all(t.per_dim is not None for t in found):
+        per_dim = lambda: stack([t and t.per_dim and t.per_dim() for t in runs], len(term.event_shape))  # noqa: E731
+    return replace(
+        term,
+        scale=factor([term.scale if t is None else t.scale for t in runs], 1.0),
+        mask=factor([term.mask if t is None else t.mask for t in runs], True),
+        nats=stack(t and t.nats for t in runs),
+        is_analytic=all(t.is_analytic for t in found),
+        score=None if all(t.score is None for t in found) else stack(t and t.score for t in runs),
+        per_dim=per_dim,
+        steps=None if term.steps is None else _merge([t and t.steps for t in runs], depth + 1),
+        draws=tuple(site for t in found for site in t.draws),
+        joint=any(t.joint for t in found),
+    )
+
+
+def _check_alike(a: Term, b: Term) -> None:
+    if (a.kind, set(a.plates), a.event_shape) != (b.kind, set(b.plates), b.event_shape):
+        shapes = [f"plates {[(p.name, p.size) for p in t.plates]} and event {tuple(t.event_shape)}" for t in (a, b)]
+        raise SiteError(
+            f"Site '{a.name}' changes from particle to particle: expected {shapes[0]} as in the first run, got "
+            f"{shapes[1]}. Give the site fixed plates and mask the rows that do not count (pyro.poutine.mask), or use "
+            "num_particles=1."
+        )

@@ -4,6 +4,8 @@ r"""Free bits: a KL whose mean over the data is below λ is charged as λ, witho
 
 The floor holds per latent dimension where the KL factorizes, per site otherwise. The auxiliary sites of a guide and the
 latents that they determine have one KL together, and one floor: alone, :math:`\log q` and :math:`-\log p` mean nothing.
+The mean is over the data and the particles of the step. Where a KL is sampled and few data share it, take enough
+particles: noise that crosses λ biases the gradient.
 
 References:
     Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling (2016), arXiv:1606.04934.

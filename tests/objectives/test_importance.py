@@ -307,12 +307,26 @@ def test_a_subsampled_plate_that_not_all_sites_share():
     assert full.objective >= full.elbo
 
 
+def test_a_scale_of_the_guide_alone_is_refused():
+    """2 log q would enter the weights: at 1000 particles that is no bound on log p(x)."""
+    x = torch.randn(4)
+    loss = pe.TraceIW_ELBO(8)
+    for guide in (poutine.scale(local_guide, 2.0), poutine.scale(local_guide, torch.tensor(2.0))):
+        with pytest.raises(SiteError, match="'z in the guide': .*2.* Scale model and guide alike"):
+            loss.terms(local_model, guide, x)
+    both = [poutine.scale(program, 2.0) for program in (local_model, local_guide)]
+    pyro.set_rng_seed(0)
+    scaled = loss.terms(*both, x).objective
+    pyro.set_rng_seed(0)
+    torch.testing.assert_close(scaled, 2 * loss.terms(local_model, local_guide, x).objective)
+
+
 def test_scales_that_differ_between_sites():
     def model(x):
         with poutine.scale(scale=2.0):
             local_model(x)
 
-    with pytest.raises(SiteError, match=r"scales.*guide as a whole"):
+    with pytest.raises(SiteError, match=r"differ in scale.*guide alike, as a whole"):
         importance(3).terms(poutine.scale(local_model, 2.0), scaled_latent_guide, torch.ones(4))
     both = importance(3).terms(model, poutine.scale(local_guide, 2.0), torch.ones(4))
     torch.testing.assert_close(both.objective, 2 * _log_mean(both))

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError, SiteError
@@ -467,3 +467,34 @@ def test_expected_terms_of_a_smoother_and_a_filter():
     filtered = objective.terms(model, guide(ahead=False)).elbo
     assert filtered < evidence - 0.05
     assert math.isfinite(filtered)
+
+
+@pytest.mark.parametrize("particles", PARTICLES.values(), ids=PARTICLES)
+def test_a_loop_of_pathwise_and_score_function_steps_keeps_the_gradient(particles):
+    """z_0 Normal, z_1 Bernoulli: the gradient of Pyro's Trace_ELBO on the same draws."""
+
+    def model():
+        a = pyro.sample("z_0", dist.Normal(0.0, 1.0))
+        b = pyro.sample("z_1", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(a + 3 * b, 1.0), obs=torch.tensor(2.0))
+
+    def guide():
+        pyro.sample("z_0", dist.Normal(number("a"), 1.0))
+        pyro.sample("z_1", dist.Bernoulli(logits=number("b")))
+
+    gradients = []
+    for loss in (Trace_ELBO(**particles), pe.TraceTimestep_ELBO(kl="sampled", **particles)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        loss.loss_and_grads(model, guide)
+        gradients.append([pyro.get_param_store()._params[name].grad for name in ("a", "b")])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_importance_weights_refuse_a_scale_of_the_guide_alone_in_a_loop():
+    def model():
+        for t in range(2):
+            pyro.sample(f"z_{t}", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(SiteError, match="'z in the guide': 2.0"):
+        pe.TraceTimestep_ELBO(bound="importance", num_particles=2).terms(model, poutine.scale(model, 2.0))

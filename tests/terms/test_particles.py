@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO
 import pyro_elbo as pe
 from pyro_elbo.errors import SiteError
 
-X = torch.tensor([0.0, 8.0, -3.0])
+X = torch.tensor([0.0, 8.0, -3.0], dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,164 @@
+"""Which form a latent's term takes, and where log q of an auxiliary site goes."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch.distributions import kl_divergence
+
+import pyro_elbo as pe
+from pyro_elbo.terms import evaluate
+from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
+
+X = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+
+
+def param(name, value):
+    return pyro.param(name, lambda: torch.tensor(value))
+
+
+def values_and_gradients(loss, model, guide, seed=0):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    value = loss.loss_and_grads(model, guide)
+    return value, [p.grad for _, p in pyro.get_param_store().named_parameters()]
+
+
+REACHING = {
+    "Normal, Uniform": (lambda m: dist.Normal(m, 0.05), lambda: dist.Uniform(0.0, 10.0)),
+    "Normal, Exponential": (lambda m: dist.Normal(m, 0.05), lambda: dist.Exponential(1.0)),
+    "Normal, Beta": (lambda m: dist.Normal(m / 2, 0.05), lambda: dist.Beta(2.0, 3.0)),
+    "Gamma, Uniform": (lambda m: dist.Gamma(100 * m, 100.0), lambda: dist.Uniform(0.0, 10.0)),
+    "events": (
+        lambda m: dist.Normal(m.expand(3), 0.05).to_event(1),
+        lambda: dist.Uniform(torch.zeros(3), 9.0).to_event(1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("q", "p"), REACHING.values(), ids=REACHING)
+def test_a_guide_wider_than_the_prior_has_the_term_at_the_draw_and_says_so_once(q, p):
+    """The registered KL is infinite, Pyro's Trace_ELBO is finite at the draw."""
+
+    def model():
+        s = pyro.sample("s", p())
+        pyro.sample("y", dist.Normal(0.0, s).to_event(s.dim()), obs=torch.ones(s.shape))
+
+    def guide():
+        pyro.sample("s", q(param("m", 1.0)))
+
+    evaluate._warn_of_support.cache_clear()
+    with pytest.warns(UserWarning, match="Site 's': the guide's .* reaches beyond the support"):
+        ours = values_and_gradients(pe.TraceBeta_ELBO(), model, guide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = values_and_gradients(pe.TraceBeta_ELBO(), model, guide)
+    theirs = values_and_gradients(Trace_ELBO(), model, guide)
+    for value, gradients in (ours, again):
+        assert value == pytest.approx(theirs[0])
+        torch.testing.assert_close(gradients, theirs[1])
+
+
+def test_a_compiled_step_takes_the_same_form(interpreted):
+    def model():
+        s = pyro.sample("s", dist.Uniform(0.0, 10.0))
+        pyro.sample("y", dist.Normal(0.0, s), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("s", dist.Normal(param("m", 1.0), 0.05))
+
+    losses = []
+    for compile in (False, True):
+        evaluate._warn_of_support.cache_clear()
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = pe.SVI(
+            model, guide, pyro.optim.SGD({"lr": 1e-3}), pe.TraceBeta_ELBO(), compile=compile, fallback_random=True
+        )
+        with pytest.warns(UserWarning, match="reaches beyond"):
+            losses.append(svi.run(6, progress=False))
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+@pytest.mark.parametrize(
+    ("q", "p"),
+    [
+        (dist.Uniform(1.0, 2.0), dist.Uniform(0.0, 10.0)),
+        (dist.Beta(2.0, 2.0), dist.Uniform(0.0, 1.0)),
+        (dist.Gamma(2.0, 1.0), dist.Exponential(1.0)),
+        (dist.Uniform(1.0, 2.0), dist.Normal(0.0, 1.0)),
+    ],
+)
+def test_a_guide_within_the_prior_keeps_the_formula(q, p):
+    terms = pe.TraceBeta_ELBO().terms(lambda: pyro.sample("s", p), lambda: pyro.sample("s", q))
+    assert terms.is_analytic["s"]
+    torch.testing.assert_close(terms.rate, kl_divergence(q, p))
+
+
+def positive_model():
+    with pyro.plate("d", 4):
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+
+def joint_guide(name):
+    """One auxiliary vector for all rows."""
+
+    def guide():
+        u = pyro.sample(name, dist.Normal(torch.zeros(4), 1.0).to_event(1), infer={"is_auxiliary": True})
+        with pyro.plate("d", 4):
+            pyro.sample("z", dist.Delta(u.exp(), log_density=-u))
+
+    return guide
+
+
+def test_an_auxiliary_site_of_other_plates_stays_a_term_whatever_its_name():
+    for name in ("u", "z_unconstrained"):
+        pyro.set_rng_seed(0)
+        terms = pe.TraceBeta_ELBO().terms(positive_model, joint_guide(name))
+        pyro.set_rng_seed(0)
+        assert -terms.elbo.item() == pytest.approx(Trace_ELBO().loss(positive_model, joint_guide(name)))
+        assert set(terms.kl) == {"z", name}
+        assert terms.kl[name].shape == ()
+
+
+def test_a_latent_that_the_guide_draws_itself_keeps_its_term():
+    """``z_unconstrained`` is a variable of its own here: z is no function of it."""
+
+    def guide():
+        with pyro.plate("d", 4):
+            pyro.sample("z_unconstrained", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.LogNormal(0.0, 0.5))
+
+    terms = pe.TraceBeta_ELBO().terms(positive_model, guide)
+    assert set(terms.kl) == {"z", "z_unconstrained"}
+
+
+def test_an_unconstrained_latent_of_a_scan_has_one_kl_per_step():
+    """q is the prior: the KL is zero at every step, and a beta per step finds it there."""
+
+    def step(carry, x):
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        return carry, None
+
+    def guide_step(carry, x):
+        u = pyro.sample("z_unconstrained", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(u.exp(), log_density=-u))
+        return carry, None
+
+    for beta in (1.0, torch.tensor([1.0, 2.0, 3.0, 4.0])):
+        terms = pe.TraceTimestep_ELBO(beta).terms(
+            lambda: pe.scan(step, torch.zeros(()), X), lambda: pe.scan(guide_step, torch.zeros(()), X)
+        )
+        assert set(terms.kl) == {"z"}
+        torch.testing.assert_close(terms.kl["z"], torch.zeros(4))
+        torch.testing.assert_close(terms.objective, -terms.distortion)

@@ -90,6 +90,7 @@ def main(out: Path) -> None:
         max_epochs=60,
         patience=10,
         dir=out,
+        overwrite=True,
         seed=0,
     )
 

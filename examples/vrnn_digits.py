@@ -90,6 +90,7 @@ def main(out: Path, *, seed: int = 0, quick: bool = False) -> None:
         max_epochs=epochs,
         seed=seed,
         dir=out,
+        overwrite=True,
         grad_clip=10.0,
     )
 

@@ -121,6 +121,7 @@ def main(data: Path | None, out: Path, *, seed: int = 0, quick: bool = False) ->
         max_epochs=epochs,
         patience=10,
         dir=out,
+        overwrite=True,
         seed=seed,
         grad_clip=10.0,
         compile=not quick,

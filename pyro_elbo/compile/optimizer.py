@@ -52,7 +52,7 @@ class TorchUpdate(Update):
         """Step once in Python, by the gradients in ``.grad``."""
         self.optimizers(parameters)
         self._check_seen(parameters)
-        self.clip((), [p for p in parameters.values() if p.grad is not None])
+        self.clip((), [p for p in dict.fromkeys(parameters.values()) if p.grad is not None])
         self.optimizer.step()
 
     def _check_seen(self, parameters: Mapping[str, Tensor]) -> None:

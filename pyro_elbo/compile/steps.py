@@ -10,7 +10,7 @@ import math
 import random
 import sys
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_elbo.assumptions import capturing
 from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutputShapeException
@@ -29,7 +29,16 @@ from pyro_elbo.compile.traced_update import trace_update
 from pyro_elbo.errors import CompileError, NonFiniteError, PyroElboError
 from pyro_elbo.information import critic_gradients
 from pyro_elbo.objectives import TraceBeta_ELBO
-from pyro_elbo.programs import Parameters, Program, collect_parameters, failed_line
+from pyro_elbo.programs import (
+    Parameters,
+    Program,
+    check_gradients,
+    collect_modules,
+    collect_parameters,
+    evaluating,
+    failed_line,
+    module_evaluating,
+)
 from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
@@ -87,6 +96,7 @@ class CompiledSVI:
         self.model, self.guide, self.loss, self.update = model, guide, loss, update
         self.compile, self.per_datum, self.fallback_random = compile, per_datum, fallback_random
         self._known: dict[Key, list[_KnownStep]] = {}
+        self._modules: list[nn.Module] = []
         self._misses = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,8 +113,17 @@ class CompiledSVI:
         return self._run("train", args, kwargs, steps)
 
     def evaluate(self, args: tuple, kwargs: dict[str, Any]) -> StepTotals:
-        """Return the loss and the totals; change nothing."""
-        return self._run("evaluate", args, kwargs, 1)
+        """Return the loss and the totals, with modules in evaluation mode; change nothing."""
+        with self._evaluating():
+            return self._run("evaluate", args, kwargs, 1)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Put the modules that earlier evaluations have found into evaluation mode: a graph does not call them."""
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.enter_context(module_evaluating(module))
+            yield
 
     def _run(self, kind: StepKind, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:
         if not self.compile or _PYRO_STACK:  # a graph would freeze the handlers around the step
@@ -153,12 +172,16 @@ class CompiledSVI:
         self, kind: StepKind, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Terms, dict[str, Tensor], Parameters]:
         """Take a step as pyro.infer.SVI does; return its terms, its record and the parameters that it used."""
-        with torch.set_grad_enabled(kind == "train"), collect_parameters() as parameters:
+        with torch.set_grad_enabled(kind == "train"), collect_parameters() as parameters, ExitStack() as stack:
+            if kind == "evaluate":
+                self._modules = stack.enter_context(collect_modules(self.model, self.guide))
+                stack.enter_context(evaluating(self.model, self.guide))
             terms = self.loss.checked_terms(self.model, self.guide, args, kwargs)
             loss = self._loss(terms)
         if kind == "train" and loss.requires_grad:
             self.loss.count_step(loss, terms).backward()
             check_own(parameters)
+            check_gradients(parameters)
             self.update(parameters)
             pyro.infer.util.zero_grads(parameters.values())
         return terms, self._record(terms, loss), parameters
@@ -169,7 +192,8 @@ class CompiledSVI:
         trained = kind == "train" and terms.objective.requires_grad
         critics = [critic.optimizer for critic in self.loss.critics.values()]
         plan = UpdatePlan(optimizers := self.update.optimizers(parameters) + critics if trained else [])
-        guard = Guard(self.model, self.guide, args, kwargs)
+        with self._evaluating() if kind == "evaluate" else nullcontext():
+            guard = Guard(self.model, self.guide, args, kwargs)
         guard.watch(vars(self.loss), (name for name in vars(self.loss) if name != "step"))
         watch(guard, optimizers)
         store = pyro.get_param_store()

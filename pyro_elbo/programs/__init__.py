@@ -7,10 +7,11 @@ Pyro and torch, ``rng`` derives seeds.
 Imports sequences and below.
 """
 
+from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns
 from pyro_elbo.programs.explain import failed_line
-from pyro_elbo.programs.modes import evaluating
+from pyro_elbo.programs.modes import evaluating, module_evaluating
 from pyro_elbo.programs.modules import collect_modules
-from pyro_elbo.programs.parameters import Parameters, check_initialized, collect_parameters
+from pyro_elbo.programs.parameters import Parameters, check_gradients, check_initialized, collect_parameters
 from pyro_elbo.programs.rng import mix_seed, seeded
 from pyro_elbo.programs.sites import Plate, Site, sort_by_dim
 from pyro_elbo.programs.tracing import (
@@ -26,6 +27,9 @@ from pyro_elbo.programs.tracing import (
 )
 
 __all__ = [
+    "as_tensors",
+    "check_arguments",
+    "named_columns",
     "Parameters",
     "Plate",
     "Program",
@@ -36,11 +40,13 @@ __all__ = [
     "sort_by_dim",
     "collect_modules",
     "collect_parameters",
+    "check_gradients",
     "check_initialized",
     "evaluating",
     "failed_line",
     "find_plate_nesting",
     "mix_seed",
+    "module_evaluating",
     "subsampled_rows",
     "trace_pair",
     "trace_filtered",

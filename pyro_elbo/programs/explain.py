@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.assumptions import is_capturing
-from pyro_elbo.errors import NonFiniteError, PyroElboError, SiteError, count_nonfinite
+from pyro_elbo.errors import DataError, NonFiniteError, PyroElboError, SiteError, count_nonfinite
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name of the plate of vectorized particles."""
@@ -48,6 +48,11 @@ def _explained(error: Exception, reason: str) -> Exception:
     """Return the library's error for one of Pyro or torch, or that error itself."""
     if isinstance(error, ZeroDivisionError):
         return SiteError(f"Plate {_failed_plate(error)} is empty, expected at least one row. Skip empty batches.")
+    if "more than 1 value per channel" in reason:
+        return DataError(
+            f"{failed_line(error)}: batch norm in training mode needs at least two rows, and the batch has one row. "
+            "Choose a batch_size that leaves no single row, use DataLoader(..., drop_last=True), or call eval()."
+        )
     if PARTICLE_PLATE in reason or "plate stack overflow" in reason:
         return SiteError(
             f"The particles' plate meets a plate of the program: {reason} Set max_plate_nesting to the number of "

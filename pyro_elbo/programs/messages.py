@@ -12,6 +12,7 @@ from pyro.distributions import Unit
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import unmask
 from pyro_elbo.programs.checks import check_batch_shape
+from pyro_elbo.programs.data import observed_tensor
 from pyro_elbo.programs.explain import PARTICLE_PLATE
 from pyro_elbo.programs.sites import Plate, Site, SiteRole
 from pyro_elbo.sequences import fill_masked
@@ -43,7 +44,7 @@ def _read_site(name: str, message: Any, default: SiteRole, model: Mapping[str, S
     fn, mask = unmask(message["fn"], message["mask"])
     value = message["value"]
     if message["is_observed"]:
-        value = fill_masked(fn, value, mask)
+        value = fill_masked(fn, observed_tensor(value), mask)
     frames = [f for f in message["cond_indep_stack"] if f.dim is not None]
     plates = tuple(
         Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames if f.name != PARTICLE_PLATE

@@ -26,12 +26,13 @@ def evaluating(*programs: Any) -> Iterator[None]:
         >>> net.training, net.num_batches_tracked.item()
         (True, 0)
     """
-    with ExitStack() as stack, collect_modules(*programs, on_found=lambda m: stack.enter_context(_evaluating(m))):
+    with ExitStack() as stack, collect_modules(*programs, on_found=lambda m: stack.enter_context(module_evaluating(m))):
         yield
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def module_evaluating(module: nn.Module) -> Iterator[None]:
+    """Put one module into evaluation mode; restore the modes and buffers of its parts afterwards."""
     parts = list(module.modules())
     modes = [part.training for part in parts]
     buffers = [

@@ -1,15 +1,16 @@
-"""Collect the parameters of programs, and refuse AutoGuides that have none yet."""
+"""Collect the parameters of programs, check their gradients, and refuse AutoGuides that have none yet."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_elbo.errors import GuideError
+from pyro_elbo.errors import GuideError, NonFiniteError, count_nonfinite
 
 
 class Parameters(dict[str, Tensor]):
@@ -37,6 +38,23 @@ def collect_parameters() -> Iterator[Parameters]:
         _, *given = message["args"]
         if given and isinstance(given[0], torch.nn.Parameter) and given[0] is not found[name]:
             found.displaced[name] = given[0]
+
+
+def check_gradients(parameters: Mapping[str, Tensor]) -> None:
+    """Raise NonFiniteError where a gradient holds NaN or infinity, and remove the gradients of all parameters."""
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    dense = [g for g in gradients.values() if g.layout is torch.strided]
+    if len(dense) == len(gradients) and (not dense or torch.isfinite(torch.nn.utils.get_total_norm(dense))):
+        return
+    values = {n: g if g.layout is torch.strided else g.coalesce().values() for n, g in gradients.items()}
+    bad = [f"'{name}' ({count_nonfinite(g)})" for name, g in values.items() if not torch.isfinite(g).all()]
+    if bad:
+        pyro.infer.util.zero_grads(parameters.values())
+        raise NonFiniteError(
+            f"The gradient is not finite for {', '.join(bad)} although the objective is; the parameters are those "
+            "before this step. Look for a root, norm or division at 0, and for a torch.where whose other branch is "
+            "not finite."
+        )
 
 
 def uninitialized(module: object) -> list[str]:

@@ -1,12 +1,14 @@
 """Fit programs to data on Lightning: check the arguments, prepare the run, train, and return the result."""
 
 import logging
+import math
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,18 @@ from torch import Tensor, nn
 from pyro_elbo import errors
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
-from pyro_elbo.programs import Program, collect_parameters
-from pyro_elbo.terms import Terms
+from pyro_elbo.programs import Plate, Program, collect_modules, collect_parameters
+from pyro_elbo.terms import Term, Terms
 from pyro_elbo.training import history as histories
+from pyro_elbo.training.checks import check_loss, check_programs
+from pyro_elbo.training.data import Loaders, arguments, prepare_data
 
 if TYPE_CHECKING:
     import xarray
+
+    from pyro_elbo.training.lightning import Trained
+
+RUN_FILES = ("best.ckpt", "last.ckpt", "history.nc")
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ def fit(
     patience: int | None = None,
     dir: str | os.PathLike | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     seed: int = 0,
     devices: int = 1,
     grad_clip: float | None = None,
@@ -74,8 +83,10 @@ def fit(
     show the ELBO at β = 1 in nats per datum beside the loss.
 
     Args:
-        train: a tensor, a tuple of tensors (the programs' arguments), a dict (keyword arguments), a Dataset or a
-            DataLoader. Rows are data.
+        train: the data; rows are data points. A tensor or array is the argument of the programs, a tuple holds their
+            arguments, a dict their keyword arguments. A DataFrame passes its columns as keyword arguments if the model
+            takes arguments of their names, otherwise one matrix. A Dataset or DataLoader yields any of these. NumPy
+            and pandas floats get torch's default dtype. Numbers in a tuple or dict are passed with every batch.
         valid: data of the same form, evaluated after every epoch with fixed noise.
         loss: the objective; ``TraceBeta_ELBO()`` if omitted.
         lr: the learning rate of Adam; unused with ``optimizer``.
@@ -83,9 +94,10 @@ def fit(
         batch_size: rows per step; None for all.
         patience: stop after this many epochs without a better validation ELBO, counted after warm-up, and restore the
             parameters of the best epoch. Without it, the parameters of the last epoch stay.
-        dir: folder for ``best.ckpt``, ``last.ckpt`` and ``history.nc``.
+        dir: folder for ``best.ckpt``, ``last.ckpt`` and ``history.nc``; it must not hold another run.
         resume: continue from ``dir/last.ckpt`` exactly as if training had not stopped (unless a DataLoader draws
             from its own generator). ``max_epochs`` counts from the start of training.
+        overwrite: replace the run that ``dir`` holds.
         seed: repeats a run bit for bit on a CPU. The caller's random state is restored afterwards.
         devices: processes on this machine; they average their gradients and draw separate noise.
         grad_clip: the largest norm of the gradient; larger gradients are scaled down.
@@ -93,10 +105,12 @@ def fit(
         progress: show the progress bar.
 
     Raises:
-        ArgumentError: a schedule outlasts the training, arguments do not go together, or ``optimizer`` makes no torch
-            optimizer.
-        DataError: no data, tensors of different length, or minibatches of a model that does not declare them.
-        CheckpointError: the folder cannot be written, or a checkpoint is damaged or of other programs.
+        ArgumentError: a schedule outlasts the training, arguments have a wrong type or value or exclude each other,
+            or the optimizer does not hold a parameter.
+        DataError: no data, tensors of different length, data that do not fit the arguments of the programs, or
+            minibatches of a model that does not declare them.
+        CheckpointError: the folder cannot be written or holds another run, or a checkpoint is damaged or of other
+            programs.
         GuideError: the parameter store already holds parameters of another guide of the same name, or there is
             nothing to train.
         SiteError, NonFiniteError: from the terms.
@@ -113,46 +127,79 @@ def fit(
         2
     """
     loss = TraceBeta_ELBO() if loss is None else loss
-    _check_arguments(
-        valid, patience, dir, resume, compile, max_epochs=max_epochs, devices=devices, batch_size=batch_size
-    )
+    check_programs(model, guide)
+    check_loss(loss)
+    counts = {"max_epochs": max_epochs, "devices": devices, "batch_size": batch_size, "patience": patience}
+    _check_numbers(counts | {"seed": seed}, {"lr": lr, "grad_clip": grad_clip})
+    _check_arguments(valid, patience, optimizer, dir, resume, overwrite, compile and devices != 1)
     with _undisturbed(), tempfile.TemporaryDirectory() as scratch:
         from pyro_elbo.training import lightning as adapter
 
-        loaders, first = adapter.prepare_data(train, valid, batch_size, seed)
+        loaders, first = prepare_data(train, valid, batch_size, seed, model, guide)
         batches = -(-len(loaders("train")) // devices)  # a process takes every devices-th row
         _check_schedule(loss, 0 if resume else loss.step, max_epochs, batches)
-        args, kwargs = adapter.arguments(first)
+        args, kwargs = arguments(first)
         pyro.set_rng_seed(seed)
         module = loss(model, guide)
-        terms, store = _first_run(module, args, kwargs)
-        _check_minibatches(terms, batches * devices, loaders.rows)
+        terms, trained = _first_run(module, args, kwargs)
+        loaders = _checked_minibatches(terms, batches * devices, loaders)
         make = optimizer if optimizer is not None else (lambda params: torch.optim.Adam(params, lr=lr))
-        programs = adapter.LightningPrograms(module, store, make, loaders, seed, progress, compile, grad_clip)
-        made = programs.configure_optimizers()  # one that cannot work is refused before anything is written
-        folder = _writable(Path(dir)) if dir is not None else Path(scratch)
+        programs = adapter.LightningPrograms(module, trained, make, loaders, seed, progress, compile, grad_clip)
+        made = programs.configure_optimizers()  # refuse a useless optimizer before anything is written
+        folder = _prepared(Path(dir), resume, overwrite) if dir is not None else Path(scratch)
         keep = dir is not None or patience is not None or devices > 1
         clip = None if compile else grad_clip  # a compiled step clips by itself
         trainer = adapter.make_trainer(folder if keep else None, max_epochs, patience, devices, clip, progress)
         last = folder / "last.ckpt"
         checkpoint = _checked_checkpoint(last, programs, made, max_epochs) if resume else None
-        with _errors_of_processes():
+        with _training(module, *trained.modules), _errors_of_processes():
             trainer.fit(programs, ckpt_path=checkpoint, weights_only=True)
         return _finish(programs, trainer, folder, dir is not None, patience, devices)
 
 
-def _check_arguments(
-    valid: Any, patience: int | None, dir: Any, resume: bool, compile: bool, **counts: int | None
-) -> None:
+def _check_numbers(counts: dict[str, Any], amounts: dict[str, Any]) -> None:
+    optional = ("batch_size", "patience", "grad_clip")
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ArgumentError(f"{name} must be at least 1, got {count}.")
+        if count is None and name in optional:
+            continue
+        if not isinstance(count, Integral) or isinstance(count, bool):
+            none = " or None" if name in optional else ""
+            raise ArgumentError(f"{name} must be a whole number{none}, got {count!r} ({type(count).__name__}).")
+        if count < (least := 0 if name == "seed" else 1):
+            raise ArgumentError(f"{name} must be at least {least}, got {count}.")
+    for name, amount in amounts.items():
+        if amount is None and name in optional:
+            continue
+        if not isinstance(amount, Real) or isinstance(amount, bool):
+            raise ArgumentError(f"{name} must be a number, got {amount!r} ({type(amount).__name__}).")
+        if not 0 <= float(amount) < math.inf or (name == "grad_clip" and amount == 0):
+            raise ArgumentError(f"{name} must be positive and finite, got {amount}.")
+
+
+def _check_arguments(
+    valid: Any, patience: int | None, optimizer: Any, dir: Any, resume: bool, overwrite: bool, compile_several: bool
+) -> None:
     if patience is not None and valid is None:
         raise ArgumentError("patience needs validation data: pass valid=..., or leave patience out.")
-    if compile and counts["devices"] != 1:
+    if compile_several:
         raise ArgumentError("compile=True trains on one device: set devices=1, or compile=False.")
-    if resume and dir is None:
-        raise ArgumentError("resume=True needs dir=..., the folder with last.ckpt.")
+    if not isinstance(dir, str | os.PathLike | None):
+        raise ArgumentError(f"dir must be a path, got {dir!r} ({type(dir).__name__}).")
+    if (resume or overwrite) and dir is None:
+        raise ArgumentError(f"{'resume' if resume else 'overwrite'}=True needs dir=..., the folder of the run.")
+    if resume and overwrite:
+        raise ArgumentError("resume=True continues the run in dir and overwrite=True deletes it: choose one of them.")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        raise ArgumentError(
+            f"optimizer must be a function from parameters to a torch optimizer, got a {kind} instance, which may not "
+            f"hold all parameters. Pass optimizer=lambda params: torch.optim.{kind}(params, lr=...)."
+        )
+    if optimizer is not None and not callable(optimizer):
+        raise ArgumentError(
+            "optimizer must be a function from parameters to a torch optimizer, such as torch.optim.Adam, got "
+            f"{optimizer!r}."
+        )
 
 
 def _check_schedule(loss: TraceBeta_ELBO, taken: int, max_epochs: int, batches: int) -> None:
@@ -201,18 +248,33 @@ def _undisturbed() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tuple[Terms, dict[str, nn.Parameter]]:
-    """Run both programs once to create lazy parameters; return the terms and the parameters that no module owns.
+@contextmanager
+def _training(*modules: nn.Module) -> Iterator[None]:
+    """Put modules into training mode, and restore the mode of each of their parts afterwards."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for module in modules:
+            module.train()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tuple[Terms, "Trained"]:
+    """Run both programs once to create lazy parameters; return the terms, and the parameters and modules in use.
 
     Replace the tensors in Pyro's store by nn.Parameters, so that optimizer, checkpoint and DDP share them with Pyro.
     """
+    from pyro_elbo.training.lightning import Trained
+
     store = pyro.get_param_store()
-    module.eval()  # buffers such as batch-norm statistics must not see the batch twice
     with torch.no_grad():
         displaced = _displaced_parameters(module, args, kwargs)
-        with collect_parameters() as used:
+        with collect_parameters() as used, collect_modules(module.model, module.guide) as found:
             terms = module.terms(*args, **kwargs)
-    module.train()
+    inside = {id(part) for whole in (module, *_critics(module.elbo)) for part in whole.modules()}
+    modules = [part for part in found if id(part) not in inside]
     owned = {id(p) for part in module.children() for p in part.parameters()}
     if adopted := [name for name, p in displaced.items() if id(p) not in owned]:
         raise GuideError(
@@ -222,13 +284,20 @@ def _first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tupl
         )
     state = store.get_state()
     state["params"].update(displaced)  # the store follows the modules that are trained now
+    owned |= {id(p) for part in modules for p in part.parameters()}
     loose = {}
     for name, p in used.items():
         if name not in displaced and id(p) not in owned:
-            loose[name] = p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach())
-            state["params"][name] = loose[name]
+            state["params"][name] = loose[name] = p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach())
     store.set_state(state)
-    return terms, loose
+    trained: dict[int, tuple[str, Tensor]] = {}
+    for name, p in (*(used | displaced | loose).items(), *module.named_parameters()):
+        trained.setdefault(id(p), (name, p))
+    return terms, Trained(dict(trained.values()), loose, modules)
+
+
+def _critics(loss: TraceBeta_ELBO) -> list[nn.Module]:
+    return [critic.network for critic in loss.critics.values()]
 
 
 def _displaced_parameters(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, nn.Parameter]:
@@ -246,31 +315,49 @@ def _displaced_parameters(module: TermsModule, args: tuple, kwargs: dict[str, An
     return {name: p for name, p in own.items() if name in known and known[name] is not p}
 
 
-def _check_minibatches(terms: Terms, batches: int, rows: int) -> None:
-    """Refuse minibatches that would count the KL of a global latent once per batch, and wrong full sizes."""
+def _checked_minibatches(terms: Terms, batches: int, loaders: Loaders) -> Loaders:
+    """Refuse minibatches that would count the term of a global site once per batch, and wrong full sizes.
+
+    A model that does not declare the full size gets the validation data as one batch, which counts its global terms
+    once.
+    """
     plate = terms.data_plate
-    subsampled = plate is not None and plate.full_size != plate.size
-    if subsampled and plate.full_size != rows:
-        raise DataError(
-            f"Plate '{plate.name}' declares {plate.full_size} rows, the training data have {rows}. Give the plate the "
-            "size of the training data."
-        )
-    if batches == 1:
-        return
-    shared = [n for n, t in terms.sites.items() if t.is_kl and (plate is None or plate not in t.plates)]
-    if shared and not subsampled:
-        name = plate.name if plate else "data"
+    if plate is not None and plate.full_size != plate.size:
+        if plate.full_size not in (rows := loaders.row_counts()):
+            raise DataError(
+                f"Plate '{plate.name}' declares {plate.full_size} rows, the training data have {rows[0]}. Give the "
+                "plate the size of the training data."
+            )
+        return loaders
+    shared = [name for name, term in terms.sites.items() if _is_shared(term, plate)]
+    if shared and batches > 1:
+        name, rows = plate.name if plate else "data", loaders.row_counts()[0]
         raise DataError(
             f"Site '{shared[0]}' is shared by all data, but the model does not know that it sees {batches} minibatches "
-            f"of {rows} rows: its KL would count {batches} times. Declare the full size, pyro.plate('{name}', {rows}, "
-            "subsample_size=len(x)), in model and guide, or pass batch_size=None and devices=1."
+            f"of {rows} rows: its term would count {batches} times. Declare the full size, pyro.plate('{name}', "
+            f"{rows}, subsample_size=len(x)), in model and guide, or pass batch_size=None and devices=1."
         )
+    return loaders.with_whole_validation() if shared and len(loaders("valid")) > 1 else loaders
 
 
-def _writable(folder: Path) -> Path:
+def _is_shared(term: Term, data: Plate | None) -> bool:
+    """Return True for the term of a site that is not repeated for every datum."""
+    return term.is_kl if data is None else data not in term.plates
+
+
+def _prepared(folder: Path, resume: bool, overwrite: bool) -> Path:
+    """Make the folder of a run, and protect or delete the run that it holds."""
+    found = [] if resume else [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if found and not overwrite:
+        raise CheckpointError(
+            f"{folder} already holds a run ({', '.join(file.name for file in found)}). Pass resume=True to continue "
+            "it, overwrite=True to replace it, or another dir."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
+            for file in found:
+                file.unlink()
             return folder
     except OSError as error:
         raise CheckpointError(f"The results folder {folder} cannot be written: {error}. Choose another dir.") from error

@@ -1,9 +1,9 @@
-"""Adapters to Lightning: programs as a LightningModule, data as loaders, the callbacks and the Trainer.
+"""Adapters to Lightning: programs as a LightningModule, the callbacks and the Trainer.
 
 Only :func:`pyro_elbo.fit` imports this module, when it is called, because Lightning is slow to import.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,133 +14,36 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
 
 from pyro_elbo.compile import CompiledSVI, TorchUpdate
-from pyro_elbo.errors import ArgumentError, DataError, GuideError
+from pyro_elbo.errors import ArgumentError, GuideError
 from pyro_elbo.objectives import TermsModule
-from pyro_elbo.programs import mix_seed
+from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed
 from pyro_elbo.terms import Terms
+from pyro_elbo.training.data import Batch, arguments, num_rows
 from pyro_elbo.training.history import EpochRecord, RunningMean, best
-
-Batch = Tensor | tuple | list | dict
-
-
-class RowDataset(Dataset):
-    """A dataset of tensors of the same length, indexed by batches."""
-
-    def __init__(self, data: Tensor | tuple | Mapping[str, Tensor]) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return num_rows(self.data)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: list[int]) -> Any:
-        """Return the rows of a batch in the same container as the data."""
-        if len(indices) == len(self) and indices == list(range(len(self))):
-            return self.data
-        return _map(lambda x: x[indices], self.data)
-
-
-def _map(function: Callable[[Tensor], Tensor], data: Any) -> Any:
-    if isinstance(data, Tensor):
-        return function(data)
-    if isinstance(data, Mapping):
-        return {name: function(x) for name, x in data.items()}
-    return tuple(function(x) for x in data)
-
-
-def num_rows(batch: Any) -> int:
-    """Return the number of rows of a batch, those of its first tensor."""
-    if isinstance(batch, Mapping):
-        batch = tuple(batch.values())
-    return len(batch if isinstance(batch, Tensor) else batch[0])
-
-
-def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    """Return a batch as positional and keyword arguments of the programs."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (batch,) if isinstance(batch, Tensor) else tuple(batch), {}
-
-
-def _loader(dataset: Dataset, batch_size: int, shuffle: bool, seed: int, rank: int, world: int) -> DataLoader:
-    """Return a loader whose order depends only on the seed and the epoch (Lightning tells the sampler the epoch)."""
-    sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
-    collate = _identity if isinstance(dataset, RowDataset) else None
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
-
-
-def _identity(batch: Any) -> Any:
-    return batch
 
 
 @dataclass(frozen=True)
-class Loaders:
-    """The data of both splits, and a loader of them for each process."""
+class Trained:
+    """The parameters and modules that training and checkpoints cover.
 
-    train: Any
-    valid: Any
-    batch_size: int | None
-    seed: int
+    Attributes:
+        parameters: the parameters to train, by name.
+        store: those of ``parameters`` that only Pyro's store holds.
+        modules: the modules that the programs use, besides programs that are modules.
+    """
 
-    @property
-    def rows(self) -> int:
-        """The number of rows of the training data."""
-        return _num_rows(self.train)
-
-    def __call__(self, split: str, rank: int = 0, world: int = 1) -> Any:
-        """Return the loader of a split, or an empty list if the split has no data."""
-        data = self.train if split == "train" else self.valid
-        if data is None or isinstance(data, DataLoader):
-            return data if data is not None else []
-        size = len(data) if self.batch_size is None else self.batch_size
-        return _loader(data, size, split == "train" and size < len(data), self.seed, rank, world)
-
-
-def prepare_data(train: Any, valid: Any, batch_size: int | None, seed: int) -> tuple[Loaders, Any]:
-    """Check the data of both splits; return their loaders and the first training batch."""
-    loaders = Loaders(_as_dataset("train", train), _as_dataset("valid", valid), batch_size, seed)
-    batches = {split: next(iter(loaders(split)), None) for split in ("train", "valid")}
-    for split, data in (("train", train), ("valid", valid)):
-        if data is not None and batches[split] is None:
-            raise DataError(f"{split}: the loader yields nothing; expected at least one batch.")
-    return loaders, batches["train"]
-
-
-def _as_dataset(split: str, data: Any) -> Any:
-    if data is None and split == "valid":
-        return None
-    if not isinstance(data, Tensor | tuple | list | Mapping):
-        try:
-            rows = _num_rows(data)
-        except TypeError as error:
-            raise DataError(
-                f"{split}: expected tensors, a Dataset or a DataLoader of known length, got {type(data).__name__}."
-            ) from error
-        if rows == 0:
-            raise DataError(f"{split}: the loader yields nothing; expected at least one batch.")
-        return data
-    named = data if isinstance(data, Mapping) else dict(enumerate((data,) if isinstance(data, Tensor) else data))
-    lengths = {name: len(x) if isinstance(x, Tensor) and x.dim() else None for name, x in named.items()}
-    if not lengths or None in lengths.values() or len(set(lengths.values())) > 1:
-        raise DataError(f"{split}: expected tensors with the same number of rows, got {lengths}.")
-    if 0 in lengths.values():
-        raise DataError(f"{split}: the data have no rows.")
-    return RowDataset(tuple(data) if isinstance(data, list) else data)
-
-
-def _num_rows(data: Any) -> int:
-    rows: Any = data.dataset if isinstance(data, DataLoader) else data
-    return len(rows)
+    parameters: Mapping[str, Tensor]
+    store: Mapping[str, nn.Parameter]
+    modules: Sequence[nn.Module]
 
 
 class LightningPrograms(lightning.LightningModule):
     """Model, guide and loss as a LightningModule.
+
+    The modules that the programs use are its submodules. Lightning therefore switches their modes for validation, and
+    checkpoints hold their buffers.
 
     Every training epoch starts from a random state that is a function of (seed, epoch, rank). Runs therefore repeat
     bit for bit, resume exactly at the end of an epoch, and draw different noise on each rank. Validation always uses
@@ -150,7 +53,7 @@ class LightningPrograms(lightning.LightningModule):
     def __init__(
         self,
         module: TermsModule,
-        store: Mapping[str, nn.Parameter],
+        trained: Trained,
         optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
         loaders: Callable[..., Any],
         seed: int,
@@ -162,8 +65,11 @@ class LightningPrograms(lightning.LightningModule):
         self.automatic_optimization = not compile
         self.grad_clip, self.steps = grad_clip, None
         self.module = module
+        self.trained = trained.parameters
         # the prefix "@" separates names such as "values" from the methods of the dictionary
-        self.store = nn.ParameterDict({f"@{name.replace('.', '|')}": p for name, p in store.items()})
+        self.store = nn.ParameterDict({f"@{name.replace('.', '|')}": p for name, p in trained.store.items()})
+        self.used = nn.ModuleList(trained.modules)
+        self.held: set[int] = set()
         self.make_optimizer, self.loaders, self.seed, self.progress = optimizer, loaders, seed, progress
         self.records: list[EpochRecord] = []
         self.mean = RunningMean()
@@ -174,18 +80,25 @@ class LightningPrograms(lightning.LightningModule):
 
         Raises:
             GuideError: there is no parameter to train.
-            ArgumentError: the ``optimizer`` argument of ``fit`` does not return a torch optimizer.
+            ArgumentError: the ``optimizer`` argument of ``fit`` does not return a torch optimizer, or one that leaves
+                out parameters.
         """
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters = {id(p): p for p in self.trained.values() if p.requires_grad}
         if not parameters:
             raise GuideError(
                 "Neither model nor guide has a parameter to train. Give the guide pyro.param's or modules."
             )
-        made = self.make_optimizer(parameters)
+        made = self.make_optimizer(list(parameters.values()))
         if not isinstance(made, torch.optim.Optimizer):
             raise ArgumentError(
                 "optimizer must be a function from parameters to a torch optimizer, such as torch.optim.Adam; "
                 f"expected a torch.optim.Optimizer, got {type(made).__name__}. Pyro's optimizers are for SVI."
+            )
+        self.held = {id(p) for group in made.param_groups for p in group["params"]}
+        if missing := [name for name, p in self.trained.items() if p.requires_grad and id(p) not in self.held]:
+            raise ArgumentError(
+                f"The optimizer does not hold the parameters {missing} and would never train them. Give it all "
+                "parameters that it is called with; freeze those that must not change by requires_grad_(False)."
             )
         return made
 
@@ -225,9 +138,20 @@ class LightningPrograms(lightning.LightningModule):
         if self.steps is not None:
             self._show(self._compiled_step(batch))
             return None
-        terms, values = self._evaluate(batch, self.mean)
+        with collect_parameters() as parameters:
+            terms, values = self._evaluate(batch, self.mean)
+        if late := [name for name, p in parameters.items() if p.requires_grad and id(p) not in self.held]:
+            raise ArgumentError(
+                f"The parameters {late} appear after the first batch, so the optimizer does not hold them and would "
+                "never train them. Create all parameters in every run of the programs, make them part of a module, or "
+                "train with pe.SVI and a pyro.optim optimizer."
+            )
         self._show(values)
         return self.module.elbo.count_step(-terms.per_datum.objective, terms)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a step along a gradient that is not finite."""
+        check_gradients(self.trained)
 
     def _compiled_step(self, batch: Batch) -> dict[str, Tensor]:
         """Run the step inside the optimizer's closure; without gradients, the optimizer's own step changes nothing."""
@@ -251,6 +175,17 @@ class LightningPrograms(lightning.LightningModule):
         if self.progress:
             self.log("elbo", values["elbo"], prog_bar=True, batch_size=1)
             self.log("loss", values["loss"], prog_bar=True, batch_size=1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Refuse modules whose parameters have a gradient but are unknown to Pyro, after the first batch."""
+        if batch_idx > 0:
+            return
+        parts = [(type(part).__name__, *item) for part in self.used for item in part.named_parameters()]
+        if unknown := [f"{kind}.{name}" for kind, name, p in parts if p.grad is not None and id(p) not in self.held]:
+            raise ArgumentError(
+                f"The loss depends on the parameters {unknown}, which Pyro does not know and would never train. "
+                "Register their modules by pyro.module('name', module), or freeze them by requires_grad_(False)."
+            )
 
     def on_validation_epoch_start(self) -> None:
         """Seed the noise of validation and keep the random stream of training."""
@@ -332,6 +267,11 @@ class KeepBest(Checkpoint):
             trainer.save_checkpoint(self.path)
 
 
+def _processes() -> DDPStrategy:
+    """Return the strategy for several processes; modules may hold parameters that the programs do not use."""
+    return DDPStrategy(process_group_backend="gloo", start_method="fork", find_unused_parameters=True)
+
+
 def make_trainer(
     folder: Path | None, max_epochs: int, patience: int | None, devices: int, grad_clip: float | None, progress: bool
 ) -> lightning.Trainer:
@@ -346,7 +286,7 @@ def make_trainer(
     return lightning.Trainer(
         accelerator="cpu" if several else "auto",
         devices=devices,
-        strategy=DDPStrategy(process_group_backend="gloo", start_method="fork") if several else "auto",
+        strategy=_processes() if several else "auto",
         max_epochs=max_epochs,
         callbacks=callbacks,
         gradient_clip_val=grad_clip,

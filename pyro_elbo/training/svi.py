@@ -1,5 +1,10 @@
 """A drop-in for :class:`pyro.infer.SVI` whose steps can run as one compiled graph."""
 
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -13,7 +18,8 @@ from tqdm import tqdm
 from pyro_elbo.compile import CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.objectives import TraceBeta_ELBO
-from pyro_elbo.programs import Program
+from pyro_elbo.programs import Program, as_tensors, check_arguments, named_columns
+from pyro_elbo.training.checks import check_loss, check_programs
 
 CHUNK = 1000  # steps between two looks at the progress bar
 
@@ -63,7 +69,9 @@ class SVI:
         grad_clip: float | None = None,
         fallback_random: bool = False,
     ) -> None:
-        _check_arguments(optim, loss, grad_clip)
+        check_programs(model, guide)
+        check_loss(loss)
+        _check_optim(optim, grad_clip)
         self.model, self.guide, self.optim, self.loss, self.compile = model, guide, optim, loss, compile
         update = TorchUpdate(optim, grad_clip) if isinstance(optim, Optimizer) else PyroUpdate(optim, grad_clip)
         self._steps = CompiledSVI(model, guide, loss, update, compile=compile, fallback_random=fallback_random)
@@ -76,12 +84,16 @@ class SVI:
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one step and return the loss, an estimate of -objective in nats.
 
+        NumPy arrays and pandas objects become tensors, with floats in torch's default dtype. A single DataFrame passes
+        its columns as keyword arguments if the model takes arguments of their names, otherwise one matrix.
+
         Raises:
             CompileError: the step cannot be one graph, or a frozen Python value changes at every step.
-            NonFiniteError: the objective is not finite; the step leaves the parameters unchanged.
+            DataError: the arguments do not fit those of the programs, or a column does not hold numbers.
+            NonFiniteError: the objective or its gradient is not finite; the step leaves the parameters unchanged.
             SiteError: model and guide do not fit each other.
         """
-        return self._train(args, kwargs, 1)[1][0, 0].item()
+        return self._train(*self._arguments(args, kwargs), 1)[1][0, 0].item()
 
     def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Float64[Tensor, "num_steps"]:
         """Take many steps on the same data and return the loss of each in nats.
@@ -92,8 +104,9 @@ class SVI:
             ArgumentError: ``num_steps`` is less than 1.
             CompileError, NonFiniteError, SiteError: as for :meth:`step`.
         """
-        if num_steps < 1:
-            raise ArgumentError(f"num_steps must be at least 1, got {num_steps}.")
+        if not isinstance(num_steps, Integral) or num_steps < 1:
+            raise ArgumentError(f"num_steps must be a whole number of at least 1, got {num_steps!r}.")
+        args, kwargs = self._arguments(args, kwargs)
         losses = np.empty(num_steps)
         with tqdm(total=num_steps, disable=not progress, unit=" steps") as bar:
             for start in range(0, num_steps, CHUNK):
@@ -105,8 +118,17 @@ class SVI:
         return torch.from_numpy(losses)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """Return the loss in nats without taking a step; schedules do not advance."""
-        return self._steps.evaluate(args, kwargs)[1][0, 0].item()
+        """Return the loss in nats without taking a step, with modules in evaluation mode; schedules do not advance."""
+        args, kwargs = self._arguments(args, kwargs)
+        with self._explained(args, kwargs):
+            return self._steps.evaluate(args, kwargs)[1][0, 0].item()
+
+    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if not kwargs and all(isinstance(x, Tensor) for x in args):
+            return args, kwargs
+        if not kwargs and len(args) == 1 and isinstance(columns := named_columns(args[0], self.model), dict):
+            args, kwargs = (), columns
+        return as_tensors(args), as_tensors(kwargs)
 
     def _train(self, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -114,19 +136,25 @@ class SVI:
                 "SVI trains in one process: its steps do not average gradients over ranks. Use pe.fit(..., "
                 "devices=n), or the objective as a module under torch's DistributedDataParallel."
             )
-        return self._steps.train(args, kwargs, steps)
+        with self._explained(args, kwargs):
+            return self._steps.train(args, kwargs, steps)
+
+    @contextmanager
+    def _explained(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Raise DataError where a step fails because a program does not take the arguments."""
+        try:
+            yield
+        except TypeError:
+            check_arguments("SVI", {"model": self.model, "guide": self.guide}, args, kwargs)
+            raise
 
 
-def _check_arguments(optim: Any, loss: Any, grad_clip: float | None) -> None:
-    if not isinstance(loss, TraceBeta_ELBO):
-        raise ArgumentError(
-            f"loss must be an objective of this library such as pe.TraceBeta_ELBO(), got {type(loss).__name__}. "
-            "Pyro's own objectives train with pyro.infer.SVI."
-        )
+def _check_optim(optim: Any, grad_clip: float | None) -> None:
     if not isinstance(optim, pyro.optim.PyroOptim | Optimizer):
+        got = f"the class {optim.__name__}" if inspect.isclass(optim) else type(optim).__name__
         raise ArgumentError(
-            f"optim must be a pyro.optim or a torch.optim optimizer, got {type(optim).__name__}: for example "
+            f"optim must be a pyro.optim or a torch.optim optimizer, got {got}: for example "
             'pyro.optim.Adam({"lr": 0.01}), or torch.optim.Adam(guide.parameters()) after guide(*args).'
         )
-    if grad_clip is not None and not grad_clip > 0:
-        raise ArgumentError(f"grad_clip must be positive, got {grad_clip}.")
+    if grad_clip is not None and (not isinstance(grad_clip, Real) or not 0 < grad_clip < math.inf):
+        raise ArgumentError(f"grad_clip must be a positive finite number, got {grad_clip!r}.")

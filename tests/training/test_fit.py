@@ -404,7 +404,7 @@ def test_checkpoints_that_cannot_be_trusted(tmp_path, monkeypatch):
     expect(CheckpointError, "damaged", *programs(), COUNTS, **options)
     assert not (tmp_path / "executed").exists()
     pyro.clear_param_store()
-    pe.fit(*programs(), COUNTS, dir=tmp_path, max_epochs=2, **QUIET)
+    pe.fit(*programs(), COUNTS, dir=tmp_path, overwrite=True, max_epochs=2, **QUIET)
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
     pyro.clear_param_store()

@@ -1,0 +1,39 @@
+"""Checks of the programs and the objective that a user passes to a training loop."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from pyro_elbo.errors import ArgumentError
+from pyro_elbo.objectives import TraceBeta_ELBO
+
+
+def check_programs(model: Any, guide: Any) -> None:
+    """Raise ArgumentError unless model and guide are programs: functions, methods or instances of modules."""
+    for role, program in (("model", model), ("guide", guide)):
+        if inspect.isclass(program):
+            made = f"{program.__name__}(model)" if role == "guide" else f"{program.__name__}(...)"
+            raise ArgumentError(f"{role} must be a program, got the class {program.__name__}. Make one: {made}.")
+        if not callable(program) or (isinstance(program, nn.Module) and _lacks_forward(program)):
+            raise ArgumentError(
+                f"{role} must be a program that can be called, such as a function, a method or a module with forward, "
+                f"got {type(program).__name__}."
+            )
+
+
+def _lacks_forward(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
+
+
+def check_loss(loss: Any) -> None:
+    """Raise ArgumentError unless ``loss`` is an objective of this library."""
+    if inspect.isclass(loss):
+        raise ArgumentError(
+            f"loss must be an objective, got the class {loss.__name__}. Make one: pe.{loss.__name__}()."
+        )
+    if not isinstance(loss, TraceBeta_ELBO):
+        raise ArgumentError(
+            f"loss must be an objective of this library such as pe.TraceBeta_ELBO(), got {type(loss).__name__}. "
+            "Pyro's own objectives train with pyro.infer.SVI."
+        )

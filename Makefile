@@ -32,11 +32,12 @@ lint: $(STAMP)
 # FAST=1 is the inner loop: no coverage, no types, nothing that is marked slow.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 test: $(if $(FAST),$(STAMP),lint)
-	$(PYTEST) $(if $(FAST),-m "not slow",--cov --cov-report=term-missing:skip-covered)
+	$(PYTEST) $(if $(FAST),-m "not slow and not thorough",-m "not thorough" --cov --cov-report=term-missing:skip-covered)
 
-# Many more random programs than `make test` tries.
+# Many more random programs than `make test` tries, and what is marked thorough.
 fuzz: $(STAMP)
 	PYRO_ELBO_FUZZ=$(or $(SEEDS),2000) $(PYTEST) $(shell find tests -name 'test_random_*.py')
+	$(PYTEST) -m thorough
 
 bench: $(STAMP)
 	$(BIN)/pip install -q -c $(PINS) -e '.[bench]'

@@ -456,12 +456,12 @@ def hidden_from_x(z, x_t):
 def test_machine_code_of_a_ragged_vrnn(graphs):
     def scenario(svi_of):
         module = laws.make(VRNN)
-        return training(module.model, module.guide, laws.ragged(), laws.LENGTHS, evaluate=True)(svi_of)
+        return training(module.model, module.guide, laws.ragged(), laws.LENGTHS)(svi_of)
 
     assert_same(scenario, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_machine_code_of_a_smoother_with_particles():
     def scenario(svi_of):
         module = laws.make(MarkovVRNN)
@@ -471,7 +471,7 @@ def test_machine_code_of_a_smoother_with_particles():
     assert_same(scenario, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_machine_code_of_a_filter():
     model, guide = (in_plates(s, zeros(N))(scanned) for s in (chain_step, chain_guide_step))
     assert_compiled(model, guide, frames(N), LENGTHS, make_objective=OBJECTIVES["filtering"])

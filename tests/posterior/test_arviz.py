@@ -5,7 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, autoguide
+from pyro.infer import autoguide
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 import pyro_elbo as pe
@@ -39,20 +39,19 @@ def schools(sigma, y):
         pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
 
-def fitted(kind, steps=1500, seed=0):
+def fitted(kind, steps=1500, seed=0, **options):
     pyro.set_rng_seed(seed)
     guide = kind(schools, init_scale=0.1)
     loss = pe.TraceBeta_ELBO(kl="sampled", num_particles=16, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(schools, guide, pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.01 ** (1 / steps)}), loss)
-    for _ in range(steps):
-        svi.step(SIGMA, Y)
+    optim = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.01 ** (1 / steps)})
+    pe.SVI(schools, guide, optim, loss, **options).run(steps, SIGMA, Y, progress=False)
     return guide
 
 
 @pytest.fixture(scope="module")
 def full_rank():
     """A full-rank guide; it keeps its parameters when the store is cleared."""
-    return fitted(AutoMultivariateNormal, 3000)
+    return fitted(AutoMultivariateNormal, 3000, compile=True)
 
 
 def test_groups_and_dimensions(full_rank):

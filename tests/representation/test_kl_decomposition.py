@@ -45,9 +45,12 @@ def exact(draws=20):
     totals, entropy = torch.zeros(3), DIMS * 0.5 * math.log(2 * math.pi * math.e * SIGMA**2)
     for _ in range(draws):
         z = X + SIGMA * torch.randn(N, DIMS, generator=generator)
-        elements = torch.stack([dist.Normal(X, SIGMA).log_prob(row) for row in z])  # (draw, encoder, dimension)
-        joint = elements.sum(-1).logsumexp(1) - math.log(N)
-        margins = elements.logsumexp(1) - math.log(N)
+        joint, margins = [], []
+        for some in z.split(200):
+            elements = dist.Normal(X, SIGMA).log_prob(some.unsqueeze(1))  # (draw, encoder, dimension)
+            joint.append(elements.sum(-1).logsumexp(1) - math.log(N))
+            margins.append(elements.logsumexp(1) - math.log(N))
+        joint, margins = torch.cat(joint), torch.cat(margins)
         prior = dist.Normal(0.0, 1.0).log_prob(z)
         parts = -entropy - joint, joint - margins.sum(-1), (margins - prior).sum(-1)
         totals += torch.stack([part.mean() for part in parts])

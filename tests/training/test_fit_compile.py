@@ -9,6 +9,7 @@ import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.compile import inductor as executable
 from pyro_elbo.errors import ArgumentError
+from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,7 @@ with torch.random.fork_rng():
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled(interpreted, monkeypatch):
     """The graphs that get compiled."""
     graphs = []
     compile = executable.compile_graph

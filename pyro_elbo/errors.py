@@ -1,4 +1,8 @@
-"""The library's errors: a base class and its children."""
+"""The library's errors: a base class and its children, and the checks that arguments share."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,3 +56,31 @@ def count_nonfinite(x: Tensor) -> str:
     first = tuple(bad.nonzero()[0].tolist()) if x.dim() else ()
     kinds = f"{nan} nan, {int(bad.sum()) - nan} inf"
     return f"{int(bad.sum())} of {x.numel()} values are not finite ({kinds}); the first is at index {first}"
+
+
+def check_number(what: str, value: Any, least: float = 0.0) -> None:
+    """Raise ArgumentError unless ``value`` is a finite number of at least ``least``.
+
+    Example:
+        >>> check_number("lr", "1e-3")
+        Traceback (most recent call last):
+        pyro_elbo.errors.ArgumentError: lr must be a finite number >= 0, got '1e-3' (str).
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(x := float(value)) and x >= least):
+        bound = f" >= {least:g}" if least > -math.inf else ""
+        raise ArgumentError(f"{what} must be a finite number{bound}, got {describe(value)}.")
+
+
+def check_count(what: str, value: Any, least: int = 1) -> None:
+    """Raise ArgumentError unless ``value`` is a whole number of at least ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"{what} must be a whole number >= {least}, got {describe(value)}.")
+
+
+def describe(value: Any) -> str:
+    """Return an argument's value as an error shows it: a number as it is, anything else with its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}; give it its arguments, {value.__name__}(...)"
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return str(value)
+    return f"{value!r} ({type(value).__name__})"

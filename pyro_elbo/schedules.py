@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.errors import ArgumentError, check_count, check_number
 
 
 class Schedule(ABC):
@@ -52,16 +52,13 @@ def _hash_by_type(schedule: Schedule) -> int:
 
 def _check_weight(schedule: Schedule, **weights: float) -> None:
     for name, value in weights.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ArgumentError(f"{type(schedule).__name__}: {name} must be a finite number >= 0, got {value}.")
+        check_number(f"{type(schedule).__name__}: {name}", value)
 
 
 def _check_steps(schedule: Schedule, steps: int) -> None:
-    if steps < 1:
-        raise ArgumentError(
-            f"{type(schedule).__name__}: steps must be at least 1, got {steps}; a weight that never changes "
-            "is pe.Constant."
-        )
+    if steps == 0:
+        raise ArgumentError(f"{type(schedule).__name__}: steps must be at least 1; a constant weight is pe.Constant.")
+    check_count(f"{type(schedule).__name__}: steps", steps)
 
 
 @dataclass(frozen=True)
@@ -141,8 +138,9 @@ class SigmoidWarmup(Schedule):
     def __post_init__(self) -> None:
         _check_weight(self, start=self.start, end=self.end)
         _check_steps(self, self.steps)
-        if not self.steepness > 0:
-            raise ArgumentError(f"SigmoidWarmup: steepness must be positive, got {self.steepness}.")
+        _check_weight(self, steepness=self.steepness)
+        if self.steepness == 0:
+            raise ArgumentError("SigmoidWarmup: steepness must be positive, got 0; a straight line is pe.LinearWarmup.")
 
     def __call__(self, step: int) -> float:
         """Return the weight after ``step`` optimization steps."""
@@ -182,10 +180,10 @@ class Cyclical(Schedule):
     def __post_init__(self) -> None:
         _check_weight(self, start=self.start, end=self.end)
         _check_steps(self, self.steps)
-        if self.cycles < 1 or not 0 < self.ratio <= 1:
-            raise ArgumentError(
-                f"Cyclical: needs cycles >= 1 and 0 < ratio <= 1, got cycles={self.cycles}, ratio={self.ratio}."
-            )
+        check_count("Cyclical: cycles", self.cycles)
+        _check_weight(self, ratio=self.ratio)
+        if not 0 < self.ratio <= 1:
+            raise ArgumentError(f"Cyclical: ratio must be above 0 and at most 1, got {self.ratio}.")
 
     def __call__(self, step: int) -> float:
         """Return the weight after ``step`` optimization steps."""

@@ -400,10 +400,82 @@ def test_a_beta_per_site_of_a_joint_guide():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"num_particles": 0}, "num_particles"),
+        ({"num_particles": 0}, "num_particles must be a whole number >= 1, got 0"),
+        ({"num_particles": 2.5}, "num_particles must be a whole number >= 1, got 2.5"),
+        ({"num_particles": True}, r"num_particles must be a whole number >= 1, got True \(bool\)"),
+        ({"max_plate_nesting": -1}, "max_plate_nesting must be a whole number >= 0, got -1"),
+        ({"max_plate_nesting": "2"}, r"max_plate_nesting must be a whole number >= 0, got '2' \(str\)"),
+        ({"kl": True}, "kl must be 'auto' or 'sampled', got True"),
+        ({"free_bits": "a"}, r"free_bits \(nats\) must be a finite number >= 0, got 'a' \(str\)"),
+        ({"free_bits": None}, r"free_bits .* got None \(NoneType\)"),
+        ({"beta": "linear"}, r"beta must be a number, a tensor or a schedule such as .*, got 'linear' \(str\)"),
+        ({"beta": True}, r"beta must be a number.* got True \(bool\)"),
+        ({"beta": None}, r"beta must be a number.* got None \(NoneType\)"),
+        ({"beta": [1.0, 2.0]}, r"beta must be a number.* got \[1.0, 2.0\] \(list\)"),
+        ({"beta": {"z": pe.LinearWarmup}}, r"beta\['z'\] must .* class LinearWarmup; .* LinearWarmup\(...\)"),
+        ({"penalties": pe.MutualInformation("z")}, r"penalties must be a list .* got MutualInformation\(.* \("),
+        ({"penalties": [pe.TotalCorrelation]}, r"penalties must be a list .* the class TotalCorrelation"),
+        ({"penalties": "z"}, r"penalties must be a list .* got 'z' \(str\)"),
+        ({"penalties": 3.0}, r"penalties must be a list .* got 3.0"),
+        ({"penalties": [pe.TotalCorrelation("z")] * 2}, r"\['TC\(z\)', 'TC\(z\)'\]: pass name=..."),
         ({"free_bits": 0.1, "beta": pe.Capacity(0.0, 1.0, steps=2)}, "Capacity"),
     ],
 )
 def test_arguments_out_of_range(options, match):
     with pytest.raises(ArgumentError, match=match):
         pe.TraceBeta_ELBO(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (
+            lambda: pe.LinearWarmup("0", 1.0, steps=3),
+            r"LinearWarmup: start must be a finite number >= 0, got '0' \(str",
+        ),
+        (lambda: pe.LinearWarmup(0.0, 1.0, steps=2.5), r"LinearWarmup: steps must be a whole number >= 1, got 2.5"),
+        (lambda: pe.Cyclical(0.0, 1.0, steps=9, cycles=1.5), r"Cyclical: cycles must be a whole number >= 1, got 1.5"),
+        (lambda: pe.Constant(torch.tensor(1.0)), r"Constant: value must be a finite number >= 0, got tensor\(1.\)"),
+        (lambda: pe.MutualInformation(3), r"MutualInformation: latent must be the name of a site, got 3"),
+        (
+            lambda: pe.MutualInformation("z", attribute=["s"]),
+            r"attribute must .* a tuple of these, got \['s'\] \(list\)",
+        ),
+        (lambda: pe.MutualInformation("z", attribute=()), r"attribute must .* got \(\) \(tuple\)"),
+        (lambda: pe.MutualInformation("z", weight="10"), r"weight .* must be a finite number, got '10' \(str\)"),
+        (lambda: pe.MutualInformation("z", weight=-math.inf), r"weight .* must be a finite number, got -inf"),
+        (lambda: pe.TotalCorrelation("z", weight=pe.LinearWarmup), r"weight .* got the class LinearWarmup"),
+        (lambda: pe.TraceIW_ELBO(4, kl="auto"), r"The importance bound needs kl='sampled', got 'auto'. Leave kl out"),
+        (lambda: pe.TraceTimestep_ELBO(bound=3), r"bound must be one of .* got 3"),
+        (lambda: pe.TraceTimestep_ELBO(resample="x"), r"resample must be a finite number >= 0, got 'x'"),
+        (
+            lambda: pe.TraceTimestep_ELBO(bound="filtering", num_particles=3, vectorize_particles=False),
+            r"The filtering bound needs vectorize_particles=True, got False",
+        ),
+    ],
+)
+def test_arguments_of_a_wrong_type(make, match):
+    with pytest.raises(ArgumentError, match=match):
+        make()
+
+
+def test_an_attribute_of_the_wrong_arity():
+    for attribute in (lambda: X, lambda x, s: s):
+        loss = pe.TraceMI_ELBO("z", attribute=attribute)
+        with refuses(ArgumentError, "Attribute 's'", "1 positional", "Give it the parameters of the model"):
+            loss.terms(local_model, local_guide, X)
+
+
+def test_two_penalties_on_functions_are_told_apart_by_name():
+    sign, size = (lambda x: (x > 0).long()), (lambda x: (x.abs() > 1).long())
+    with pytest.raises(ArgumentError, match=r"name of its own, got \['I\(z; s\)', 'I\(z; s\)'\]: pass name="):
+        pe.TraceBeta_ELBO(penalties=[pe.MutualInformation("z", sign), pe.MutualInformation("z", size)])
+    named = [pe.MutualInformation("z", sign, name="sign"), pe.MutualInformation("z", size, weight=2.0, name="size")]
+    pyro.set_rng_seed(0)
+    terms = pe.TraceBeta_ELBO(penalties=named).terms(local_model, local_guide, X)
+    assert list(terms.penalties) == ["sign", "size"]
+    for penalty, weight in zip(named, (1.0, 2.0), strict=True):
+        pyro.set_rng_seed(0)
+        alone = pe.TraceBeta_ELBO(penalties=[penalty]).terms(local_model, local_guide, X)
+        torch.testing.assert_close(alone.penalties[penalty.name].nats, terms.penalties[penalty.name].nats)
+        torch.testing.assert_close(alone.elbo - alone.objective, weight * 4 * alone.penalties[penalty.name].nats)

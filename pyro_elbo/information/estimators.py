@@ -6,6 +6,7 @@ Including the row's own density in q(z | s) and q(z) biases the estimate up, lea
 means bracket the truth. See :class:`pyro_elbo.MutualInformation`.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pyro_elbo.assumptions import check_or_defer, is_capturing
-from pyro_elbo.errors import DataError, SiteError, count_nonfinite
+from pyro_elbo.errors import ArgumentError, DataError, SiteError, count_nonfinite
 from pyro_elbo.information.aggregate import AggregatePosterior, Mixture, Pairs, in_blocks
 from pyro_elbo.information.penalty_term import PenaltyTerm
 from pyro_elbo.programs import Plate, Site
@@ -57,9 +58,22 @@ class PenaltyContext:
         parts = attribute if isinstance(attribute, tuple) else (attribute,)
         return torch.cat([self._column(part) for part in parts], 1)
 
+    def _call(self, attribute: Callable[..., Tensor]) -> Tensor:
+        """Call a function of the programs' arguments, and refuse one that does not take them."""
+        try:
+            inspect.signature(attribute).bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            named = f" and {list(self.kwargs)}" if self.kwargs else ""
+            raise ArgumentError(
+                f"Attribute '{label(attribute)}': a function of the programs' arguments is called with all of them, "
+                f"here {len(self.args)} positional{named}, but {error}. Give it the parameters of the model, as in "
+                "lambda x, s: s for model(x, s)."
+            ) from error
+        return attribute(*self.args, **self.kwargs)
+
     def _column(self, attribute: str | Callable[..., Tensor]) -> Tensor:
         if callable(attribute):
-            name, value, axis = label(attribute), attribute(*self.args, **self.kwargs), 0
+            name, value, axis = label(attribute), self._call(attribute), 0
         else:
             name, (value, axis) = attribute, self._observed(attribute)
         if not isinstance(value, Tensor) or not value.dim() or value.shape[axis] != self.plate.size:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, SiteError
+from pyro_elbo.errors import ArgumentError, SiteError, check_number, describe
 from pyro_elbo.information.aggregate import Mixture, Pairs, in_blocks
 from pyro_elbo.information.critics import Critic, CriticSpec, count_levels
 from pyro_elbo.information.estimators import (
@@ -49,15 +49,12 @@ class Penalty(ABC):
     Attributes:
         latent: the penalized site; it lies in a plate whose rows are data.
         weight: λ, a number or a schedule; negative to reward instead.
+        name: the name of the penalty in terms, histories and tables.
     """
 
     latent: str
     weight: float | Schedule
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The name of the penalty in terms, histories and tables."""
+    name: str
 
     @abstractmethod
     def estimate(self, context: PenaltyContext, critics: Critics) -> PenaltyTerm:
@@ -148,6 +145,7 @@ class MutualInformation(Penalty):
         hidden: widths of the critic's hidden layers.
         critic_lr: learning rate of the critic's own Adam.
         seed: seed of the critic's initial weights.
+        name: name of the penalty in terms and histories, I(z; s) by default; those of one objective differ.
         given: the former name of ``attribute``, refused.
 
     Raises:
@@ -185,12 +183,15 @@ class MutualInformation(Penalty):
     hidden: tuple[int, ...] = (64, 64)
     critic_lr: float = 1e-3
     seed: int = 0
+    name: str = ""
     given: InitVar[None] = None
 
     def __post_init__(self, given: None) -> None:
         if given is not None:
             raise ArgumentError("given= is called attribute= now: in I(z; s | y), y is what is given.")
-        _check_weight("MutualInformation", self.weight)
+        _check_common("MutualInformation", self)
+        _check_attribute("attribute", self.attribute)
+        _check_attribute("conditional_on", self.conditional_on)
         if self.estimator not in get_args(Estimator):
             raise ArgumentError(f"estimator must be one of {get_args(Estimator)}, got {self.estimator!r}.")
         if self.attribute is None and (self.estimator != "aggregate" or self.conditional_on is not None):
@@ -202,21 +203,17 @@ class MutualInformation(Penalty):
             raise ArgumentError("estimator='variational' bounds I(z; s) alone. Use another one for I(z; s | y).")
         if not self.critic_lr > 0:
             raise ArgumentError(f"critic_lr must be positive, got {self.critic_lr}. Use about 1e-3, the default.")
+        object.__setattr__(self, "name", self.name or self._default_name())
         if self.estimator == "adversarial":
             _say_once(
                 "estimator='adversarial' is a lower bound on the information: a critic that finds nothing does not "
                 "show that nothing is there. Judge the latent by pe.audit, with fresh probes."
             )
 
-    @property
-    def name(self) -> str:
-        """I(z; s), or I(z; s | y)."""
+    def _default_name(self) -> str:
         attribute = "x" if self.attribute is None else label(self.attribute)
-        return (
-            f"I({self.latent}; {attribute})"
-            if self.conditional_on is None
-            else (f"I({self.latent}; {attribute} | {label(self.conditional_on)})")
-        )
+        condition = "" if self.conditional_on is None else f" | {label(self.conditional_on)}"
+        return f"I({self.latent}; {attribute}{condition})"
 
     @property
     def has_critic(self) -> bool:
@@ -269,6 +266,7 @@ class TotalCorrelation(Penalty):
         weight: λ, a number or a schedule.
         groups: sets of dimensions that count as one each, for the correlation between groups (HFVAE); every dimension
             alone if omitted.
+        name: name of the penalty in terms and histories, TC(z) by default.
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -285,14 +283,12 @@ class TotalCorrelation(Penalty):
     latent: str
     weight: float | Schedule = 1.0
     groups: tuple[tuple[int, ...], ...] | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
-        _check_weight("TotalCorrelation", self.weight)
-
-    @property
-    def name(self) -> str:
-        """TC(z)."""
-        return f"TC({self.latent})" if self.groups is None else f"TC({self.latent}: {self.groups})"
+        _check_common("TotalCorrelation", self)
+        default = f"TC({self.latent})" if self.groups is None else f"TC({self.latent}: {self.groups})"
+        object.__setattr__(self, "name", self.name or default)
 
     def estimate(self, context: PenaltyContext, critics: Critics) -> PenaltyTerm:
         """Estimate the total correlation from one set of draws."""
@@ -322,11 +318,25 @@ class TotalCorrelation(Penalty):
             )
 
 
-def _check_weight(kind: str, weight: float | Schedule) -> None:
-    if isinstance(weight, Capacity):
+def _check_common(kind: str, penalty: Penalty) -> None:
+    if not isinstance(penalty.latent, str):
+        raise ArgumentError(f"{kind}: latent must be the name of a site, got {describe(penalty.latent)}.")
+    if not isinstance(penalty.name, str):
+        raise ArgumentError(f"{kind}: name must be a string, got {describe(penalty.name)}.")
+    if isinstance(penalty.weight, Capacity):
         raise ArgumentError(f"{kind}: pe.Capacity sets a target for a KL; the weight of a penalty is a number.")
-    if not isinstance(weight, Schedule) and not math.isfinite(weight):
-        raise ArgumentError(f"{kind}: expected a finite number or a schedule as weight, got {weight}.")
+    if not isinstance(penalty.weight, Schedule):
+        check_number(f"{kind}: weight (or a schedule)", penalty.weight, least=-math.inf)
+
+
+def _check_attribute(what: str, attribute: Any) -> None:
+    parts = attribute if isinstance(attribute, tuple) else (attribute,)
+    wrong = [x for x in parts if not (isinstance(x, str) or callable(x) and not isinstance(x, type))]
+    if attribute is not None and (wrong or not parts):
+        raise ArgumentError(
+            f"{what} must be the name of an observed site, a function of the programs' arguments such as "
+            f"lambda x, s: s, or a tuple of these, got {describe(wrong[0] if wrong else attribute)}."
+        )
 
 
 @cache

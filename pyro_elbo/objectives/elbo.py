@@ -16,7 +16,7 @@ from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.errors import ArgumentError, check_count, describe
 from pyro_elbo.information import Critic, Penalty, critic_gradients
 from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.step_count import advance_after_backward
@@ -79,17 +79,15 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     ) -> None:
         if kl not in ("auto", "sampled"):
             raise ArgumentError(f"kl must be 'auto' or 'sampled', got {kl!r}.")
-        if num_particles < 1:
-            raise ArgumentError(f"num_particles must be at least 1, got {num_particles}.")
+        check_count("num_particles", num_particles)
+        if max_plate_nesting != math.inf:
+            check_count("max_plate_nesting", max_plate_nesting, least=0)
         super().__init__(num_particles=num_particles, retain_graph=retain_graph)
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
         self.kl: KLForm = kl
         self.weighting = KLWeighting(beta, free_bits)
-        self.penalties = tuple(penalties)
-        names = [penalty.name for penalty in self.penalties]
-        if len(set(names)) < len(names):
-            raise ArgumentError(f"Each penalty needs a name of its own, got {names}: add up the weights of equal ones.")
+        self.penalties = _check_penalties(penalties)
         self.critics: dict[str, Critic] = {}
         self.step = 0
 
@@ -274,3 +272,17 @@ class TermsModule(ELBOModule):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore step count and critics."""
         self.elbo.load_state_dict(state)
+
+
+def _check_penalties(penalties: Sequence[Penalty]) -> tuple[Penalty, ...]:
+    """Return penalties that can stand beside each other."""
+    if not isinstance(penalties, Sequence) or not all(isinstance(p, Penalty) for p in penalties):
+        wrong = [p for p in penalties if not isinstance(p, Penalty)] if isinstance(penalties, Sequence) else [penalties]
+        raise ArgumentError(
+            "penalties must be a list of penalties such as [pe.MutualInformation('z', attribute='s')], got "
+            f"{describe(wrong[0])}."
+        )
+    names = [penalty.name for penalty in penalties]
+    if len(set(names)) < len(names):
+        raise ArgumentError(f"Each penalty needs a name of its own, got {names}: pass name=... to tell them apart.")
+    return tuple(penalties)

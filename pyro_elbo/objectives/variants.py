@@ -7,7 +7,7 @@ from typing import Any, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.errors import ArgumentError, check_number
 from pyro_elbo.information import AttributeSource, Estimator, MutualInformation
 from pyro_elbo.objectives.elbo import TraceBeta_ELBO
 from pyro_elbo.objectives.importance import importance_weighted, shared_scale
@@ -49,7 +49,7 @@ class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
     """
 
     def __init__(self, num_particles: int = 2, *, beta: Beta = 1.0, **options: Any) -> None:
-        super().__init__(beta, kl="sampled", num_particles=num_particles, **options)
+        super().__init__(beta, num_particles=num_particles, **_with_option(options, "importance", "kl", "sampled"))
 
     def bound(
         self,
@@ -159,12 +159,15 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         self.bound_kind: SequenceBound = bound
         self.resample = resample
         for name, given, known in (("normalize", normalize, Normalize), ("bound", bound, SequenceBound)):
-            if given not in get_args(known):
+            if not isinstance(given, str) or given not in get_args(known):
                 raise ArgumentError(f"{name} must be one of {get_args(known)}, got {given!r}.")
-        if not 0 <= resample <= 1:
+        check_number("resample", resample)
+        if resample > 1:
             raise ArgumentError(f"resample must be between 0 and 1, got {resample}.")
-        options |= {} if bound == "elbo" else {"kl": "sampled"}
-        options |= {"vectorize_particles": True} if bound == "filtering" else {}
+        if bound != "elbo":
+            options = _with_option(options, bound, "kl", "sampled")
+        if bound == "filtering":
+            options = _with_option(options, bound, "vectorize_particles", True)
         super().__init__(beta, **options)
         if bound == "filtering" and (self.num_particles < 2 or not self.weighting.is_identity()):
             raise ArgumentError("bound='filtering' needs num_particles >= 2, and takes neither beta nor free_bits.")
@@ -208,3 +211,10 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
     ) -> tuple[dict[str, Term], int | None]:
         sites, particle_dim = super()._sites(model, guide, args, kwargs)
         return join_numbered_sites(sites), particle_dim
+
+
+def _with_option(options: dict[str, Any], bound: str, name: str, needed: Any) -> dict[str, Any]:
+    """Return options with the value that a bound needs; another one is refused."""
+    if options.get(name, needed) != needed:
+        raise ArgumentError(f"The {bound} bound needs {name}={needed!r}, got {options[name]!r}. Leave {name} out.")
+    return options | {name: needed}

@@ -5,14 +5,14 @@ r"""The weights of the KL: β, schedules, capacity and free bits.
 A weighting never changes the terms. It returns, site by site, the charge in place of the KL.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.errors import ArgumentError, check_number, describe
 from pyro_elbo.objectives.free_bits import floor_joint, floor_site
 from pyro_elbo.schedules import Capacity, Schedule
 from pyro_elbo.terms import Term, num_data, scaled_sum
@@ -44,8 +44,7 @@ class KLWeighting:
         per_site = self.beta if isinstance(self.beta, Mapping) else {None: self.beta}
         for name, weight in per_site.items():
             _check_weight("beta" if name is None else f"beta['{name}']", weight)
-        if not (math.isfinite(self.free_bits) and self.free_bits >= 0):
-            raise ArgumentError(f"free_bits must be a finite number of nats >= 0, got {self.free_bits}.")
+        check_number("free_bits (nats)", self.free_bits)
         if self.free_bits and any(isinstance(w, Capacity) for w in per_site.values()):
             raise ArgumentError("free_bits and pe.Capacity both set a target for the KL: choose one of them.")
         object.__setattr__(self, "_schedules", dict(per_site))
@@ -152,10 +151,18 @@ class KLWeighting:
 
 
 def _check_weight(what: str, weight: Weight) -> None:
-    values = weight if isinstance(weight, Tensor) else torch.tensor(0.0 if isinstance(weight, Schedule) else weight)
-    if not (torch.isfinite(values) & (values >= 0)).all():
-        shown = "a tensor with NaN, infinity or negative entries" if isinstance(weight, Tensor) else weight
-        raise ArgumentError(f"{what} must be finite and >= 0, got {shown}.")
+    if isinstance(weight, Schedule):
+        return
+    if isinstance(weight, Tensor):
+        if not (torch.isfinite(weight) & (weight >= 0)).all():
+            raise ArgumentError(f"{what} must be finite and >= 0, got a tensor with NaN, infinity or negative entries.")
+        return
+    if not isinstance(weight, Real) or isinstance(weight, bool):
+        raise ArgumentError(
+            f"{what} must be a number, a tensor or a schedule such as pe.LinearWarmup(0.0, 1.0, steps=1000), got "
+            f"{describe(weight)}."
+        )
+    check_number(what, weight)
 
 
 def _check_broadcast(term: Term, weight: Tensor) -> None:

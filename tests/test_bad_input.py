@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNorm
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError, GuideError, NonFiniteError, PyroElboError, SiteError
 from tests.support.refusing import refusing
+from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 
 X = torch.tensor([0.3, -1.2, 0.8, 1.9])
 CURE = re.compile(
@@ -421,7 +422,7 @@ def test_a_beta_per_site_of_a_joint_guide():
         ({"free_bits": 0.1, "beta": pe.Capacity(0.0, 1.0, steps=2)}, "Capacity"),
     ],
 )
-def test_arguments_out_of_range(options, match):
+def test_arguments_out_of_range(options, match, untyped):
     with pytest.raises(ArgumentError, match=match):
         pe.TraceBeta_ELBO(**options)
 
@@ -454,7 +455,7 @@ def test_arguments_out_of_range(options, match):
         ),
     ],
 )
-def test_arguments_of_a_wrong_type(make, match):
+def test_arguments_of_a_wrong_type(make, match, untyped):
     with pytest.raises(ArgumentError, match=match):
         make()
 

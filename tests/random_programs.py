@@ -465,16 +465,19 @@ def surrogate(program: Program, run: NaiveRun) -> Tensor:
     return total
 
 
-def rows_of(program: Program, run: NaiveRun, particle_dim: int | None = None) -> tuple[Tensor, list[float]]:
-    """The log weight of each row of the plates that all terms share, and the scales of all terms."""
-    shared = set.intersection(*({*t.plates} for t in run.terms))
-    keep = {program.plates[n].dim for n in shared} | ({particle_dim} if particle_dim is not None else set())
+def shared_plates(run: NaiveRun) -> set[str]:
+    return set.intersection(*({*t.plates} for t in run.terms))
+
+
+def rows_of(program: Program, run: NaiveRun, particle_dim: int | None = None) -> Tensor:
+    """The log weight of each row of the plates that all terms share, unscaled."""
+    keep = {program.plates[n].dim for n in shared_plates(run)} | ({particle_dim} if particle_dim is not None else set())
     total = torch.zeros(())
     for t in run.terms:
         gone = [d for d in range(-t.log_prob.dim(), 0) if d not in keep]
         x = t.sign * t.masked
         total = total + (x.sum(gone, keepdim=True) if gone else x)
-    return total, [t.scale for t in run.terms]
+    return total
 
 
 # --- the generator -------------------------------------------------------------------------------------------------

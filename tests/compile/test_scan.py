@@ -108,9 +108,9 @@ OBJECTIVES = {
     [
         ("VRNN", "β per step, free bits", "ragged"),
         ("VRNN", "filtering", "ragged"),
-        ("MarkovVRNN", "importance", "ragged"),
+        pytest.param("MarkovVRNN", "importance", "ragged", marks=pytest.mark.thorough),
         ("MarkovVRNN", "always resampling", "full"),
-        ("DMM", "particles", "ragged"),
+        pytest.param("DMM", "particles", "ragged", marks=pytest.mark.thorough),
         ("SRNN", "warm-up per frame", "ragged"),
     ],
 )
@@ -275,7 +275,7 @@ def test_the_graph_does_not_grow_with_time(interpreted, graphs):
 LOOPS = {"VRNN": 2, "MarkovVRNN": 4, "SRNN": 6}
 
 
-@pytest.mark.parametrize("name", ["MarkovVRNN", "SRNN"])
+@pytest.mark.parametrize("name", ["MarkovVRNN", pytest.param("SRNN", marks=pytest.mark.thorough)])
 def test_recurrences_of_model_and_guide_are_computed_once(interpreted, graphs, name):
     """VRNN: the state of the cell serves both. MarkovVRNN: the encoder and q. SRNN: h of both, the encoder and q."""
     assert sizes(laws.make(MODELS[name]), 5, graphs)[1] == LOOPS[name]

@@ -130,7 +130,7 @@ def test_elbo_is_that_without_penalty(make):
 
 
 @every
-@pytest.mark.parametrize("block", [aggregate.BLOCK, 700])
+@pytest.mark.parametrize("block", [aggregate.BLOCK, pytest.param(700, marks=pytest.mark.thorough)])
 def test_captured_equals_eager(make, block, interpreted, monkeypatch):
     monkeypatch.setattr(aggregate, "BLOCK", block)
     assert_compiled_equals_eager(make)

@@ -21,7 +21,16 @@ from pyro_elbo.information import Critic, Penalty, critic_gradients
 from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.step_count import advance_after_backward
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
-from pyro_elbo.programs import Program, SameRows, check_initialized, evaluating, find_plate_nesting, trace_pair
+from pyro_elbo.programs import (
+    Program,
+    SameRows,
+    check_gradients,
+    check_initialized,
+    collect_parameters,
+    evaluating,
+    find_plate_nesting,
+    trace_pair,
+)
 from pyro_elbo.schedules import Schedule
 from pyro_elbo.terms import KLForm, Term, Terms, evaluate_terms, stack_particles
 
@@ -170,10 +179,16 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         return self.count_step(-terms.objective, terms)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Run a backward through -objective and return it as a number."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        """Return -objective as a number, after a backward through it.
+
+        Raises:
+            NonFiniteError: the objective or a gradient is not finite.
+        """
+        with collect_parameters() as parameters:
+            loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
+            check_gradients(parameters)
         return loss.item()
 
     @property

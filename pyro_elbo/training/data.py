@@ -165,9 +165,11 @@ def _as_dataset(split: str, data: Any) -> Any:
     if data is None and split == "valid":
         return None
     data = as_tensors(data)
+    if isinstance(data, bool | int | float):
+        data = (data,)
     if not isinstance(data, Tensor | tuple | list | Mapping):
         try:
-            rows = _length(data.dataset if isinstance(data, DataLoader) else data)
+            rows = _length(data.dataset if isinstance(data, DataLoader) else None if isinstance(data, str) else data)
         except TypeError as error:
             raise DataError(
                 f"{split}: expected tensors, arrays, a DataFrame, a Dataset or a DataLoader of known length, got "
@@ -178,9 +180,12 @@ def _as_dataset(split: str, data: Any) -> Any:
         return data
     named = data if isinstance(data, Mapping) else dict(enumerate((data,) if isinstance(data, Tensor) else data))
     lengths = {name: len(x) for name, x in named.items() if _has_rows(x)}
-    if not lengths or len(set(lengths.values())) > 1 or not all(map(_is_argument, named.values())):
+    if not named or len(set(lengths.values())) > 1 or not all(map(_is_argument, named.values())):
         found = {name: len(x) if _has_rows(x) else type(x).__name__ for name, x in named.items()}
-        raise DataError(f"{split}: expected tensors with the same number of rows, got {found}.")
+        raise DataError(
+            f"{split}: expected tensors or arrays with the same number of rows, got {found}. Convert lists by "
+            "torch.tensor, and give every argument one row per datum."
+        )
     if 0 in lengths.values():
         raise DataError(f"{split}: the data have no rows.")
     return RowDataset(tuple(data) if isinstance(data, list) else data)

@@ -122,9 +122,33 @@ def test_numbers_are_part_of_every_batch():
     assert pe.fit(scaled, local, (torch.randn(10), 0.5), batch_size=4, max_epochs=1, **QUIET).loss.step == 3
 
 
+@pytest.mark.parametrize("x", [3.0, np.float64(3.0), np.array(3.0), torch.tensor(3.0), (3.0,), {"x": 3}])
+def test_a_single_number_is_one_datum(x):
+    def scalar_model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def scalar_guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(1.5)), 0.5**0.5))  # the posterior
+
+    evidence = dist.Normal(0.0, 2.0**0.5).log_prob(torch.tensor(3.0)).item()
+    loss = pe.TraceBeta_ELBO(kl="sampled")
+    svi = pe.SVI(scalar_model, scalar_guide, pyro.optim.Adam({"lr": 1e-9}), loss)
+    found = svi.step(**x) if isinstance(x, dict) else svi.step(*(x if isinstance(x, tuple) else (x,)))
+    assert found == pytest.approx(-evidence, rel=1e-5)
+    history = pe.fit(scalar_model, scalar_guide, x, loss=loss, max_epochs=2, lr=1e-9, **QUIET).history
+    assert history.elbo.sel(split="train").values == pytest.approx([evidence] * 2, rel=1e-5)
+
+
 def refuses(match, *args, **options):
     with pytest.raises(DataError, match=match):
         pe.fit(*args, max_epochs=1, **QUIET, **options)
+
+
+def test_data_that_are_no_tensors():
+    refuses(r"expected tensors.*got str", model, guide, "data.csv")
+    refuses(r"got {0: 'float', 1: 'list'}. Convert lists by torch.tensor", model, guide, (1.0, [1.0, 2.0]))
+    refuses(r"train: expected tensors.*got {}", model, guide, ())
 
 
 def test_columns_that_are_not_numbers():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_elbo import errors
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError
-from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
+from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO, TraceTimestep_ELBO
 from pyro_elbo.programs import Plate, Program, collect_modules, collect_parameters
 from pyro_elbo.terms import Term, Terms
 from pyro_elbo.training import history as histories
@@ -80,7 +80,8 @@ def fit(
     r"""Train model and guide on Lightning's Trainer, with validation, early stopping and checkpoints.
 
     Training follows the gradient of ``loss`` divided by the rows of the full data. The progress bar and the history
-    show the ELBO at β = 1 in nats per datum beside the loss.
+    show the ELBO at β = 1 in nats per datum beside the loss. The loss of ``TraceTimestep_ELBO(normalize=...)`` is
+    divided by sequences, frames or steps instead; the history names its units.
 
     Args:
         train: the data; rows are data points. A tensor or array is the argument of the programs, a tuple holds their
@@ -425,7 +426,8 @@ def _finish(programs: Any, trainer: Any, folder: Path, keep: bool, patience: int
         steps = programs.module.elbo.step
         programs.load_state_dict(load_checkpoint(best)["state_dict"])
         programs.module.elbo.step = steps
-    history = histories.to_dataset(programs.records)
+    normalized = isinstance(loss := programs.module.elbo, TraceTimestep_ELBO) and loss.normalize != "total"
+    history = histories.to_dataset(programs.records, f"nats per {loss.normalize if normalized else 'datum'}")
     if keep:
         histories.save(history, folder / "history.nc")
     return FitResult(

@@ -52,12 +52,12 @@ def best(records: list[EpochRecord]) -> EpochRecord:
     return max([r for r in validated if r["settled"]] or validated, key=lambda r: r["values"]["elbo"])
 
 
-def to_dataset(records: list[EpochRecord]) -> "xarray.Dataset":
+def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -> "xarray.Dataset":
     """Return the records as a Dataset over ``epoch``, ``split`` and ``latent``.
 
-    Variables: ``elbo``, ``distortion``, ``rate``, ``loss`` (epoch, split), ``kl`` (epoch, split, latent), all in nats
-    per datum; ``beta`` (epoch, latent), the weight at the end of the epoch; with penalties, ``penalty`` (epoch, split,
-    penalty_name), unweighted. Missing values of a split are NaN.
+    Variables: ``elbo``, ``distortion``, ``rate`` (epoch, split) and ``kl`` (epoch, split, latent) in nats per datum;
+    ``loss`` (epoch, split) in ``loss_units``; ``beta`` (epoch, latent), the weight at the end of the epoch; with
+    penalties, ``penalty`` (epoch, split, penalty_name), unweighted. Missing values of a split are NaN.
     """
     import numpy as np
     import xarray
@@ -76,6 +76,7 @@ def to_dataset(records: list[EpochRecord]) -> "xarray.Dataset":
             beta[i, k] = r["beta"].get(site, np.nan)
     units = {"units": "nats per datum"}
     variables: dict[str, Any] = {name: (("epoch", "split"), values, units) for name, values in totals.items()}
+    variables["loss"] = (("epoch", "split"), totals["loss"], {"units": loss_units})
     variables["kl"] = (("epoch", "split", "latent"), kl, units)
     variables["beta"] = (("epoch", "latent"), beta)
     coords: dict[str, Any] = {"epoch": epochs, "split": list(SPLITS), "latent": latents}

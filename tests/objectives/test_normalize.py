@@ -55,6 +55,8 @@ def test_the_loss_of_fit_is_the_normalized_objective_for_any_batch(normalize, co
     rate = 1e-12
     result = pe.fit(model, guide, X, loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=rate), **options)
     assert result.history.loss.sel(split="train").item() == pytest.approx(nats(0.5) / count)
+    assert result.history.loss.attrs["units"] == f"nats per {normalize}"
+    assert result.history.elbo.attrs["units"] == "nats per datum"
     assert result.history.elbo.sel(split="train").item() == pytest.approx(-nats(0.5) / N)
 
 

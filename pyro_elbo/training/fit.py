@@ -143,7 +143,7 @@ def fit(
         pyro.set_rng_seed(seed)
         module = loss(model, guide)
         terms, trained = _first_run(module, args, kwargs)
-        loaders = _checked_minibatches(terms, batches * devices, loaders)
+        loaders = _checked_minibatches(module, terms, batches * devices, loaders)
         make = optimizer if optimizer is not None else (lambda params: torch.optim.Adam(params, lr=lr))
         programs = adapter.LightningPrograms(module, trained, make, loaders, seed, progress, compile, grad_clip)
         made = programs.configure_optimizers()  # refuse a useless optimizer before anything is written
@@ -316,14 +316,14 @@ def _displaced_parameters(module: TermsModule, args: tuple, kwargs: dict[str, An
     return {name: p for name, p in own.items() if name in known and known[name] is not p}
 
 
-def _checked_minibatches(terms: Terms, batches: int, loaders: Loaders) -> Loaders:
+def _checked_minibatches(module: TermsModule, terms: Terms, batches: int, loaders: Loaders) -> Loaders:
     """Refuse minibatches that would count the term of a global site once per batch, and wrong full sizes.
 
     A model that does not declare the full size gets the validation data as one batch, which counts its global terms
     once.
     """
     plate = terms.data_plate
-    if plate is not None and plate.full_size != plate.size:
+    if plate is not None and _is_subsampled(terms):
         if plate.full_size not in (rows := loaders.row_counts()):
             raise DataError(
                 f"Plate '{plate.name}' declares {plate.full_size} rows, the training data have {rows[0]}. Give the "
@@ -338,7 +338,17 @@ def _checked_minibatches(terms: Terms, batches: int, loaders: Loaders) -> Loader
             f"of {rows} rows: its term would count {batches} times. Declare the full size, pyro.plate('{name}', "
             f"{rows}, subsample_size=len(x)), in model and guide, or pass batch_size=None and devices=1."
         )
-    return loaders.with_whole_validation() if shared and len(loaders("valid")) > 1 else loaders
+    if shared and len(loaders("valid")) > 1:
+        args, kwargs = arguments(next(iter(loaders("valid"))))
+        with torch.no_grad():
+            declared = _is_subsampled(module.terms(*args, **kwargs))
+        return loaders if declared else loaders.with_whole_validation()
+    return loaders
+
+
+def _is_subsampled(terms: Terms) -> bool:
+    plate = terms.data_plate
+    return plate is not None and plate.full_size != plate.size
 
 
 def _is_shared(term: Term, data: Plate | None) -> bool:

@@ -260,6 +260,14 @@ def test_validation_of_a_subsampled_model_divides_the_global_kl_by_the_rows_of_t
     assert history.kl.values.ravel() * 200 == pytest.approx([kl, kl], rel=1e-5)
 
 
+def test_a_declared_size_counts_for_validation_even_where_one_batch_holds_all_training_rows():
+    train, valid = DataLoader(TensorDataset(torch.ones(100)), 100), DataLoader(TensorDataset(torch.ones(200)), 50)
+    frozen = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.0)}
+    history = pe.fit(*global_programs(100), train, valid, max_epochs=1, **frozen, **QUIET).history
+    kl = torch.distributions.kl_divergence(dist.Normal(1.4, 1e-3), dist.Normal(0.0, 5.0)).item()
+    assert history.kl.values.ravel() * 100 == pytest.approx([kl, kl], rel=1e-5)
+
+
 def test_validation_batches_that_cannot_be_joined():
     ragged = DataLoader([torch.ones(4, 2), torch.ones(4, 3)], batch_size=None)
 

@@ -1,11 +1,12 @@
-"""Checks of the programs and the objective that a user passes to a training loop."""
+"""Checks of the programs, the objective and the numbers that a user passes to a training loop."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.errors import ArgumentError, check_count, check_number
 from pyro_elbo.objectives import TraceBeta_ELBO
 
 
@@ -37,3 +38,20 @@ def check_loss(loss: Any) -> None:
             f"loss must be an objective of this library such as pe.TraceBeta_ELBO(), got {type(loss).__name__}. "
             "Pyro's own objectives train with pyro.infer.SVI."
         )
+
+
+def check_counts(required: Mapping[str, Any], optional: Mapping[str, Any]) -> None:
+    """Raise ArgumentError unless all values are whole numbers of at least 1, or None for the optional ones."""
+    for name, count in required.items():
+        check_count(name, count)
+    for name, count in optional.items():
+        if count is not None:
+            check_count(f"{name}, unless it is None,", count)
+
+
+def check_grad_clip(grad_clip: Any) -> None:
+    """Raise ArgumentError unless ``grad_clip`` is None or positive and finite."""
+    if grad_clip is not None:
+        check_number("grad_clip", grad_clip)
+        if grad_clip == 0:
+            raise ArgumentError("grad_clip must be positive, got 0: leave it out, or lower the learning rate.")

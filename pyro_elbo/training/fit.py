@@ -1,14 +1,12 @@
 """Fit programs to data on Lightning: check the arguments, prepare the run, train, and return the result."""
 
 import logging
-import math
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_elbo import errors
-from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError
+from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError, check_count, check_number
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO, TraceTimestep_ELBO
 from pyro_elbo.programs import Plate, Program, collect_modules, collect_parameters
 from pyro_elbo.terms import Term, Terms
 from pyro_elbo.training import history as histories
-from pyro_elbo.training.checks import check_loss, check_programs
+from pyro_elbo.training.checks import check_counts, check_grad_clip, check_loss, check_programs
 from pyro_elbo.training.data import Loaders, arguments, prepare_data
 
 if TYPE_CHECKING:
@@ -130,8 +128,10 @@ def fit(
     loss = TraceBeta_ELBO() if loss is None else loss
     check_programs(model, guide)
     check_loss(loss)
-    counts = {"max_epochs": max_epochs, "devices": devices, "batch_size": batch_size, "patience": patience}
-    _check_numbers(counts | {"seed": seed}, {"lr": lr, "grad_clip": grad_clip})
+    check_counts({"max_epochs": max_epochs, "devices": devices}, {"batch_size": batch_size, "patience": patience})
+    check_count("seed", seed, least=0)
+    check_number("lr", lr)
+    check_grad_clip(grad_clip)
     _check_arguments(valid, patience, optimizer, dir, resume, overwrite, compile and devices != 1)
     with _undisturbed(), tempfile.TemporaryDirectory() as scratch:
         from pyro_elbo.training import lightning as adapter
@@ -156,25 +156,6 @@ def fit(
         with _training(module, *trained.modules), _errors_of_processes():
             trainer.fit(programs, ckpt_path=checkpoint, weights_only=True)
         return _finish(programs, trainer, folder, dir is not None, patience, devices)
-
-
-def _check_numbers(counts: dict[str, Any], amounts: dict[str, Any]) -> None:
-    optional = ("batch_size", "patience", "grad_clip")
-    for name, count in counts.items():
-        if count is None and name in optional:
-            continue
-        if not isinstance(count, Integral) or isinstance(count, bool):
-            none = " or None" if name in optional else ""
-            raise ArgumentError(f"{name} must be a whole number{none}, got {count!r} ({type(count).__name__}).")
-        if count < (least := 0 if name == "seed" else 1):
-            raise ArgumentError(f"{name} must be at least {least}, got {count}.")
-    for name, amount in amounts.items():
-        if amount is None and name in optional:
-            continue
-        if not isinstance(amount, Real) or isinstance(amount, bool):
-            raise ArgumentError(f"{name} must be a number, got {amount!r} ({type(amount).__name__}).")
-        if not 0 <= float(amount) < math.inf or (name == "grad_clip" and amount == 0):
-            raise ArgumentError(f"{name} must be positive and finite, got {amount}.")
 
 
 def _check_arguments(

@@ -1,10 +1,8 @@
 """A drop-in for :class:`pyro.infer.SVI` whose steps can run as one compiled graph."""
 
 import inspect
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,10 +14,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pyro_elbo.compile import CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, as_tensors, check_arguments, named_columns
-from pyro_elbo.training.checks import check_loss, check_programs
+from pyro_elbo.training.checks import check_grad_clip, check_loss, check_programs
 
 CHUNK = 1000  # steps between two looks at the progress bar
 
@@ -104,8 +102,7 @@ class SVI:
             ArgumentError: ``num_steps`` is less than 1.
             CompileError, NonFiniteError, SiteError: as for :meth:`step`.
         """
-        if not isinstance(num_steps, Integral) or num_steps < 1:
-            raise ArgumentError(f"num_steps must be a whole number of at least 1, got {num_steps!r}.")
+        check_count("num_steps", num_steps)
         args, kwargs = self._arguments(args, kwargs)
         losses = np.empty(num_steps)
         with tqdm(total=num_steps, disable=not progress, unit=" steps") as bar:
@@ -156,5 +153,4 @@ def _check_optim(optim: Any, grad_clip: float | None) -> None:
             f"optim must be a pyro.optim or a torch.optim optimizer, got {got}: for example "
             'pyro.optim.Adam({"lr": 0.01}), or torch.optim.Adam(guide.parameters()) after guide(*args).'
         )
-    if grad_clip is not None and (not isinstance(grad_clip, Real) or not 0 < grad_clip < math.inf):
-        raise ArgumentError(f"grad_clip must be a positive finite number, got {grad_clip!r}.")
+    check_grad_clip(grad_clip)

@@ -44,17 +44,20 @@ WRONG = {
     "no program": ({"guide": 3}, "guide must be a program.*got int"),
     "optimizer instance": ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, r"got a Adam instance.*lambda params"),
     "optimizer name": ({"optimizer": "adam"}, "must be a function.*'adam'"),
-    "max_epochs": ({"max_epochs": 2.5}, r"max_epochs must be a whole number, got 2.5 \(float\)"),
-    "no max_epochs": ({"max_epochs": None}, r"max_epochs must be a whole number, got None"),
-    "lr": ({"lr": "1e-3"}, r"lr must be a number, got '1e-3' \(str\)"),
-    "negative lr": ({"lr": -1.0}, "lr must be positive"),
-    "batch_size": ({"batch_size": "auto"}, r"batch_size must be a whole number or None, got 'auto' \(str\)"),
-    "grad_clip": ({"grad_clip": -1}, "grad_clip must be positive and finite, got -1"),
+    "max_epochs": ({"max_epochs": 2.5}, "max_epochs must be a whole number >= 1, got 2.5"),
+    "no max_epochs": ({"max_epochs": None}, "max_epochs must be a whole number >= 1, got None"),
+    "lr": ({"lr": "1e-3"}, r"lr must be a finite number >= 0, got '1e-3' \(str\)"),
+    "negative lr": ({"lr": -1.0}, "lr must be a finite number >= 0, got -1"),
+    "batch_size": (
+        {"batch_size": "auto"},
+        r"batch_size, unless it is None, must be a whole.* >= 1, got 'auto' \(str\)",
+    ),
+    "grad_clip": ({"grad_clip": -1}, "grad_clip must be a finite number >= 0, got -1"),
     "grad_clip 0": ({"grad_clip": 0.0}, "grad_clip must be positive"),
-    "patience 0": ({"patience": 0, "valid": X}, "patience must be at least 1, got 0"),
-    "patience -1": ({"patience": -1, "valid": X}, "patience must be at least 1, got -1"),
+    "patience 0": ({"patience": 0, "valid": X}, "patience, unless it is None, must be a whole number >= 1, got 0"),
+    "patience -1": ({"patience": -1, "valid": X}, "patience, unless it is None, must be a whole number >= 1, got -1"),
     "devices": ({"devices": True}, "devices must be a whole number"),
-    "seed": ({"seed": -1}, "seed must be at least 0, got -1"),
+    "seed": ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
     "dir": ({"dir": 3}, r"dir must be a path, got 3 \(int\)"),
     "overwrite": ({"overwrite": True}, "overwrite=True needs dir"),
     "both": ({"overwrite": True, "resume": True, "dir": "a"}, "resume=True continues.*overwrite=True deletes"),
@@ -75,7 +78,7 @@ def test_fit_refuses(name):
         ({"guide": AutoNormal}, "got the class AutoNormal"),
         ({"optim": torch.optim.Adam}, "got the class Adam"),
         ({"optim": pyro.optim.Adam}, "optim must be a pyro.optim or a torch.optim optimizer"),
-        ({"grad_clip": "1"}, "grad_clip must be a positive finite number, got '1'"),
+        ({"grad_clip": "1"}, "grad_clip must be a finite number >= 0, got '1'"),
     ],
 )
 def test_svi_refuses(options, match):
@@ -87,7 +90,7 @@ def test_svi_refuses(options, match):
 def test_the_number_of_steps_is_whole():
     svi = pe.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pe.TraceBeta_ELBO())
     for steps in (0, 2.5):
-        with pytest.raises(ArgumentError, match=f"whole number of at least 1, got {steps}"):
+        with pytest.raises(ArgumentError, match=f"num_steps must be a whole number >= 1, got {steps}"):
             svi.run(steps, X, progress=False)
 
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
@@ -11,8 +11,8 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_elbo.errors import ArgumentError
-from pyro_elbo.posterior.draws import Arrays, Draws, draw, predict
+from pyro_elbo.errors import ArgumentError, GuideError
+from pyro_elbo.posterior.draws import Arrays, Draws, Predictions, check_options, draw, first_line, predict
 from pyro_elbo.posterior.importance import resample
 from pyro_elbo.posterior.psis import MIN_DRAWS
 from pyro_elbo.programs import Plate, Program, check_initialized, collect_parameters, evaluating, seeded
@@ -81,8 +81,9 @@ def to_arviz(
         args, kwargs: arguments of both programs.
         num_samples: number of draws per chain.
         resample: ``"psis"`` draws again in proportion to the Pareto-smoothed importance weights.
-        predictive, prior: whether to add the groups of predictive and of prior draws. Flat priors cannot be sampled;
-            the prior is then left out and ``posterior.attrs["prior_skipped"]`` says why.
+        predictive, prior: whether to add the groups of predictive and of prior draws. What cannot be sampled (flat
+            priors, likelihoods without a sampler) is left out, and an attribute of every group says why:
+            ``prior_skipped``, ``posterior_predictive_skipped`` or ``prior_predictive_skipped``.
         history: the result of ``fit``, or its ``history``.
         coords: labels of dimensions.
         dims: names of a site's event dimensions, in place of ``<site>_dim_0`` ...
@@ -110,6 +111,8 @@ def to_arviz(
         >>> dict(data["log_likelihood"]["x"].sizes)
         {'chain': 1, 'draw': 50, 'data': 20}
     """
+    for program in model if isinstance(model, list | tuple) else [model]:
+        check_options(program, kwargs)
     options = Options(num_samples, resample, predictive, prior, history, coords or {}, seed, dims or {})
     return to_container(build_groups(model, guide, args, kwargs, options))
 
@@ -131,7 +134,7 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
     chains = _restarts(model, guide)
     attributes: dict[str, Any] = {
         "inference_library": "pyro_elbo",
-        "inference_library_version": version("pyro-elbo"),
+        "inference_library_version": _version(),
         "sampling": "variational",
     }
     parts: list[tuple[Draws, dict[str, tuple[Arrays, Plates]]]] = []
@@ -143,7 +146,7 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
                 _check_not_shared(q, args, kwargs, i, owners)
             rows = parts[0][0].rows if parts else None  # all chains speak of the same data
             drawn = draw(p, q, args, kwargs, options.num_samples, seed=options.seed + i, rows=rows)
-            if not drawn.point and options.num_samples >= MIN_DRAWS:
+            if drawn.weights_error is None and options.num_samples >= MIN_DRAWS:
                 ks.append(float(drawn.smooth().pareto_k.max()))
             parts.append(_chain(p, drawn, args, kwargs, options, options.seed + i, attributes))
     drawn, arrays = parts[-1][0], [part for _, part in parts]
@@ -152,21 +155,39 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
     shared = [g for g in arrays[0] if all(g in part for part in arrays)]
     if unknown := options.dims.keys() - names.taken:
         raise ArgumentError(f"dims: {sorted(unknown)} are not among the variables {sorted(names.taken)}.")
-    groups = {group: _stack_chains([part[group] for part in arrays], _names_in(group, names)) for group in shared}
+    groups = {
+        group: _stack_chains([part[group] for part in arrays], _names_in(group, names, drawn)) for group in shared
+    }
     groups |= _data_groups(drawn, chains[0][0], args, kwargs, names)
     groups = {name: ds.assign_attrs(attributes) for name, ds in groups.items() if ds.data_vars}
-    stats: dict[str, Any] = {"point_estimate": 1} if any(d.point for d, _ in parts) else {}
+    stats: dict[str, Any] = {}
+    if error := next((d.weights_error for d, _ in parts if d.weights_error), None):
+        stats["weights_skipped"] = str(error)
+        if isinstance(error, GuideError):
+            stats["point_estimate"] = 1
     if ks:
         stats["pareto_k"] = ks if len(ks) > 1 else ks[0]  # a file gives back a list of one number as the number
     groups["sample_stats"] = groups["sample_stats"].assign_attrs(stats)
-    groups = _labelled(groups, options.coords)
+    groups = _without_slashes(_labelled(groups, options.coords, _row_labels(drawn, chains[0][0], args, kwargs)))
     history = getattr(options.history, "history", options.history)
     return groups | ({"training": history} if history is not None else {})
 
 
-def _names_in(group: str, names: _Names) -> _Names:
-    """Drop the names of event dimensions and of time in groups of densities, which have neither."""
-    return names._replace(given={}, times={}) if group in ("log_prior", "log_likelihood") else names
+def _names_in(group: str, names: _Names, drawn: Draws) -> _Names:
+    """Return the names of event dimensions in a group.
+
+    Densities have neither event nor time. An event of another shape on the real line has dimensions of its own.
+    """
+    if group in ("log_prior", "log_likelihood"):
+        return names._replace(given={}, times={})
+    if group != "unconstrained_posterior":
+        return names
+    reshaped = {n: x for n, x in drawn.unconstrained.items() if x.shape != drawn.latents[n].shape}
+    own = {
+        n: [f"{n}_unconstrained_dim_{i}" for i in range(x.dim() - 1 - len(drawn.plates[n]) - (n in names.times))]
+        for n, x in reshaped.items()
+    }
+    return names._replace(given={**names.given, **own})
 
 
 def _chain(
@@ -184,9 +205,10 @@ def _chain(
         attributes["resampled"] = options.resample
     part = _posterior_groups(drawn)
     observed = drawn.observed.keys()
+    if unsupported := drawn.latents.keys() - drawn.unconstrained.keys() - drawn.discrete:
+        attributes["unconstrained_skipped"] = f"no transform to the real line is known for {sorted(unsupported)}"
     if options.predictive and observed:
-        arrays, plates = predict(model, args, kwargs, drawn, seed)
-        part["posterior_predictive"] = ({n: arrays[n] for n in observed}, plates)
+        part |= _predictive_groups(model, args, kwargs, drawn, seed, attributes)
     if options.prior:
         part |= _prior_groups(model, args, kwargs, drawn, seed, attributes)
     return drawn, part
@@ -245,11 +267,11 @@ def _check_not_shared(
 
 
 def _posterior_groups(drawn: Draws) -> dict[str, tuple[Arrays, Plates]]:
-    stats: Arrays = {"lp": drawn.log_p, "lp_approx": drawn.log_q, "log_weight": drawn.log_weight}
-    if drawn.resampled:
-        stats["log_weight"] = torch.zeros_like(drawn.log_weight)
+    stats: Arrays = {"lp": drawn.log_p, "lp_approx": drawn.log_q}
+    if drawn.obstacle is None:
+        stats["log_weight"] = torch.zeros_like(drawn.log_weight) if drawn.resampled else drawn.log_weight
     plates = dict(drawn.plates)
-    if drawn.local_log_weight is not None and drawn.data_plate is not None:
+    if drawn.local_log_weight is not None and drawn.local_obstacle is None and drawn.data_plate is not None:
         local = drawn.local_log_weight
         stats["log_weight_local"] = torch.zeros_like(local) if drawn.resampled else local
         plates["log_weight_local"] = (drawn.data_plate,)
@@ -257,24 +279,47 @@ def _posterior_groups(drawn: Draws) -> dict[str, tuple[Arrays, Plates]]:
         "posterior": (drawn.latents | drawn.deterministics, plates),
         "unconstrained_posterior": (drawn.unconstrained, plates),
         "sample_stats": (stats, plates),
-        "log_likelihood": ({n: drawn.log_likelihood[n] for n in drawn.observed}, plates),
+        "log_likelihood": ({n: _only_counted(drawn, n) for n in drawn.observed}, plates),
         "log_prior": (drawn.log_prior, plates),
     }
+
+
+def _only_counted(drawn: Draws, name: str) -> Tensor:
+    """Return the log likelihood of a site, NaN for data that its mask leaves out."""
+    x = drawn.log_likelihood[name]
+    return torch.where(drawn.counted[name], x, torch.nan) if name in drawn.counted else x
 
 
 def _prior_groups(
     model: Program, args: tuple, kwargs: Mapping[str, Any], drawn: Draws, seed: int, attributes: dict[str, Any]
 ) -> dict[str, tuple[Arrays, Plates]]:
     try:
-        arrays, plates = predict(model, args, kwargs, drawn, seed, prior=True)
-    except (NotImplementedError, ValueError) as error:
-        # The program ran with draws from the guide: only a prior that is flat or overflows can fail here.
-        attributes["prior_skipped"] = f"the prior cannot be sampled ({error or 'improper'})"
+        found = predict(model, args, kwargs, drawn, seed, prior=True)
+    except Exception as error:  # the program ran with draws from the guide: its prior is flat, or overflows
+        attributes["prior_skipped"] = f"the prior cannot be sampled ({first_line(error)})"
         return {}
+    _note_skipped(found, "prior_predictive", attributes)
     return {
-        "prior": ({n: x for n, x in arrays.items() if n not in drawn.observed}, plates),
-        "prior_predictive": ({n: x for n, x in arrays.items() if n in drawn.observed}, plates),
+        "prior": ({n: x for n, x in found.arrays.items() if n not in drawn.observed}, found.plates),
+        "prior_predictive": ({n: x for n, x in found.arrays.items() if n in drawn.observed}, found.plates),
     }
+
+
+def _predictive_groups(
+    model: Program, args: tuple, kwargs: Mapping[str, Any], drawn: Draws, seed: int, attributes: dict[str, Any]
+) -> dict[str, tuple[Arrays, Plates]]:
+    try:
+        found = predict(model, args, kwargs, drawn, seed)
+    except Exception as error:  # the program ran with its data: it cannot run with draws in their place
+        attributes["posterior_predictive_skipped"] = f"no predictive draws ({first_line(error)})"
+        return {}
+    _note_skipped(found, "posterior_predictive", attributes)
+    return {"posterior_predictive": ({n: x for n, x in found.arrays.items() if n in drawn.observed}, found.plates)}
+
+
+def _note_skipped(found: Predictions, group: str, attributes: dict[str, Any]) -> None:
+    if found.skipped:
+        attributes[f"{group}_skipped"] = "; ".join(f"'{n}' cannot be sampled ({e})" for n, e in found.skipped.items())
 
 
 def _stack_chains(parts: list[tuple[Arrays, Plates]], names: _Names) -> "xarray.Dataset":
@@ -345,7 +390,22 @@ def _tensors(model: Program, args: tuple, kwargs: Mapping[str, Any]) -> Arrays:
     return {name: x for name, x in bound.items() if isinstance(x, Tensor)}
 
 
-def _labelled(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> Groups:
+def _row_labels(drawn: Draws, model: Program, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the rows of the full data in each plate that takes a part of them, by its name.
+
+    A program that gets a minibatch as its argument does not tell which rows these are.
+    """
+    arguments = list(_tensors(model, args, kwargs).values())
+    given = {
+        p.name
+        for name, x in drawn.observed.items()
+        if any(_same_values(argument, x) for argument in arguments)
+        for p in drawn.plates[name]
+    }
+    return {name: rows.tolist() for name, rows in drawn.rows.items() if name not in given}
+
+
+def _labelled(groups: Groups, coords: Mapping[str, Sequence[Any]], rows: Mapping[str, list[int]]) -> Groups:
     sizes = {name: size for ds in groups.values() for name, size in ds.sizes.items()}
     for name, values in coords.items():
         if len(values) != sizes.get(name):
@@ -353,8 +413,37 @@ def _labelled(groups: Groups, coords: Mapping[str, Sequence[Any]]) -> Groups:
                 f"coords['{name}']: got {len(values)} labels, expected "
                 f"{sizes[name] if name in sizes else f'one of the dimensions {sorted(map(str, sizes))}'}."
             )
-    labels = {name: list(coords.get(str(name), range(size))) for name, size in sizes.items()}
+    labels: dict[Any, list[Any]] = {}
+    for name, size in sizes.items():
+        seen = rows.get(str(name).removesuffix("_dim"), ())
+        labels[name] = list(coords.get(str(name), seen if len(seen) == size else range(size)))
     return {group: ds.assign_coords({n: labels[n] for n in ds.sizes}) for group, ds in groups.items()}
+
+
+def _without_slashes(groups: Groups) -> Groups:
+    """Write "." for "/" in names, which files and DataTrees keep for their groups."""
+    names = {str(n) for ds in groups.values() for n in (*ds.variables, *ds.dims)}
+    renamed: dict[str, str] = {}
+    for name in sorted(n for n in names if "/" in n):
+        new = name.replace("/", ".")
+        while new in names:
+            new += "_"
+        names.add(new)
+        renamed[name] = new
+    return {
+        group: ds.rename({n: renamed[str(n)] for n in dict.fromkeys((*ds.variables, *ds.dims)) if n in renamed})
+        for group, ds in groups.items()
+    }
+
+
+def _version() -> str:
+    """Return the version of the installed package, or that of a checkout that is not installed."""
+    try:
+        return version("pyro-elbo")
+    except PackageNotFoundError:
+        from pyro_elbo import __version__
+
+        return __version__
 
 
 def _numpy(x: Tensor) -> Any:

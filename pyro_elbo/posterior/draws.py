@@ -4,6 +4,7 @@ Draws are made in vectorized chunks where the programs allow it, one by one wher
 dimension of the draws first, then the site's plates, then its event, as in one run of the programs.
 """
 
+import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,27 +13,36 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
-from pyro_elbo.errors import ArgumentError, GuideError, SiteError
+from pyro_elbo.errors import ArgumentError, PyroElboError, SiteError
 from pyro_elbo.posterior.psis import PSIS, psis
+from pyro_elbo.posterior.weights import (
+    Weighting,
+    align,
+    find_point_error,
+    find_weighting,
+    is_discrete,
+    unconstrain,
+    unconstrained_shape,
+)
 from pyro_elbo.programs import (
     Plate,
     Program,
     ResampleObserved,
+    RunData,
     Site,
     TracePair,
     check_initialized,
     evaluating,
     find_plate_nesting,
+    read_data,
     seeded,
     sort_by_dim,
-    subsampled_rows,
     trace_pair,
     trace_program,
 )
 from pyro_elbo.sequences import StackedDistribution
-from pyro_elbo.terms import is_point, shared_plate
+from pyro_elbo.terms import is_point
 
 Arrays = dict[str, Tensor]
 
@@ -46,25 +56,23 @@ class ProgramCall(NamedTuple):
     kwargs: Mapping[str, Any]
 
 
-POINT_ESTIMATE = (
-    "The guide is a point estimate (all its sites are Delta): its importance weights are constant, and k-hat, PSIS and "
-    "leave-one-out say nothing about it. Use a guide with a density, e.g. AutoNormal."
-)
-
-
 @dataclass(frozen=True)
 class Draws:
     """Draws from the guide; every array starts with the dimension of the draws, densities are nats.
 
     Attributes:
         latents, unconstrained, deterministics: values; the second on the real line, for continuous sites.
+        discrete: names of discrete latents, which have no unconstrained value.
         log_likelihood, log_prior: per datum, unscaled, by site.
-        log_p, log_q: joint densities of data and latents, and of the guide, scaled to the full data.
+        log_p, log_q: joint densities of data and latents, and of the guide, scaled to the full data, in float64.
         local_log_p, local_log_q: the same per row of the data plate where every latent belongs to one row.
-        observed: the observed values.
+        observed: the observed values, NaN where they are missing.
+        counted: which entries of a masked observed site count, shaped like its plates.
         plates: the plates of each site, in the order of its dimensions.
         times: the name of the dimension of time of each site that has one; it comes first in the event.
-        point: whether the guide is a point estimate, whose weights are constant and mean nothing.
+        obstacle, local_obstacle: why the joint weights, or those of a row, are not those of the posterior; None if they
+            are.
+        eps: relative rounding error of the densities.
         vectorized: whether the programs ran on chunks of draws; if not, they ran once per draw.
         nesting: number of batch dimensions that the plates use.
         rows: the rows that subsampled plates took, the same for every draw.
@@ -78,13 +86,17 @@ class Draws:
     log_prior: Arrays
     log_p: Tensor
     log_q: Tensor
+    discrete: frozenset[str]
     local_log_p: Tensor | None
     local_log_q: Tensor | None
     observed: Arrays
+    counted: Arrays
     plates: dict[str, tuple[Plate, ...]]
     times: dict[str, str]
     data_plate: Plate | None
-    point: bool
+    obstacle: PyroElboError | None
+    local_obstacle: PyroElboError | None
+    eps: float
     vectorized: bool
     nesting: int
     rows: Arrays
@@ -102,16 +114,30 @@ class Draws:
             return None
         return self.local_log_p - self.local_log_q
 
+    @property
+    def weights_error(self) -> PyroElboError | None:
+        """Why the weights, of a row where all latents are local, are not those of the posterior; None if they are."""
+        return self.obstacle if self.local_log_weight is None else self.local_obstacle
+
     def smooth(self) -> PSIS:
         """Smooth the importance weights: per row where all latents are local (rows first), joint otherwise.
 
         Raises:
-            GuideError: the guide is a point estimate.
+            GuideError: the guide is a point estimate in some latent.
+            WeightsError: the weights are not those of a posterior.
         """
-        if self.point:
-            raise GuideError(POINT_ESTIMATE)
         local = self.local_log_weight
-        return psis(self.log_weight if local is None else local.T)
+        if self.weights_error is not None:
+            raise self.weights_error
+        return psis(self.log_weight if local is None else local.T, self.eps)
+
+
+class _Frame(NamedTuple):
+    """What all runs share: the sites of a single run, how their densities add up, and the plates' dimensions."""
+
+    shapes: TracePair
+    weighting: Weighting
+    nesting: int
 
 
 def draw(
@@ -138,16 +164,46 @@ def draw(
     check_initialized(guide)
     programs = ProgramCall(model, guide, args, kwargs)
     with torch.no_grad(), seeded(seed), evaluating(model, guide):
-        rows = subsampled_rows(*programs) if rows is None else rows
+        data = read_data(*programs)
+        rows = data.rows if rows is None else rows
         if rows:  # every draw sees the same rows: values per datum would otherwise belong to different data
             programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
+            data = read_data(*programs)
         shapes = trace_pair(*programs)
-        nesting = find_plate_nesting(*programs)
-        runs = _vectorized(programs, shapes, num_samples, chunk_size, nesting)
+        frame = _Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs))
+        runs = _vectorized(programs, frame, num_samples, chunk_size)
         vectorized = runs is not None
         if runs is None:
-            runs = [_collect(trace_pair(*programs), shapes, 1, nesting) for _ in range(num_samples)]
-    return _concatenate(runs, shapes, vectorized, nesting, rows)
+            runs = [_collect(trace_pair(*programs), frame, 1) for _ in range(num_samples)]
+    return _concatenate(runs, frame, vectorized, data._replace(rows=rows))
+
+
+_OPTIONS = {
+    "n_samples": "num_samples",
+    "num_sample": "num_samples",
+    "num_draws": "num_samples",
+    "n_draws": "num_samples",
+    "draws": "num_samples",
+    "samples": "num_samples",
+    "num_particles": "num_samples",
+    "random_seed": "seed",
+    "rng_seed": "seed",
+}
+
+
+def check_options(program: Program, kwargs: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for a keyword that is another library's name of an option, unless the program names it."""
+    for wrong, right in _OPTIONS.items():
+        if wrong in kwargs and wrong not in inspect.signature(program).parameters:
+            raise ArgumentError(f"{wrong}= is no argument of the program. The option is called {right}=.")
+
+
+class Predictions(NamedTuple):
+    """Draws of every site of the model, the plates of each, and why observed sites were left out."""
+
+    arrays: Arrays
+    plates: dict[str, tuple[Plate, ...]]
+    skipped: dict[str, str]
 
 
 def predict(
@@ -158,13 +214,41 @@ def predict(
     seed: int,
     prior: bool = False,
     chunk_size: int = 250,
-) -> tuple[Arrays, dict[str, tuple[Plate, ...]]]:
+) -> Predictions:
     """Draw every site of the model anew, its latents from ``draws`` unless ``prior``: one draw for each of ``draws``.
 
+    An observed site whose distribution cannot be sampled keeps its data and is left out.
+
     Raises:
-        NotImplementedError: a distribution cannot be sampled (``ImproperUniform``, flat priors).
+        NotImplementedError: a latent's distribution cannot be sampled (``ImproperUniform``, flat priors).
     """
-    program = ResampleObserved()(model)
+    skipped: dict[str, str] = {}
+    while True:
+        resampled = ResampleObserved(keep=skipped)
+        try:
+            arrays, plates = _predict(resampled(model), args, kwargs, draws, seed, prior, chunk_size)
+        except Exception as error:
+            if resampled.current is None:
+                raise
+            skipped[resampled.current] = first_line(error)
+        else:
+            return Predictions({n: x for n, x in arrays.items() if n not in skipped}, plates, skipped)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _predict(
+    program: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    draws: Draws,
+    seed: int,
+    prior: bool,
+    chunk_size: int,
+) -> tuple[Arrays, dict[str, tuple[Plate, ...]]]:
     if draws.rows:
         program = poutine.condition(program, data=draws.rows)
     latents = {} if prior else draws.latents
@@ -177,7 +261,7 @@ def predict(
         return chunk or None
 
     parts = []
-    with torch.no_grad(), seeded(seed), evaluating(model):
+    with torch.no_grad(), seeded(seed), evaluating(program):
         shapes = trace_program(program, args, kwargs, given(0, 1))
         shapes = {name: site for name, site in shapes.items() if site.role != "factor"}
         for start in range(0, len(draws.log_p), step):
@@ -196,22 +280,21 @@ def _with_gaps(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -
     return x.reshape((*([count] if count > 1 else []), *batch, *x.shape[1 + len(plates) :]))
 
 
-def _vectorized(
-    programs: ProgramCall, shapes: TracePair, num_samples: int, chunk_size: int, nesting: int
-) -> list[dict[str, Any]] | None:
+def _vectorized(programs: ProgramCall, frame: _Frame, num_samples: int, chunk_size: int) -> list[dict[str, Any]] | None:
     """Draw in chunks inside a plate; return None where the programs do not vectorize.
 
     Some programs fail under a further plate, others silently mix the draws (``z.mean()``). Two draws of the first chunk
     are therefore evaluated again alone and must have the same densities. One would not do: under ``z.max()`` the draw
     with the largest z is right.
     """
+    shapes, _, nesting = frame
     sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
     try:
         pairs = [trace_pair(*programs, sizes[0], nesting)]
         if sizes[0] > 1 and not all(_same_alone(programs, pairs[0], shapes, i, sizes[0], nesting) for i in (0, -1)):
             return None
         rest = (trace_pair(*programs, n, nesting) for n in sizes[1:])
-        return [_collect(r, shapes, n, nesting) for r, n in zip(itertools.chain(pairs, rest), sizes, strict=True)]
+        return [_collect(r, frame, n) for r, n in zip(itertools.chain(pairs, rest), sizes, strict=True)]
     except Exception:  # single runs raise it again if the program itself is at fault
         return None
 
@@ -248,13 +331,13 @@ def _is_close(site: Site, alone: Site, index: int, count: int, nesting: int) -> 
     return all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in both)
 
 
-def _collect(pair: TracePair, shapes: TracePair, count: int, nesting: int) -> dict[str, Any]:
+def _collect(pair: TracePair, frame: _Frame, count: int) -> dict[str, Any]:
     """Collect values and densities of one run with ``count`` draws."""
 
     def value(site: Site, like: Site) -> Tensor:
         return _lead(site.value, like.value.shape, count, like)
 
-    model = pair.model
+    model, (shapes, weighting, nesting) = pair.model, frame
     if model.keys() != shapes.model.keys():
         raise SiteError(
             f"The sites of the model change from run to run: {sorted(model.keys() ^ shapes.model.keys())}. Draws can "
@@ -266,106 +349,84 @@ def _collect(pair: TracePair, shapes: TracePair, count: int, nesting: int) -> di
         like = shapes.model[name]
         if site.role == "latent":
             groups["latents"][name] = value(site, like)
-            if (free := _unconstrained(site)) is not None:
-                groups["unconstrained"][name] = _lead(free, _unconstrained(like).shape, count, like)
+            if (free := unconstrain(site)) is not None:
+                groups["unconstrained"][name] = _lead_unconstrained(free, count, like)
         elif site.role == "deterministic":
             groups["deterministics"][name] = value(site, like)
         if site.role != "deterministic":
             group = "log_prior" if site.role == "latent" else "log_likelihood"
             densities[group][name] = _per_plate(site.log_prob(), site.plates, count, nesting)
-    return groups | densities | _weights(pair, count, nesting)
+    return groups | densities | weighting.sums(pair, count, nesting)
 
 
-def _weights(pair: TracePair, count: int, nesting: int) -> dict[str, Any]:
-    """Sum log p and log q per draw, and per row of the data plate where every site lies in it."""
-    q = [s for s in pair.guide.values() if s.role in ("latent", "auxiliary")]
-    p = [s for s in pair.model.values() if s.role in ("latent", "observed", "factor")]
-    plate = shared_plate(s.plates for s in p if s.role == "observed")
-    local = plate is not None and all(plate in s.plates for s in p + q)
+def _concatenate(runs: list[dict[str, Any]], frame: _Frame, vectorized: bool, data: RunData) -> Draws:
+    shapes, weighting, nesting = frame
 
-    def total(sites: list[Site], keep: Plate | None) -> Tensor:
-        result = torch.zeros(count, *([keep.size] if keep else []), dtype=torch.float64)
-        for s in sites:
-            x = s.log_prob().double()
-            scale = s.scale if keep is None else s.scale * (keep.size / keep.full_size)
-            x = _aligned(x * scale, count, nesting)
-            dims = [d for d in range(-nesting, 0) if keep is None or d != keep.dim]
-            result = result + (x.sum(dims) if dims else x)
-        return result
-
-    dtype = (p + q)[0].value.dtype if (p + q)[0].value.is_floating_point() else torch.get_default_dtype()
-    out = {"log_p": total(p, None), "log_q": total(q, None), "dtype": dtype}
-    return out | {
-        "local_log_p": total(p, plate) if local else None,
-        "local_log_q": total(q, plate) if local else None,
-        "plate": plate,
-    }
-
-
-def _concatenate(runs: list[dict[str, Any]], shapes: TracePair, vectorized: bool, nesting: int, rows: Arrays) -> Draws:
     def join(name: str) -> Arrays:
         return {site: torch.cat([r[name][site] for r in runs]) for site in runs[0][name]}
 
     def join_weights(name: str) -> Any:
-        return None if runs[0][name] is None else torch.cat([r[name] for r in runs]).to(runs[0]["dtype"])
+        return None if runs[0][name] is None else torch.cat([r[name] for r in runs])
 
-    latents = [shapes.guide[n] for n, s in shapes.model.items() if s.role == "latent"]
-    auxiliary = [s for s in shapes.guide.values() if s.role == "auxiliary"]
     groups = {n: join(n) for n in ("latents", "unconstrained", "deterministics", "log_likelihood", "log_prior")}
     weights = {n: join_weights(n) for n in ("log_p", "log_q", "local_log_p", "local_log_q")}
     fields: dict[str, Any] = groups | weights
+    observed = {n: s for n, s in shapes.model.items() if s.role == "observed"}
+    point = find_point_error(groups["latents"], shapes)
     return Draws(
         **fields,
-        observed={n: _drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "observed"},
+        discrete=frozenset(n for n in groups["latents"] if is_discrete(shapes.model[n])),
+        observed={n: _drop_gaps(data.observed.get(n, s.value), s) for n, s in observed.items()},
+        counted={n: _counted(s, nesting) for n, s in observed.items() if s.mask is not None and s.mask is not True},
         plates={n: sort_by_dim(s.plates) for n, s in shapes.model.items()},
         times={n: s.fn.run.time for n, s in shapes.model.items() if isinstance(s.fn, StackedDistribution)},
-        data_plate=runs[0]["plate"],
-        point=bool(latents) and all(is_point(s.fn) for s in latents + auxiliary),
+        data_plate=weighting.plate,
+        obstacle=point or weighting.obstacle,
+        local_obstacle=point or weighting.local_obstacle,
+        eps=weighting.eps,
         vectorized=vectorized,
         nesting=nesting,
-        rows=rows,
+        rows=data.rows,
     )
 
 
-def _unconstrained(site: Site) -> Tensor | None:
-    if site.fn.support.is_discrete:
-        return None
-    try:
-        return biject_to(site.fn.support).inv(site.value)
-    except NotImplementedError:
-        return None
+def _counted(site: Site, nesting: int) -> Tensor:
+    """Return the mask of an observed site, shaped like its plates."""
+    return _per_plate(torch.as_tensor(site.mask), site.plates, 1, nesting)[0]
 
 
-def _lead(x: Tensor, shape: torch.Size, count: int, like: Site) -> Tensor:
+def _lead_unconstrained(free: Tensor, count: int, like: Site) -> Tensor:
+    """Reshape unconstrained values of ``count`` draws like :func:`_lead`; their event has a shape of its own."""
+    shape: Any = unconstrained_shape(like)
+    event_dim = len(shape) - (like.value.dim() - like.event_dim)
+    return _lead(free, shape, count, like, event_dim)
+
+
+def _lead(x: Tensor, shape: torch.Size, count: int, like: Site, event_dim: int | None = None) -> Tensor:
     """Reshape an array of ``count`` draws to the shape of a single run, draws in front.
 
     Plates and particles add dimensions of size one, and ``pyro.deterministic`` counts all of them as event: only a
     single run shows the dimensions that belong to the site.
     """
     if x.numel() == count * shape.numel():
-        return x.reshape((count, *_drop_gaps(x.new_empty(shape), like).shape))
+        return x.reshape((count, *_drop_gaps(x.new_empty(shape), like, event_dim).shape))
     if x.numel() == shape.numel():
-        alone = _drop_gaps(x.reshape(shape), like)
+        alone = _drop_gaps(x.reshape(shape), like, event_dim)
         return alone.expand(count, *alone.shape)
     raise RuntimeError(f"site '{like.name}' has shape {tuple(x.shape)} for {count} draws of shape {tuple(shape)}")
 
 
-def _drop_gaps(x: Tensor, like: Site) -> Tensor:
+def _drop_gaps(x: Tensor, like: Site, event_dim: int | None = None) -> Tensor:
     """Remove the size-one batch dimensions between plates; a deterministic keeps all dimensions as event."""
     if like.role == "deterministic":
         return x
+    event_dim = like.event_dim if event_dim is None else event_dim
     dims = {p.dim for p in like.plates}
-    for d in range(like.event_dim - x.dim(), 0):
+    for d in range(event_dim - x.dim(), 0):
         if d not in dims:
-            x = x.squeeze(d - like.event_dim)
+            x = x.squeeze(d - event_dim)
     return x
 
 
-def _aligned(x: Tensor, count: int, nesting: int) -> Tensor:
-    """Reshape batch dimensions to (draws, nesting dims)."""
-    x = x.reshape((1,) * (nesting + 1 - x.dim()) + x.shape)
-    return x.expand(count, *x.shape[1:])
-
-
 def _per_plate(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -> Tensor:
-    return _aligned(x, count, nesting).reshape((count, *(p.size for p in sort_by_dim(plates))))
+    return align(x, count, nesting).reshape((count, *(p.size for p in sort_by_dim(plates))))

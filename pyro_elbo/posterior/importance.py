@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, GuideError
-from pyro_elbo.posterior.draws import POINT_ESTIMATE, Draws, draw
+from pyro_elbo.errors import ArgumentError, GuideError, WeightsError
+from pyro_elbo.posterior.draws import Draws, check_options, draw
 from pyro_elbo.posterior.psis import describe_k, pareto_k_threshold, psis
 from pyro_elbo.programs import Plate, Program
 
@@ -67,13 +68,16 @@ def pareto_k(
         seed: seed of the draws; None continues the caller's random stream.
 
     Raises:
-        GuideError: a point-estimate guide, or one that has never run.
-        WeightsError: too few draws, or weights that are NaN.
+        ArgumentError: an option is misspelled.
+        GuideError: a guide that is a point estimate in some latent, or one that has never run.
+        WeightsError: too few draws, weights that are NaN, or weights that are not those of a posterior: a subsampled
+            plate beside a latent outside it, or different scales of sites (a common one is taken out).
 
     References:
         Yao, Vehtari, Simpson, Gelman (2018), Yes, but did it work?, arXiv:1802.02538; Vehtari, Simpson, Gelman, Yao,
         Gabry (2024), Pareto smoothed importance sampling, arXiv:1507.02646.
     """
+    check_options(model, kwargs)
     draws = draw(model, guide, args, kwargs, num_samples, seed=seed)
     smoothed = draws.smooth()
     local = draws.local_log_p is not None and draws.data_plate is not None
@@ -86,7 +90,7 @@ def resample(draws: Draws, generator: torch.Generator) -> Draws:
     Where all latents are local, every row of the data plate is drawn on its own.
 
     Raises:
-        GuideError: the guide is a point estimate.
+        GuideError, WeightsError: as :meth:`Draws.smooth`.
     """
     weights = draws.smooth().log_weights.exp()
     index = torch.multinomial(weights, len(draws.log_p), replacement=True, generator=generator)
@@ -121,50 +125,85 @@ def loo(data: Any, var_name: str | None = None) -> Any:
     r"""Leave-one-out predictive density of an exported fit, corrected for the variational posterior.
 
     The importance ratio of datum i is :math:`p(x_{-i}, z) / q(z)`, the draw's weight divided by p(x_i | z), smoothed by
-    PSIS. arviz-stats sums up. Where latents are local, the row's own weight is used.
+    PSIS. arviz-stats sums up. Where latents are local, the row's own weight is used. Data that a mask leaves out do not
+    count.
 
     Args:
         data: the result of :func:`pyro_elbo.to_arviz`, also after a NetCDF round trip.
         var_name: the observed site, where there are several.
 
     Returns:
-        arviz-stats' ELPDData with pointwise values, log scale (nats).
+        ELPDData of the installed ArviZ with pointwise values, log scale (nats): ``elpd``, ``se``, ``p``, ``elpd_i``,
+        ``pareto_k``, ``n_data_points``.
 
     Raises:
-        ArgumentError: several observed sites and no ``var_name``, or no log likelihood.
-        GuideError: the fit is a point estimate.
+        ArgumentError: several observed sites and no ``var_name``, no log likelihood, or no datum that counts.
+        GuideError: the fit is a point estimate in some latent.
+        WeightsError: the weights are not those of a posterior: a subsampled plate, or different scales.
 
     References:
         Magnusson, Andersen, Jonasson, Vehtari (2019), Bayesian leave-one-out cross-validation for large data,
         arXiv:1904.10679; Vehtari, Gelman, Gabry (2017), arXiv:1507.04544.
     """
+    import arviz
     import arviz_stats
     import xarray
 
     tree = data if isinstance(data, xarray.DataTree) else data.to_datatree()
+    likelihood, weight = _likelihood_and_weight(tree, var_name)
+    weight, likelihood = _drop_masked(weight.broadcast_like(likelihood).transpose(*likelihood.dims), likelihood)
+    eps = float(np.finfo(likelihood.dtype).eps)
+    log_weights, k = _smooth(weight - likelihood, likelihood.dims, eps)
+    name = str(likelihood.name)
+    counted = xarray.DataTree.from_dict(
+        {"posterior": tree["posterior"].to_dataset(), "log_likelihood": likelihood.to_dataset()}
+    )
+    result = arviz_stats.loo(counted, pointwise=True, var_name=name, reff=1.0, log_weights=log_weights, pareto_k=k)
+    # arviz-stats averages p(x_i | z) over unweighted draws; here the draws have weights.
+    full, _ = _smooth(weight, likelihood.dims, eps)
+    inside = torch.tensor((full + likelihood).stack(sample=SAMPLE_DIMS).transpose(..., "sample").values).logsumexp(-1)
+    result.p = float(inside.sum()) - float(result.elpd)
+    if int(arviz.__version__.split(".")[0]) > 0:
+        return result
+
+    from pyro_elbo.posterior.elpd import Elpd
+
+    return Elpd.of(result)
+
+
+def _likelihood_and_weight(tree: Any, var_name: str | None) -> tuple[Any, Any]:
+    """Return the log likelihood of a site and the log weights of its draws, of its rows where latents are local."""
     names = [str(n) for n in tree["log_likelihood"].data_vars] if "log_likelihood" in tree.children else []
     if var_name is None and len(names) == 1:
         var_name = names[0]
-    if var_name not in names:
+    name = str(var_name).replace("/", ".")
+    if name not in names:
         raise ArgumentError(f"var_name must be one of the observed sites {names}, got {var_name!r}.")
-    likelihood: Any = tree["log_likelihood"][var_name]
-    stats = tree["sample_stats"]
-    if stats.attrs.get("point_estimate"):
-        raise GuideError(POINT_ESTIMATE)
+    likelihood, stats = tree["log_likelihood"][name], tree["sample_stats"]
+    if reason := stats.attrs.get("weights_skipped"):
+        raise (GuideError if stats.attrs.get("point_estimate") else WeightsError)(reason)
     local = stats.data_vars.get("log_weight_local")
-    weight = stats["log_weight"] if local is None or not set(local.dims) <= set(likelihood.dims) else local
-    log_weights, k = _smooth(weight - likelihood, likelihood.dims)
-    result = arviz_stats.loo(tree, pointwise=True, var_name=var_name, log_weights=log_weights, pareto_k=k)
-    # arviz-stats averages p(x_i | z) over unweighted draws; here the draws have weights.
-    full, _ = _smooth(weight.broadcast_like(likelihood), likelihood.dims)
-    inside = torch.tensor((full + likelihood).stack(sample=SAMPLE_DIMS).transpose(..., "sample").values).logsumexp(-1)
-    result.p = float(inside.sum()) - float(result.elpd)
-    return result
+    return likelihood, stats["log_weight"] if local is None or not set(local.dims) <= set(likelihood.dims) else local
 
 
-def _smooth(ratio: Any, dims: tuple[str, ...]) -> tuple[Any, Any]:
+def _drop_masked(weight: Any, likelihood: Any) -> tuple[Any, Any]:
+    """Leave out the data that a mask left out of the model, whose log likelihood is NaN in every draw."""
+    counts = likelihood.notnull().any(SAMPLE_DIMS)
+    if bool(counts.all()):
+        return weight, likelihood
+    if not bool(counts.any()):
+        raise ArgumentError(f"'{likelihood.name}' has no datum that counts: its mask leaves out all of them.")
+    rows = list(counts.dims)
+    if len(rows) > 1:
+        weight, likelihood, counts = (x.stack(datum=rows) for x in (weight, likelihood, counts))
+        rows = ["datum"]
+    kept = np.flatnonzero(counts.values)
+    return weight.isel({rows[0]: kept}), likelihood.isel({rows[0]: kept})
+
+
+def _smooth(ratio: Any, dims: tuple[str, ...], eps: float) -> tuple[Any, Any]:
     """Smooth log ratios over draws and data; return the log weights and k-hat."""
     flat = ratio.stack(sample=SAMPLE_DIMS).transpose(..., "sample")
-    smoothed = psis(torch.tensor(flat.values))
+    smoothed = psis(torch.tensor(flat.values), eps)
     log_weights = flat.copy(data=smoothed.log_weights.numpy()).unstack("sample").transpose(*dims)
     return log_weights, flat.isel(sample=0, drop=True).copy(data=smoothed.pareto_k.numpy())

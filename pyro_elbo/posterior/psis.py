@@ -42,7 +42,8 @@ class PSIS:
     Attributes:
         log_weights: smoothed log weights in nats, normalized: their logsumexp over draws is 0.
         pareto_k: k-hat, the shape of the weights' right tail; smaller is better. `-inf` where the weights are
-            constant (the guide is the posterior), `inf` where no tail could be fitted.
+            constant (the guide is the posterior), `inf` where no tail could be fitted. Where the largest weights
+            take few distinct values (discrete latents) there is no tail: see :func:`psis`.
         ess: effective sample size 1 / sum(w^2) of the smoothed weights, between 1 and the number of draws.
             Meaningless where `pareto_k` is bad.
     """
@@ -52,7 +53,7 @@ class PSIS:
     ess: Float[Tensor, "*batch"]
 
 
-def psis(log_weights: Float[Tensor, "*batch draws"]) -> PSIS:
+def psis(log_weights: Float[Tensor, "*batch draws"], eps: float | None = None) -> PSIS:
     """Smooth importance weights and estimate the shape of their tail.
 
     The tail holds the M = min(S / 5, 3 sqrt(S)) largest of S weights. Its excesses over the largest weight
@@ -60,14 +61,20 @@ def psis(log_weights: Float[Tensor, "*batch draws"]) -> PSIS:
     above the largest raw weight. Equal to `psislw` of ArviZ 0.23, except where the weights are constant up to
     rounding (next paragraph) and where a fit breaks down by underflow: there `pareto_k` is `inf`, not NaN.
 
-    Weights that spread less than sqrt(eps) relative to their size (eps of the dtype given) are constant up
-    to rounding, which is what an exact guide gives: they are not smoothed and `pareto_k` is `-inf`. The
-    tolerance is capped at 0.1 nats, which costs 1 - 1 / cosh(0.05)^2 < 0.3 % of the effective sample size at
-    worst. A point-estimate guide gives constant weights too; callers refuse it before they call.
+    The weights of discrete latents may take a few values only. Where the largest ones have fewer than five distinct
+    values, they are bounded and not smoothed. The largest of S weights of shape k is of the order S^k times their
+    mean, so `pareto_k` is then log(max / mean) / log(S), or `inf` where that is at the limit or above: a few draws
+    carry all the weight.
+
+    Weights that spread less than sqrt(eps) relative to their size are constant up to rounding, which is what an
+    exact guide gives: they are not smoothed and `pareto_k` is `-inf`. The tolerance is capped at 0.1 nats, which
+    costs 1 - 1 / cosh(0.05)^2 < 0.3 % of the effective sample size at worst. A point-estimate guide gives constant
+    weights too; callers refuse it before they call.
 
     Args:
         log_weights: log p(x, z) - log q(z), unnormalized, draws last. `-inf` is a weight of zero. Sum them in
             float64: rounding to float32 makes distinct weights equal.
+        eps: relative rounding error of the log densities; that of the dtype of ``log_weights`` if omitted.
 
     Returns:
         Float64 record, detached from the graph.
@@ -88,11 +95,13 @@ def psis(log_weights: Float[Tensor, "*batch draws"]) -> PSIS:
     """
     _check(log_weights)
     raw = log_weights.detach().double()
+    eps = torch.finfo(log_weights.dtype).eps if eps is None else eps
     largest = raw.amax(-1, keepdim=True)
     smoothed, pareto_k = _smooth(raw - largest)
-    constant = _is_constant(raw, torch.finfo(log_weights.dtype).eps)
-    smoothed = torch.where(constant[..., None], raw - largest, smoothed)
+    constant, bounded = _is_constant(raw, eps), _has_few_values(raw, eps)
+    smoothed = torch.where((constant | bounded)[..., None], raw - largest, smoothed)
     normalized = smoothed - smoothed.logsumexp(-1, keepdim=True)
+    pareto_k = torch.where(bounded, _bounded_k(normalized), pareto_k)
     return PSIS(
         log_weights=normalized,
         pareto_k=pareto_k.masked_fill(constant, -torch.inf),
@@ -218,9 +227,8 @@ def describe_k(k: float, num_samples: int) -> str:
 def _describe_bad(k: float, num_samples: int, threshold: float) -> str:
     if k == math.inf:
         return (
-            "bad: no tail could be fitted; fewer than five draws stand out from the rest, because a few "
-            "carry all the weight or because the largest are tied. Do not use the weights: train longer, or "
-            "choose a richer guide."
+            "bad: no tail could be fitted; a few draws carry all the weight. Do not use the weights: train "
+            "longer, or choose a richer guide."
         )
     text = f"bad: k-hat {k:.2f}, not below {threshold:.2f}; "
     if k < 0.7:
@@ -235,9 +243,7 @@ def _smooth(
     x: Float[Tensor, "*batch draws"],
 ) -> tuple[Float[Tensor, "*batch draws"], Float[Tensor, "*batch"]]:
     """Replace the tail of log weights, whose largest is 0, by quantiles of its Pareto fit."""
-    draws = x.shape[-1]
-    tail = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
-    top = x.topk(tail + 1, dim=-1)
+    top = x.topk(_tail_length(x.shape[-1]) + 1, dim=-1)
     cutoff = top.values[..., -1:].clamp(min=_LOG_TINY)
     values, where = top.values[..., :-1], top.indices[..., :-1]
     in_tail = values > cutoff
@@ -270,6 +276,24 @@ def _grid(x: Float[Tensor, "*batch tail"], size: Tensor) -> Float[Tensor, "*batc
     quartile = x.gather(-1, (size - (size + 2) // 4)[..., None])
     grid = (1 - (points / (index - 0.5)).sqrt()) / (3 * quartile) + 1 / x[..., :1]
     return grid.masked_fill(index > points, torch.nan)
+
+
+def _tail_length(draws: int) -> int:
+    return math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
+
+
+def _has_few_values(raw: Float[Tensor, "*batch draws"], eps: float) -> Tensor:
+    """Return whether the largest weights take fewer values than a tail needs; rounding makes no new value."""
+    top = raw.topk(_tail_length(raw.shape[-1]) + 1, dim=-1).values
+    apart = -top.diff(dim=-1) > 8 * eps * raw.amax(-1, keepdim=True).abs().clamp(min=1.0)
+    return apart.sum(-1) + 1 < MIN_TAIL
+
+
+def _bounded_k(normalized: Float[Tensor, "*batch draws"]) -> Float[Tensor, "*batch"]:
+    """Return log(max / mean) / log(S) of weights, or infinity at the limit and above."""
+    draws = normalized.shape[-1]
+    k = 1 + normalized.amax(-1) / math.log(draws)
+    return k.masked_fill(k >= pareto_k_threshold(draws), torch.inf)
 
 
 def _is_constant(raw: Float[Tensor, "*batch draws"], eps: float) -> Tensor:

@@ -1,8 +1,8 @@
 """Trace the model and the guide and return typed sites."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -117,12 +117,26 @@ def find_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Mapp
     return -min(dims, default=0)
 
 
-def subsampled_rows(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Run both programs once and return the rows of each subsampled plate, by its name."""
+class RunData(NamedTuple):
+    """The data that one run of the programs takes.
+
+    Attributes:
+        rows: the rows of each plate that takes a part of its rows, by its name.
+        observed: the values of observed sites as the program gives them, NaN where they are missing.
+    """
+
+    rows: dict[str, Tensor]
+    observed: dict[str, Tensor]
+
+
+def read_data(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> RunData:
+    """Run both programs once and return the data that they take."""
     model_trace, guide_trace = _trace_both(model, guide, args, kwargs)
     nodes: dict[str, Any] = dict(guide_trace.nodes) | dict(model_trace.nodes)
-    subsamples = {n: node for n, node in nodes.items() if is_subsample(node)}
-    return {n: node["value"] for n, node in subsamples.items() if len(node["value"]) < node["fn"].size}
+    subsamples = {n: x for n, x in nodes.items() if is_subsample(x)}
+    rows = {n: torch.as_tensor(x["value"]) for n, x in subsamples.items() if len(x["value"]) < x["fn"].size}
+    data = {n: x["value"] for n, x in nodes.items() if x["type"] == "sample" and x["is_observed"]}
+    return RunData(rows, data)
 
 
 class SameRows(poutine.messenger.Messenger):
@@ -146,11 +160,28 @@ class SameRows(poutine.messenger.Messenger):
 
 
 class ResampleObserved(poutine.messenger.Messenger):
-    """Draw observed sites from their distributions inside the block; keep deterministic values and factors."""
+    """Draw observed sites from their distributions inside the block; keep deterministic values and factors.
+
+    Args:
+        keep: names of observed sites that keep their data.
+
+    Attributes:
+        current: the observed site that is being drawn; None otherwise.
+    """
+
+    def __init__(self, keep: Collection[str] = ()) -> None:
+        super().__init__()
+        self.keep = keep
+        self.current: str | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] and not msg["infer"].get("_deterministic") and not isinstance(msg["fn"], Unit):
+        given = not msg["infer"].get("_deterministic") and not isinstance(msg["fn"], Unit)
+        if msg["is_observed"] and given and msg["name"] not in self.keep:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
+            self.current = msg["name"]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.current = None
 
 
 def _vectorize_particles(program: Program, num_particles: int, max_plate_nesting: int) -> Program:

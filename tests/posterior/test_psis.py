@@ -211,11 +211,37 @@ def test_a_tail_that_underflows_is_infinite() -> None:
 
 
 def test_ties_at_the_top_are_not_a_tail() -> None:
-    """A guide wider than a flat posterior: weights 0 or c. No tail can be fitted; the weights stay as is."""
+    """A guide wider than a flat posterior: weights 0 or c. No tail can be fitted; the weights stay as they are."""
     log_weights = torch.where(torch.arange(1000) < 600, 3.0, -torch.inf)
     result = psis(log_weights)
-    assert result.pareto_k == torch.inf
+    assert result.pareto_k.item() == pytest.approx(math.log(1000 / 600) / math.log(1000))
     assert result.ess.item() == pytest.approx(600.0)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.05, 0.002])
+def test_few_distinct_weights_are_judged_by_their_maximum_over_their_mean(share: float) -> None:
+    """The heavier of two weights carries half of the total: ESS = S / (1 / 4q + 1 / 4(1 - q)), no tail to fit."""
+    draws, heavy = 4000, int(4000 * share)
+    log_weights = torch.zeros(draws, dtype=torch.float64)
+    log_weights[:heavy] = math.log((draws - heavy) / heavy)
+    result = psis(log_weights)
+    assert result.pareto_k.item() == pytest.approx(math.log(0.5 / share) / math.log(draws))
+    assert result.ess.item() == pytest.approx(draws / (0.25 / share + 0.25 / (1 - share)))
+    torch.testing.assert_close(result.log_weights, log_weights.log_softmax(-1))
+
+
+def test_few_draws_that_carry_all_the_weight_have_no_tail() -> None:
+    log_weights = torch.zeros(4000, dtype=torch.float64)
+    log_weights[:3] = 30.0
+    assert psis(log_weights).pareto_k == torch.inf
+    assert describe_k(math.inf, 4000).startswith("bad")
+
+
+def test_rounding_makes_no_tail_of_equal_weights() -> None:
+    exact = torch.where(torch.arange(4000) % 2 == 0, 0.0, 0.7).double() - 1000.0
+    rounded = exact + 1e-4 * torch.rand(4000, generator=torch.Generator().manual_seed(0)).double()
+    k = psis(rounded, eps=torch.finfo(torch.float32).eps).pareto_k.item()
+    assert k == pytest.approx(psis(exact).pareto_k.item(), abs=1e-4)
 
 
 # --- constant weights: the guide is the posterior

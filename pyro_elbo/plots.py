@@ -34,12 +34,20 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
 
     Returns:
         The two axes.
+
+    Raises:
+        ArgumentError: ``history`` is no history, or ``axes`` are not two.
     """
+    if not {"epoch", "split", "latent"} <= set(getattr(history, "dims", ())):
+        raise ArgumentError(
+            f"plot_history: expected a history over epoch, split and latent, got a {type(history).__name__}. "
+            "Give result.history of a fit."
+        )
     if axes is None:
         import matplotlib.pyplot as plt
 
         axes = list(plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")[1])
-    bound, kl = axes
+    bound, kl = _check_axes("plot_history", axes, 2)
     for split in history.split.values:
         curve = history.elbo.sel(split=split)
         if bool(curve.notnull().any()):
@@ -76,7 +84,8 @@ def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes]
         The four axes.
 
     Raises:
-        ArgumentError: a curve without audits, or audits without a target y.
+        ArgumentError: curves that are not audits by weight by label, a curve without audits, audits without a target y,
+            or ``axes`` that are not four.
 
     Example:
         >>> import numpy as np
@@ -88,6 +97,10 @@ def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes]
         >>> [axes.get_ylabel() for axes in plot_tradeoff({"aggregate": audits})][:2]
         ['accuracy', 'accuracy']
     """
+    if not isinstance(curves, Mapping) or not all(isinstance(audits, Mapping) for audits in curves.values()):
+        raise ArgumentError(
+            "plot_tradeoff: expected {label: {weight: audit}}. Give for example {'aggregate': {0.0: audit}}."
+        )
     lines = {label: _points(label, audits) for label, audits in curves.items()}
     if not lines:
         raise ArgumentError("plot_tradeoff: no curves. Give {label: {weight: audit}}.")
@@ -95,7 +108,7 @@ def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes]
         import matplotlib.pyplot as plt
 
         axes = list(plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")[1].flat)
-    forget, keep, gaps, both = axes
+    forget, keep, gaps, both = _check_axes("plot_tradeoff", axes, 4)
     _plot_accuracy(forget, {label: [(p.weight, p.s) for p in points] for label, points in lines.items()})
     _plot_accuracy(keep, {label: [(p.weight, p.y) for p in points] for label, points in lines.items()})
     _plot_gaps(gaps, lines)
@@ -103,6 +116,14 @@ def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes]
         _scale_weights(over_weight, sorted({p.weight for points in lines.values() for p in points}))
     _plot_accuracies(both, lines)
     return axes
+
+
+def _check_axes(name: str, axes: Any, count: int) -> list[Any]:
+    """Return matplotlib axes as a list, if there are as many as the figure has views."""
+    found = list(axes.flat if hasattr(axes, "flat") else axes) if hasattr(axes, "__iter__") else [axes]
+    if len(found) != count or not all(hasattr(a, "plot") for a in found):
+        raise ArgumentError(f"{name}: expected {count} matplotlib axes, got {len(found)}: plt.subplots(1, {count})[1].")
+    return found
 
 
 class _Point(NamedTuple):
@@ -120,6 +141,11 @@ def _points(label: str, audits: Mapping[float, Audit]) -> list[_Point]:
     points = []
     for weight in sorted(audits):
         audit = audits[weight]
+        if not isinstance(audit, Audit):
+            raise ArgumentError(
+                f"plot_tradeoff: expected an audit of {label!r} at {weight!r}, got {type(audit).__name__}. Give what "
+                "pe.audit returns."
+            )
         if audit.y is None or audit.fairness is None:
             raise ArgumentError(f"plot_tradeoff: the audit of {label!r} at {weight:g} has no target. Give y to audit.")
         points.append(_Point(float(weight), audit.s, audit.y, audit.fairness))

@@ -1,5 +1,6 @@
 """Figures: what they draw is what they were given, and nothing written on them covers anything else."""
 
+import inspect
 import itertools
 import re
 
@@ -137,3 +138,16 @@ def test_history_draws_the_bound_and_its_parts():
     np.testing.assert_allclose(bound.lines[1].get_ydata(), curve[:, 1])
     np.testing.assert_allclose(bound.lines[2].get_ydata(), curve[:, 0] + 0.5)
     np.testing.assert_allclose(kl.lines[0].get_ydata(), [0.5] * 3)
+
+
+def test_inputs_that_are_no_history_or_no_audits_are_refused():
+    audits = tradeoff(1.0)
+    history, curves = inspect.unwrap(plot_history), inspect.unwrap(plot_tradeoff)  # without the tests' type checks
+    with refuses(ArgumentError, "epoch, split and latent", "a dict"):
+        history({"elbo": [1.0]})
+    with refuses(ArgumentError, "label", "weight"):
+        curves(audits)
+    with pytest.raises(ArgumentError, match="expected 4 matplotlib axes, got 2"):
+        plot_tradeoff({"aggregate": audits}, plt.subplots(1, 2)[1])
+    with refuses(ArgumentError, "expected an audit", "float"):
+        curves({"aggregate": {0.0: 1.0}})

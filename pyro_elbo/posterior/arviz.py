@@ -12,10 +12,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_elbo.errors import ArgumentError, GuideError
-from pyro_elbo.posterior.draws import Arrays, Draws, Predictions, check_options, draw, first_line, predict
+from pyro_elbo.posterior.draws import Arrays, Draws, Predictions, draw, first_line, predict
 from pyro_elbo.posterior.importance import resample
 from pyro_elbo.posterior.psis import MIN_DRAWS
-from pyro_elbo.programs import Plate, Program, check_initialized, collect_parameters, evaluating, seeded
+from pyro_elbo.programs import Plate, Program, check_initialized, check_options, collect_parameters, evaluating, seeded
 
 if TYPE_CHECKING:
     import xarray
@@ -111,7 +111,8 @@ def to_arviz(
         >>> dict(data["log_likelihood"]["x"].sizes)
         {'chain': 1, 'draw': 50, 'data': 20}
     """
-    for program in model if isinstance(model, list | tuple) else [model]:
+    models: Sequence[Any] = model if isinstance(model, list | tuple) else [model]
+    for program in models:
         check_options(program, kwargs)
     options = Options(num_samples, resample, predictive, prior, history, coords or {}, seed, dims or {})
     return to_container(build_groups(model, guide, args, kwargs, options))
@@ -158,6 +159,7 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
     groups = {
         group: _stack_chains([part[group] for part in arrays], _names_in(group, names, drawn)) for group in shared
     }
+    groups = _mark_masked(groups, drawn)
     groups |= _data_groups(drawn, chains[0][0], args, kwargs, names)
     groups = {name: ds.assign_attrs(attributes) for name, ds in groups.items() if ds.data_vars}
     stats: dict[str, Any] = {}
@@ -268,10 +270,9 @@ def _check_not_shared(
 
 def _posterior_groups(drawn: Draws) -> dict[str, tuple[Arrays, Plates]]:
     stats: Arrays = {"lp": drawn.log_p, "lp_approx": drawn.log_q}
-    if drawn.obstacle is None:
-        stats["log_weight"] = torch.zeros_like(drawn.log_weight) if drawn.resampled else drawn.log_weight
+    stats["log_weight"] = torch.zeros_like(drawn.log_weight) if drawn.resampled else drawn.log_weight
     plates = dict(drawn.plates)
-    if drawn.local_log_weight is not None and drawn.local_obstacle is None and drawn.data_plate is not None:
+    if drawn.local_log_weight is not None and drawn.data_plate is not None:
         local = drawn.local_log_weight
         stats["log_weight_local"] = torch.zeros_like(local) if drawn.resampled else local
         plates["log_weight_local"] = (drawn.data_plate,)
@@ -279,15 +280,18 @@ def _posterior_groups(drawn: Draws) -> dict[str, tuple[Arrays, Plates]]:
         "posterior": (drawn.latents | drawn.deterministics, plates),
         "unconstrained_posterior": (drawn.unconstrained, plates),
         "sample_stats": (stats, plates),
-        "log_likelihood": ({n: _only_counted(drawn, n) for n in drawn.observed}, plates),
+        "log_likelihood": ({n: drawn.log_likelihood[n] for n in drawn.observed}, plates),
         "log_prior": (drawn.log_prior, plates),
     }
 
 
-def _only_counted(drawn: Draws, name: str) -> Tensor:
-    """Return the log likelihood of a site, NaN for data that its mask leaves out."""
-    x = drawn.log_likelihood[name]
-    return torch.where(drawn.counted[name], x, torch.nan) if name in drawn.counted else x
+def _mark_masked(groups: Groups, drawn: Draws) -> Groups:
+    """Say in a coordinate of the log likelihood which data a mask leaves out."""
+    if not drawn.counted:
+        return groups
+    likelihood = groups["log_likelihood"]
+    marks = {f"{n}_counted": (likelihood[n].dims[2:], _numpy(x)) for n, x in drawn.counted.items()}
+    return groups | {"log_likelihood": likelihood.assign_coords(marks)}
 
 
 def _prior_groups(

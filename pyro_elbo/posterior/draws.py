@@ -4,7 +4,6 @@ Draws are made in vectorized chunks where the programs allow it, one by one wher
 dimension of the draws first, then the site's plates, then its event, as in one run of the programs.
 """
 
-import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -176,26 +175,6 @@ def draw(
         if runs is None:
             runs = [_collect(trace_pair(*programs), frame, 1) for _ in range(num_samples)]
     return _concatenate(runs, frame, vectorized, data._replace(rows=rows))
-
-
-_OPTIONS = {
-    "n_samples": "num_samples",
-    "num_sample": "num_samples",
-    "num_draws": "num_samples",
-    "n_draws": "num_samples",
-    "draws": "num_samples",
-    "samples": "num_samples",
-    "num_particles": "num_samples",
-    "random_seed": "seed",
-    "rng_seed": "seed",
-}
-
-
-def check_options(program: Program, kwargs: Mapping[str, Any]) -> None:
-    """Raise ArgumentError for a keyword that is another library's name of an option, unless the program names it."""
-    for wrong, right in _OPTIONS.items():
-        if wrong in kwargs and wrong not in inspect.signature(program).parameters:
-            raise ArgumentError(f"{wrong}= is no argument of the program. The option is called {right}=.")
 
 
 class Predictions(NamedTuple):
@@ -392,7 +371,9 @@ def _concatenate(runs: list[dict[str, Any]], frame: _Frame, vectorized: bool, da
 
 def _counted(site: Site, nesting: int) -> Tensor:
     """Return the mask of an observed site, shaped like its plates."""
-    return _per_plate(torch.as_tensor(site.mask), site.plates, 1, nesting)[0]
+    mask, sizes = torch.as_tensor(site.mask), {p.dim: p.size for p in site.plates}
+    shape = torch.broadcast_shapes(mask.shape, [sizes.get(d, 1) for d in range(min(sizes, default=0), 0)])
+    return _per_plate(mask.expand(shape), site.plates, 1, nesting)[0]
 
 
 def _lead_unconstrained(free: Tensor, count: int, like: Site) -> Tensor:

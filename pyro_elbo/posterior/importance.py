@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, GuideError, WeightsError
-from pyro_elbo.posterior.draws import Draws, check_options, draw
+from pyro_elbo.posterior.draws import Draws, draw
 from pyro_elbo.posterior.psis import describe_k, pareto_k_threshold, psis
-from pyro_elbo.programs import Plate, Program
+from pyro_elbo.programs import Plate, Program, check_options
 
 SAMPLE_DIMS = ("chain", "draw")
 
@@ -187,13 +187,17 @@ def _likelihood_and_weight(tree: Any, var_name: str | None) -> tuple[Any, Any]:
 
 
 def _drop_masked(weight: Any, likelihood: Any) -> tuple[Any, Any]:
-    """Leave out the data that a mask left out of the model, whose log likelihood is NaN in every draw."""
-    counts = likelihood.notnull().any(SAMPLE_DIMS)
-    if bool(counts.all()):
+    """Leave out the data that a mask leaves out of the model."""
+    mark = f"{likelihood.name}_counted"
+    if mark not in likelihood.coords:
         return weight, likelihood
+    counts = likelihood.coords[mark].astype(bool)
+    weight, likelihood, counts = (x.drop_vars(mark, errors="ignore") for x in (weight, likelihood, counts))
     if not bool(counts.any()):
         raise ArgumentError(f"'{likelihood.name}' has no datum that counts: its mask leaves out all of them.")
     rows = list(counts.dims)
+    if not rows:
+        return weight, likelihood
     if len(rows) > 1:
         weight, likelihood, counts = (x.stack(datum=rows) for x in (weight, likelihood, counts))
         rows = ["datum"]

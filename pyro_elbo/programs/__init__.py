@@ -7,6 +7,7 @@ Pyro and torch, ``rng`` derives seeds.
 Imports sequences and below.
 """
 
+from pyro_elbo.programs.checks import check_options
 from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns
 from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.modes import evaluating, module_evaluating
@@ -45,6 +46,7 @@ __all__ = [
     "collect_parameters",
     "check_gradients",
     "check_initialized",
+    "check_options",
     "evaluating",
     "failed_line",
     "find_plate_nesting",

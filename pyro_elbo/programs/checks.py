@@ -1,9 +1,14 @@
-"""Check that the sites of a model and a guide fit each other and their plates."""
+"""Check that the sites of a model and a guide fit each other and their plates, and that options have our names."""
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from pyro_elbo.errors import SiteError
+from pyro import poutine
+from torch import nn
+
+from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.programs.sites import Plate, Site
 
 
@@ -66,3 +71,25 @@ def _check_shapes(model: Site, guide: Site) -> None:
             f"{tuple(expected)}, the guide gives {tuple(guide.fn.batch_shape)} and {tuple(got)}. Use the same plates "
             "and the same .to_event(n) in both."
         )
+
+
+_OPTIONS = {
+    "n_samples": "num_samples",
+    "num_sample": "num_samples",
+    "num_draws": "num_samples",
+    "n_draws": "num_samples",
+    "draws": "num_samples",
+    "samples": "num_samples",
+    "num_particles": "num_samples",
+    "random_seed": "seed",
+    "rng_seed": "seed",
+}
+
+
+def check_options(program: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for a keyword that is another library's name of an option, unless the program names it."""
+    unwrapped = poutine.unwrap(program)
+    parameters = inspect.signature(unwrapped.forward if isinstance(unwrapped, nn.Module) else unwrapped).parameters
+    for wrong, right in _OPTIONS.items():
+        if wrong in kwargs and wrong not in parameters:
+            raise ArgumentError(f"{wrong}= is no argument of the program. The option is called {right}=.")

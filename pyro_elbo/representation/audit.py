@@ -192,6 +192,7 @@ def _gather(given: Sequence[Any], test: Sequence[Any] | None, folds: int, names:
             what = "(z, s, y)" if len(given) == 3 else "(z, s)"
             raise ArgumentError(f"test must be {what}, as given for training; got {len(test)} values.")
         parts.append(_check_rows(test, "test: ", names))
+        _check_apart(*parts)
         if any(a.shape[1:] != b.shape[1:] for a, b in zip(*parts, strict=True)):
             shapes = [[x.shape for x in part] for part in parts]
             raise ArgumentError(f"test has shapes {shapes[1]}, the rows to fit on {shapes[0]}. Give the same columns.")
@@ -201,6 +202,16 @@ def _gather(given: Sequence[Any], test: Sequence[Any] | None, folds: int, names:
     if len(labels) == 2:
         _check_cells(labels, start, names)
     return ProbeRows(z, labels, start, folds)
+
+
+def _check_apart(fitted: Sequence[np.ndarray], judged: Sequence[np.ndarray]) -> None:
+    """Raise DataError where all judged rows are among the fitted ones, unless z takes few values anyway."""
+    known = {row.tobytes() for row in fitted[0]}
+    if len(known) > len(fitted[0]) / 2 and all(row.tobytes() in known for row in judged[0]):
+        raise DataError(
+            "test: all of its rows are among those that the probes are fitted on: a probe that remembers them would "
+            "look right. Give rows that are held out, or leave test out for cross-validation."
+        )
 
 
 def _check_rows(given: Sequence[Any], where: str, names: tuple[str, str]) -> list[np.ndarray]:

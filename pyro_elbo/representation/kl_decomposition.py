@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.information import AggregatePosterior, Mixture, in_blocks
 from pyro_elbo.objectives import TraceBeta_ELBO
-from pyro_elbo.programs import Program, seeded
+from pyro_elbo.programs import Program, check_options, seeded
 from pyro_elbo.terms import Term, Terms, univariate
 
 
@@ -112,6 +112,7 @@ def kl_decomposition(
         Hoffman, Johnson (2016), ELBO surgery, NeurIPS workshop; Chen, Li, Grosse, Duvenaud (2018), arXiv:1802.04942;
         Esmaeili et al. (2019), arXiv:1804.02086.
     """
+    check_options(model, kwargs)
     if num_samples < 1:
         raise ArgumentError(f"num_samples must be at least 1, got {num_samples}.")
     loss = TraceBeta_ELBO()
@@ -128,6 +129,13 @@ def _only_latent(terms: Terms, latent: str | None) -> str:
     local = [n for n, t in terms.sites.items() if t.kind == "latent" and t.plates and t.draws]
     if latent in local or (latent is None and len(local) == 1):
         return latent or local[0]
+    shared = [n for n, t in terms.sites.items() if t.kind == "latent" and not t.plates]
+    if latent in shared or (latent is None and not local and shared):
+        name = latent or shared[0]
+        raise SiteError(
+            f"Latent '{name}' lies in no plate: all data share one value, so that there is no aggregate posterior to "
+            f"decompose its KL with. Name a latent of the data's plate, or read terms.kl['{name}']."
+        )
     asked = "Several latents lie in plates" if latent is None else f"'{latent}' is no latent inside of a plate"
     raise SiteError(f"{asked}: expected one of {local}. Pass latent=... with its name.")
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import pyro_elbo as pe
+from pyro_elbo.errors import ArgumentError
 from pyro_elbo.information import aggregate, penalties
 from tests.support.refusing import refusing
 
@@ -164,7 +165,7 @@ def test_critics_of_a_continuous_attribute():
     """s = x with z = x + noise: I(z; s) = ½ log(1 + 1/σ²)."""
     x = torch.randn(4000, 1)
     truth = 0.5 * math.log(1 + 1 / SIGMA**2)
-    given = {"given": lambda x, s: x[:, 0], "critic_lr": 1e-2}
+    given = {"attribute": lambda x, s: x[:, 0], "critic_lr": 1e-2}
     adversarial = trained(pe.MutualInformation("z", estimator="adversarial", **given), (x, None), 300)
     club = trained(pe.MutualInformation("z", estimator="club", **given), (x, None), 300)
     assert truth - 0.1 < adversarial.nats < truth + 0.08
@@ -208,7 +209,7 @@ def test_conditional_forms_of_critics_and_of_hsic():
     x, y = draw_data(1500, 2, 2.0, dims=1)
     noisy = y ^ (torch.rand(1500) < 0.3)
     for estimator in ("club", "adversarial", "hsic"):
-        options = {"given": lambda x, s: noisy, "estimator": estimator, "critic_lr": 1e-2}
+        options = {"attribute": lambda x, s: noisy, "estimator": estimator, "critic_lr": 1e-2}
         steps = 0 if estimator == "hsic" else 100
         alone = trained(pe.MutualInformation("z", **options), (x, y), steps)
         given_y = trained(pe.MutualInformation("z", conditional_on="s", **options), (x, y), steps)
@@ -217,7 +218,7 @@ def test_conditional_forms_of_critics_and_of_hsic():
 
 def test_several_attributes_are_their_joint_levels():
     x, s = draw_data(500, 4, 1.0)
-    columns = {"given": (lambda x, s: s % 2, lambda x, s: s // 2)}
+    columns = {"attribute": (lambda x, s: s % 2, lambda x, s: s // 2)}
     torch.manual_seed(1)
     joint = found(pe.MutualInformation("z", **columns), x, s)
     torch.manual_seed(1)
@@ -286,3 +287,27 @@ def test_blocks_change_nothing(monkeypatch):
     monkeypatch.setattr(aggregate, "BLOCK", 500)
     for a, b in zip(whole, value_and_gradient(), strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
+
+
+def test_two_functions_as_attributes_have_names_of_their_own():
+    x, s = draw_data(64, 2, 1.0)
+    options = {"latent": "z", "estimator": "aggregate"}
+    unnamed = [pe.MutualInformation(attribute=lambda x, s: s, **options) for _ in range(2)]
+    with pytest.raises(pe.PyroElboError, match="name='I"):
+        pe.TraceBeta_ELBO(penalties=unnamed)
+    named = [
+        pe.MutualInformation(attribute=lambda x, s: s, name="I(z; s)", weight=2.0, **options),
+        pe.MutualInformation(attribute=lambda x, s: (x[:, 0] > 0).long(), name="I(z; sign)", weight=3.0, **options),
+    ]
+    terms = pe.TraceBeta_ELBO(penalties=named).terms(model, guide, x, s)
+    assert list(terms.penalties) == ["I(z; s)", "I(z; sign)"]
+    cost = sum(w * len(x) * p.nats for w, p in zip((2.0, 3.0), terms.penalties.values(), strict=True))
+    assert torch.allclose(terms.objective, terms.elbo - cost)
+    assert pe.TraceMI_ELBO("z", lambda x, s: s, name="I(z; age)").penalties[0].name == "I(z; age)"
+    assert pe.MutualInformation("z", "s", conditional_on="y").name == "I(z; s | y)"
+
+
+def test_an_attribute_takes_the_arguments_of_the_programs():
+    x, s = draw_data(8, 2, 1.0)
+    with refuses(ArgumentError, r"takes (x)", "Tensor, Tensor", "same arguments as model and guide"):
+        pe.TraceMI_ELBO("z", lambda x: x[:, 0] > 0).terms(model, guide, x, s)

@@ -441,3 +441,12 @@ def test_a_missing_extra_is_named(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     with refuses(PyroElboError, f"audit needs {missing}", "pip install 'pyro-elbo[probe]'"):
         audit(Z, S)
+
+
+def test_a_test_split_that_was_fitted_on_is_refused() -> None:
+    z, s = shifted(200, 1.0)
+    for rows in (slice(None), slice(0, 50)):
+        with pytest.raises(DataError, match="test: all of its rows are among those that the probes are fitted on"):
+            audit(z, s, test=(z[rows], s[rows]), probes=LOGISTIC)
+    levels = np.repeat(s[:, None], 2, 1)  # few values: rows repeat in any split
+    assert audit(levels[:100], s[:100], test=(levels[100:], s[100:]), probes=LOGISTIC).rows == 100

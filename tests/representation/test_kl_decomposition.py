@@ -166,3 +166,19 @@ def test_bad_input():
 
     with refuses(SiteError, "factorize"):
         pe.kl_decomposition(model, correlated, X[:9])
+
+
+def test_a_latent_that_all_data_share_has_no_aggregate_posterior():
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    for latent in (None, "w"):
+        with pytest.raises(SiteError, match=r"'w' lies in no plate.*terms.kl\['w'\]"):
+            pe.kl_decomposition(model, guide, torch.zeros(4), latent=latent)
+    with pytest.raises(ArgumentError, match="n_samples=.*num_samples="):
+        pe.kl_decomposition(lambda x, **_: model(x), guide, torch.zeros(4), n_samples=3)

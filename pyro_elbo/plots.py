@@ -97,10 +97,8 @@ def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes]
         >>> [axes.get_ylabel() for axes in plot_tradeoff({"aggregate": audits})][:2]
         ['accuracy', 'accuracy']
     """
-    if not isinstance(curves, Mapping) or not all(isinstance(audits, Mapping) for audits in curves.values()):
-        raise ArgumentError(
-            "plot_tradeoff: expected {label: {weight: audit}}. Give for example {'aggregate': {0.0: audit}}."
-        )
+    if not isinstance(curves, Mapping) or not all(map(_are_audits, curves.values())):
+        raise ArgumentError("plot_tradeoff: expected audits by weight by label. Give {label: {weight: audit}}.")
     lines = {label: _points(label, audits) for label, audits in curves.items()}
     if not lines:
         raise ArgumentError("plot_tradeoff: no curves. Give {label: {weight: audit}}.")
@@ -116,6 +114,10 @@ def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes]
         _scale_weights(over_weight, sorted({p.weight for points in lines.values() for p in points}))
     _plot_accuracies(both, lines)
     return axes
+
+
+def _are_audits(audits: Any) -> bool:
+    return isinstance(audits, Mapping) and all(isinstance(audit, Audit) for audit in audits.values())
 
 
 def _check_axes(name: str, axes: Any, count: int) -> list[Any]:
@@ -141,11 +143,6 @@ def _points(label: str, audits: Mapping[float, Audit]) -> list[_Point]:
     points = []
     for weight in sorted(audits):
         audit = audits[weight]
-        if not isinstance(audit, Audit):
-            raise ArgumentError(
-                f"plot_tradeoff: expected an audit of {label!r} at {weight!r}, got {type(audit).__name__}. Give what "
-                "pe.audit returns."
-            )
         if audit.y is None or audit.fairness is None:
             raise ArgumentError(f"plot_tradeoff: the audit of {label!r} at {weight:g} has no target. Give y to audit.")
         points.append(_Point(float(weight), audit.s, audit.y, audit.fairness))

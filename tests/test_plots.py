@@ -149,5 +149,5 @@ def test_inputs_that_are_no_history_or_no_audits_are_refused():
         curves(audits)
     with pytest.raises(ArgumentError, match="expected 4 matplotlib axes, got 2"):
         plot_tradeoff({"aggregate": audits}, plt.subplots(1, 2)[1])
-    with refuses(ArgumentError, "expected an audit", "float"):
+    with refuses(ArgumentError, "label", "weight"):
         curves({"aggregate": {0.0: 1.0}})

@@ -293,7 +293,7 @@ def test_two_functions_as_attributes_have_names_of_their_own():
     x, s = draw_data(64, 2, 1.0)
     options = {"latent": "z", "estimator": "aggregate"}
     unnamed = [pe.MutualInformation(attribute=lambda x, s: s, **options) for _ in range(2)]
-    with pytest.raises(pe.PyroElboError, match="name='I"):
+    with pytest.raises(pe.PyroElboError, match="name="):
         pe.TraceBeta_ELBO(penalties=unnamed)
     named = [
         pe.MutualInformation(attribute=lambda x, s: s, name="I(z; s)", weight=2.0, **options),
@@ -309,5 +309,5 @@ def test_two_functions_as_attributes_have_names_of_their_own():
 
 def test_an_attribute_takes_the_arguments_of_the_programs():
     x, s = draw_data(8, 2, 1.0)
-    with refuses(ArgumentError, r"takes (x)", "Tensor, Tensor", "same arguments as model and guide"):
+    with refuses(ArgumentError, "2 positional", "too many"):
         pe.TraceMI_ELBO("z", lambda x: x[:, 0] > 0).terms(model, guide, x, s)

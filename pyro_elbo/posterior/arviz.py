@@ -1,6 +1,7 @@
 """Export draws to ArviZ: InferenceData on ArviZ 0.x, xarray.DataTree on ArviZ 1 and later, from the same groups."""
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -445,9 +446,7 @@ def _version() -> str:
     try:
         return version("pyro-elbo")
     except PackageNotFoundError:
-        from pyro_elbo import __version__
-
-        return __version__
+        return sys.modules["pyro_elbo"].__version__
 
 
 def _numpy(x: Tensor) -> Any:

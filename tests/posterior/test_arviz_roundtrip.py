@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.posterior.arviz import Options, build_groups, to_container
+from tests.support.exported import group_names
 
 matplotlib.use("Agg")
 
@@ -139,4 +140,4 @@ def test_a_fit_result_stands_for_its_history():
     x = torch.randint(0, 17, (5, 64)).float()
     data = pe.to_arviz(VAEModel(), VAEGuide(), x, num_samples=30, prior=False, history=Result())
     assert data["training"].identical(training())
-    assert "prior" not in data.groups()
+    assert "prior" not in group_names(data)

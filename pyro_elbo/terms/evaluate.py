@@ -14,8 +14,9 @@ import torch
 from pyro.distributions import Delta
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor
-from torch.distributions import Distribution, Independent, constraints, kl_divergence
+from torch.distributions import Binomial, Distribution, Independent, constraints, kl_divergence
 
+from pyro_elbo.assumptions import check_or_defer, is_capturing
 from pyro_elbo.masking import expand_to_event, masked
 from pyro_elbo.programs import Site, TracePair
 from pyro_elbo.sequences import StackedDistribution
@@ -120,11 +121,24 @@ def _analytic_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor | Non
     q_base, p_base = univariate(q), univariate(p)
     try:
         if n and q_base is not None and p_base is not None:
-            per_dim = kl_divergence(q_base, p_base)
+            per_dim = _kl_divergence(q_base, p_base)
             return per_dim.flatten(per_dim.dim() - n).sum(-1), per_dim
-        return kl_divergence(q, p), None
+        return _kl_divergence(q, p), None
     except NotImplementedError:
         return None
+    except RuntimeError:
+        if not is_capturing():
+            raise
+        return None  # the formula depends on values: the transforms of a Weibull, equal by chance only
+
+
+def _kl_divergence(q: Distribution, p: Distribution) -> Tensor:
+    """Return torch's KL(q ‖ p); that of binomials without a branch on their counts, which a graph cannot have."""
+    if not (isinstance(q, Binomial) and isinstance(p, Binomial)):
+        return kl_divergence(q, p)
+    if not check_or_defer((q.total_count == p.total_count).all()):
+        raise NotImplementedError
+    return q.total_count * (q.probs * (q.logits - p.logits) + (-q.probs).log1p() - (-p.probs).log1p())
 
 
 def univariate(fn: Distribution) -> Distribution | None:

@@ -103,6 +103,46 @@ def test_a_guide_within_the_prior_keeps_the_formula(q, p):
     torch.testing.assert_close(terms.rate, kl_divergence(q, p))
 
 
+BY_VALUE = {
+    "Weibull": (lambda m: dist.Weibull(m, 1.5), lambda: dist.Weibull(1.0, 2.0)),
+    "Kumaraswamy": (lambda m: dist.Kumaraswamy(m, 2.0), lambda: dist.Kumaraswamy(1.0, 3.0)),
+    "Binomial": (lambda m: dist.Binomial(5, m / 3), lambda: dist.Binomial(5, torch.tensor(0.5))),
+}
+
+
+@pytest.mark.parametrize(("q", "p"), BY_VALUE.values(), ids=BY_VALUE)
+def test_formulas_that_branch_on_values_compile(q, p, interpreted):
+    """Compiled equals eager, and Pyro's Trace_ELBO or the closed form 5 KL(q || p) of a binomial."""
+
+    def model():
+        with pyro.plate("d", 3):
+            z = pyro.sample("z", p())
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(3))
+
+    def guide():
+        with pyro.plate("d", 3):
+            pyro.sample("z", q(param("m", 0.9)))
+
+    losses = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        optim = pyro.optim.SGD({"lr": 1e-3})
+        svi = pe.SVI(model, guide, optim, pe.TraceBeta_ELBO(), compile=compile, fallback_random=True)
+        losses.append(svi.run(5, progress=False))
+    torch.testing.assert_close(losses[1], losses[0])
+    terms = pe.TraceBeta_ELBO().terms(model, guide)
+    if terms.is_analytic["z"]:
+        a, b = q(param("m", 0.9)).probs, p().probs
+        bernoulli = a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log()
+        torch.testing.assert_close(terms.kl["z"], (5 * bernoulli).expand(3))
+    else:
+        pyro.set_rng_seed(1)
+        ours = pe.TraceBeta_ELBO().loss(model, guide)
+        pyro.set_rng_seed(1)
+        assert ours == pytest.approx(Trace_ELBO().loss(model, guide))
+
+
 def positive_model():
     with pyro.plate("d", 4):
         z = pyro.sample("z", dist.LogNormal(0.0, 1.0))

@@ -1,6 +1,8 @@
 """The laws that every objective obeys, over the table of programs."""
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +16,7 @@ from tests.programs import (
     MASK,
     PROGRAMS,
     X2,
+    Program,
     X,
     discrete_auxiliary_guide,
     discrete_subsampled_guide,
@@ -214,6 +217,110 @@ def test_elbo_ignores_weights_and_beta_zero_keeps_the_likelihood(program):
     value, gradient = value_and_gradient(pe.TraceBeta_ELBO(0.0), program.model, guide, program.args)
     assert torch.isfinite(torch.tensor(value))
     assert all(torch.isfinite(g).all() for g in gradient.values())
+
+
+# --- every objective over every program -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row: a new objective is one of these.
+
+    Attributes:
+        make: the objective with this many particles.
+        particles: a number of particles that it takes.
+        refuses: a part of the message with which it refuses a program, or None where it takes it.
+        is_elbo: the objective is the ELBO less its penalties; otherwise a tighter bound.
+        kl: the form of its KL terms.
+    """
+
+    name: str
+    make: Callable[[int], pe.TraceBeta_ELBO]
+    particles: int = 3
+    refuses: Callable[[Program], str | None] = lambda program: None
+    is_elbo: bool = True
+    kl: str = "auto"
+
+
+def row_weights(program):
+    """Importance weights need rows that all sites share, and one scale."""
+    if program.name in ("subsampled plate", "AutoNormal, subsampled"):
+        return "not all sites lie in it"
+    return "differ in scale" if "scale in the" in program.name else None
+
+
+def one_scan(program):
+    return None if program.name in ("scan", "exact posterior, scan") else "all latents must be drawn in one pe.scan"
+
+
+def rows_of_z(program):
+    """Information needs a latent that each row has one of, with a density and a pathwise gradient."""
+    rows = "in no plate|is not a latent|no pathwise gradient|no density"
+    return None if program.name in {*PENALIZED, *ALSO_PENALIZED} else rows
+
+
+def filtering(particles):
+    """Without resampling, the importance-weighted bound of whole sequences."""
+    options = {"num_particles": particles, "resample": 0.0, "max_plate_nesting": 2}
+    return pe.TraceTimestep_ELBO(bound="filtering", **options)
+
+
+def importance_over_time(particles):
+    return pe.TraceTimestep_ELBO(bound="importance", num_particles=particles)
+
+
+OBJECTIVES = [
+    Objective("TraceBeta, auto", lambda k: pe.TraceBeta_ELBO(num_particles=k)),
+    Objective("TraceBeta, sampled", lambda k: pe.TraceBeta_ELBO(kl="sampled", num_particles=k), kl="sampled"),
+    Objective("TraceIW", pe.TraceIW_ELBO, refuses=row_weights, is_elbo=False, kl="sampled"),
+    Objective("TraceTimestep", lambda k: pe.TraceTimestep_ELBO(num_particles=k)),
+    Objective("importance over time", importance_over_time, refuses=row_weights, is_elbo=False, kl="sampled"),
+    Objective("filtering", filtering, refuses=one_scan, is_elbo=False, kl="sampled"),
+    Objective("TraceMI", lambda k: pe.TraceMI_ELBO("z", weight=2.0, num_particles=k), refuses=rows_of_z),
+]
+ROWS = [pytest.param(o, p, id=f"{o.name}, {p.name}") for o in OBJECTIVES for p in PROGRAMS]
+
+
+@pytest.mark.parametrize(("objective", "program"), ROWS)
+def test_an_objective_takes_a_program_or_says_why_not(objective, program):
+    """The terms are those of the ELBO; the objective is the ELBO less penalties, or a bound above it."""
+    guide = program.guide(program.model)
+    create_parameters(guide, program.args)
+    loss = objective.make(objective.particles)
+    if reason := objective.refuses(program):
+        with pytest.raises(SiteError, match=reason):
+            loss.terms(program.model, guide, *program.args)
+        return
+    pyro.set_rng_seed(3)
+    terms = loss.terms(program.model, guide, *program.args)
+    if objective.name != "filtering":  # which draws model and guide in turns
+        pyro.set_rng_seed(3)
+        elbo = pe.TraceBeta_ELBO(kl=objective.kl, num_particles=objective.particles)
+        torch.testing.assert_close(terms.elbo, elbo.terms(program.model, guide, *program.args).elbo)
+    cost = sum(penalty.cost for penalty in terms.penalties.values())
+    if objective.is_elbo:
+        torch.testing.assert_close(terms.objective, terms.elbo - cost)
+    else:
+        assert terms.objective >= terms.elbo - 1e-9  # Jensen, on the same draws
+    if program.evidence and objective.kl == "sampled":
+        torch.testing.assert_close(terms.objective, program.evidence(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("objective", "program"), [row for row in ROWS if row.values[0].name in ("TraceIW", "importance over time")]
+)
+def test_one_particle_makes_every_bound_the_elbo(objective, program):
+    """In value, and in gradient where it is pathwise: the score function's estimators differ from draw to draw."""
+    if objective.refuses(program):
+        pytest.skip("refused")
+    guide = program.guide(program.model)
+    loss = objective.make(1)
+    value, gradient = value_and_gradient(loss, program.model, guide, program.args)
+    expected, slopes = value_and_gradient(Trace_ELBO(), program.model, guide, program.args)
+    assert value == pytest.approx(expected)
+    sites = loss.terms(program.model, guide, *program.args).sites
+    if all(term.score is None for term in sites.values()):
+        assert_same((value, gradient), (expected, slopes))
 
 
 # --- gradients against finite differences of the exact bound ----------------------------------------------------
@@ -563,6 +670,8 @@ PENALIZED = {
     "flow guide": "z",
     "exact posterior, local": "z",
 }
+# Latents that the laws of penalties leave out: their scale or mask differs between model and guide.
+ALSO_PENALIZED = ("scale in the model alone", "mask in the model alone", "mask in the guide alone")
 ONE_PIECE = ("flow guide", "exact posterior, local")  # densities that do not factorize have no total correlation
 PENALIZED_PAIRS = [
     pytest.param(program, kind, id=f"{program.name}, {kind.__name__}")

@@ -57,7 +57,8 @@ def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -
 
     Variables: ``elbo``, ``distortion``, ``rate`` (epoch, split) and ``kl`` (epoch, split, latent) in nats per datum;
     ``loss`` (epoch, split) in ``loss_units``; ``beta`` (epoch, latent), the weight at the end of the epoch; with
-    penalties, ``penalty`` (epoch, split, penalty_name), unweighted. Missing values of a split are NaN.
+    penalties, ``penalty`` (epoch, split, penalty_name), unweighted, and ``penalty_weight`` (epoch, penalty_name), λ at
+    the end of the epoch. Missing values of a split are NaN.
     """
     import numpy as np
     import xarray
@@ -82,11 +83,13 @@ def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -
     coords: dict[str, Any] = {"epoch": epochs, "split": list(SPLITS), "latent": latents}
     names = list(dict.fromkeys(n for r in records for n in r["values"] if n.startswith("penalty/")))
     if names:
-        penalty = np.full((*shape, len(names)), np.nan)
+        penalty, weight = np.full((*shape, len(names)), np.nan), np.full((len(epochs), len(names)), np.nan)
         for r in records:
             i, j = epochs.index(r["epoch"]), SPLITS.index(r["split"])
             penalty[i, j] = [r["values"].get(name, np.nan) for name in names]
+            weight[i] = [r["penalty_weight"].get(name.removeprefix("penalty/"), np.nan) for name in names]
         variables["penalty"] = (("epoch", "split", "penalty_name"), penalty, units)
+        variables["penalty_weight"] = (("epoch", "penalty_name"), weight)
         coords["penalty_name"] = [name.removeprefix("penalty/") for name in names]
     return xarray.Dataset(variables, coords=coords)
 

@@ -234,10 +234,10 @@ class LightningPrograms(lightning.LightningModule):
         values = mean.reduce()
         elbo = self.module.elbo
         beta = elbo.beta_at(elbo.step, (name[3:] for name in values if name.startswith("kl/")))
+        weights = {p.name: float(p.weight(elbo.step) if callable(p.weight) else p.weight) for p in elbo.penalties}
         settled = elbo.step >= elbo.settled
-        self.records.append(
-            {"epoch": self.current_epoch, "split": split, "values": values, "beta": beta, "settled": settled}
-        )
+        record = {"epoch": self.current_epoch, "split": split, "values": values, "beta": beta, "settled": settled}
+        self.records.append(record | {"penalty_weight": weights})
         self.log(f"{split}_elbo", values["elbo"], prog_bar=split == "valid", batch_size=1)
 
 

@@ -13,3 +13,8 @@ def group_names(data: Any) -> set[str]:
 def elpd(result: Any) -> float:
     """Return the expected log predictive density of ``az.loo``."""
     return float(result["elpd_loo"] if "elpd_loo" in getattr(result, "index", ()) else result.elpd)
+
+
+def group_dataset(data: Any, group: str) -> xarray.Dataset:
+    """Return a group as a Dataset."""
+    return data[group].to_dataset() if isinstance(data, xarray.DataTree) else data[group]

@@ -5,7 +5,7 @@ import math
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 
 def masked(x: Tensor, mask: Tensor | bool | None) -> Tensor:
@@ -25,6 +25,13 @@ def log_mean_exp(x: Tensor, dim: int) -> Tensor:
 def expand_to_event(mask: Tensor, event_dim: int) -> Tensor:
     """Return a mask over batches that broadcasts over the elements of an event."""
     return mask.reshape(mask.shape + (1,) * event_dim)
+
+
+def mask_in_event(fn: Distribution) -> Tensor | bool | None:
+    """Return the mask of ``fn.mask(...).to_event(n)``, over the elements of the event; None without one."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return unmask(fn, None)[1]
 
 
 def unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool | None]:

@@ -480,3 +480,69 @@ def test_two_penalties_on_functions_are_told_apart_by_name():
         alone = pe.TraceBeta_ELBO(penalties=[penalty]).terms(local_model, local_guide, X)
         torch.testing.assert_close(alone.penalties[penalty.name].nats, terms.penalties[penalty.name].nats)
         torch.testing.assert_close(alone.elbo - alone.objective, weight * 4 * alone.penalties[penalty.name].nats)
+
+
+# --- the reason that is given ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_observations_of_a_dtype_that_the_distribution_does_not_take(dtype):
+    class Subtracting(dist.Normal):
+        def log_prob(self, value):
+            if not value.is_floating_point():
+                raise RuntimeError("result type Float can't be cast to the desired output type")
+            return super().log_prob(value)
+
+    def subtracting(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", Subtracting(torch.zeros(4), 1.0), obs=x)
+
+    x = torch.tensor([1, 0, 1, 1], dtype=dtype)
+    with refuses(SiteError, "'x'", dtype, "floating-point", ".float()"):
+        pe.TraceBeta_ELBO().terms(subtracting, lambda x: None, x)
+
+
+def test_nan_in_padding_is_not_blamed_for_a_negative_scale():
+    def other(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=~x.isnan()):
+            pyro.sample("x", dist.Normal(0.0, torch.tensor(-1.0)), obs=x)
+
+    x = torch.tensor([0.3, math.nan])
+    with pytest.raises(ValueError, match="Expected parameter scale") as caught:
+        pe.TraceBeta_ELBO().terms(other, lambda x: None, x)
+    assert not isinstance(caught.value, NonFiniteError)
+
+
+def test_a_batch_of_one_row_under_batch_norm():
+    norm = torch.nn.BatchNorm1d(2)
+
+    def other(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(norm(x), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(PyroElboError, match="batch norm"):
+        pe.TraceBeta_ELBO().terms(other, lambda x: None, torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("folder", ["pyro", "torch"])
+def test_a_line_of_the_user_in_a_folder_named_like_a_library(folder, tmp_path):
+    from pyro_elbo.programs import failed_line
+
+    path = tmp_path / folder / "mine.py"
+    path.parent.mkdir()
+    path.write_text("import torch\n\ndef f():\n    return torch.zeros(2) + torch.zeros(3)\n")
+    names: dict = {}
+    exec(compile(path.read_text(), str(path), "exec"), names)
+    with pytest.raises(RuntimeError) as caught:
+        names["f"]()
+    assert failed_line(caught.value) == "Line 'return torch.zeros(2) + torch.zeros(3)'"
+
+
+def test_code_without_a_file_is_named_by_its_function():
+    from pyro_elbo.programs import failed_line
+
+    names: dict = {}
+    exec("import torch\ndef f():\n    return torch.zeros(2) + torch.zeros(3)\n", names)
+    with pytest.raises(RuntimeError) as caught:
+        names["f"]()
+    assert failed_line(caught.value).startswith("Function 'f'")

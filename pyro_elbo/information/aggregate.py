@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import CompileError, SiteError
-from pyro_elbo.programs import Plate, Site
+from pyro_elbo.programs import Plate, Site, is_point
 from pyro_elbo.sequences import StackedDistribution
-from pyro_elbo.terms import is_point, univariate
+from pyro_elbo.terms import univariate
 
 BLOCK = 2**20  # pairs in memory at once: about 64 MB with the tensors saved for the gradient
 MAX_UNROLLED = 32  # blocks in one captured graph

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, check_count, describe
+from pyro_elbo.errors import ArgumentError, SiteError, check_count, describe
 from pyro_elbo.information import Critic, Penalty, critic_gradients
 from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.step_count import advance_after_backward
@@ -24,6 +25,7 @@ from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
 from pyro_elbo.programs import (
     Program,
     SameRows,
+    TracePair,
     check_gradients,
     check_initialized,
     collect_parameters,
@@ -33,6 +35,9 @@ from pyro_elbo.programs import (
 )
 from pyro_elbo.schedules import Schedule
 from pyro_elbo.terms import KLForm, Term, Terms, evaluate_terms, stack_particles
+
+_nesting_found: "WeakKeyDictionary[TraceBeta_ELBO, tuple[Program, Program, int]]" = WeakKeyDictionary()
+"""The batch dimensions that a trial run found, with its programs: of the last programs of each objective."""
 
 
 class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
@@ -227,17 +232,32 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Term], int | None]:
         if self.vectorize_particles and self.num_particles > 1:
-            nesting = self._nesting(model, guide, args, kwargs)
-            pair = trace_pair(model, guide, args, kwargs, self.num_particles, nesting)
+            pair = self._vectorized(model, guide, args, kwargs)
             return evaluate_terms(pair, self.kl), pair.particle_dim
         with SameRows():
             runs = [trace_pair(model, guide, args, kwargs) for _ in range(self.num_particles)]
         return stack_particles([evaluate_terms(run, self.kl) for run in runs])
 
+    def _vectorized(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> TracePair:
+        for _ in range(2):
+            nesting = self._nesting(model, guide, args, kwargs)
+            pair = trace_pair(model, guide, args, kwargs, self.num_particles, nesting)
+            if pair.nesting <= nesting:
+                return pair
+            _nesting_found.pop(self, None)  # the programs have more plates than with earlier arguments
+        raise SiteError(
+            f"The plates use {pair.nesting} batch dimensions, expected at most max_plate_nesting={nesting}, left of "
+            f"which the particles lie. Give max_plate_nesting={pair.nesting}, or leave it out."
+        )
+
     def _nesting(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> int:
-        if math.isinf(self.max_plate_nesting):
-            self.max_plate_nesting = find_plate_nesting(model, guide, args, kwargs)
-        return int(self.max_plate_nesting)
+        if not math.isinf(self.max_plate_nesting):
+            return int(self.max_plate_nesting)
+        known = _nesting_found.get(self)
+        if known is None or known[0] != model or known[1] != guide:
+            known = model, guide, find_plate_nesting(model, guide, args, kwargs)
+            _nesting_found[self] = known
+        return known[2]
 
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> None:
         raise NotImplementedError("The terms of the bound replace Pyro's pair of traces: call .terms(...).")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import log_mean_exp, masked
-from pyro_elbo.terms import Term
+from pyro_elbo.terms import Term, scaled_sum
 
 
 def importance_weighted(
@@ -37,6 +37,8 @@ def importance_weighted(
         SiteError: the data are subsampled, and a latent lies outside of their plate; or a site without pathwise
             gradient has a weight other than one.
     """
+    fixed = [t for t in sites.values() if t.kind == "constant"]  # in no row, and the same for all particles
+    sites = {n: t for n, t in sites.items() if t.kind != "constant"}
     keep = _shared_dims(sites, particle_dim)
     if particle_dim is not None:
         weighted = {n: _with_score(sites[n], x) for n, x in weighted.items()}
@@ -48,7 +50,8 @@ def importance_weighted(
         score = sum(scores) * _signal(log_w, bound, particle_dim).detach()
         score = score if particle_dim is None else score.sum(particle_dim, keepdim=True)
         bound = bound + score - score.detach()
-    return (bound * shared_scale(sites)).sum() - constant
+    total = (bound * shared_scale(sites)).sum() - constant
+    return sum((scaled_sum(t, t.nats, particle_dim) for t in fixed), start=total)
 
 
 def _with_score(term: Term, charge: Tensor) -> Tensor:

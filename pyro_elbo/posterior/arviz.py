@@ -379,6 +379,7 @@ def _data_groups(drawn: Draws, model: Program, args: tuple, kwargs: Mapping[str,
             dims, values = variable(name, x, tuple(rows) if len({p.name for p in rows}) == 1 else ())
             # an argument named like a site need not have its shape
             constants[name] = tuple(d.replace(f"{name}_dim_", f"{name}_data_dim_") for d in dims), values
+    constants |= {n: variable(n, x, drawn.plates[n]) for n, x in drawn.constants.items()}
     observed = {n: variable(n, x, drawn.plates[n]) for n, x in drawn.observed.items()}
     return {"observed_data": xarray.Dataset(observed), "constant_data": xarray.Dataset(constants)}
 

@@ -6,7 +6,7 @@ dimension of the draws first, then the site's plates, then its event, as in one 
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from pyro_elbo.programs import (
     check_initialized,
     evaluating,
     find_plate_nesting,
+    is_point,
     read_data,
     seeded,
     sort_by_dim,
@@ -41,7 +42,6 @@ from pyro_elbo.programs import (
     trace_program,
 )
 from pyro_elbo.sequences import StackedDistribution
-from pyro_elbo.terms import is_point
 
 Arrays = dict[str, Tensor]
 
@@ -66,6 +66,7 @@ class Draws:
         log_p, log_q: joint densities of data and latents, and of the guide, scaled to the full data, in float64.
         local_log_p, local_log_q: the same per row of the data plate where every latent belongs to one row.
         observed: the observed values, NaN where they are missing.
+        constants: what ``poutine.condition`` gave to sites that are no data.
         counted: which entries of a masked observed site count, shaped like its plates.
         plates: the plates of each site, in the order of its dimensions.
         times: the name of the dimension of time of each site that has one; it comes first in the event.
@@ -89,6 +90,7 @@ class Draws:
     local_log_p: Tensor | None
     local_log_q: Tensor | None
     observed: Arrays
+    constants: Arrays
     counted: Arrays
     plates: dict[str, tuple[Plate, ...]]
     times: dict[str, str]
@@ -203,7 +205,7 @@ def predict(
     """
     skipped: dict[str, str] = {}
     while True:
-        resampled = ResampleObserved(keep=skipped)
+        resampled = ResampleObserved(draws.observed.keys() - skipped.keys())
         try:
             arrays, plates = _predict(resampled(model), args, kwargs, draws, seed, prior, chunk_size)
         except Exception as error:
@@ -242,7 +244,8 @@ def _predict(
     parts = []
     with torch.no_grad(), seeded(seed), evaluating(program):
         shapes = trace_program(program, args, kwargs, given(0, 1))
-        shapes = {name: site for name, site in shapes.items() if site.role != "factor"}
+        known = draws.latents.keys() | draws.deterministics.keys() | draws.observed.keys()
+        shapes = {name: site for name, site in shapes.items() if name in known}
         for start in range(0, len(draws.log_p), step):
             count = min(step, len(draws.log_p) - start)
             sites = trace_program(program, args, kwargs, given(start, count), count, draws.nesting)
@@ -303,8 +306,12 @@ def _same_alone(
 
 
 def _is_close(site: Site, alone: Site, index: int, count: int, nesting: int) -> bool:
-    ours = _per_plate(site.log_prob(), site.plates, count, nesting)[index]
-    both = [(ours, _per_plate(alone.log_prob(), site.plates, 1, nesting)[0])]
+    both = []
+    if site.has_density:
+        ours = _per_plate(site.log_prob(), site.plates, count, nesting)[index]
+        if alone.mask is None:  # the pair's masks may come from the other program (obs_mask)
+            alone = replace(alone, mask=site.mask)
+        both.append((ours, _per_plate(alone.log_prob(), site.plates, 1, nesting)[0]))
     if site.role == "deterministic":
         both.append((_lead(site.value, alone.value.shape, count, alone)[index], alone.value))
     return all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in both)
@@ -332,8 +339,8 @@ def _collect(pair: TracePair, frame: _Frame, count: int) -> dict[str, Any]:
                 groups["unconstrained"][name] = _lead_unconstrained(free, count, like)
         elif site.role == "deterministic":
             groups["deterministics"][name] = value(site, like)
-        if site.role != "deterministic":
-            group = "log_prior" if site.role == "latent" else "log_likelihood"
+        if site.has_density:
+            group = "log_prior" if site.role in ("latent", "deterministic") else "log_likelihood"
             densities[group][name] = _per_plate(site.log_prob(), site.plates, count, nesting)
     return groups | densities | weighting.sums(pair, count, nesting)
 
@@ -356,6 +363,7 @@ def _concatenate(runs: list[dict[str, Any]], frame: _Frame, vectorized: bool, da
         **fields,
         discrete=frozenset(n for n in groups["latents"] if is_discrete(shapes.model[n])),
         observed={n: _drop_gaps(data.observed.get(n, s.value), s) for n, s in observed.items()},
+        constants={n: _drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "constant"},
         counted={n: _counted(s, nesting) for n, s in observed.items() if s.mask is not None and s.mask is not True},
         plates={n: sort_by_dim(s.plates) for n, s in shapes.model.items()},
         times={n: s.fn.run.time for n, s in shapes.model.items() if isinstance(s.fn, StackedDistribution)},

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_elbo.errors import GuideError, PyroElboError, WeightsError
-from pyro_elbo.programs import Plate, Site, TracePair
-from pyro_elbo.terms import is_point, shared_plate
+from pyro_elbo.programs import Plate, Site, TracePair, fixed_sites, is_point, shared_plate
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,11 @@ class Weighting:
                 result = result + (x.sum(dims) if dims else x)
             return result
 
-        row = self.plate if self.local else None
+        row, fixed = self.plate if self.local else None, fixed_sites(pair.model.values())
         return {
             "log_p": total(p, None),
             "log_q": total(q, None),
-            "local_log_p": total(p, row) if row else None,
+            "local_log_p": total([s for s in p if s.name not in fixed], row) if row else None,
             "local_log_q": total(q, row) if row else None,
         }
 
@@ -67,10 +66,11 @@ def align(x: Tensor, count: int, nesting: int) -> Tensor:
 
 def find_weighting(pair: TracePair) -> Weighting:
     """Return the sites that weights sum up, and the obstacles that one run of the programs shows."""
-    p = [s for s in pair.model.values() if s.role in ("latent", "observed", "factor")]
+    p = [s for s in pair.model.values() if s.has_density]
     q = [s for s in pair.guide.values() if s.role in ("latent", "auxiliary")]
     plate = shared_plate(s.plates for s in p if s.role == "observed")
-    local = plate is not None and all(plate in s.plates for s in p + q)
+    fixed = fixed_sites(pair.model.values())
+    local = plate is not None and all(plate in s.plates for s in p + q if s.name not in fixed)
     scales = {s.name: _scale_beside_plates(s) for s in p + q}
     bounds = [x for pair in scales.values() for x in pair]
     uniform = not bounds or math.isclose(min(bounds), max(bounds), rel_tol=1e-5)

@@ -14,7 +14,7 @@ from pyro_elbo.programs.modes import evaluating, module_evaluating
 from pyro_elbo.programs.modules import collect_modules
 from pyro_elbo.programs.parameters import Parameters, check_gradients, check_initialized, collect_parameters
 from pyro_elbo.programs.rng import mix_seed, seeded
-from pyro_elbo.programs.sites import Plate, Site, sort_by_dim
+from pyro_elbo.programs.sites import Plate, Site, fixed_sites, is_point, shared_plate, sort_by_dim
 from pyro_elbo.programs.tracing import (
     Program,
     ResampleObserved,
@@ -41,6 +41,9 @@ __all__ = [
     "SameRows",
     "RunData",
     "read_data",
+    "fixed_sites",
+    "is_point",
+    "shared_plate",
     "sort_by_dim",
     "collect_modules",
     "collect_parameters",

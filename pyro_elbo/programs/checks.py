@@ -2,18 +2,28 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from pyro import poutine
-from torch import nn
+from pyro.distributions import Unit
+from torch import Tensor, nn
 
-from pyro_elbo.errors import ArgumentError, SiteError
-from pyro_elbo.programs.sites import Plate, Site
+from pyro_elbo.assumptions import check_or_defer
+from pyro_elbo.errors import ArgumentError, GuideError, SiteError
+from pyro_elbo.programs.sites import Plate, Site, is_point, source_of
 
 
-def check_batch_shape(site: Site, sizes: Mapping[int, int]) -> None:
-    """Raise SiteError for a batch dimension outside all plates, whose entries nobody declared independent."""
+def check_batch_shape(site: Site, sizes: Mapping[int, int], undeclared: Sequence[int]) -> None:
+    """Raise SiteError for a batch dimension outside all plates, whose entries nobody declared independent.
+
+    Args:
+        site: the site, with its plates.
+        sizes: the rows of each batch dimension.
+        undeclared: the dimensions among them that no plate declares, but that lie between plates.
+    """
     for plate in site.plates:
         if plate.size == 0:
             raise SiteError(
@@ -28,15 +38,78 @@ def check_batch_shape(site: Site, sizes: Mapping[int, int]) -> None:
                 f"{[p.name for p in site.plates]}, got {tuple(shape)}. Put the extra dimensions into a pyro.plate, or "
                 "declare them part of one event with .to_event(n)."
             )
+    if site.role == "observed" and any(len(value_batch) < -d or value_batch[d] < sizes[d] for d in undeclared):
+        raise SiteError(
+            f"Site '{site.name}': one value of batch shape {tuple(value_batch)} would count several times under "
+            f"distributions of batch shape {tuple(site.fn.batch_shape)}. Give both the same shape, or put the extra "
+            "dimensions into a pyro.plate."
+        )
 
 
-def check_pair(model: Mapping[str, Site], guide: Mapping[str, Site]) -> None:
-    """Raise SiteError unless the guide samples every latent of the model, in the same plates and shapes."""
+def check_wide(site: Site, sizes: Mapping[int, int]) -> None:
+    """Raise SiteError for a mask or scale with dimensions that the site lacks: it would count several times."""
+    for kind, x in (("mask", site.mask), ("scale", site.scale)):
+        if isinstance(x, Tensor) and any(n not in (1, sizes.get(d - x.dim(), 1)) for d, n in enumerate(x.shape)):
+            expected = tuple(sizes.get(d, 1) for d in range(min(sizes, default=0), 0))
+            raise SiteError(
+                f"Site '{site.name}': expected a {kind} that broadcasts to its batch shape {expected}, got shape "
+                f"{tuple(x.shape)}, which would count the site several times. Put the handler only around the sites "
+                "that lie in the plate."
+            )
+
+
+def check_guide_site(site: Site, observed: bool, infer: Mapping[str, Any], in_model: bool) -> None:
+    """Raise SiteError for a site that a guide must not have, or for a request that no objective here fulfills."""
+    if observed and site.role != "deterministic" and not isinstance(site.fn, Unit):
+        raise SiteError(
+            f"Site '{site.name}' is observed in the guide, where its log density would count as a negative KL. Remove "
+            "it from the guide, or give model and guide in this order if they are swapped."
+        )
+    if infer.get("enumerate"):
+        raise SiteError(
+            f"Site '{site.name}' of the guide is marked for enumeration ({infer['enumerate']!r}), but objectives here "
+            "draw every site. Remove config_enumerate or infer={'enumerate': ...} to draw it, with the score-function "
+            "gradient, or use pyro.infer.TraceEnum_ELBO."
+        )
+    if infer.get("baseline"):
+        raise SiteError(
+            f"Site '{site.name}' has a baseline in infer={{'baseline': ...}}, which objectives here do not use. Remove "
+            "it, or use pyro.infer.TraceGraph_ELBO."
+        )
+    if not observed and not in_model and site.role != "deterministic" and not infer.get("is_auxiliary"):
+        raise SiteError(
+            f"Site '{site.name}' is in the guide but not in the model. Sample it in the model too, or, if it is an "
+            "auxiliary variable of the guide, mark it with infer={'is_auxiliary': True}."
+        )
+
+
+def check_rows(plate: str, model: Tensor, guide: Tensor) -> None:
+    """Raise SiteError where model and guide take different rows of a plate: one would see the other's data."""
+    if model is not guide and not (model.shape == guide.shape and check_or_defer((model == guide).all())):
+        raise SiteError(
+            f"Plate '{plate}': the model takes the rows given by subsample=, the guide takes others. Give the guide's "
+            "plate the same subsample; for an AutoGuide, pass create_plates=lambda *args: pyro.plate(...) with it."
+        )
+
+
+def check_pair(model: Mapping[str, Site], guide: Mapping[str, Site], enumerated: Collection[str] = ()) -> None:
+    """Raise SiteError unless the guide samples every latent of the model, in the same plates and shapes.
+
+    Args:
+        model, guide: the sites by name.
+        enumerated: sites of the model that are marked for enumeration.
+    """
     plates = {p.name: p for site in guide.values() for p in site.plates}
     for name, site in model.items():
         for plate in site.plates:
             _check_plate(site, plate, plates.get(plate.name, plate))
         if site.role == "latent":
+            if name not in guide and name in enumerated:
+                raise SiteError(
+                    f"Latent site '{name}' of the model is marked for enumeration and has no site in the guide, but "
+                    "objectives here draw every site. Add it to the guide, sum it out in the likelihood (such as "
+                    "MixtureSameFamily), or use pyro.infer.TraceEnum_ELBO."
+                )
             if name not in guide:
                 raise SiteError(
                     f"Latent site '{name}' of the model has no site in the guide, which samples {list(guide)}. Add "
@@ -64,13 +137,50 @@ def _check_plate(site: Site, model: Plate, guide: Plate) -> None:
 
 
 def _check_shapes(model: Site, guide: Site) -> None:
+    """Refuse events that differ, and a draw of the guide that the model would count several times."""
     expected, got = model.fn.event_shape, guide.fn.event_shape
-    if expected != got or math.prod(model.fn.batch_shape) != math.prod(guide.fn.batch_shape):
+    p, q = model.fn.batch_shape, guide.fn.batch_shape
+    if expected != got or (p != q and not _broadcasts_to(p, q)):
         raise SiteError(
-            f"Site '{model.name}': the model expects batch shape {tuple(model.fn.batch_shape)} and event shape "
-            f"{tuple(expected)}, the guide gives {tuple(guide.fn.batch_shape)} and {tuple(got)}. Use the same plates "
-            "and the same .to_event(n) in both."
+            f"Site '{model.name}': the model expects batch shape {tuple(p)} and event shape {tuple(expected)}, the "
+            f"guide gives {tuple(q)} and {tuple(got)}. Use the same plates and the same .to_event(n) in both."
         )
+
+
+def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
+    try:
+        return math.prod(torch.broadcast_shapes(shape, target)) == math.prod(target)
+    except RuntimeError:
+        return False
+
+
+def mask_unobserved(model: Mapping[str, Site], guide: Mapping[str, Site]) -> dict[str, Site]:
+    """Return the guide's sites with the masks of ``obs_mask`` on those that impute what was not observed.
+
+    Pyro masks ``<name>_unobserved`` in the model alone: the entropy of imputations that nothing uses would count, and
+    grow without end. A site that the guide masks itself stays.
+
+    Raises:
+        GuideError: the guide draws the imputations together with other sites.
+    """
+    masked = dict(guide)
+    sources = [source_of(s, guide) for s in guide.values() if s.role == "latent"]
+    joint = any(s.role == "auxiliary" and not any(s is x for x in sources) for s in guide.values())
+    for name in model:
+        site = guide.get(f"{name}_unobserved")
+        if site is None or not (site.mask is None or site.mask is True) or f"{name}_observed" not in model:
+            continue
+        source = source_of(site, guide)
+        if source is None and is_point(site.fn) and joint:
+            raise GuideError(
+                f"Site '{site.name}': the guide draws what obs_mask leaves out jointly with other sites, so that the "
+                "entropy of imputations that nothing uses would count. Use AutoNormal, alone or in an AutoGuideList, "
+                f"or sample '{site.name}' under pyro.poutine.mask(mask=~obs_mask) in a guide of your own."
+            )
+        for part in (site, source):
+            if part is not None:
+                masked[part.name] = replace(part, mask=model[site.name].mask)
+    return masked
 
 
 _OPTIONS = {

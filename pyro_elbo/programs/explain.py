@@ -1,11 +1,16 @@
 """Translate failures of Pyro and torch into the library's errors, with the site or line and the cure."""
 
+import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from traceback import extract_tb
+from pathlib import Path
+from traceback import FrameSummary, extract_tb
+from types import FrameType
 from typing import Any
 
+import jaxtyping
 import pyro
 import torch
 from torch import Tensor
@@ -16,14 +21,19 @@ from pyro_elbo.errors import DataError, NonFiniteError, PyroElboError, SiteError
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name of the plate of vectorized particles."""
 
+_ROOTS = [Path(str(module.__file__)).parent for module in (torch, pyro, jaxtyping)] + [Path(__file__).parents[1]]
+_LIBRARIES = tuple(f"{root.resolve()}{os.sep}" for root in _ROOTS) + (os.path.realpath(contextlib.__file__),)
+_BAD_VALUES = re.compile(r"\b(nan|inf)\b|positive-definite|positive definite|contains? non-finite|>= 0\.0", re.I)
+
 
 @contextmanager
 def explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Raise the library's error where the program inside the block fails on NaN in its data or on plates.
 
     Raises:
-        NonFiniteError: the arguments hold NaN, or a parameter has diverged.
+        NonFiniteError: the arguments hold NaN that reached a distribution, or a parameter has diverged.
         SiteError: a plate is empty or does not fit.
+        DataError: a batch of one row meets batch norm.
     """
     try:
         yield
@@ -32,22 +42,16 @@ def explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
         if is_capturing():
             raise
-        reason = str(error).splitlines()[0]
-        shapes_differ = re.search("(dimension|size)", reason) and "invalid values" not in str(error)
-        arguments = {} if shapes_differ else {**dict(enumerate(args)), **kwargs}  # NaN may be padding
-        for name, x in arguments.items():
-            if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
-                raise NonFiniteError(
-                    f"Argument {name} of the program: {count_nonfinite(x)}, and the program failed on it: {reason} "
-                    "Remove them, or fill them in before they reach an encoder and mask the observed site."
-                ) from error
-        raise _explained(error, reason) from error
+        raise _explained(error, str(error).splitlines()[0], {**dict(enumerate(args)), **kwargs}) from error
 
 
-def _explained(error: Exception, reason: str) -> Exception:
+def _explained(error: Exception, reason: str, arguments: Mapping[Any, Any]) -> Exception:
     """Return the library's error for one of Pyro or torch, or that error itself."""
     if isinstance(error, ZeroDivisionError):
-        return SiteError(f"Plate {_failed_plate(error)} is empty, expected at least one row. Skip empty batches.")
+        plate = _failed_plate(error)
+        if plate is None:
+            return error
+        return SiteError(f"Plate '{plate}' is empty, expected at least one row. Skip empty batches.")
     if "more than 1 value per channel" in reason:
         return DataError(
             f"{failed_line(error)}: batch norm in training mode needs at least two rows, and the batch has one row. "
@@ -59,33 +63,80 @@ def _explained(error: Exception, reason: str) -> Exception:
             "batch dimensions that the plates use, or leave it out."
         )
     if "plate" in reason.lower() or "subsample" in reason.lower():
+        plate = _failed_plate(error)
+        which = "of the program" if plate is None else f"'{plate}'"
         return SiteError(
-            f"The program's plates do not fit (plate {_failed_plate(error)}): {reason} Give every plate the size of "
+            f"The program's plates do not fit (plate {which}): {reason} Give every plate the size of "
             "its dimension, and the same size in model and guide."
         )
-    if reason.startswith("Expected parameter") and "nan" in str(error):
-        return NonFiniteError(
-            f"{failed_line(error)}: a distribution got NaN although the data are finite: {reason} A parameter has "
-            "diverged, or the program computes 0/0: look at that line, lower the learning rate, or clip the gradient."
-        )
-    return error
+    return _not_finite(error, reason, arguments) or error
+
+
+def _not_finite(error: Exception, reason: str, arguments: Mapping[Any, Any]) -> NonFiniteError | None:
+    """Return the error for NaN that made a program fail; None where the failure has another reason."""
+    refused = _refused_value(error)
+    spoilt = not bool(torch.isfinite(refused).all()) if refused is not None else bool(_BAD_VALUES.search(str(error)))
+    if not spoilt:
+        return None
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
+            return NonFiniteError(
+                f"{failed_line(error)}: {reason} Argument {name} of the program holds such values: "
+                f"{count_nonfinite(x)}. Remove them, or fill them in before they reach an encoder and mask the "
+                "observed site."
+            )
+    if not reason.startswith("Expected parameter"):
+        return None
+    return NonFiniteError(
+        f"{failed_line(error)}: a distribution got NaN although the data are finite: {reason} A parameter has "
+        "diverged, or the program computes 0/0: look at that line, lower the learning rate, or clip the gradient."
+    )
 
 
 def failed_line(error: Exception) -> str:
-    """Return the site, or else the line, of the program that raised ``error``."""
-    libraries = ("pyro/", "torch/", "pyro_elbo/", "contextlib.py", "jaxtyping/", "beartype")
-    frames = [f for f in extract_tb(error.__traceback__) if not any(name in f.filename for name in libraries)]
-    line = frames[-1].line or "" if frames else ""
-    named = re.search(r"(?:sample|factor)\(\s*f?['\"]([^'\"]+)", line)
-    return f"Site '{named.group(1)}'" if named else f"Line {line!r}"
+    """Return the site, or else the line, of the program that raised ``error``.
+
+    Example:
+        >>> try:
+        ...     torch.zeros(2) + torch.zeros(3)
+        ... except RuntimeError as error:
+        ...     failed_line(error)
+        "Line 'torch.zeros(2) + torch.zeros(3)'"
+    """
+    frames = [frame for frame in extract_tb(error.__traceback__) if not _is_library(frame)]
+    if not frames:
+        return f"{type(error).__name__} inside pyro or torch"
+    frame = frames[-1]
+    if not frame.line:
+        return f"Function '{frame.name}' ({frame.filename}, line {frame.lineno})"
+    named = re.search(r"(?:sample|factor)\(\s*f?['\"]([^'\"]+)", frame.line)
+    return f"Site '{named.group(1)}'" if named else f"Line {frame.line!r}"
 
 
-def _failed_plate(error: Exception) -> str:
-    """Return the name of the plate whose construction raised ``error``, which Pyro's messages leave out."""
-    traceback, name = error.__traceback__, "of the program"
+def _is_library(frame: FrameSummary) -> bool:
+    """Return whether a frame belongs to torch, Pyro or this library, by where they are installed."""
+    return frame.filename.startswith("<@beartype") or os.path.realpath(frame.filename).startswith(_LIBRARIES)
+
+
+def _frames(error: Exception) -> Iterator[FrameType]:
+    traceback = error.__traceback__
     while traceback is not None:
-        values = traceback.tb_frame.f_locals
-        if isinstance(values.get("self"), pyro.plate) and isinstance(values.get("name"), str):
-            name = f"'{values['name']}'"
+        yield traceback.tb_frame
         traceback = traceback.tb_next
-    return name
+
+
+def _failed_plate(error: Exception) -> str | None:
+    """Return the name of the plate whose construction raised ``error``, which Pyro's messages leave out."""
+    found = [f.f_locals for f in _frames(error) if isinstance(f.f_locals.get("self"), pyro.plate)]
+    names = [values["name"] for values in found if isinstance(values.get("name"), str)]
+    return names[-1] if names else None
+
+
+def _refused_value(error: Exception) -> Tensor | None:
+    """Return the tensor that the validation of a distribution refused, if that is how a program failed."""
+    while isinstance(error.__cause__, Exception):  # Pyro's trace raises the error again, with its shapes
+        error = error.__cause__
+    *_, last = _frames(error)
+    value = last.f_locals.get("value")
+    from_validation = last.f_code.co_name in ("__init__", "_validate_sample") and "torch" in last.f_code.co_filename
+    return value if from_validation and isinstance(value, Tensor) else None

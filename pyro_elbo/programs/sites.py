@@ -3,21 +3,24 @@
 :class:`Site` holds one statement of one run; everything above this room sees only such values.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from pyro_elbo.assumptions import defer_check, is_capturing
 from pyro_elbo.errors import NonFiniteError, SiteError, count_nonfinite
 from pyro_elbo.masking import masked
 from pyro_elbo.sequences import StackedDistribution, fill_masked
 
-SiteRole = Literal["latent", "observed", "factor", "auxiliary", "deterministic"]
+SiteRole = Literal["latent", "observed", "factor", "auxiliary", "deterministic", "constant"]
 
 
 class Plate(NamedTuple):
@@ -41,9 +44,11 @@ class Site:
 
     Attributes:
         role: ``latent`` (of the model, or the guide's site of that name), ``observed``, ``factor``
-            (``pyro.factor``), ``auxiliary`` (only in the guide) or ``deterministic``.
+            (``pyro.factor``), ``auxiliary`` (only in the guide), ``deterministic`` (``pyro.deterministic``, or what
+            ``poutine.reparam`` computes from the latents in its place) or ``constant`` (conditioned on, but no datum).
         fn: the distribution without its mask.
-        plates: the vectorized plates around the site, outermost first, without the plate of the particles.
+        plates: the vectorized plates around the site, outermost first, without the plate of the particles; then one
+            per batch dimension that no plate declares.
         scale: the factor on the log density (subsampling, ``poutine.scale``).
         mask: the entries that count; None if all do.
     """
@@ -55,6 +60,12 @@ class Site:
     plates: tuple[Plate, ...]
     scale: float | Tensor
     mask: Tensor | bool | None
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the site has a share in the joint density."""
+        steps_count = self.fn.counted is not False if isinstance(self.fn, StackedDistribution) else True
+        return self.role != "deterministic" or (self.mask is not False and steps_count)
 
     @property
     def event_dim(self) -> int:
@@ -109,6 +120,11 @@ class Site:
                 f"Site '{self.name}': the value lies outside the support of {kind}: {reason} Choose a distribution "
                 "whose support holds the data, or transform them."
             )
+        if not self.value.is_floating_point() and expected == got:
+            return (
+                f"Site '{self.name}': expected values of a floating-point dtype for {kind}, got {self.value.dtype}: "
+                f"{reason} Convert the data with .float(), or use a distribution over integers."
+            )
         return (
             f"Site '{self.name}': expected a value of shape {expected} for {kind}, got {got}: {reason} Give the "
             f"value the event shape {tuple(self.fn.event_shape)} (.to_event(n) sets it), and a plate to every other "
@@ -119,3 +135,32 @@ class Site:
 def sort_by_dim(plates: Iterable[Plate]) -> tuple[Plate, ...]:
     """Return plates in the order of a tensor's dimensions, from left to right."""
     return tuple(sorted(plates, key=lambda p: p.dim))
+
+
+def shared_plate(stacks: Iterable[tuple[Plate, ...]]) -> Plate | None:
+    """Return the outermost plate that all stacks of plates hold, leaving out empty ones."""
+    first, *others = [stack for stack in stacks if stack] or [()]
+    return next((p for p in first if all(p in stack for stack in others)), None)
+
+
+def fixed_sites(model: Iterable[Site]) -> set[str]:
+    """Return the constants of a model, in program order, whose density no latent can change: they precede them all."""
+    return {s.name for s in takewhile(lambda s: s.role != "latent", model) if s.role == "constant"}
+
+
+def is_point(fn: Distribution) -> bool:
+    """Return whether a distribution puts all its mass on one value."""
+    while isinstance(fn, Independent | MaskedDistribution | StackedDistribution):
+        fn = fn.steps if isinstance(fn, StackedDistribution) else fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def source_of(latent: Site, guide: Mapping[str, Site]) -> Site | None:
+    """Return the auxiliary site that a guide only transforms into ``latent``, as AutoNormal does.
+
+    Such a pair is one draw: the latent is a point given the auxiliary site, of the same plates and scale.
+    """
+    source = guide.get(f"{latent.name}_unconstrained")
+    if source is None or source.role != "auxiliary" or not is_point(latent.fn) or source.plates != latent.plates:
+        return None
+    return source if source.fn.batch_shape == latent.fn.batch_shape else None

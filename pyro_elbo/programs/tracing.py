@@ -1,19 +1,26 @@
 """Trace the model and the guide and return typed sites."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.programs.checks import check_pair
+from pyro_elbo.programs.checks import check_pair, check_rows, mask_unobserved
 from pyro_elbo.programs.explain import PARTICLE_PLATE, explain_failure
-from pyro_elbo.programs.messages import is_subsample, read_sites
+from pyro_elbo.programs.messages import (
+    GivenRows,
+    Recorder,
+    enumerated_sites,
+    is_subsample,
+    plate_nesting,
+    read_guide,
+    read_model,
+)
 from pyro_elbo.programs.sites import Site
 from pyro_elbo.sequences import Filter, StackedDistribution, filtering
 
@@ -27,11 +34,20 @@ class TracePair:
     Attributes:
         model, guide: sites by name, in program order.
         particle_dim: the batch dimension of vectorized particles, counted from the right; None without them.
+        nesting: the number of batch dimensions that the plates use, without that of the particles.
     """
 
     model: dict[str, Site]
     guide: dict[str, Site]
     particle_dim: int | None
+    nesting: int
+
+
+class Traced(NamedTuple):
+    """The trace of a program, and the sites that ``poutine.condition`` observes in it."""
+
+    trace: poutine.Trace
+    conditioned: Collection[str] = ()
 
 
 def trace_pair(
@@ -50,11 +66,16 @@ def trace_pair(
         SiteError: the sites, shapes or plates of model and guide do not fit.
         NonFiniteError: a program failed and its arguments hold NaN or infinity.
     """
-    model_trace, guide_trace = _trace_both(model, guide, args, kwargs, num_particles, max_plate_nesting)
-    model_sites = {site.name: site for site in read_sites(model_trace, "latent")}
-    guide_sites = {site.name: site for site in read_sites(guide_trace, "auxiliary", model_sites)}
-    check_pair(model_sites, guide_sites)
-    return TracePair(model_sites, guide_sites, -(max_plate_nesting + 1) if num_particles > 1 else None)
+    both = _trace_both(model, guide, args, kwargs, num_particles, max_plate_nesting)
+    return _pair(*both, -(max_plate_nesting + 1) if num_particles > 1 else None)
+
+
+def _pair(model: Traced, guide: Traced, particle_dim: int | None) -> TracePair:
+    model_sites = read_model(model.trace, model.conditioned)
+    guide_sites = read_guide(guide.trace, model_sites)
+    check_pair(model_sites, guide_sites, enumerated_sites(model.trace))
+    guide_sites = mask_unobserved(model_sites, guide_sites)
+    return TracePair(model_sites, guide_sites, particle_dim, max(plate_nesting(t.trace) for t in (model, guide)))
 
 
 def trace_filtered(
@@ -75,21 +96,19 @@ def trace_filtered(
     drawn = poutine.Trace()
 
     def run_guide() -> None:
-        drawn.nodes.update(_trace(guide, args, kwargs).nodes)
+        drawn.nodes.update(_trace(guide, args, kwargs).trace.nodes)
 
     particles = Filter(num_particles, max_plate_nesting + 1, threshold, run_guide)
     with filtering(particles):
-        model_trace = _trace(poutine.replay(model, trace=drawn), args, kwargs)
-    model_sites = {site.name: site for site in read_sites(model_trace, "latent")}
+        traced = _trace(poutine.replay(model, trace=drawn), args, kwargs)
+    model_sites = read_model(traced.trace, traced.conditioned)
     outside = [n for n, s in model_sites.items() if s.role == "latent" and not isinstance(s.fn, StackedDistribution)]
     if outside or particles.log_evidence is None:
         raise SiteError(
             f"The filtering bound resamples whole particles: all latents must be drawn in one pe.scan, but "
             f"{outside} lie outside it. Draw them in its first step, or use bound='importance'."
         )
-    guide_sites = {site.name: site for site in read_sites(drawn, "auxiliary", model_sites)}
-    check_pair(model_sites, guide_sites)
-    return TracePair(model_sites, guide_sites, -(max_plate_nesting + 1)), particles.log_evidence
+    return _pair(traced, Traced(drawn), -(max_plate_nesting + 1)), particles.log_evidence
 
 
 def trace_program(
@@ -104,17 +123,15 @@ def trace_program(
     program = _vectorize_particles(program, num_particles, max_plate_nesting)
     if replay is not None:
         program = poutine.condition(program, data=dict(replay))
-    sites = read_sites(_trace(program, args, kwargs), "latent")
+    traced = _trace(program, args, kwargs)
     given = replay or {}
-    return {s.name: replace(s, role="latent") if s.name in given else s for s in sites}
+    return read_model(traced.trace, traced.conditioned - given.keys(), given)
 
 
 def find_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> int:
     """Run both programs once and return the number of batch dimensions that their plates use."""
     with poutine.block(), torch.no_grad():
-        pair = trace_pair(model, guide, args, kwargs)
-    dims = [p.dim for sites in (pair.model, pair.guide) for s in sites.values() for p in s.plates]
-    return -min(dims, default=0)
+        return trace_pair(model, guide, args, kwargs).nesting
 
 
 class RunData(NamedTuple):
@@ -131,8 +148,8 @@ class RunData(NamedTuple):
 
 def read_data(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> RunData:
     """Run both programs once and return the data that they take."""
-    model_trace, guide_trace = _trace_both(model, guide, args, kwargs)
-    nodes: dict[str, Any] = dict(guide_trace.nodes) | dict(model_trace.nodes)
+    model_run, guide_run = _trace_both(model, guide, args, kwargs)
+    nodes: dict[str, Any] = dict(guide_run.trace.nodes) | dict(model_run.trace.nodes)
     subsamples = {n: x for n, x in nodes.items() if is_subsample(x)}
     rows = {n: torch.as_tensor(x["value"]) for n, x in subsamples.items() if len(x["value"]) < x["fn"].size}
     data = {n: x["value"] for n, x in nodes.items() if x["type"] == "sample" and x["is_observed"]}
@@ -160,23 +177,19 @@ class SameRows(poutine.messenger.Messenger):
 
 
 class ResampleObserved(poutine.messenger.Messenger):
-    """Draw observed sites from their distributions inside the block; keep deterministic values and factors.
-
-    Args:
-        keep: names of observed sites that keep their data.
+    """Draw the named observed sites from their distributions inside the block.
 
     Attributes:
         current: the observed site that is being drawn; None otherwise.
     """
 
-    def __init__(self, keep: Collection[str] = ()) -> None:
+    def __init__(self, names: Collection[str]) -> None:
         super().__init__()
-        self.keep = keep
+        self.names = names
         self.current: str | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
-        given = not msg["infer"].get("_deterministic") and not isinstance(msg["fn"], Unit)
-        if msg["is_observed"] and given and msg["name"] not in self.keep:
+        if msg["is_observed"] and msg["name"] in self.names:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
             self.current = msg["name"]
 
@@ -190,9 +203,11 @@ def _vectorize_particles(program: Program, num_particles: int, max_plate_nesting
     return pyro.plate(PARTICLE_PLATE, num_particles, dim=-(max_plate_nesting + 1))(program)
 
 
-def _trace(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> poutine.Trace:
+def _trace(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
+    recorder = Recorder()
     with explain_failure(args, kwargs):
-        return poutine.trace(program).get_trace(*args, **kwargs)
+        recorder(program)(*args, **kwargs)
+    return Traced(recorder.trace, recorder.conditioned)
 
 
 def _trace_both(
@@ -202,16 +217,26 @@ def _trace_both(
     kwargs: Mapping[str, Any],
     num_particles: int = 1,
     max_plate_nesting: int = 0,
-) -> tuple[poutine.Trace, poutine.Trace]:
-    """Return the traces of the model, replayed against the guide, and of the guide.
+) -> tuple[Traced, Traced]:
+    """Trace the model, replayed against the guide, and the guide.
 
     A guide that is itself a Pyro handler runs both.
+
+    Raises:
+        SiteError: they take different rows of a plate.
     """
     model, program = (_vectorize_particles(p, num_particles, max_plate_nesting) for p in (model, guide))
     unwrapped = poutine.unwrap(guide)
     if isinstance(unwrapped, poutine.messenger.Messenger):
         with explain_failure(args, kwargs):
             program(*args, **kwargs)
-            return unwrapped.get_traces()
-    guide_trace = _trace(program, args, kwargs)
-    return _trace(poutine.replay(model, trace=guide_trace), args, kwargs), guide_trace
+            model_trace, guide_trace = unwrapped.get_traces()
+            return Traced(model_trace), Traced(guide_trace)
+    drawn = _trace(program, args, kwargs)
+    given = GivenRows()
+    replayed = _trace(poutine.replay(given(model), trace=drawn.trace), args, kwargs)
+    nodes: dict[str, Any] = dict(drawn.trace.nodes)
+    for plate, rows in given.rows.items():
+        if plate in nodes:
+            check_rows(plate, rows, nodes[plate]["value"])
+    return replayed, drawn

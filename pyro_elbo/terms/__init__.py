@@ -5,10 +5,10 @@ Takes a ``TracePair``; gives a ``Term`` per site (``evaluate``) and ``Terms``, t
 Imports programs and below.
 """
 
-from pyro_elbo.terms.evaluate import KLForm, evaluate_terms, is_point, univariate
+from pyro_elbo.terms.evaluate import KLForm, evaluate_terms, univariate
 from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
 from pyro_elbo.terms.particles import stack_particles
-from pyro_elbo.terms.term import Term, frames, is_one, num_data, scaled_sum, shared_plate
+from pyro_elbo.terms.term import Term, frames, is_one, num_data, scaled_sum
 from pyro_elbo.terms.terms import Terms
 
 __all__ = [
@@ -21,11 +21,9 @@ __all__ = [
     "evaluate_terms",
     "frames",
     "is_one",
-    "is_point",
     "num_data",
     "join_numbered_sites",
     "scaled_sum",
-    "shared_plate",
     "stack_particles",
     "univariate",
 ]

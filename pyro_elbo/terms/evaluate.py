@@ -11,14 +11,13 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from pyro.distributions import Delta
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor
 from torch.distributions import Binomial, Distribution, Independent, constraints, kl_divergence
 
 from pyro_elbo.assumptions import check_or_defer, is_capturing
-from pyro_elbo.masking import expand_to_event, masked
-from pyro_elbo.programs import Site, TracePair
+from pyro_elbo.masking import expand_to_event, mask_in_event, masked
+from pyro_elbo.programs import Site, TracePair, fixed_sites, is_point
 from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms.term import Term, TermKind, alike
 
@@ -32,7 +31,7 @@ def evaluate_terms(run: TracePair, kl: KLForm) -> dict[str, Term]:
     of the site in the model can be its descendant in the guide. With ``"sampled"`` it never is.
     """
     exact = _analytic_is_exact(run) if kl == "auto" else frozenset()
-    terms = {}
+    terms, fixed = {}, fixed_sites(run.model.values())
     for name, site in run.model.items():
         if site.role == "latent":
             q = run.guide[name]
@@ -41,9 +40,12 @@ def evaluate_terms(run: TracePair, kl: KLForm) -> dict[str, Term]:
             else:
                 term = _latent_term(site, q, name in exact)
             terms[name] = replace(term, draws=(q,))
-        elif site.role != "deterministic":
-            likelihood = _likelihood(site, "factor" if site.role == "factor" else "likelihood")
-            terms[name] = replace(likelihood, draws=(site,))
+        elif site.role == "deterministic":
+            if site.has_density:  # of a latent that poutine.reparam split into parts
+                terms[name] = _negated(replace(_likelihood(site, "auxiliary"), draws=(site,)))
+        else:
+            kind = "likelihood" if site.role == "observed" else "constant" if name in fixed else "factor"
+            terms[name] = replace(_likelihood(site, kind), draws=(site,))
     return _add_auxiliary(terms, (_auxiliary_term(site) for site in run.guide.values() if site.role == "auxiliary"))
 
 
@@ -89,8 +91,12 @@ def _likelihood(site: Site, kind: TermKind) -> Term:
     return _term(site, kind, site.log_prob())
 
 
+def _negated(term: Term) -> Term:
+    return replace(term, nats=-term.nats, steps=term.steps and _negated(term.steps))
+
+
 def _latent_term(p: Site, q: Site, exact: bool) -> Term:
-    if exact and not is_point(q.fn) and alike(p.scale, q.scale) and alike(p.mask, q.mask):
+    if exact and not is_point(q.fn) and alike(p.scale, q.scale) and _same_masks(p, q):
         analytic = _analytic_kl(q.fn, p.fn)
         if analytic is not None and _nested(p, q):
             nats, by_event = analytic
@@ -148,13 +154,6 @@ def univariate(fn: Distribution) -> Distribution | None:
     return fn if not fn.event_shape else None
 
 
-def is_point(fn: Distribution) -> bool:
-    """Return True for a distribution with all its mass on one value."""
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
-
-
 def _factorizes(p: Site, q: Site) -> bool:
     return bool(
         p.event_dim
@@ -186,6 +185,10 @@ def _nested(p: Site, q: Site) -> bool:
         return True
     _warn_of_support(p.name, type(univariate(q.fn)).__name__, type(univariate(p.fn)).__name__)
     return False
+
+
+def _same_masks(p: Site, q: Site) -> bool:
+    return alike(p.mask, q.mask) and alike(mask_in_event(p.fn), mask_in_event(q.fn))
 
 
 def _unbounded(fn: Distribution) -> tuple[bool, bool]:
@@ -235,8 +238,7 @@ def _is_determined(term: Term) -> bool:
     """Return True for a latent that the guide does not draw but gives as a point."""
     if term.kind != "latent":
         return False
-    fn = term.draws[0].fn
-    return is_point(fn.steps if isinstance(fn, StackedDistribution) else fn)
+    return is_point(term.draws[0].fn)
 
 
 def _add_log_q(latent: Term, auxiliary: Term) -> Term:

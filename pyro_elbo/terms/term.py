@@ -1,6 +1,6 @@
 """One site's term of the bound, and the figures that need several terms: rows, frames, scaled sums."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pyro_elbo.assumptions import check_or_defer
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.programs import Plate, Site
+from pyro_elbo.programs import Plate, Site, shared_plate
 
-TermKind = Literal["likelihood", "factor", "latent", "auxiliary"]
+TermKind = Literal["likelihood", "factor", "constant", "latent", "auxiliary"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Term:
     """One site's contribution to the bound, unscaled and masked.
 
     Attributes:
-        nats: log p for a ``likelihood`` or a ``factor``; the KL, or log q - log p at the draw, for a
-            ``latent``; log q for an ``auxiliary`` site. Batch dimensions as in the run, particles on the left.
+        nats: log p for a ``likelihood``, a ``factor`` or a ``constant`` (a fixed number of the run); the KL, or
+            log q - log p at the draw, for a ``latent``; log q for an ``auxiliary`` site. Batch dimensions as in the
+            run, particles on the left.
         score: log q of a site without pathwise gradient (times its reward it is the score-function
             estimator), otherwise None.
         per_dim: a function that returns the KL per element of the event, where it factorizes, otherwise None.
@@ -53,14 +54,8 @@ class Term:
         return self.kind in ("latent", "auxiliary")
 
 
-def shared_plate(stacks: Iterable[tuple[Plate, ...]]) -> Plate | None:
-    """Return the outermost plate that all stacks of plates hold."""
-    first, *others = list(stacks) or [()]
-    return next((p for p in first if all(p in stack for stack in others)), None)
-
-
 def data_plate(sites: Mapping[str, Term]) -> Plate | None:
-    """Return the outermost plate that all observed sites share."""
+    """Return the outermost plate shared by all observed sites that lie in plates."""
     return shared_plate(t.plates for t in sites.values() if t.kind == "likelihood")
 
 

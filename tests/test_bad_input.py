@@ -521,7 +521,7 @@ def test_a_batch_of_one_row_under_batch_norm():
             pyro.sample("x", dist.Normal(norm(x), 1.0).to_event(1), obs=x)
 
     with pytest.raises(PyroElboError, match="batch norm"):
-        pe.TraceBeta_ELBO().terms(other, lambda x: None, torch.zeros(1, 2))
+        pe.TraceBeta_ELBO().differentiable_loss(other, lambda x: None, torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("folder", ["pyro", "torch"])

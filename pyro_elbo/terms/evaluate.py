@@ -180,8 +180,8 @@ def _nested(p: Site, q: Site) -> bool:
 
     The term at the draw is finite wherever the draw falls into the support of p.
     """
-    ends = zip(_unbounded(q.fn), _unbounded(p.fn), strict=True)
-    if not any(q_end and not p_end for q_end, p_end in ends):
+    inner, outer = _bounds(q.fn), _bounds(p.fn)
+    if inner is None or outer is None or all(a or not b for a, b in zip(inner, outer, strict=True)):
         return True
     _warn_of_support(p.name, type(univariate(q.fn)).__name__, type(univariate(p.fn)).__name__)
     return False
@@ -191,17 +191,19 @@ def _same_masks(p: Site, q: Site) -> bool:
     return alike(p.mask, q.mask) and alike(mask_in_event(p.fn), mask_in_event(q.fn))
 
 
-def _unbounded(fn: Distribution) -> tuple[bool, bool]:
-    """Return whether the support is unbounded below and above, as far as its kind tells."""
+def _bounds(fn: Distribution) -> tuple[bool, bool] | None:
+    """Return whether the support is bounded below and above; None where its kind does not tell."""
     base = univariate(fn)
     try:
         support = None if base is None else base.support
     except NotImplementedError:
-        support = None
+        return None
     if support is constraints.real:
+        return False, False
+    if support is constraints.boolean:
         return True, True
-    lower, upper = hasattr(support, "lower_bound"), hasattr(support, "upper_bound")
-    return upper and not lower, lower and not upper
+    bounds = hasattr(support, "lower_bound"), hasattr(support, "upper_bound")
+    return bounds if any(bounds) else None
 
 
 @cache

@@ -124,7 +124,7 @@ WITHOUT_WEIGHTS = (
     "discrete, scale in the guide alone",
 )
 # Every objective: how it is made, with the KL sampled, and the programs that it refuses.
-OBJECTIVES = {
+ONE_PARTICLE = {
     "TraceBeta_ELBO": (lambda **options: pe.TraceBeta_ELBO(kl="sampled", **options), ()),
     "TraceTimestep_ELBO": (lambda **options: pe.TraceTimestep_ELBO(kl="sampled", **options), ()),
     "TraceTimestep_ELBO, importance": (
@@ -136,14 +136,14 @@ OBJECTIVES = {
         WITHOUT_WEIGHTS,
     ),
 }
-objectives = pytest.mark.parametrize("objective", OBJECTIVES)
+objectives = pytest.mark.parametrize("objective", ONE_PARTICLE)
 
 
 @objectives
 @table
 def test_every_objective_has_the_value_of_the_elbo_with_one_particle(program, objective):
     """Whatever the form: of SVI, of the module, of the terms. What has no bound is refused."""
-    make, refused = OBJECTIVES[objective]
+    make, refused = ONE_PARTICLE[objective]
     guide = program.guide(program.model)
     expected, _ = value_and_gradient(pe.TraceBeta_ELBO(kl="sampled"), program.model, guide, program.args)
     if program.name in refused:
@@ -166,7 +166,7 @@ def test_every_objective_has_the_value_of_the_elbo_with_one_particle(program, ob
 def test_every_objective_is_the_evidence_at_the_exact_posterior(program, objective):
     guide = program.guide(program.model)
     for particles in particle_settings(program):
-        found = OBJECTIVES[objective][0](**particles).loss(program.model, guide, *program.args)
+        found = ONE_PARTICLE[objective][0](**particles).loss(program.model, guide, *program.args)
         assert found == pytest.approx(-program.evidence().item(), abs=1e-10)
 
 

@@ -31,6 +31,25 @@ _import_hook.install_import_hook("pyro_elbo", "tests.typecheck.typechecker")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="the first row of every table of tests, and nothing slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under ``--fast``, keep one row of each parametrized test and leave out what is marked slow or thorough."""
+    if not config.getoption("--fast"):
+        return
+    kept, left_out, seen = [], [], set()
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        dear = item.get_closest_marker("slow") or item.get_closest_marker("thorough")
+        (left_out if dear or test in seen else kept).append(item)
+        if not dear:
+            seen.add(test)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
 @pytest.fixture(autouse=True)
 def _clean_pyro():
     """Every test starts from an empty parameter store, a fixed seed and single precision."""

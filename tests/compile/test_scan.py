@@ -263,6 +263,7 @@ def sizes(module, length, graphs, objective=pe.TraceTimestep_ELBO):
     return len(graphs[-1].module.graph.nodes), len(loops(graphs[-1]))
 
 
+@pytest.mark.slow
 def test_the_graph_does_not_grow_with_time(interpreted, graphs):
     module = laws.make(VRNN)
     short, long = (sizes(module, length, graphs) for length in (5, 50))
@@ -285,6 +286,7 @@ class Other(VRNN):
     """The same model under another name: a guide with a cell of its own."""
 
 
+@pytest.mark.slow
 def test_different_recurrences_are_computed_twice(interpreted, graphs):
     one, other = laws.make(VRNN), laws.make(Other)
     svi = pe.SVI(one.model, other.guide, adam(), pe.TraceBeta_ELBO(), compile=True)

@@ -119,6 +119,7 @@ def test_a_row_s_own_density_flatters_and_its_absence_slanders(nats, size, with_
     assert abs(np.mean([r.low.item() for r in results]) - without) < 0.06
 
 
+@pytest.mark.slow
 def test_silence_of_a_lower_bound_is_no_invariance():
     """Trap 16: a linear critic finds nothing of an attribute that is symmetric in z; the densities do."""
     x = torch.randn(2000, 1)
@@ -152,6 +153,7 @@ def trained(penalty, args, steps, programs=(model, guide)):
         return loss.terms(*programs, *args).penalties[penalty.name]
 
 
+@pytest.mark.slow
 def test_club_is_above_and_adversarial_below():
     """With a good critic; the truth is 0.29 nats, a critic's own sampling error on 4000 rows below 0.05."""
     args = draw_data(4000, 2, gap_of(0.29, 2), dims=1)
@@ -161,6 +163,7 @@ def test_club_is_above_and_adversarial_below():
     assert 0.29 - 0.06 < adversarial.nats < 0.29 + 0.05
 
 
+@pytest.mark.slow
 def test_critics_of_a_continuous_attribute():
     """s = x with z = x + noise: I(z; s) = ½ log(1 + 1/σ²)."""
     x = torch.randn(4000, 1)
@@ -205,6 +208,7 @@ def test_conditional_information():
     assert abs(same.high - found(AGGREGATE, x, y).high) < 0.1
 
 
+@pytest.mark.slow
 def test_conditional_forms_of_critics_and_of_hsic():
     x, y = draw_data(1500, 2, 2.0, dims=1)
     noisy = y ^ (torch.rand(1500) < 0.3)

@@ -168,6 +168,7 @@ def test_a_variable_named_like_a_dimension_survives():
     assert data["posterior"]["z"].dims == ("chain", "draw", "data")
 
 
+@pytest.mark.slow
 def test_restarts_become_chains():
     guides = []
     for seed in range(3):

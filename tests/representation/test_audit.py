@@ -271,6 +271,7 @@ def test_y_may_have_many_levels():
 # --- the result
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_audit():
     z, s, y = attributes(100)
     first = audit(z, s, y, seed=1, folds=2)

@@ -57,6 +57,7 @@ def exact(draws=20):
     return (totals / draws).tolist()
 
 
+@pytest.mark.slow
 def test_full_data_give_the_exact_parts():
     """Within 0.02 nats of brute force on other draws."""
     information, correlation, dimensions = exact()

@@ -225,6 +225,7 @@ def test_parameters_may_be_called_like_methods_of_a_dictionary():
     assert pyro.param("a.items") != 1.0
 
 
+@pytest.mark.slow
 def test_functions_train_through_the_parameter_store():
     x = 2.0 + torch.randn(200, generator=torch.Generator().manual_seed(0))
     loss = pe.TraceBeta_ELBO(num_particles=10, vectorize_particles=True)
@@ -245,6 +246,7 @@ def test_tuples_dicts_datasets_and_loaders_mean_the_same():
     assert all(values == pytest.approx(losses[0], rel=1e-6) for values in losses[1:])
 
 
+@pytest.mark.slow
 def test_linear_gaussian_reaches_the_evidence():
     model, x = simulate(300)
     guide = LinearGuide(*model.weight.shape)
@@ -253,6 +255,7 @@ def test_linear_gaussian_reaches_the_evidence():
     assert -0.1 < gap < 0.15
 
 
+@pytest.mark.slow
 def test_subsampled_global_latents_train_on_minibatches():
     x = 2.0 + torch.randn(64, generator=torch.Generator().manual_seed(0))
 

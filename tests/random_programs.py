@@ -344,6 +344,12 @@ class Program:
         return all(p.count == p.size for p in self.plates.values()) and set(scales) == {1.0}
 
     @property
+    def common_scale(self) -> float:
+        """The factor that every site has beside N/B; 1 where they differ."""
+        found = {self.scale * s.scale for s in [*self.latents, *self.observed, *self.factors]}
+        return found.pop() if len(found) == 1 else 1.0
+
+    @property
     def nesting(self) -> int:
         return max((-p.dim for p in self.plates.values()), default=0)
 

@@ -1,9 +1,10 @@
 """Training steps, in Python or as one compiled graph under guard.
 
 Takes programs, objective and optimizer; gives steps with the totals of each. ``steps`` decides when to compile,
-``capture`` traces a step on ``fakes``, ``batch_scalars`` and ``flat_state`` shrink its graph, ``inductor`` compiles it,
-``guard`` watches what it froze, ``optimizer`` and ``traced_update`` step parameters. ``_torch`` holds all private names
-of torch; the first capture loads the heavy ones. Imports objectives and below.
+``capture`` traces a step on ``fakes``, ``batch_scalars`` and ``flat_state`` shrink its graph, ``inductor`` compiles it.
+``execution`` records what a step ran, ``reach`` finds what that reads, ``guard`` watches it. ``optimizer`` and
+``traced_update`` step parameters. ``_torch`` holds all private names of torch; the first capture loads the heavy ones.
+Imports objectives and below.
 """
 
 from pyro_elbo.compile.optimizer import PyroUpdate, TorchUpdate

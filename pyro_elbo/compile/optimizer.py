@@ -35,6 +35,10 @@ class Update(ABC):
     def optimizers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
         """Return the torch optimizers that train ``parameters``."""
 
+    def watch(self, guard: Guard, parameters: Iterable[Tensor]) -> None:
+        """Watch what the step of ``parameters`` relies on beside the optimizers."""
+        guard.watch(vars(self), vars(self))
+
     def clip(self, parameters: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
         """Clip the gradients of ``aliases`` of ``parameters`` in place."""
         if self.grad_clip is not None:
@@ -97,6 +101,13 @@ class PyroUpdate(Update):
         made = [self.wrapper.optim_objs[p] for p in parameters.values() if p in self.wrapper.optim_objs]
         return [o if isinstance(o, Optimizer) else o.optimizer for o in made]
 
+    def watch(self, guard: Guard, parameters: Iterable[Tensor]) -> None:
+        """Watch which optimizer and which clipping each parameter has."""
+        super().watch(guard, parameters)
+        for holder in (self.wrapper.optim_objs, self.wrapper.grad_clip):
+            guard.watch(holder, [p for p in parameters if p in holder])
+            guard.watch_absent(holder, [p for p in parameters if p not in holder])
+
     def clip(self, parameters: Sequence[Tensor], aliases: Sequence[Tensor]) -> None:
         """Clip by ``grad_clip``, then by the wrapper's ``clip_args``."""
         super().clip(parameters, aliases)
@@ -118,7 +129,7 @@ def check_own(parameters: Parameters) -> None:
 
 
 def check_traceable(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:
-    """Raise CompileError for hooks, which a graph cannot run."""
+    """Raise CompileError for hooks that a graph would leave out."""
     for optimizer in optimizers:
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             raise CompileError(
@@ -126,10 +137,10 @@ def check_traceable(optimizers: Iterable[Optimizer], parameters: Mapping[str, Te
                 "compile=False."
             )
     for name, p in parameters.items():
-        if p._backward_hooks or p._post_accumulate_grad_hooks:
+        if p._post_accumulate_grad_hooks:
             raise CompileError(
-                f"The parameter '{name}' has hooks on its gradient, which a compiled step cannot run. Remove them "
-                "(grad_clip=... clips gradients), or use compile=False."
+                f"The parameter '{name}' has hooks that run after its gradient is accumulated, which a compiled step "
+                "cannot run. Use p.register_hook(...), or compile=False."
             )
 
 

@@ -9,7 +9,7 @@ runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed
 import math
 import random
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from pyro_elbo.assumptions import capturing
 from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutputShapeException
 from pyro_elbo.compile.arguments import Key, describe, with_tensors
+from pyro_elbo.compile.execution import Execution, record_execution
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, watch
+from pyro_elbo.compile.reach import guard_of
 from pyro_elbo.compile.traced_update import trace_update
 from pyro_elbo.errors import CompileError, NonFiniteError, PyroElboError
 from pyro_elbo.information import critic_gradients
@@ -59,9 +61,11 @@ class _KnownStep:
     parameters: dict[str, Tensor]
     plan: UpdatePlan
     gradients: dict[Tensor, Tensor]
+    hooks: dict[Tensor, list[Callable]]
     sites: tuple[str, ...]
     names: tuple[str, ...]
     guard: Guard
+    execution: Execution | None
     execute: "Executable | None" = None
 
     def broken(self) -> str | None:
@@ -188,21 +192,40 @@ class CompiledSVI:
 
     def _record_step(self, kind: StepKind, args: tuple, kwargs: dict[str, Any]) -> tuple[_KnownStep, StepTotals]:
         """Take a step in Python and note everything that its graph will rely on."""
-        terms, record, parameters = self._in_python(kind, args, kwargs)
+        with record_execution() as execution:
+            terms, record, parameters = self._in_python(kind, args, kwargs)
         trained = kind == "train" and terms.objective.requires_grad
         critics = [critic.optimizer for critic in self.loss.critics.values()]
         plan = UpdatePlan(optimizers := self.update.optimizers(parameters) + critics if trained else [])
         with self._evaluating() if kind == "evaluate" else nullcontext():
-            guard = Guard(self.model, self.guide, args, kwargs)
-        guard.watch(vars(self.loss), (name for name in vars(self.loss) if name != "step"))
-        watch(guard, optimizers)
-        store = pyro.get_param_store()
-        guard.watch(lambda: store._params, (name for name in parameters if name in store._params))
-        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        guard.watch_attributes("grad", [p for p in held if id(p) not in map(id, parameters.values())])
-        gradients = {p: p.grad for p in held if p.grad is not None}
-        step = _KnownStep(parameters, plan, gradients, tuple(terms.sites), tuple(record), guard)
+            guard = self._guard(execution, args, kwargs, parameters, optimizers)
+        gradients = {p: p.grad for p in _held(optimizers) if p.grad is not None}
+        hooks, sites = _hooks(parameters), tuple(terms.sites)
+        step = _KnownStep(parameters, plan, gradients, hooks, sites, tuple(record), guard, execution)
         return step, (step.names, np.array([[x.item() for x in record.values()]]))
+
+    def _guard(
+        self,
+        execution: Execution | None,
+        args: tuple,
+        kwargs: dict[str, Any],
+        parameters: Mapping[str, Tensor],
+        optimizers: list[torch.optim.Optimizer],
+    ) -> Guard:
+        """Watch what a step reads: programs, objective, parameters and the optimizers that train them."""
+        hooks = _hooks(parameters)
+        guard = guard_of((self.model, self.guide, args, kwargs, self.loss, *hooks.values()), execution)
+        watch(guard, optimizers)
+        if optimizers:
+            self.update.watch(guard, parameters.values())
+        store = pyro.get_param_store()
+        stored = [name for name in parameters if name in store._params]
+        guard.watch(lambda: store._params, stored)
+        guard.watch(lambda: store._constraints, stored)
+        for p in parameters.values():
+            guard.watch_gradient(p)
+        guard.watch_attributes("grad", [p for p in _held(optimizers) if id(p) not in map(id, parameters.values())])
+        return guard
 
     def _capture(self, step: _KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
@@ -217,12 +240,16 @@ class CompiledSVI:
 
         names, validate = list(self._scalars(step, 0)), pyro.settings.get("validate_distributions_pyro")
 
+        captured: list[Execution | None] = []
+
         def function(*inputs: Tensor) -> Tensor:
             *tensors, scalars, alive, record = inputs
             args, kwargs = with_tensors(leaves, spec, tensors)
             named = {name: scalars[i] for i, name in enumerate(names)}
             with capturing(validate, ScanLowering()) as assumed, torch.set_grad_enabled(kind == "train"):
-                terms = self.loss.evaluate(self.model, self.guide, args, kwargs, named.__getitem__)
+                with record_execution() as execution:
+                    terms = self.loss.evaluate(self.model, self.guide, args, kwargs, named.__getitem__)
+                captured.append(execution)
                 _check_sites(step.sites, tuple(terms.sites))
                 loss = self._loss(terms)
                 recorded = self._record(terms, loss)
@@ -242,8 +269,13 @@ class CompiledSVI:
         with _explain_capture(step.guard.generators), config.patch(fallback_random=self.fallback_random), compiling():
             _check_reachable(step.guard)
             check_traceable(step.plan.optimizers, step.parameters)
-            with _side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
+            validation = pyro.settings.context(**dict.fromkeys(_VALIDATION, False))
+            with _side_effects(step.guard), validation:
                 graph = capture(function, inputs, kept=2, lift_noise=not self.fallback_random)
+            if step.execution is not None and captured[0] is not None and step.execution.update(captured[0]):
+                args, kwargs = with_tensors(leaves, spec, [x for x in leaves if isinstance(x, Tensor)])
+                step.guard = self._guard(step.execution, args, kwargs, step.parameters, step.plan.optimizers)
+                _check_reachable(step.guard)
             compile_pending()
             step.execute = Executable(graph, row)
 
@@ -290,17 +322,33 @@ class CompiledSVI:
         )
 
 
+def _hooks(parameters: Mapping[str, Tensor]) -> dict[Tensor, list[Callable]]:
+    return {p: list(p._backward_hooks.values()) for p in parameters.values() if p._backward_hooks}
+
+
+def _held(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
 def _gradients(loss: Tensor, step: _KnownStep) -> dict[Tensor, Tensor]:
     """Return the gradient of every parameter that the optimizers move, the one it holds where this step gives none."""
     trained = [p for p in step.parameters.values() if p.requires_grad]
     found = zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True)
-    gradients = {p: g for p, g in found if g is not None}
+    gradients = {p: _after_hooks(step.hooks.get(p, ()), g) for p, g in found if g is not None}
     if sparse := [tuple(p.shape) for p, g in gradients.items() if g.layout is not torch.strided]:
         raise CompileError(
             f"Parameters of shapes {sparse} have sparse gradients, which a compiled step does not support. Make the "
             "nn.Embedding with sparse=False, or use compile=False."
         )
     return {p: g for p, g in step.gradients.items() if p not in gradients} | gradients
+
+
+def _after_hooks(hooks: Iterable[Callable[[Tensor], Tensor | None]], gradient: Tensor) -> Tensor:
+    """Return what the hooks of a parameter, which captured tensors do not have, make of its gradient."""
+    for hook in hooks:
+        new = hook(gradient)
+        gradient = gradient if new is None else new
+    return gradient
 
 
 def _critic_gradients(terms: Terms) -> dict[Tensor, Tensor]:

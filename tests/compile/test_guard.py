@@ -1,6 +1,6 @@
 """Arguments and settings that change are noticed: a stale graph never runs.
 
-Each case trains, changes one thing, trains on, and must give what the uncompiled steps give.
+Each case trains, changes one thing, trains on, and must equal the uncompiled steps.
 """
 
 import enum
@@ -37,7 +37,7 @@ from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
 
 
 def of_arguments(program, calls):
-    """Each call three times in turn: the same without and with compilation."""
+    """Assert that three calls of each kind in turn give the same with and without compilation."""
 
     def scenario(svi_of):
         svi = svi_of(program, any_guide, adam(), sampled())
@@ -103,7 +103,7 @@ def test_one_tensor_as_two_arguments(interpreted, graphs):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_an_argument_that_the_program_changes(interpreted, together):
-    """x -= 1 is done to the caller's tensor, and seen in another argument that is the same tensor, or it is refused."""
+    """``x -= 1`` changes the caller's tensor, also where that is another argument too, or the step is refused."""
 
     def scenario(svi_of):
         def program(x, y):
@@ -121,7 +121,7 @@ def test_an_argument_that_the_program_changes(interpreted, together):
 
 @pytest.mark.slow
 def test_shapes_dtypes_and_layouts(graphs):
-    """Machine code: another shape, precision or layout of the data is another graph, or the same and right."""
+    """On Inductor: data of another shape, precision or layout give the right loss, from a new graph if needed."""
 
     def scenario(svi_of):
         svi = svi_of(model, guide, adam(), sampled())
@@ -145,7 +145,7 @@ def test_the_last_batch_costs_one_graph(interpreted, graphs):
 
 
 def test_many_shapes_that_do_repeat(interpreted, graphs):
-    """Lengths that differ from batch to batch are compiled one after another, as long as they come again."""
+    """Every length that repeats gets a graph of its own."""
 
     def scenario(svi_of):
         svi = svi_of(model, guide, adam(), sampled())
@@ -159,7 +159,7 @@ def test_many_shapes_that_do_repeat(interpreted, graphs):
 
 
 def test_settings_of_pyro_and_torch(interpreted):
-    """Validation off: what raised before trains on, as in eager; the default precision is part of the graph."""
+    """A step follows Pyro's validation and torch's default dtype when they change."""
 
     def scenario(svi_of):
         svi = svi_of(widths(lambda: torch.ones(())), any_guide, adam(), sampled())
@@ -199,7 +199,7 @@ def test_handlers_around_the_step(interpreted, graphs):
 
 
 def test_handlers_around_the_programs(interpreted):
-    """A tensor inside of a handler acts when it changes, in place or by another one."""
+    """A step follows a tensor that a handler holds, changed in place or replaced."""
 
     def scenario(svi_of):
         factor, given = torch.tensor(2.0), {"w": torch.tensor(0.3)}

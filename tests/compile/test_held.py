@@ -1,4 +1,4 @@
-"""What programs hold is watched: globals, closures, containers, attributes, defaults; a stale graph never runs."""
+"""Globals, closures, containers, attributes and defaults that programs hold are watched: a stale graph never runs."""
 
 import collections
 import copy
@@ -66,7 +66,7 @@ class AttributeDict(dict):
 
 
 class Dynamic:
-    """Attributes are looked up in a table, and KeyError is raised for others."""
+    """An object that looks its attributes up in a table and raises KeyError for others."""
 
     def __init__(self):
         self.table = {"width": 1.0}
@@ -145,7 +145,7 @@ CHANGED = {
 
 @pytest.fixture
 def names(monkeypatch):
-    """Sets globals of this file for the time of a test."""
+    """Return a function that sets globals of this file until the test ends."""
     return lambda values: [monkeypatch.setitem(globals(), name, value) for name, value in values.items()]
 
 
@@ -218,7 +218,7 @@ def test_a_closure_that_is_assigned_anew(interpreted):
 
 
 class Trainer:
-    """A class of the usual kind: counters that its programs do not read must not cost a graph."""
+    """A class that owns its programs, and counters that they do not read."""
 
     def __init__(self, svi_of):
         self.epoch, self.losses = 0, []
@@ -240,7 +240,7 @@ def test_counters_beside_the_programs_cost_no_graph(interpreted, graphs):
 
 
 def test_a_number_that_changes_at_every_step_is_refused(interpreted, graphs):
-    """Not one graph for every second step."""
+    """The step is refused before graphs add up."""
     count = [0]
 
     def width():
@@ -283,7 +283,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_objects_of_others_do_not_get_in_the_way(interpreted, graphs, name):
+def test_objects_of_libraries_cost_no_graph(interpreted, graphs, name):
     def scenario(svi_of):
         svi = svi_of(widths(HARMLESS[name]), guide, adam(), sampled())
         return train(svi, 5, X)

@@ -1,4 +1,4 @@
-"""Modules, parameters, objectives and memory may change, be shared or go: compiled steps follow."""
+"""Compiled steps follow modules, parameters, objectives and memory that change, are shared or are freed."""
 
 import copy
 import gc
@@ -55,7 +55,7 @@ CLAIMS = {
     "weight norm": lambda net: nn.utils.parametrizations.weight_norm(net[0]) and None,
     "frozen weight": lambda net: net[0].requires_grad_(False) and None,
 }
-DISPLACED = ("another linear", "another weight", "state assigned")  # by what Pyro's store goes on to train
+DISPLACED = ("another linear", "another weight", "state assigned")  # Pyro's store goes on to train the first ones
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -132,7 +132,7 @@ def test_a_buffer_that_is_assigned_is_refused_by_name(interpreted):
 
 @pytest.mark.slow
 def test_memory_of_another_layout(graphs):
-    """Machine code: .data of another shape, stride or precision behind the same tensor."""
+    """On Inductor: ``.data`` of another shape, stride or precision behind the same tensor."""
 
     def scenario(svi_of):
         net, data = nn.Linear(4, 3), torch.ones(4)
@@ -290,8 +290,8 @@ class Guide(PyroModule):
 
 
 @pytest.mark.slow
-def test_memory_is_given_back_and_kept_as_long_as_needed():
-    """Machine code: data may go at once, programs with the object, parameters stay when it goes."""
+def test_memory_is_freed_after_its_last_use():
+    """On Inductor: data are freed at once, programs with the SVI object; parameters outlive both."""
     svi = pe.SVI(model, guide, adam(), sampled(), compile=True)
     data = [X + i for i in range(8)]
     alive = [weakref.ref(x) for x in data]
@@ -331,7 +331,7 @@ def test_threads_take_turns():
 
 
 def test_run_both_would_notice():
-    """The comparison itself can fail."""
+    """``assert_same`` can fail."""
     results = run_both(lambda svi_of: svi_of.keywords["compile"])
     assert results == [False, True]
     with pytest.raises(AssertionError):

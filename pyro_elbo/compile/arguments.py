@@ -17,7 +17,8 @@ Key = tuple[Any, ...]
 def describe(kind: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Key, list[Any], Any]:
     """Return the key of a step's graph, the leaves of its arguments, and their structure.
 
-    The key holds the layout of tensors, the values of all other arguments, the default dtype and autocast.
+    The key holds the layout of tensors, the values of all other arguments, the default dtype and autocast. The leaves
+    hold no lazy negative or conjugate bits.
 
     Raises:
         ArgumentError: an argument requires a gradient or is a NumPy array.
@@ -27,6 +28,7 @@ def describe(kind: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Key, list[
     else:
         leaves, spec = list(args), None
     autocast = [torch.get_autocast_dtype(x) for x in ("cpu", "cuda") if torch.is_autocast_enabled(x)]
+    leaves = [_resolved(x) if isinstance(x, Tensor) else x for x in leaves]
     return (kind, spec, torch.get_default_dtype(), *autocast, *map(_describe_leaf, leaves)), leaves, spec
 
 
@@ -35,6 +37,11 @@ def with_tensors(leaves: list[Any], spec: Any, tensors: Iterable[Tensor]) -> tup
     given = iter(tensors)
     replaced = [next(given) if isinstance(x, Tensor) else x for x in leaves]
     return (tuple(replaced), {}) if spec is None else pytree.tree_unflatten(replaced, spec)
+
+
+def _resolved(x: Tensor) -> Tensor:
+    """Write out the signs that torch keeps as a bit beside the memory: machine code reads the memory only."""
+    return x.resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x
 
 
 def _describe_leaf(x: Any) -> Any:

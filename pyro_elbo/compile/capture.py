@@ -82,6 +82,7 @@ class Graph:
     externals: tuple[Tensor, ...]
     noise: tuple[Noise, ...]
     fakes: tuple[FakeTensor, ...]
+    frozen: tuple[tuple[Tensor, Tensor], ...] = ()  # tensors that the graph holds by value
 
 
 def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: int, lift_noise: bool) -> Graph:
@@ -111,12 +112,14 @@ def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: 
     write_out_alpha(graph.graph)
     written = _keep_if(graph.graph, len(everything) - kept)
     _check_writes(everything[: len(everything) - kept], written, len(externals))
+    frozen = tuple(lifting.frozen.values())
+    _check_frozen([x for x, _ in frozen], [externals[i] for i in written if i < len(externals)])
     noise = _lift_noise(graph.graph) if lift_noise else ()
     graph.graph.eliminate_dead_code()
     mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor's disk cache wants one
     rows = [torch.empty(n.size, dtype=n.dtype, device=inputs[-1].device) for n in noise]
     fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in (*everything, *rows))
-    return Graph(optimize(graph, mode, fakes), tuple(externals), noise, fakes)
+    return Graph(optimize(graph, mode, fakes), tuple(externals), noise, fakes, frozen)
 
 
 def decompositions(lift_noise: bool) -> dict[Any, Any]:
@@ -232,6 +235,15 @@ def _check_writes(tensors: Sequence[Tensor], written: Sequence[int], externals: 
                 "memory and one of them is trained or updated: a compiled step would miss the change in the other. "
                 "Compute one of them from the other in the program, or use compile=False."
             )
+
+
+def _check_frozen(frozen: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+    """Raise CompileError for tensors that the graph holds by value and changes itself."""
+    if changed := [tuple(x.shape) for x in frozen if any(x is y for y in written)]:
+        raise CompileError(
+            f"The programs read values of a tensor of shape {changed[0]} and change it in place: a graph would keep "
+            "the first values. Compute with the tensor instead (torch.where), or use compile=False."
+        )
 
 
 def _lift_noise(graph: fx.Graph) -> tuple[Noise, ...]:

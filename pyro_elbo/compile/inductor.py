@@ -143,6 +143,7 @@ class Executable:
     def __init__(self, graph: Graph, row: tuple[Tensor, Tensor, Tensor]) -> None:
         self.flag = row[1]
         self._row, self._noise, self._externals = row, graph.noise, list(graph.externals)
+        self._frozen = graph.frozen
         self._ahead = max(1, AHEAD // max([1, *(n.size for n in graph.noise)]))
         self._rows: dict[int, tuple[StepInputs, Handles | None]] = {}
         on_cpu = all(x.device.type == "cpu" for x in graph.fakes)
@@ -157,7 +158,9 @@ class Executable:
         return np.concatenate([self._run(data, part) for part in parts])
 
     def fits(self) -> bool:
-        """Return whether the external tensors still have the layout that the machine code assumes."""
+        """Return whether external tensors still have the layout and frozen ones the values that the code assumes."""
+        if not all(torch.equal(x, value) for x, value in self._frozen):
+            return False
         if self._handles is not None:
             return bool(driver().layout(self._handles.capsules, self._layout, 1))
         return self._layout == self._layouts()

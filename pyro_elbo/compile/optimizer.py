@@ -45,6 +45,11 @@ class Update(ABC):
             torch.nn.utils.clip_grad_norm_(aliases, self.grad_clip, foreach=False)
 
 
+def distinct(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return every parameter once: tied weights have several names and are one parameter, stepped and clipped once."""
+    return list(dict.fromkeys(parameters.values()))
+
+
 class TorchUpdate(Update):
     """Steps a ``torch.optim`` optimizer, which holds its parameters from the start."""
 
@@ -56,7 +61,7 @@ class TorchUpdate(Update):
         """Step once in Python, by the gradients in ``.grad``."""
         self.optimizers(parameters)
         self._check_seen(parameters)
-        self.clip((), [p for p in dict.fromkeys(parameters.values()) if p.grad is not None])
+        self.clip((), [p for p in distinct(parameters) if p.grad is not None])
         self.optimizer.step()
 
     def _check_seen(self, parameters: Mapping[str, Tensor]) -> None:
@@ -93,12 +98,12 @@ class PyroUpdate(Update):
 
     def __call__(self, parameters: Mapping[str, Tensor]) -> None:
         """Step once in Python, by the gradients in ``.grad``."""
-        super().clip((), list(parameters.values()))  # clip_args are the wrapper's own
-        self.wrapper(list(parameters.values()))
+        super().clip((), distinct(parameters))  # clip_args are the wrapper's own
+        self.wrapper(distinct(parameters))
 
     def optimizers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
         """Return one optimizer per parameter, without the schedulers around them."""
-        made = [self.wrapper.optim_objs[p] for p in parameters.values() if p in self.wrapper.optim_objs]
+        made = [self.wrapper.optim_objs[p] for p in distinct(parameters) if p in self.wrapper.optim_objs]
         return [o if isinstance(o, Optimizer) else o.optimizer for o in made]
 
     def watch(self, guard: Guard, parameters: Iterable[Tensor]) -> None:

@@ -72,7 +72,11 @@ class _KnownStep:
         """Return the name of something that the step relies on and that has changed, or None."""
         if (changed := self.guard.broken() or self.plan.broken()) is not None or self.execute is None:
             return changed
-        return None if self.execute.fits() else "the layout of a parameter or buffer"
+        return (
+            None
+            if self.execute.fits()
+            else "the layout of a parameter, or the values of a buffer that the programs read"
+        )
 
 
 class CompiledSVI:

@@ -103,14 +103,17 @@ def failed_line(error: Exception) -> str:
         ...     failed_line(error)
         "Line 'torch.zeros(2) + torch.zeros(3)'"
     """
-    frames = [frame for frame in extract_tb(error.__traceback__) if not _is_library(frame)]
-    if not frames:
-        return f"{type(error).__name__} inside pyro or torch"
-    frame = frames[-1]
-    if not frame.line:
-        return f"Function '{frame.name}' ({frame.filename}, line {frame.lineno})"
-    named = re.search(r"(?:sample|factor)\(\s*f?['\"]([^'\"]+)", frame.line)
-    return f"Site '{named.group(1)}'" if named else f"Line {frame.line!r}"
+    frames = zip(_frames(error), extract_tb(error.__traceback__), strict=True)
+    for frame, summary in reversed(list(frames)):
+        if not _is_library(summary):
+            if not summary.line:
+                return f"Function '{summary.name}' ({summary.filename}, line {summary.lineno})"
+            named = re.search(r"(?:sample|factor)\(\s*f?['\"]([^'\"]+)", summary.line)
+            return f"Site '{named.group(1)}'" if named else f"Line {summary.line!r}"
+        message = frame.f_locals.get("msg")
+        if isinstance(message, dict) and message.get("type") == "sample" and message.get("name"):
+            return f"Site '{message['name']}'"
+    return f"{type(error).__name__} inside pyro or torch"
 
 
 def _is_library(frame: FrameSummary) -> bool:

@@ -74,7 +74,7 @@ class Site:
 
     def log_prob(self) -> Tensor:
         """Return the log density at the value in nats: masked, unscaled, batch dimensions aligned with the plates."""
-        if self.role == "observed":
+        if self.role == "observed" and self.fn._validate_args is not False:
             defer_check(lambda: masked(~self.fn.support.check(self.value), self.mask).logical_not().all())
         return masked(self._evaluate(self.fn.log_prob), self.mask)
 

@@ -115,61 +115,6 @@ def test_exact_posterior_makes_the_bound_the_evidence(program):
             torch.testing.assert_close(terms.elbo, program.evidence(), rtol=0, atol=1e-10)
 
 
-# Programs whose rows have no weight of their own, or whose weights are no bound.
-WITHOUT_WEIGHTS = (
-    "subsampled plate",
-    "AutoNormal, subsampled",
-    "scale in the model alone",
-    "discrete, scale in the model alone",
-    "discrete, scale in the guide alone",
-)
-# Every objective: how it is made, with the KL sampled, and the programs that it refuses.
-ONE_PARTICLE = {
-    "TraceBeta_ELBO": (lambda **options: pe.TraceBeta_ELBO(kl="sampled", **options), ()),
-    "TraceTimestep_ELBO": (lambda **options: pe.TraceTimestep_ELBO(kl="sampled", **options), ()),
-    "TraceTimestep_ELBO, importance": (
-        lambda **options: pe.TraceTimestep_ELBO(bound="importance", **options),
-        WITHOUT_WEIGHTS,
-    ),
-    "TraceIW_ELBO": (
-        lambda num_particles=1, **options: pe.TraceIW_ELBO(num_particles, **options),
-        WITHOUT_WEIGHTS,
-    ),
-}
-objectives = pytest.mark.parametrize("objective", ONE_PARTICLE)
-
-
-@objectives
-@table
-def test_every_objective_has_the_value_of_the_elbo_with_one_particle(program, objective):
-    """Whatever the form: of SVI, of the module, of the terms. What has no bound is refused."""
-    make, refused = ONE_PARTICLE[objective]
-    guide = program.guide(program.model)
-    expected, _ = value_and_gradient(pe.TraceBeta_ELBO(kl="sampled"), program.model, guide, program.args)
-    if program.name in refused:
-        with pytest.raises(SiteError, match="subsampled|scale"):
-            make().loss(program.model, guide, *program.args)
-        return
-    value, gradient = value_and_gradient(make(), program.model, guide, program.args)
-    assert value == pytest.approx(expected, rel=1e-9, abs=1e-10)
-    assert all(torch.isfinite(g).all() for g in gradient.values())
-    pyro.set_rng_seed(7)
-    assert make()(program.model, guide)(*program.args).item() == pytest.approx(expected, rel=1e-9, abs=1e-10)
-    pyro.set_rng_seed(7)
-    terms = make().terms(program.model, guide, *program.args)
-    assert terms.elbo.item() == pytest.approx(-expected, rel=1e-9, abs=1e-10)
-    assert terms.objective.item() == pytest.approx(-expected, rel=1e-9, abs=1e-10)
-
-
-@objectives
-@pytest.mark.parametrize("program", [p for p in PROGRAMS if p.evidence], ids=lambda p: p.name)
-def test_every_objective_is_the_evidence_at_the_exact_posterior(program, objective):
-    guide = program.guide(program.model)
-    for particles in particle_settings(program):
-        found = ONE_PARTICLE[objective][0](**particles).loss(program.model, guide, *program.args)
-        assert found == pytest.approx(-program.evidence().item(), abs=1e-10)
-
-
 @table
 def test_terms_add_up_and_have_the_shape_of_their_plates(program):
     guide = program.guide(program.model)

@@ -138,10 +138,11 @@ class Executable:
     Args:
         graph: a graph whose inputs are externals, data, then the row of a step.
         row: the scalars, the flag that all steps so far were usable, and the record of a step.
+        owned: what operators of the graph find by a key, to live as long as the graph.
     """
 
-    def __init__(self, graph: Graph, row: tuple[Tensor, Tensor, Tensor]) -> None:
-        self.flag = row[1]
+    def __init__(self, graph: Graph, row: tuple[Tensor, Tensor, Tensor], owned: Sequence[Any] = ()) -> None:
+        self.flag, self._owned = row[1], owned
         self._row, self._noise, self._externals = row, graph.noise, list(graph.externals)
         self._frozen = graph.frozen
         self._ahead = max(1, AHEAD // max([1, *(n.size for n in graph.noise)]))

@@ -240,8 +240,8 @@ class CompiledSVI:
         from pyro_elbo.compile.capture import capture  # Inductor takes a second to import
         from pyro_elbo.compile.inductor import Executable, compiling
         from pyro_elbo.compile.scan.lower import ScanLowering
-        from pyro_elbo.compile.scan.operators import compile_pending
 
+        scans = ScanLowering()
         names, validate = list(self._scalars(step, 0)), pyro.settings.get("validate_distributions_pyro")
 
         captured: list[Execution | None] = []
@@ -250,7 +250,7 @@ class CompiledSVI:
             *tensors, scalars, alive, record = inputs
             args, kwargs = with_tensors(leaves, spec, tensors)
             named = {name: scalars[i] for i, name in enumerate(names)}
-            with capturing(validate, ScanLowering()) as assumed, torch.set_grad_enabled(kind == "train"):
+            with capturing(validate, scans) as assumed, torch.set_grad_enabled(kind == "train"):
                 with record_execution() as execution:
                     terms = self.loss.evaluate(self.model, self.guide, args, kwargs, named.__getitem__)
                 captured.append(execution)
@@ -280,8 +280,8 @@ class CompiledSVI:
                 args, kwargs = with_tensors(leaves, spec, [x for x in leaves if isinstance(x, Tensor)])
                 step.guard = self._guard(step.execution, args, kwargs, step.parameters, step.plan.optimizers)
                 _check_reachable(step.guard)
-            compile_pending()
-            step.execute = Executable(graph, row)
+            scans.compile()
+            step.execute = Executable(graph, row, scans.owned)
 
     def _scalars(self, step: _KnownStep, ahead: int) -> dict[Hashable, float]:
         """Return the Python numbers of the step after ``ahead`` more: each schedule's, and the optimizers'."""

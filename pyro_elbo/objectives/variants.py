@@ -204,7 +204,7 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         nesting = self._nesting(model, guide, args, kwargs)
         pair, log_evidence = trace_filtered(model, guide, args, kwargs, self.num_particles, nesting, self.resample)
         sites = evaluate_terms(pair, "sampled")
-        return Terms(sites, pair.particle_dim, (log_evidence * shared_scale(sites)).sum())
+        return Terms(sites, pair.particle_dim, log_evidence * shared_scale(sites))
 
     def _sites(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]

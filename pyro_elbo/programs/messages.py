@@ -21,7 +21,7 @@ from pyro_elbo.programs.checks import check_batch_shape, check_guide_site, check
 from pyro_elbo.programs.data import observed_tensor
 from pyro_elbo.programs.explain import PARTICLE_PLATE
 from pyro_elbo.programs.sites import Plate, Site, SiteRole, is_point, shared_plate
-from pyro_elbo.sequences import fill_masked
+from pyro_elbo.sequences import StackedDistribution, fill_masked
 
 Message = Any
 
@@ -111,7 +111,8 @@ def _sample_messages(trace: poutine.Trace) -> dict[str, Message]:
 def _model_role(name: str, message: Message, latents: Collection[str]) -> SiteRole:
     if name in latents:
         return "latent"
-    if isinstance(message["fn"], Unit):
+    fn = message["fn"]
+    if isinstance(fn.steps if isinstance(fn, StackedDistribution) else fn, Unit):
         return "factor"
     if message["is_observed"]:
         return "deterministic" if is_point(message["fn"]) else "observed"

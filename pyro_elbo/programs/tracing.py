@@ -87,7 +87,7 @@ def trace_filtered(
     max_plate_nesting: int,
     threshold: float,
 ) -> tuple[TracePair, Tensor]:
-    """Trace model and guide side by side through time, with resampling; also return log Ẑ per sequence (nats).
+    """Trace model and guide side by side through time, with resampling; also return log Ẑ, unscaled (nats).
 
     Raises:
         SiteError: a latent lies outside the scan, or the programs do not fit each other.
@@ -101,14 +101,18 @@ def trace_filtered(
     particles = Filter(num_particles, max_plate_nesting + 1, threshold, run_guide)
     with filtering(particles):
         traced = _trace(poutine.replay(model, trace=drawn), args, kwargs)
-    model_sites = read_model(traced.trace, traced.conditioned)
-    outside = [n for n, s in model_sites.items() if s.role == "latent" and not isinstance(s.fn, StackedDistribution)]
-    if outside or particles.log_evidence is None:
+    pair = _pair(traced, Traced(drawn), -(max_plate_nesting + 1))
+    both = (*pair.model.values(), *pair.guide.values())
+    outside = [site for site in both if not isinstance(site.fn, StackedDistribution) and site.has_density]
+    latent = list(dict.fromkeys(site.name for site in outside if site.role in ("latent", "auxiliary")))
+    if latent or not particles.has_run:
         raise SiteError(
             f"The filtering bound resamples whole particles: all latents must be drawn in one pe.scan, but "
-            f"{outside} lie outside it. Draw them in its first step, or use bound='importance'."
+            f"{latent} lie outside it. Draw them in its first step, or use bound='importance'."
         )
-    return _pair(traced, Traced(drawn), -(max_plate_nesting + 1)), particles.log_evidence
+    for site in outside:
+        particles.weigh(site.name, site.log_prob() if site.name in pair.model else -site.log_prob())
+    return pair, particles.log_evidence()
 
 
 def trace_program(

@@ -2,7 +2,7 @@
 
 Takes a step program and tensors over time. Gives one site for each site of the step, with time as a dimension of its
 event. ``scan`` runs the steps, ``step`` collects their sites, ``stacked`` is the distribution of a site over all steps,
-``smc`` runs the scans of model and guide together and resamples.
+``smc`` runs the scans of model and guide together and resamples, ``particles`` lets modules broadcast over particles.
 May import masking, assumptions and errors.
 """
 

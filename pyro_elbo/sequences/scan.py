@@ -5,7 +5,8 @@ once per site which plates surround it and whether they fix its value. After the
 stacked over all steps.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_elbo.assumptions import active_loop, check_or_defer
-from pyro_elbo.errors import ArgumentError, CompileError
+from pyro_elbo.assumptions import active_loop, check_or_defer, is_capturing
+from pyro_elbo.errors import ArgumentError, CompileError, PyroElboError, SiteError
 from pyro_elbo.sequences.smc import ScanFunction, active_filter, run_loop, stack_rows
 from pyro_elbo.sequences.stacked import ScanRun
 from pyro_elbo.sequences.step import Step, StepProgram, StepResult
@@ -42,14 +43,16 @@ def scan(
     Args:
         step: a Pyro program with the same sites at every step; ``x_t`` is ``xs`` at one time.
         init: the initial carry: a tensor, or a pytree of tensors (tuples, lists, dictionaries). Every step must keep
-            its shapes and dtypes; only the first step may enlarge it, by broadcasting.
+            its shapes and dtypes; only the first step may enlarge it, by broadcasting. With ``lengths``, it begins with
+            the dimensions of the sequences.
         xs: a tensor or pytree of tensors with time as dimension ``dim``; or None, together with ``length``.
         lengths: integers of the batch's shape: the number of valid steps of each sequence. Padding may hold any
             value: it enters neither terms nor gradients, and a sequence that has ended keeps its carry. At padded
             steps the step program sees the sequence's last valid frame.
         length: the number of steps if ``xs`` is None.
         horizon: the number of steps to forecast after the end of ``xs``. They get None in place of each x_t, and an
-            observed site (``obs=x_t``) is drawn.
+            observed site (``obs=x_t``) is drawn. With ``lengths``, the forecast of each sequence starts at its own
+            end, and its steps are the last ``horizon`` ones of the outs for all sequences.
         reverse: run from the last step to the first.
         dim: the time dimension of ``xs`` and of the outputs.
         name: the name of the time dimension in ``to_dataset()`` and in ArviZ.
@@ -89,9 +92,34 @@ def _run(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool) -> tup
         return _run_eagerly(steps, init, inputs, reverse)
     if inputs.total > inputs.given:
         raise CompileError("A forecast (pe.scan with horizon) can be neither compiled nor filtered: use compile=False.")
+    with contextlib.nullcontext() if particle_filter is None else _explain_particles():
+        return _run_as_function(steps, init, inputs, reverse)
+
+
+@contextlib.contextmanager
+def _explain_particles() -> Iterator[None]:
+    """Name the cause where a step fails on the dimension of the particles."""
+    try:
+        yield
+    except PyroElboError:
+        raise
+    except (ValueError, RuntimeError, IndexError) as error:
+        if is_capturing() or "invalid values" in str(error):
+            raise
+        raise SiteError(
+            f"A step of pe.scan failed under bound='filtering', where tensors have a dimension of particles on the "
+            f"left of those that the step expects: {str(error).splitlines()[0]} Write the step so that it broadcasts: "
+            "count dimensions from the right (dim=-1, x[..., 0]). Or use bound='importance', which can run one "
+            "particle after the other."
+        ) from error
+
+
+def _run_as_function(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
+    loop, particle_filter = active_loop(), active_filter()
     carry, first = steps.peek(init, inputs.at(0), inputs.valid_at(0))
     state, spec = pytree.tree_flatten(carry)
-    function = _as_function(steps, first, state, spec, inputs, reverse)
+    shapes = [x.shape for x in pytree.tree_leaves(init) if isinstance(x, Tensor)]
+    function = _as_function(steps, first, shapes, state, spec, inputs, reverse)
     if particle_filter is not None and first.sites:
         last, stacked = particle_filter.scan(function)
     else:
@@ -109,7 +137,13 @@ def _run_eagerly(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool
 
 
 def _as_function(
-    steps: StepProgram, first: StepResult, state: Sequence[Any], spec: Any, inputs: "_Inputs", reverse: bool
+    steps: StepProgram,
+    first: StepResult,
+    shapes: Sequence[torch.Size],
+    state: Sequence[Any],
+    spec: Any,
+    inputs: "_Inputs",
+    reverse: bool,
 ) -> ScanFunction:
     """Return the scan as a function of tensors, whose steps differ only in their row of inputs."""
     valid, given = inputs.valid, steps.given_over_time(first.sites)
@@ -124,7 +158,8 @@ def _as_function(
         carry = _with_tensors(state, leaves, spec)
         return steps.run_any(carry, x_t, valid_t, lambda name, event_dim: values.get(name))
 
-    return ScanFunction(steps.total, first, [x for x in state if isinstance(x, Tensor)], columns, step, reverse)
+    tensors = [x for x in state if isinstance(x, Tensor)]
+    return ScanFunction(steps.total, first, shapes, tensors, columns, step, reverse)
 
 
 def _with_tensors(leaves: Sequence[Any], tensors: Sequence[Tensor], spec: Any) -> Any:
@@ -164,12 +199,14 @@ class _Inputs:
         xs = pytree.tree_map(lambda x: None if x is None else x.movedim(dim, 0), xs)
         if lengths is None:
             return _Inputs(xs, given, given + horizon, None)
-        if horizon:
-            raise ArgumentError("pe.scan: a forecast starts where all sequences end. Pass either horizon or lengths.")
         lengths = _check_lengths(lengths, given, [x for x in pytree.tree_leaves(xs) if x is not None])
         times = torch.arange(given, device=lengths.device).reshape(-1, *(1,) * lengths.dim())
         last = torch.minimum(times, lengths - 1)
-        return _Inputs(pytree.tree_map(lambda x: _take(x, last), xs), given, given, times < lengths)
+        valid = times < lengths
+        forecast = valid.new_ones((horizon, *valid.shape[1:]))
+        return _Inputs(
+            pytree.tree_map(lambda x: _take(x, last), xs), given, given + horizon, torch.cat([valid, forecast])
+        )
 
     def at(self, t: int) -> Any:
         """Return the inputs of step ``t``, with None in place of each tensor in the forecast."""
@@ -205,9 +242,12 @@ def _check_lengths(lengths: Any, total: int, xs: Sequence[Tensor]) -> Tensor:
             )
     if not check_or_defer(((lengths >= 1) & (lengths <= total)).all()):
         bad = lengths[(lengths < 1) | (lengths > total)]
+        cures = ["Leave empty sequences out of the batch."] if bool((bad < 1).any()) else []
+        cures += (
+            [f"Pass xs padded to the longest sequence (it has {total} steps)."] if bool((bad > total).any()) else []
+        )
         raise ArgumentError(
-            f"pe.scan: lengths must lie between 1 and T = {total}, got {bad.flatten()[:5].tolist()}. Leave empty "
-            "sequences out of the batch."
+            f"pe.scan: lengths must lie between 1 and T = {total}, got {bad.flatten()[:5].tolist()}. {' '.join(cures)}"
         )
     return lengths
 

@@ -16,14 +16,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor
 
-from pyro_elbo.assumptions import active_loop
+from pyro_elbo.assumptions import active_loop, check_or_defer
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.masking import log_mean_exp, masked
+from pyro_elbo.sequences.particles import broadcasting_modules
 from pyro_elbo.sequences.stacked import fill_masked
-from pyro_elbo.sequences.step import StepResult, StepSite
+from pyro_elbo.sequences.step import OuterContext, StepResult, plate_sizes, possible_event_dims
 
 StepFunction = Callable[[list[Tensor], list[Tensor], Mapping[str, Tensor]], StepResult]
 ScanResult = tuple[list[Tensor], list[Tensor]]
@@ -37,7 +39,8 @@ class ScanFunction:
     Attributes:
         total: the number of steps.
         first: a step that ran before the scan and left no trace: its sites with their shapes.
-        state: the tensors of the initial carry.
+        shapes: the shapes of init.
+        state: the tensors of the initial carry, in the shapes that the step returns.
         columns: the inputs of all steps, time first; a row holds those of one step.
         step: (carry, row, values of sites) -> the step's result.
         reverse: run from the last step to the first.
@@ -45,6 +48,7 @@ class ScanFunction:
 
     total: int
     first: StepResult
+    shapes: Sequence[torch.Size]
     state: list[Tensor]
     columns: list[Tensor]
     step: StepFunction
@@ -65,14 +69,15 @@ class Filter:
         rank: the number of batch dimensions, the leftmost one for the particles included.
         threshold: a sequence resamples when its effective sample size is below this fraction of the particles.
         run_guide: runs the guide, once the model has reached its scan.
-        log_evidence: log Ẑ of each sequence (nats), shaped like the plates; set by the run.
     """
 
     particles: int
     rank: int
     threshold: float
     run_guide: Callable[[], None]
-    log_evidence: Tensor | None = None
+    _log_z: Tensor | float = 0.0
+    _log_w: Tensor | None = None
+    _shared: Tensor | float = 0.0
     _model: ScanFunction | None = None
     _results: dict[str, ScanResult] = field(default_factory=dict)
     _handlers: int = field(default_factory=lambda: len(_PYRO_STACK))
@@ -107,7 +112,13 @@ class Filter:
     def _run(self, q: ScanFunction, p: ScanFunction) -> None:
         _check(q, p)
         total, nq, mq = q.total, len(q.state), len(q.columns)
-        shape = self._shape([*q.first.sites.values(), *p.first.sites.values()])
+        contexts = [site.outside for scan in (q, p) for site in scan.first.sites.values()]
+        shape, sizes = self._shape(contexts), plate_sizes(contexts)
+        event_dims = [
+            _carry_event_dim(init, x.shape, shape, sizes)
+            for scan in (q, p)
+            for init, x in zip(scan.shapes, scan.state, strict=True)
+        ]
         log_w = torch.zeros(shape, device=p.columns[0].device if p.columns else None)
         last = torch.arange(total, device=log_w.device) == total - 1
         start = [*q.state, *p.state, log_w, torch.zeros_like(log_w[:1])]
@@ -117,19 +128,54 @@ class Filter:
             drawn = {name: site.value for name, site in guide.sites.items()}
             model = p.step(state[nq:-2], row[mq:-1], drawn)
             log_w = state[-2] + self._log_weights(guide, model, shape)
+            ancestors, log_w, gained = self._resample(log_w, row[-1], model.valid)
             carry = [*guide.carry_tensors, *model.carry_tensors]
-            carry, log_w, gained = self._resample(carry, log_w, row[-1], model.valid)
-            return [*carry, log_w, state[-1] + gained], [*guide.tensors, *model.tensors]
+            carry = [self._follow(c, ancestors, n) for c, n in zip(carry, event_dims, strict=True)]
+            return [*carry, log_w, state[-1] + gained], [*guide.tensors, *model.tensors, ancestors]
 
         ends, rows = (active_loop() or run_loop)(body, start, [*q.columns, *p.columns, last], total, False)
-        self.log_evidence = ends[-1].squeeze(0)
-        width = len(q.first.tensors)
-        self._results = {"guide": (ends[:nq], rows[:width]), "model": (ends[nq:-2], rows[width:])}
+        self._log_w, self._log_z = ends[-2:]
+        ancestors, width = rows.pop(), len(q.first.tensors)
+        results = {"guide": (q, ends[:nq], rows[:width]), "model": (p, ends[nq:-2], rows[width:])}
+        for name, (scan, carry, tensors) in results.items():
+            outs = scan.first.outs and self._follow_outs(tensors[-scan.first.outs :], ancestors, sizes)
+            self._results[name] = carry, [*tensors[: len(tensors) - scan.first.outs], *(outs or [])]
 
-    def _shape(self, sites: list[StepSite]) -> tuple[int, ...]:
+    def weigh(self, name: str, nats: Tensor) -> None:
+        """Weigh the last particles by the log density of a site outside the scan (nats, shaped like its plates).
+
+        Raises:
+            SiteError: if it depends on the particles but lies outside the plates of the scan's sites.
+        """
+        assert self._log_w is not None
+        shape = self._log_w.shape
+        nats = nats.reshape((1,) * (len(shape) - nats.dim()) + nats.shape)
+        rows = [d for d in range(1, len(shape)) if shape[d] != 1]
+        if all(nats.shape[d] == shape[d] for d in rows):
+            gone = [d for d in range(1, len(shape)) if d not in rows and nats.shape[d] != 1]
+            self._log_w = self._log_w + (nats.sum(gone, keepdim=True) if gone else nats)
+        elif check_or_defer((nats == nats[:1]).all()):
+            self._shared = self._shared + nats[0].sum()
+        else:
+            raise SiteError(
+                f"Site '{name}' depends on the particles, but lies outside the plates of the scan, so that no sequence "
+                "has a weight of its own. Put it in these plates, or use bound='importance'."
+            )
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the scans of model and guide have run."""
+        return self._log_w is not None
+
+    def log_evidence(self) -> Float[Tensor, ""]:
+        """Return log Ẑ (nats), summed over the sequences."""
+        assert self._log_w is not None
+        return (self._log_z + log_mean_exp(self._log_w, 0)).sum() + self._shared
+
+    def _shape(self, contexts: Sequence[OuterContext]) -> tuple[int, ...]:
         """Return the shape of the log weights: particles and the plates that all sites share, 1 elsewhere."""
         shape = [1] * self.rank
-        for frame in set.intersection(*(set(s.everywhere) for s in sites)):
+        for frame in set.intersection(*(set(context.frames) for context in contexts)):
             shape[frame.dim] = frame.size
         return tuple(shape)
 
@@ -139,14 +185,13 @@ class Filter:
             for site in step.sites.values():
                 if not site.infer.get("_deterministic"):
                     nats = masked(site.fn.log_prob(fill_masked(site.fn, site.value, site.mask)), site.mask)
+                    nats = masked(nats, site.outside.mask)
                     gone = [d for d in range(-nats.dim(), 0) if shape[d] == 1 and nats.shape[d] != 1]
                     total = total + sign * (nats.sum(gone, keepdim=True) if gone else nats)
         return masked(total, model.valid)
 
-    def _resample(
-        self, carry: list[Tensor], log_w: Tensor, last: Tensor, valid: Tensor | None
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return the carries of the new particles, their log weights, and the increment of log Ẑ."""
+    def _resample(self, log_w: Tensor, last: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the ancestors of the new particles, their log weights, and the increment of log Ẑ."""
         count = self.particles
         weights = log_w.detach().softmax(0)
         poor = (1 / weights.square().sum(0, keepdim=True) < self.threshold * count) & ~last
@@ -156,19 +201,47 @@ class Filter:
         points = (torch.rand(weights[:1].shape, dtype=weights.dtype, device=weights.device) + places) / count
         ancestors = (weights.cumsum(0).unsqueeze(0) < points.unsqueeze(1)).sum(1).clamp(max=count - 1)
         ancestors = torch.where(poor, ancestors, places)
-        gained = masked(log_mean_exp(log_w, 0), poor | last)
-        return [_follow(c, ancestors, log_w.shape) for c in carry], masked(log_w, ~poor), gained
+        gained = masked(log_mean_exp(log_w, 0), poor)
+        return ancestors, masked(log_w, ~poor), gained
+
+    def _follow(self, x: Tensor, ancestors: Tensor, event_dim: int, left: int = 0) -> Tensor:
+        """Return a tensor of the ancestors; one that all particles share is unchanged.
+
+        Args:
+            x: a tensor of the particles.
+            ancestors: the index of each particle's ancestor, shaped like the log weights.
+            event_dim: the number of dimensions of ``x`` on the right that are not of the batch.
+            left: the number of dimensions of both tensors on the left that are not of the batch (time).
+        """
+        if x.dim() - event_dim - left != self.rank or x.shape[left] != self.particles:
+            return x
+        index = ancestors.reshape(ancestors.shape + (1,) * event_dim).expand_as(x)
+        return x.gather(left, index)
+
+    def _follow_outs(self, outs: list[Tensor], ancestors: Tensor, sizes: Mapping[int, int]) -> list[Tensor]:
+        """Return the outs of all steps along the path that leads to each of the last particles."""
+
+        def backward(later: list[Tensor], row: list[Tensor]) -> ScanResult:
+            path = row[0].gather(0, later[0])
+            return [path], [path]
+
+        start = torch.arange(self.particles, device=ancestors.device).reshape(-1, *(1,) * (self.rank - 1))
+        loop = active_loop() or run_loop
+        _, (paths,) = loop(backward, [start.expand(ancestors.shape[1:])], [ancestors], len(ancestors), True)
+        rows = ancestors.shape[2:]
+        dims = [min(possible_event_dims(x.shape[1:], rows, sizes), default=x.dim()) for x in outs]
+        return [self._follow(x, paths, n, left=1) for x, n in zip(outs, dims, strict=True)]
 
 
-def _follow(carry: Tensor, ancestors: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the carry of the ancestors; a carry that all particles share is unchanged."""
-    rank = len(shape)
-    if carry.dim() < rank or any(n not in (1, m) for n, m in zip(shape, carry.shape, strict=False)):
-        return carry
-    if carry.shape[0] != shape[0]:
-        return carry
-    index = ancestors.reshape(ancestors.shape + (1,) * (carry.dim() - rank)).expand_as(carry)
-    return carry.gather(0, index)
+def _carry_event_dim(init: torch.Size, shape: torch.Size, weights: Sequence[int], sizes: Mapping[int, int]) -> int:
+    """Return the number of dimensions of a part of the carry that are not of the batch; init has no particles."""
+    rows = torch.Size(weights[1:])
+    while rows and rows[0] == 1:
+        rows = rows[1:]
+    possible = possible_event_dims(shape, rows, sizes)
+    if init[: len(rows)] == rows and len(init) - len(rows) in possible:
+        return len(init) - len(rows)
+    return min(possible, default=len(shape))
 
 
 def _check(q: ScanFunction, p: ScanFunction) -> None:
@@ -233,9 +306,10 @@ def active_filter() -> Filter | None:
 
 @contextmanager
 def filtering(particle_filter: Filter) -> Iterator[None]:
-    """Run the scans of a model under a particle filter."""
+    """Run the scans of a model under a particle filter; modules in their steps broadcast over the particles."""
     token = _active.set(particle_filter)
     try:
-        yield
+        with broadcasting_modules():
+            yield
     finally:
         _active.reset(token)

@@ -24,16 +24,24 @@ from pyro_elbo.masking import expand_to_event, masked
 
 def fill_masked(fn: Distribution, value: Tensor, mask: Tensor | bool | None) -> Tensor:
     """Replace masked values that are not finite by a point of the support, since 0 · NaN is NaN in the gradient."""
-    if not isinstance(mask, Tensor) or not value.is_floating_point() or isinstance(fn, RecordedDensity):
+    steps = fn.steps if isinstance(fn, StackedDistribution) else fn
+    if not isinstance(mask, Tensor) or not value.is_floating_point() or isinstance(steps, RecordedDensity):
         return value
     missing = ~expand_to_event(mask, len(fn.event_shape)) & ~torch.isfinite(value)
-    support: Any = fn.support
+    return torch.where(missing, _point_inside(fn.support, value), value)
+
+
+def _point_inside(support: Any, value: Tensor) -> Tensor:
+    """Return a point of the support, shaped like ``value``."""
+    if isinstance(support, constraints.independent):
+        return _point_inside(support.base_constraint, value)
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):
+        components = -1 - support.event_dim
+        return _point_inside(support.base_constraint, value.unsqueeze(components)).select(components, 0)
     if constraints.is_dependent(support) or support.is_discrete:
-        inside = torch.zeros_like(value)
-    else:
-        transform = transform_to(support)
-        inside = transform(value.new_zeros(transform.inverse_shape(value.shape)))
-    return torch.where(missing, inside, value)
+        return torch.zeros_like(value)
+    transform = transform_to(support)
+    return transform(value.new_zeros(transform.inverse_shape(value.shape)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,12 +203,13 @@ def flatten_distribution(fn: Distribution, tensors: list[Tensor]) -> Distributio
     except NotImplementedError:
         return None
     parts: dict[str, Any] = {}
+    parameters = _parameters(fn)
     for key, x in vars(fn).items():
         if isinstance(x, Tensor):
-            if key.startswith("_unbroadcasted_"):  # torch's multivariate normals leave these as they are
-                x = x.expand(fn.batch_shape + x.shape[x.dim() - (1 if key.endswith("diag") else 2) :])
-            if x.shape[: len(fn.batch_shape)] != fn.batch_shape:
-                return None
+            if (event_dim := _unexpanded_event_dim(fn, key)) is not None:
+                x = x.expand(fn.batch_shape + x.shape[x.dim() - event_dim :])
+            elif not any(x is y for y in parameters) or x.shape[: len(fn.batch_shape)] != fn.batch_shape:
+                return None  # such as a temperature: its dimensions are unknown
             known = [i for i, y in enumerate(tensors) if y is x]
             parts[key] = _Position(known[0] if known else len(tensors))
             tensors += [] if known else [x]
@@ -213,6 +222,21 @@ def flatten_distribution(fn: Distribution, tensors: list[Tensor]) -> Distributio
         elif key != "_batch_shape":
             parts[key] = x
     return DistributionSpec(fn, parts, len(tensors)) if tensors else None
+
+
+def _parameters(fn: Distribution) -> list[Any]:
+    """Return the parameters that a distribution holds, its own and those of its base classes (a Chi2 is a Gamma)."""
+    declared = (vars(kind).get("arg_constraints") for kind in type(fn).__mro__)
+    names = set(fn.arg_constraints).union(*(x for x in declared if isinstance(x, Mapping)))
+    return [x for key, x in vars(fn).items() if key in names]
+
+
+def _unexpanded_event_dim(fn: Distribution, key: str) -> int | None:
+    """Return the event dimensions of an attribute that ``expand`` leaves unchanged; None for other attributes."""
+    if key == "_capacitance_tril":  # of LowRankMultivariateNormal
+        return 2
+    name = key.removeprefix("_unbroadcasted_")
+    return None if name == key else fn.arg_constraints[name].event_dim
 
 
 def copy_without_cache(fn: Distribution) -> Distribution:
@@ -228,9 +252,11 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a is b or bool(a == b))
 
 
-def _holds_tensors(x: Any) -> bool:
+def _holds_tensors(x: Any, seen: tuple[Any, ...] = ()) -> bool:
     if isinstance(x, list | tuple):
-        return any(map(_holds_tensors, x))
-    if isinstance(x, Transform):
-        return isinstance(x, torch.nn.Module) or any(map(_holds_tensors, vars(x).values()))
+        return any(_holds_tensors(y, seen) for y in x)
+    if isinstance(x, Transform) and not isinstance(x, torch.nn.Module):
+        if any(x is y for y in seen):  # a transform and its inverse refer to each other
+            return False
+        return any(_holds_tensors(y, (*seen, x)) for y in vars(x).values())
     return isinstance(x, Tensor | torch.nn.Module)

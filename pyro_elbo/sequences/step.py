@@ -1,6 +1,6 @@
 """Run one step of a scan, hide its sites from the handlers around the scan, and emit them stacked over time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,13 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.assumptions import is_capturing
-from pyro_elbo.errors import ArgumentError, CompileError, SiteError
+from pyro_elbo.errors import (
+    ArgumentError,
+    CompileError,
+    NonFiniteError,
+    PyroElboError,
+    SiteError,
+)
 from pyro_elbo.masking import unmask
 from pyro_elbo.sequences.stacked import (
     DistributionSpec,
@@ -27,10 +33,12 @@ from pyro_elbo.sequences.stacked import (
     ScanRun,
     StackedDistribution,
     copy_without_cache,
+    fill_masked,
     flatten_distribution,
 )
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
+_HUGE = 1e12  # a carry of this size comes from a recurrence that diverges
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,13 @@ class OuterContext:
         frames: all plates around the site, within the step and around the scan.
         value: its value over time, if a handler gives it; it may cover only the first steps.
         observed: whether that value, or the step's own, is an observation.
+        mask: the mask of the handlers around the scan.
     """
 
     frames: tuple[Any, ...]
     value: Tensor | None
     observed: bool
+    mask: Tensor | bool | None
 
 
 ValueLookup = Callable[[str, int], Tensor | None]
@@ -57,8 +67,9 @@ class StepSite:
     """One site of one step, after all handlers within the step.
 
     Attributes:
+        mask: its mask within the step.
         frames: its plates within the step.
-        everywhere: all its plates, those around the scan included.
+        outside: its context, as set by the handlers around the scan.
     """
 
     fn: Distribution
@@ -66,7 +77,7 @@ class StepSite:
     mask: Tensor | bool | None
     scale: float | Tensor
     frames: tuple[Any, ...]
-    everywhere: tuple[Any, ...]
+    outside: OuterContext
     infer: Any
     observed: bool
 
@@ -97,12 +108,14 @@ class StepResult:
         tensors: the tensors of its sites and of its out, as :meth:`StepProgram.emit` takes them.
         sites: its sites by name.
         valid: the sequences that have this step; None if all do.
+        outs: the number of tensors of its out, the last of ``tensors``.
     """
 
     carry: Any
     tensors: list[Tensor]
     sites: dict[str, StepSite]
     valid: Tensor | None
+    outs: int
 
     @property
     def carry_tensors(self) -> list[Tensor]:
@@ -149,9 +162,10 @@ class _Collector(Messenger):
         if name in self.sites:
             raise SiteError(f"Site '{name}' appears twice in step {self.t} of a scan. Give each site its own name.")
         fn, mask = unmask(self._fns[name], msg["mask"])
+        _check_mask(name, fn, mask)
         infer, observed, inside = dict(msg["infer"]), msg["is_observed"], self._inside[name]
-        frames = msg["cond_indep_stack"]
-        self.sites[name] = StepSite(fn, msg["value"], mask, msg["scale"], inside, frames, infer, observed)
+        outside = self.outside[name]
+        self.sites[name] = StepSite(fn, msg["value"], mask, msg["scale"], inside, outside, infer, observed)
 
 
 class _StepContext(Messenger):
@@ -185,6 +199,16 @@ def _check_full(name: str, fn: Any) -> None:
         )
 
 
+def _check_mask(name: str, fn: Distribution, mask: Tensor | bool | None) -> None:
+    batch = tuple(fn.batch_shape)
+    if isinstance(mask, Tensor) and not _broadcasts(mask, batch):
+        raise SiteError(
+            f"Site '{name}': expected a mask that broadcasts to the site's batch shape {batch}, got shape "
+            f"{tuple(mask.shape)}, which would count the site several times. Put the site in a pyro.plate over the "
+            "dimensions of the mask, or reduce the mask."
+        )
+
+
 def _check_drawn(msg: Any) -> None:
     if msg["infer"].get("enumerate"):
         raise SiteError(f"Site '{msg['name']}' cannot be enumerated in a pe.scan: draw it.")
@@ -208,7 +232,7 @@ def _check_handler(handler: Any, msg: Any) -> None:
 
 def _ask(msg: Any, handlers: Sequence[Any]) -> OuterContext:
     """Apply the handlers around a scan to a copy of a site's message, without recording a draw."""
-    probe = dict(msg) | {"infer": dict(msg["infer"]), "stop": False}
+    probe = dict(msg) | {"infer": dict(msg["infer"]), "stop": False, "mask": None}
     for handler in reversed(handlers):
         _check_handler(handler, probe)
         if not isinstance(handler, InitMessenger):  # here it would give the value of one step; emit asks for all
@@ -217,7 +241,8 @@ def _ask(msg: Any, handlers: Sequence[Any]) -> OuterContext:
         if probe["stop"]:
             break
     value = probe["value"]
-    return OuterContext(probe["cond_indep_stack"], None if value is msg["value"] else value, probe["is_observed"])
+    given = None if value is msg["value"] else value
+    return OuterContext(probe["cond_indep_stack"], given, probe["is_observed"], probe["mask"])
 
 
 class StepProgram:
@@ -232,6 +257,7 @@ class StepProgram:
         self.step, self.total = step, total
         self.outside: dict[str, OuterContext] = {}
         self._layout: _StepLayout | None = None
+        self._event_dims: list[int] | None = None
         self._drawn: set[str] = set()
 
     def given_at(self, t: int) -> ValueLookup:
@@ -253,7 +279,11 @@ class StepProgram:
     def run(self, carry: Any, x: Any, valid: Tensor | None, t: int, given: ValueLookup) -> StepResult:
         """Run step ``t``; all steps must have the layout of the first."""
         with _Collector(t, self.outside, given) as collector:
-            result = self.step(carry, x)
+            try:
+                result = self.step(carry, x)
+            except (ValueError, RuntimeError) as error:
+                self._explain_overflow(error, carry, x, t, len(collector.sites))
+                raise
         if not isinstance(result, tuple) or len(result) != 2:
             raise ArgumentError(f"pe.scan: expected step to return (carry, out), got {type(result).__name__}.")
         new, out = result
@@ -263,11 +293,26 @@ class StepProgram:
         layout = _StepLayout(collector.sites, specs, out_spec, [Tensor if isinstance(x, Tensor) else x for x in leaves])
         if self._layout is not None:
             _check_layout(self._layout, layout, t)
-        carry = _next_carry(carry, new, valid, self._rank(), t, grows=self._layout is None)
+        carry = self._next_carry(carry, new, valid, t)
         self._layout = self._layout or layout
-        tensors += [x for x in leaves if isinstance(x, Tensor)]
+        outs = [x for x in leaves if isinstance(x, Tensor)]
         self._drawn |= {name for name, site in collector.sites.items() if not site.observed}
-        return StepResult(carry, tensors, collector.sites, valid)
+        return StepResult(carry, [*tensors, *outs], collector.sites, valid, len(outs))
+
+    def _explain_overflow(self, error: Exception, carry: Any, x: Any, t: int, done: int) -> None:
+        """Raise the library's error where a step fails since its carry has overflowed, or nearly so."""
+        if is_capturing() or isinstance(error, PyroElboError):
+            return
+        leaves = [x for x in pytree.tree_leaves(carry) if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+        largest = max((x.abs().nan_to_num(0.0, posinf=float("inf")).max().item() for x in leaves), default=0.0)
+        if largest < _HUGE:  # NaN alone may come from the data
+            return
+        names = [] if self._layout is None else list(self._layout.sites)
+        where = f"Site '{names[done]}', step {t} of pe.scan" if done < len(names) else f"Step {t} of pe.scan"
+        raise NonFiniteError(
+            f"{where}: the carry has grown to {largest:.3g}, and the step failed on it: {str(error).splitlines()[0]} "
+            "Bound what is fed back through the carry, such as a scale: use softplus instead of exp."
+        ) from error
 
     def peek(self, carry: Any, x: Any, valid: Tensor | None) -> tuple[Any, StepResult]:
         """Run a step that leaves no trace in a graph or in random numbers.
@@ -300,10 +345,15 @@ class StepProgram:
                     )
         return result
 
-    def _rank(self) -> int:
-        """Return the number of batch dimensions that the plates use."""
-        dims = [-f.dim for outside in self.outside.values() for f in outside.frames if f.dim is not None]
-        return max(dims, default=0)
+    def _next_carry(self, old: Any, new: Any, valid: Tensor | None, t: int) -> Any:
+        """Return the new carry of sequences that continue and the old carry of those that have ended."""
+        pairs, spec = _pair_carries(old, new, t, grows=self._layout is None)
+        if valid is not None:
+            sizes = plate_sizes(self.outside.values())
+            if self._event_dims is None:  # the first step sees the shapes of init
+                self._event_dims = [_event_dim(a, b, valid.shape, sizes, i) for i, (a, b) in enumerate(pairs)]
+            pairs = [_hold_ended(valid, a, b, n) for (a, b), n in zip(pairs, self._event_dims, strict=True)]
+        return pytree.tree_unflatten([b for _, b in pairs], spec)
 
     def emit(self, stacked: Sequence[Tensor], valid: Tensor | None, dim: int, run: ScanRun) -> Any:
         """Emit every site once, stacked over all steps, and return the outs; ``stacked`` has time first."""
@@ -359,7 +409,8 @@ def _append_tensors(site: StepSite, tensors: list[Tensor]) -> DistributionSpec |
     own: list[Tensor] = []
     spec = flatten_distribution(site.fn, own)
     if spec is None:
-        own = [site.fn.log_prob(site.value)]
+        value = fill_masked(site.fn, fill_masked(site.fn, site.value, site.mask), site.outside.mask)
+        own = [site.fn.log_prob(value)]
     tensors += [*own, site.value] + ([site.mask] if isinstance(site.mask, Tensor) else [])
     return spec
 
@@ -428,8 +479,8 @@ def _describe(site: StepSite) -> str:
     return f"a {type(site.fn).__name__} of batch shape {batch} and event shape {event}"
 
 
-def _next_carry(old: Any, new: Any, valid: Tensor | None, rank: int, t: int, grows: bool) -> Any:
-    """Return the new carry of sequences that continue and the old carry of those that have ended.
+def _pair_carries(old: Any, new: Any, t: int, grows: bool) -> tuple[list[tuple[Any, Any]], Any]:
+    """Return the leaves of the old and the new carry side by side, and their structure.
 
     Raises:
         ArgumentError: if structure, shapes or dtypes differ; after the first step (``grows``) it may be larger.
@@ -438,41 +489,77 @@ def _next_carry(old: Any, new: Any, valid: Tensor | None, rank: int, t: int, gro
     news, new_spec = pytree.tree_flatten(new)
     if spec != new_spec:
         raise ArgumentError(f"pe.scan: step {t} changes the structure of the carry: expected {spec}, got {new_spec}.")
-    carry = []
-    for i, (a, b) in enumerate(zip(olds, news, strict=True)):
+    pairs = list(zip(olds, news, strict=True))
+    for i, (a, b) in enumerate(pairs):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             if isinstance(a, Tensor) or isinstance(b, Tensor) or _differ(a, b):
                 raise ArgumentError(
                     f"pe.scan: part {i} of the carry changes from {a!r} to {b!r} in step {t}. Make it a tensor."
                 )
-        elif a.dtype != b.dtype or not (a.shape == b.shape or (grows and _broadcasts(a, b))):
+        elif a.dtype != b.dtype or not (a.shape == b.shape or (grows and _broadcasts(a, b.shape))):
             raise ArgumentError(
                 f"pe.scan: part {i} of the carry changes in step {t}: expected {a.dtype} of shape {tuple(a.shape)}, "
                 f"got {b.dtype} of shape {tuple(b.shape)}. Let init have the shape and dtype that step returns."
             )
-        elif valid is not None:
-            b = torch.where(_over_carry(valid, b, rank, i), b, a)
-        carry.append(b)
-    return pytree.tree_unflatten(carry, spec)
+    return pairs, spec
 
 
-def _broadcasts(small: Tensor, large: Tensor) -> bool:
+def _broadcasts(small: Tensor, shape: Sequence[int]) -> bool:
     try:
-        return torch.broadcast_shapes(small.shape, large.shape) == large.shape
+        return torch.broadcast_shapes(small.shape, tuple(shape)) == tuple(shape)
     except RuntimeError:
         return False
 
 
-def _over_carry(valid: Tensor, x: Tensor, rank: int, i: int) -> Tensor:
-    """Broadcast ``valid`` against a part of the carry, which begins with the batch dimensions.
+def plate_sizes(contexts: Iterable[OuterContext]) -> dict[int, int]:
+    """Return the sizes of all plates by dimension."""
+    return {f.dim: f.size for context in contexts for f in context.frames if f.dim is not None}
 
-    Dimensions of outer plates (particles) may stand to their left.
+
+def possible_event_dims(shape: torch.Size, sequences: torch.Size, sizes: Mapping[int, int]) -> list[int]:
+    """Return the possible numbers of dimensions of a tensor to the right of those of the sequences.
+
+    Only dimensions of plates (``sizes`` by dimension) may stand to the left of the sequences.
     """
-    n = valid.dim()
-    for left in (rank - n, 0):
-        if left >= 0 and x.shape[left : left + n] == valid.shape:
-            return valid.reshape(valid.shape + (1,) * (x.dim() - left - n))
+    n, rank = len(sequences), max((-dim for dim in sizes), default=0)
+    found = []
+    for left in range(max(rank - n, 0) + 1):
+        outer = zip(shape[:left], range(-n - left, -n), strict=False)
+        if shape[left : left + n] == sequences and all(size in (1, sizes.get(dim, 1)) for size, dim in outer):
+            found.append(len(shape) - n - left)
+    return found
+
+
+def _event_dim(init: Any, x: Any, sequences: torch.Size, sizes: Mapping[int, int], i: int) -> int:
+    """Return the number of dimensions of a part of the carry to the right of those of the sequences.
+
+    Where the shape leaves a choice, init decides, if it has the shape of the sequences or fewer dimensions.
+
+    Raises:
+        ArgumentError: if the carry does not have the dimensions of the sequences, or may have them in several places.
+    """
+    if not isinstance(x, Tensor):
+        return 0
+    found = possible_event_dims(x.shape, sequences, sizes)
+    if len(found) > 1 and (init.dim() < len(sequences) or init.shape == sequences):
+        found = [0]
+    if len(found) == 1:
+        return found[0]
+    shape, expected = tuple(x.shape), tuple(sequences)
+    if found:
+        raise ArgumentError(
+            f"pe.scan: part {i} of the carry has shape {shape}, where sequences of shape {expected} may stand in "
+            f"{len(found)} places, next to plates of sizes {sorted(sizes.values())}. Choose another size of these "
+            "plates (num_particles), or let init have the shape of the sequences alone."
+        )
     raise ArgumentError(
-        f"pe.scan: part {i} of the carry has shape {tuple(x.shape)}, but lengths are given for sequences of shape "
-        f"{tuple(valid.shape)}. Let the carry begin with the dimensions of the sequences."
+        f"pe.scan: part {i} of the carry has shape {shape}, but lengths are given for sequences of shape {expected}. "
+        "Let the carry begin with the dimensions of the sequences."
     )
+
+
+def _hold_ended(valid: Tensor, old: Any, new: Any, event_dim: int) -> tuple[Any, Any]:
+    """Return both carries, with the old one in place of the new one where sequences have ended."""
+    if not isinstance(new, Tensor):
+        return old, new
+    return old, torch.where(valid.reshape(valid.shape + (1,) * event_dim), new, old)

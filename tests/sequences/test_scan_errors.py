@@ -60,7 +60,7 @@ X = torch.zeros(T, N)
 @pytest.mark.parametrize(
     ("lengths", "parts"),
     [
-        ([4, 5, 7], ("lengths", "between 1 and T = 4", "[5, 7]")),
+        ([4, 5, 7], ("lengths", "between 1 and T = 4", "[5, 7]", "padded")),
         ([0, 1, 2], ("lengths", "between 1 and T = 4", "[0]", "empty")),
         ([-1, 1, 2], ("between 1 and T = 4", "[-1]")),
         ([1.0, 2.0, 3.0], ("integers", "torch.float32")),
@@ -101,7 +101,6 @@ def test_lengths_are_checked_without_inputs(options):
         (X.numpy(), {}, ("tensors", "ndarray", "as_tensor")),
         ({"x": X, "label": "a"}, {}, ("tensors", "str")),
         (X, {"horizon": 2, "reverse": True}, ("horizon", "reverse")),
-        (X, {"horizon": 2, "lengths": torch.tensor([1, 2, 3])}, ("horizon", "lengths")),
     ],
 )
 def test_inputs(xs, options, parts):

@@ -5,6 +5,7 @@ captured matters, the fixture ``interpreted`` runs the captured graph operator b
 """
 
 import functools
+import weakref
 
 import pyro
 import pyro.distributions as dist
@@ -39,7 +40,7 @@ def _interpreted(monkeypatch):
 
     monkeypatch.setattr(executable, "compile_graph", compiled)
     monkeypatch.setattr(executable, "entry_point", lambda compiled: None)
-    monkeypatch.setattr(operators, "_loops", {})
+    monkeypatch.setattr(operators, "_loops", weakref.WeakValueDictionary())
 
 
 @pytest.fixture(name="graphs")

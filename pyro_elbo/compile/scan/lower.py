@@ -23,7 +23,7 @@ from pyro_elbo.compile._torch import (
     unset_fake_temporarily,
 )
 from pyro_elbo.compile.capture import RANDOM, lift, location_scale, remove_identities
-from pyro_elbo.compile.scan.operators import register, register_draws
+from pyro_elbo.compile.scan.operators import DrawStream, Loop, register, register_draws
 from pyro_elbo.compile.scan.partition import (
     StepGraph,
     StepValues,
@@ -49,6 +49,7 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[f
     with torch.no_grad(), DisableTorchFunction():  # nothing is left to lift
         module = make_fx(functionalize(raw, remove="mutations"))(*everything)
     remove_identities(module.graph)
+    _clamp_slices(module.graph)
     random = [n.target.overloadpacket for n in module.graph.nodes if is_random(n)]
     if all(op in rand_ops for op in random):
         module = fx.GraphModule(module, fx_graph_cse(module.graph))
@@ -59,6 +60,15 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[f
             "compile=False."
         )
     return module, constants
+
+
+def _clamp_slices(graph: fx.Graph) -> None:
+    """Write the end of a slice as a size: ``vmap`` computes with it, and the largest integer would overflow."""
+    for node in graph.nodes:
+        position = {aten.slice.Tensor: 3, aten.slice_scatter.default: 4}.get(node.target)
+        if position is not None and len(node.args) > position:
+            size = node.args[0].meta["val"].shape[node.args[position - 2]]
+            node.args = (*node.args[:position], min(node.args[position], size), *node.args[position + 1 :])
 
 
 def _fresh(x: Tensor, requires_grad: bool) -> Tensor:
@@ -238,8 +248,9 @@ def _loop(
         rows = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in like]
         rows += [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in exports]
     number = values.number if any(map(is_random, part.nodes)) else 0  # loops that draw are never the same
-    key = register(part.module(), rows, tuple((x.shape, x.dtype) for x in exports), reverse, number)
-    room = torch.ops.pyro_elbo.loop(constants, state, inputs, values.steps, key)
+    loop = register(part.module(), rows, tuple((x.shape, x.dtype) for x in exports), reverse, number)
+    values.owned.append(loop)
+    room = torch.ops.pyro_elbo.loop(constants, state, inputs, values.steps, loop.key)
     for c, states in zip(carry, room, strict=False):
         values.per_step[c] = states[1:] if reverse else states[:-1]
         values.per_step.setdefault(after[c], states[:-1] if reverse else states[1:])
@@ -266,8 +277,8 @@ class _Scan(torch.autograd.Function):
 class _BoundStep:
     """A traced step, bound to the tensors of one scan."""
 
-    def __init__(self, step: _Traced, steps: int, reverse: bool, number: int) -> None:
-        self.step, self.reverse, self.values = step, reverse, StepValues(steps, number)
+    def __init__(self, step: _Traced, steps: int, reverse: bool, number: int, owned: list[Any]) -> None:
+        self.step, self.reverse, self.values = step, reverse, StepValues(steps, number, owned)
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the last carry and the outs of all steps."""
@@ -275,7 +286,7 @@ class _BoundStep:
         k, n = len(graph.constants), len(graph.carry)
         values.constant |= dict(zip(graph.constants, tensors[:k], strict=True))
         values.per_step |= dict(zip(graph.inputs, tensors[k + n :], strict=True))
-        values.per_step |= _make_draws(self.step.draws, values.steps, self.reverse)
+        values.per_step |= _make_draws(self.step.draws, values, self.reverse)
         nodes = graph.between([*graph.next_carry, *graph.outs])
         finals = _evaluate_all_steps(values, nodes, graph.carry, graph.next_carry, tensors[k : k + n], self.reverse)
         return [x.clone() for x in (*finals, *map(values.stacked, graph.outs))]
@@ -296,6 +307,9 @@ class _BoundStep:
         inputs, constants = simplified(graph.input_gradients), simplified(graph.constant_gradients)
         nodes = [x for x in graph.between([*after.values(), *inputs, *constants]) if x not in values]
         loops = {c: node for c in carried if (node := after[c]) is not None}
+        for place in seeds:  # zeros that an operator takes of which nothing is known
+            if place not in values and place not in loops:
+                values.constant[place] = _zeros(place.meta["val"])
         init = [_zeros(c.meta["val"]) if (x := seeds[c]) is None else x for c in loops]
         ends = _evaluate_all_steps(values, nodes, list(loops), list(loops.values()), init, not self.reverse)
         finals = dict(zip(loops, ends, strict=True))
@@ -331,16 +345,18 @@ def _zeros(like: Tensor, *left: int) -> Tensor:
     return torch.zeros((*left, *like.shape), dtype=like.dtype, device=like.device)
 
 
-def _make_draws(draws: Sequence[_Draw], steps: int, reverse: bool) -> dict[fx.Node, Tensor]:
+def _make_draws(draws: Sequence[_Draw], values: StepValues, reverse: bool) -> dict[fx.Node, Tensor]:
     """Make the draws of all steps, in the order of an uncompiled run under ``fallback_random``."""
     if not draws:
         return {}
     kinds = tuple(RANDOM[d.target] for d in draws)
     if config.fallback_random:
         shapes = tuple((tuple(d.like.shape), d.like.dtype, d.like.device) for d in draws)
-        rows = torch.ops.pyro_elbo.draws(steps, reverse, register_draws(kinds, shapes))
+        stream = register_draws(kinds, shapes)
+        values.owned.append(stream)
+        rows = torch.ops.pyro_elbo.draws(values.steps, reverse, stream.key)
     else:
-        rows = [torch.empty((steps, *d.like.shape), dtype=d.like.dtype, device=d.like.device) for d in draws]
+        rows = [torch.empty((values.steps, *d.like.shape), dtype=d.like.dtype, device=d.like.device) for d in draws]
         rows = [x.normal_() if kind == "normal" else x.uniform_() for kind, x in zip(kinds, rows, strict=True)]
     result = {}
     for d, x in zip(draws, rows, strict=False):
@@ -351,9 +367,14 @@ def _make_draws(draws: Sequence[_Draw], steps: int, reverse: bool) -> dict[fx.No
 
 
 class ScanLowering:
-    """Lowers the scans of one captured graph."""
+    """Lowers the scans of one captured graph.
+
+    Attributes:
+        owned: the loops and streams that operators of the graph find by key: they must live as long as the graph.
+    """
 
     def __init__(self) -> None:
+        self.owned: list[Loop | DrawStream] = []
         self._numbers, self._lowered, self._is_tracing = ValueNumbering(), [], False
 
     def __call__(
@@ -384,7 +405,7 @@ class ScanLowering:
             results: list[Tensor] = []
             forward = _forward(reduced, state, columns, results)
             step = _forward_and_backward(reduced, state, columns, results, forward.constants)
-        bound = _BoundStep(step, steps, reverse, 1 + len(self._lowered))
+        bound = _BoundStep(step, steps, reverse, 1 + len(self._lowered), self.owned)
         results = list(_Scan.apply(bound, *step.constants, *state, *columns))
         finals, outs, states = (
             results[: len(rest)],
@@ -396,6 +417,11 @@ class ScanLowering:
         last = dict(zip(rest, finals, strict=True))
         last |= {i: other.finals[j] for i, j in shared.items() if other is not None}
         return [last[i] for i in range(len(carry))], outs
+
+    def compile(self) -> None:
+        """Compile the recurrences of the graph."""
+        for part in self.owned:
+            part.compile()
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:

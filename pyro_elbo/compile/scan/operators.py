@@ -1,11 +1,13 @@
 """Operators of a captured graph for loops over time: one runs a step's machine code, one makes the draws of a scan.
 
 A key identifies what an operator runs. It is a hash of the content, so that graphs in Inductor's disk cache find the
-same loop in another process.
+same loop in another process. The executable of a graph owns the loops and streams that its operators find by key: they
+live as long as it does.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,11 @@ from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, 
 from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
 
 
-@dataclass
-class _Loop:
+@dataclass(eq=False)
+class Loop:
     """The recurrence that the loop operator runs for a key; it writes to the tensors that it is given."""
 
+    key: int
     module: fx.GraphModule
     inputs: tuple[Tensor, ...]
     exports: tuple[tuple[torch.Size, torch.dtype], ...]
@@ -34,13 +37,37 @@ class _Loop:
             states + [like.new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports] + [_padding(like)]
         )
 
+    def compile(self) -> None:
+        """Compile the recurrence, unless another graph has done so."""
+        if self.machine is not None:
+            return
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        real = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in self.inputs]
+        fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in real)
+        with mode:
+            graph = make_fx(self.module, decompositions(not config.fallback_random))(*fakes)
+        write_out_alpha(graph.graph)
+        self.machine = inductor.compile_graph(Graph(optimize(graph, mode, fakes), (), (), fakes), on_cpu(real))
+
+
+@dataclass(eq=False)
+class DrawStream:
+    """The draws that the draws operator makes for a key: at each step one tensor of each kind and shape."""
+
+    key: int
+    kinds: tuple[str, ...]
+    shapes: tuple[Any, ...]
+
+    def compile(self) -> None:
+        """Do nothing: it has no code of its own."""
+
 
 def _padding(like: Tensor) -> Tensor:
     """Return one more output: Inductor's C++ wrapper (torch 2.13) confuses a list of one tensor with the tensor."""
     return like.new_empty(0)
 
 
-_loops: dict[int, _Loop] = {}
+_loops: MutableMapping[int, Loop] = weakref.WeakValueDictionary()
 _library = torch.library.Library("pyro_elbo", "DEF")
 _library.define("loop(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key) -> Tensor[]")
 
@@ -90,20 +117,19 @@ def stable_key(x: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(x).encode()).digest()[:7], "little")
 
 
-_streams: dict[int, tuple[tuple[str, ...], tuple[Any, ...]]] = {}
+_streams: MutableMapping[int, DrawStream] = weakref.WeakValueDictionary()
 _library.define("draws(int steps, bool reverse, int key) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,))
 rand_ops.append(torch.ops.pyro_elbo.draws)  # equal calls must not be merged
 
 
-def register_draws(kinds: tuple[str, ...], shapes: tuple[Any, ...]) -> int:
-    """Keep the kinds and shapes of a step's draws and return their key."""
+def register_draws(kinds: tuple[str, ...], shapes: tuple[Any, ...]) -> DrawStream:
+    """Return the stream of a step's draws, which the operator finds by key while it lives."""
     key = stable_key((kinds, shapes))
-    _streams[key] = kinds, shapes
-    return key
+    return _streams.setdefault(key, DrawStream(key, kinds, shapes))
 
 
 def _room_for_draws(steps: int, reverse: bool, key: int) -> list[Tensor]:
-    rows = [torch.empty((steps, *shape), dtype=dtype, device=device) for shape, dtype, device in _streams[key][1]]
+    rows = [torch.empty((steps, *shape), dtype=dtype, device=device) for shape, dtype, device in _streams[key].shapes]
     return [*rows, _padding(rows[0])]
 
 
@@ -111,7 +137,7 @@ def _draw(steps: int, reverse: bool, key: int) -> list[Tensor]:
     """Draw step by step, in the order of an uncompiled run."""
     rows = _room_for_draws(steps, reverse, key)
     for t in reversed(range(steps)) if reverse else range(steps):
-        for kind, x in zip(_streams[key][0], rows, strict=False):
+        for kind, x in zip(_streams[key].kinds, rows, strict=False):
             x[t].normal_() if kind == "normal" else x[t].uniform_()
     return rows
 
@@ -120,25 +146,11 @@ _library.impl("draws", _draw, "CompositeExplicitAutograd")
 torch.library.register_fake("pyro_elbo::draws", _room_for_draws, lib=_library)
 
 
-def register(module: fx.GraphModule, inputs: Sequence[Tensor], exports: Any, reverse: bool, number: int) -> int:
-    """Keep a recurrence for compilation and return its key, the same in any process.
+def register(module: fx.GraphModule, inputs: Sequence[Tensor], exports: Any, reverse: bool, number: int) -> Loop:
+    """Return the loop of a recurrence, which the operator finds by key while it lives.
 
     Loops with equal keys and arguments are computed once; ``number`` distinguishes those that draw.
     """
     layout = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs]
-    key = stable_key((module.code, layout, exports, reverse, number))
-    _loops.setdefault(key, _Loop(module, tuple(inputs), exports, reverse))
-    return key
-
-
-def compile_pending() -> None:
-    """Compile the recurrences that were captured since the last call."""
-    for loop in _loops.values():
-        if loop.machine is None:
-            mode = FakeTensorMode(shape_env=ShapeEnv())
-            real = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in loop.inputs]
-            fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in real)
-            with mode:
-                graph = make_fx(loop.module, decompositions(not config.fallback_random))(*fakes)
-            write_out_alpha(graph.graph)
-            loop.machine = inductor.compile_graph(Graph(optimize(graph, mode, fakes), (), (), fakes), on_cpu(real))
+    key = stable_key((module.code, layout, exports, reverse, number, config.fallback_random))
+    return _loops.setdefault(key, Loop(key, module, tuple(inputs), exports, reverse))

@@ -90,10 +90,11 @@ class StepValues:
     Args:
         steps: the number of steps.
         number: the position of the scan among those of the graph.
+        owned: receives the loops and streams that operators of the graph find by key.
     """
 
-    def __init__(self, steps: int, number: int) -> None:
-        self.steps, self.number = steps, number
+    def __init__(self, steps: int, number: int, owned: list[Any]) -> None:
+        self.steps, self.number, self.owned = steps, number, owned
         self.constant: dict[fx.Node, Any] = {}
         self.per_step: dict[fx.Node, Any] = {}
 
@@ -130,7 +131,8 @@ class StepValues:
                 local[node] = _call(node, lambda x: local[x] if x in local else self.constant[x])
             return [local[node] for node in batched]
 
-        index = torch.arange(self.steps, device=next(iter(self.per_step.values())).device)
+        known = (x for x in (*self.per_step.values(), *self.constant.values()) if isinstance(x, Tensor))
+        index = torch.arange(self.steps, device=next((x.device for x in known), None))
         results = torch.vmap(function, randomness="different")(index, *(self.per_step[x] for x in inputs))
         self.per_step |= dict(zip(batched, results, strict=True))
 
@@ -217,7 +219,10 @@ def _add(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
 
 
 _ANY_ZERO = (aten.mul.Tensor, aten.mm.default, aten.bmm.default)
-_FIRST_ZERO = (*_LINEAR, *_SAME, aten.div.Tensor, aten.expand.default, aten.clone.default, aten.mul.Scalar)
+_FIRST_ZERO = (
+    *(*_LINEAR, *_SAME, aten.div.Tensor, aten.expand.default, aten.clone.default, aten.mul.Scalar),
+    *(aten.tanh_backward.default, aten.sigmoid_backward.default, aten.threshold_backward.default),
+)
 
 
 def _is_zero(target: Any, zero: list[bool]) -> bool:

@@ -235,5 +235,5 @@ def test_a_step_that_cannot_take_particles_names_the_cause():
         with pyro.plate("n", N):
             pe.scan(step, torch.zeros(N), X.T)
 
-    with pytest.raises(SiteError, match=r"pe.scan.*particles.*view.*from the right.*bound='importance'"):
+    with pytest.raises(SiteError, match=r"pe.scan.*particles.*shape.*from the right.*bound='importance'"):
         pe.TraceTimestep_ELBO(bound="filtering", num_particles=3).loss(model, model)

@@ -9,7 +9,7 @@ flat tensor.
 """
 
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -138,10 +138,9 @@ class FlatGroup:
 def flatten(optimizers: Iterable[Optimizer]) -> list[FlatGroup]:
     """Group small parameters that have a gradient, and move their state to flat tensors where it is not yet."""
     held = [OptimizedParameter(o, g, p) for o in optimizers for g in o.param_groups for p in g["params"]]
-    times = Counter(m.parameter for m in held)  # pyro.optim steps a parameter of two names twice
     alike: dict[Hashable, list[OptimizedParameter]] = defaultdict(list)
     for member in held:
-        if times[member.parameter] == 1 and _can_be_flat(member):
+        if _can_be_flat(member):
             alike[member.kind()].append(member)
     flats: list[FlatGroup] = []
     for members in alike.values():

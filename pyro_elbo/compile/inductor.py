@@ -32,7 +32,7 @@ from pyro_elbo.compile._torch import (
     tensor_handles,
     tracing,
 )
-from pyro_elbo.compile.capture import Graph, Noise
+from pyro_elbo.compile.capture import Graph, Noise, Segment
 from pyro_elbo.errors import CompileError
 
 AHEAD = 2**18  # numbers of noise drawn at once
@@ -123,12 +123,15 @@ class StepInputs:
         self.inputs = [x for row in zip(*columns, strict=True) for x in row]
         self.width = len(columns)
 
-    def fill(self, values: Sequence[Sequence[float]], noise: Sequence[Noise]) -> None:
-        """Set the scalars of each step and draw new noise."""
+    def fill(self, values: Sequence[Sequence[float]], noise: Sequence[Noise], stream: Sequence[Segment]) -> None:
+        """Set the scalars of each step and draw new noise: in the order of ``stream``, or all at once without one."""
         if values != self.values:
             self.scalars.copy_(torch.tensor(values, dtype=self.scalars.dtype))
             self.values = values
-        for n, x in zip(noise, self.noise, strict=True):
+        for step in range(len(self.record)) if stream else ():
+            for row, start, stop in stream:
+                noise[row].draw(self.noise[row][step, start:stop])
+        for n, x in zip(noise, self.noise, strict=True) if not stream else ():
             n.draw(x)
 
 
@@ -144,7 +147,7 @@ class Executable:
     def __init__(self, graph: Graph, row: tuple[Tensor, Tensor, Tensor], owned: Sequence[Any] = ()) -> None:
         self.flag, self._owned = row[1], owned
         self._row, self._noise, self._externals = row, graph.noise, list(graph.externals)
-        self._frozen = graph.frozen
+        self._frozen, self._stream = graph.frozen, graph.stream
         self._ahead = max(1, AHEAD // max([1, *(n.size for n in graph.noise)]))
         self._rows: dict[int, tuple[StepInputs, Handles | None]] = {}
         on_cpu = all(x.device.type == "cpu" for x in graph.fakes)
@@ -186,7 +189,7 @@ class Executable:
 
     def _run(self, data: Sequence[Tensor], values: Sequence[Sequence[float]]) -> np.ndarray:
         rows, handles = self._rows_for(len(values))
-        rows.fill(values, self._noise)
+        rows.fill(values, self._noise, self._stream)
         if self._entry is not None:
             arguments = (self._handles.capsules, tensor_handles(list(data)), handles.capsules, len(values))
             if (message := driver().run(self._entry, *arguments)) is not None:

@@ -25,7 +25,7 @@ from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutput
 from pyro_elbo.compile.arguments import Key, describe, with_tensors
 from pyro_elbo.compile.execution import Execution, record_execution
 from pyro_elbo.compile.guard import Guard
-from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, watch
+from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, distinct, watch
 from pyro_elbo.compile.reach import guard_of
 from pyro_elbo.compile.traced_update import trace_update
 from pyro_elbo.errors import CompileError, NonFiniteError, PyroElboError
@@ -257,16 +257,18 @@ class CompiledSVI:
                 _check_sites(step.sites, tuple(terms.sites))
                 loss = self._loss(terms)
                 recorded = self._record(terms, loss)
+            finite = torch.ones_like(alive)
             if step.plan.optimizers:
-                trace_update(self.update, step.plan, _gradients(loss, step), _critic_gradients(terms), named)
-            usable = torch.stack([alive, torch.isfinite(loss.detach()), *assumed]).all()
-            record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), usable)]))
+                critics = _critic_gradients(terms)
+                finite = trace_update(self.update, step.plan, _gradients(loss, step), critics, named)
+            usable = torch.stack([alive, torch.isfinite(loss.detach()), finite, *assumed]).all()
+            record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), finite, usable)]))
             alive.copy_(usable)
             return usable
 
         device = next((p.device for p in step.parameters.values()), torch.get_default_device())
         scalars, record = (
-            torch.zeros(n, dtype=torch.float64, device=device) for n in (len(names), len(step.names) + 1)
+            torch.zeros(n, dtype=torch.float64, device=device) for n in (len(names), len(step.names) + 2)
         )
         row = scalars, torch.ones((), dtype=torch.bool, device=device), record
         inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
@@ -308,13 +310,19 @@ class CompiledSVI:
         if usable < steps:
             step.execute.flag.fill_(True)
             self._explain_unusable(step, record[usable], args, kwargs)
-        return step.names, record[:, :-1]
+        return step.names, record[:, :-2]
 
     def _explain_unusable(self, step: _KnownStep, row: np.ndarray, args: tuple, kwargs: dict[str, Any]) -> None:
         with torch.no_grad(), step.execute.unchanged():
             self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises an error that names site and rows, if any
         values = dict(zip(step.names, row.tolist(), strict=False))
         bad = [name for name, x in values.items() if not math.isfinite(x)]
+        if not bad and not row[-2]:
+            raise NonFiniteError(
+                f"The gradient is not finite for {self._not_finite(step, args, kwargs)} although the objective is; the "
+                "parameters are those before this step. Look for a root, norm or division at 0, and for a torch.where "
+                "whose other branch is not finite."
+            )
         if not bad:
             raise CompileError(
                 "The masks or scales of a site were equal in model and guide when the step was captured, and now "
@@ -324,6 +332,16 @@ class CompiledSVI:
             f"The objective is not finite ({', '.join(f'{name} {values[name]}' for name in bad)}). The step changed no "
             "parameter. Look for data outside the support, NaN in the data or a diverging parameter."
         )
+
+    def _not_finite(self, step: _KnownStep, args: tuple, kwargs: dict[str, Any]) -> str:
+        """Return the names of parameters whose gradient is not finite at another draw."""
+        trained = {name: p for name, p in step.parameters.items() if p.requires_grad}
+        with step.execute.unchanged():
+            loss = self._loss(self.loss.evaluate(self.model, self.guide, args, kwargs, lambda s: s(self.loss.step)))
+            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        pairs = zip(trained, gradients, strict=True)
+        bad = [f"'{name}'" for name, g in pairs if g is not None and not torch.isfinite(g).all()]
+        return ", ".join(bad) or "a parameter"
 
 
 def _hooks(parameters: Mapping[str, Tensor]) -> dict[Tensor, list[Callable]]:
@@ -336,7 +354,7 @@ def _held(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
 
 def _gradients(loss: Tensor, step: _KnownStep) -> dict[Tensor, Tensor]:
     """Return the gradient of every parameter that the optimizers move, the one it holds where this step gives none."""
-    trained = [p for p in step.parameters.values() if p.requires_grad]
+    trained = [p for p in distinct(step.parameters) if p.requires_grad]
     found = zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True)
     gradients = {p: _after_hooks(step.hooks.get(p, ()), g) for p, g in found if g is not None}
     if sparse := [tuple(p.shape) for p, g in gradients.items() if g.layout is not torch.strided]:

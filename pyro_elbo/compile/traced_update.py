@@ -33,8 +33,8 @@ def trace_update(
     gradients: Mapping[Tensor, Tensor],
     unclipped: Mapping[Tensor, Tensor],
     numbers: Numbers,
-) -> None:
-    """Step parameters and state in place while a graph is being captured.
+) -> Tensor:
+    """Step parameters and state in place while a graph is being captured; return whether all gradients are finite.
 
     Args:
         update: clips the gradients.
@@ -46,6 +46,7 @@ def trace_update(
     aliases = {p: p.detach() for p in (*gradients, *unclipped)}
     for p, gradient in (*gradients.items(), *unclipped.items()):
         aliases[p].grad = gradient.clone()  # autograd may give two parameters the same tensor
+    finite = _all_finite(plan, aliases)
     update.clip(list(gradients), [aliases[p] for p in gradients])
     with torch.no_grad(), optimizers_compiling(), _TensorScalars():
         for flat in plan.flats:
@@ -57,6 +58,16 @@ def trace_update(
         for optimizer in plan.rest:
             with _named(optimizer):
                 _trace_step(optimizer, aliases, numbers)
+    return finite
+
+
+def _all_finite(plan: UpdatePlan, aliases: Mapping[Tensor, Tensor]) -> Tensor:
+    """Return whether all gradients are finite: then 0 times their elements adds up to 0, otherwise to NaN."""
+    flat = {p for group in plan.flats for p in group.parameters}
+    given = {p: alias.grad for p, alias in aliases.items() if alias.grad is not None}
+    gradients = [group.join(given[p] for p in group.parameters) for group in plan.flats]
+    gradients += [g for p, g in given.items() if p not in flat]
+    return torch.isfinite(torch.stack([(g * 0).sum().to(torch.float64) for g in gradients]).sum())
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def test_rates_per_parameter(interpreted, graphs):
 
 
 def test_a_parameter_of_two_names(interpreted):
-    """Pyro steps it twice."""
+    """It is stepped once, as by pyro.infer.SVI."""
     net = network()
 
     def program(x):

@@ -22,7 +22,7 @@ from pyro_elbo.compile._torch import (
     rand_ops,
     unset_fake_temporarily,
 )
-from pyro_elbo.compile.capture import RANDOM, lift, location_scale, remove_identities
+from pyro_elbo.compile.capture import RANDOM, lift, location_scale, remove_identities, write_out_bernoulli
 from pyro_elbo.compile.scan.operators import DrawStream, Loop, register, register_draws
 from pyro_elbo.compile.scan.partition import (
     StepGraph,
@@ -176,7 +176,7 @@ class _Draw:
 def _lift_draws(graph: fx.Graph) -> list[_Draw]:
     """Turn draws with fixed distributions into inputs of the step."""
     draws = []
-    _write_out_bernoulli(graph)
+    write_out_bernoulli(graph)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     for node in [n for n in graph.nodes if n.target in RANDOM]:
         with graph.inserting_after(last):
@@ -186,19 +186,6 @@ def _lift_draws(graph: fx.Graph) -> list[_Draw]:
         node.replace_all_uses_with(last)
         graph.erase_node(node)
     return draws
-
-
-def _write_out_bernoulli(graph: fx.Graph) -> None:
-    """Write a Bernoulli draw as a uniform one below p, as torch does in the same stream: its distribution is fixed."""
-    for node in [n for n in graph.nodes if n.target is aten.bernoulli.default]:
-        p, value = node.args[0], node.meta["val"]
-        with graph.inserting_before(node):
-            uniform = graph.call_function(aten.rand_like.default, (p,))
-            below = graph.call_function(aten.lt.Tensor, (uniform, p))
-            drawn = graph.call_function(aten._to_copy.default, (below,), {"dtype": value.dtype})
-        uniform.meta["val"], below.meta["val"], drawn.meta["val"] = value, value < 1, value
-        node.replace_all_uses_with(drawn)
-        graph.erase_node(node)
 
 
 def _evaluate_all_steps(

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from pyro_elbo.compile import inductor
 from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, rand_ops
-from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
+from pyro_elbo.compile.capture import SCAN_DRAWS, Graph, NoiseKind, decompositions, optimize, write_out_alpha
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class DrawStream:
     """The draws that the draws operator makes for a key: at each step one tensor of each kind and shape."""
 
     key: int
-    kinds: tuple[str, ...]
+    kinds: tuple[NoiseKind, ...]
     shapes: tuple[Any, ...]
 
     def compile(self) -> None:
@@ -122,9 +122,10 @@ _library.define("draws(int steps, bool reverse, int key) -> Tensor[]", tags=(tor
 rand_ops.append(torch.ops.pyro_elbo.draws)  # equal calls must not be merged
 
 
-def register_draws(kinds: tuple[str, ...], shapes: tuple[Any, ...]) -> DrawStream:
+def register_draws(kinds: tuple[NoiseKind, ...], shapes: tuple[Any, ...]) -> DrawStream:
     """Return the stream of a step's draws, which the operator finds by key while it lives."""
     key = stable_key((kinds, shapes))
+    SCAN_DRAWS[key] = kinds
     return _streams.setdefault(key, DrawStream(key, kinds, shapes))
 
 

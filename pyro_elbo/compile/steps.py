@@ -88,6 +88,9 @@ class CompiledSVI:
         per_datum: divide the loss by the number of rows of the full data.
         fallback_random: draw with torch's own operators in the program's order, which reproduces the stream of an
             uncompiled run. Otherwise all noise of a step is drawn at once.
+
+    Raises:
+        CompileError: ``compile`` is True and torch is older than 2.13.
     """
 
     def __init__(
@@ -101,6 +104,8 @@ class CompiledSVI:
         per_datum: bool = False,
         fallback_random: bool = False,
     ) -> None:
+        if compile and torch.__version__ < "2.13":  # make_fx and Inductor's interfaces move
+            raise CompileError(f"Compiled steps need torch 2.13 or later, this is {torch.__version__}: compile=False.")
         self.model, self.guide, self.loss, self.update = model, guide, loss, update
         self.compile, self.per_datum, self.fallback_random = compile, per_datum, fallback_random
         self._known: dict[Key, list[_KnownStep]] = {}
@@ -233,9 +238,6 @@ class CompiledSVI:
 
     def _capture(self, step: _KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
-        if torch.__version__ < "2.13":  # make_fx and Inductor's interfaces move
-            raise CompileError(f"Compiled steps need torch 2.13 or later, this is {torch.__version__}: compile=False.")
-
         from pyro_elbo.compile._torch import config
         from pyro_elbo.compile.capture import capture  # Inductor takes a second to import
         from pyro_elbo.compile.inductor import Executable, compiling

@@ -37,11 +37,13 @@ class SVI:
         loss: an objective of this library.
         compile: compile repeated steps.
         grad_clip: the largest joint norm of the gradients of all parameters.
-        fallback_random: draw in a compiled step exactly the numbers that an uncompiled one draws from the same seed.
-            This is slower. Without it the draws are equal in distribution and still seeded by torch's generator.
+        fallback_random: draw in a compiled step the numbers that an uncompiled one draws from the same seed, for the
+            families listed in ``docs/compile.md``. This is slower. Without it the draws are equal in distribution and
+            still seeded by torch's generator.
 
     Raises:
         ArgumentError: ``loss`` or ``optim`` has the wrong type, or ``grad_clip`` is not positive.
+        CompileError: ``compile`` is True and torch is older than 2.13.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe

@@ -382,3 +382,10 @@ def test_modules_whose_names_the_store_gives_to_others_are_not_left_untrained(co
     before = again.linear.weight.clone()
     svi.step(x)
     assert again.linear.weight != before
+
+
+def test_old_versions_of_torch_are_refused_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
+    pe.SVI(model, guide, adam(), sampled())
+    with pytest.raises(CompileError, match="torch 2.13 or later, this is 2.9.1"):
+        pe.SVI(model, guide, adam(), sampled(), compile=True)

@@ -62,6 +62,11 @@ SCAN_DRAWS: dict[int, tuple[NoiseKind, ...]] = {}
 """The kinds of the draws in one step of a scan, by the key of the operator that makes them."""
 
 
+def fill_noise(kind: NoiseKind, x: Tensor) -> Tensor:
+    """Fill a tensor with standard draws from torch's generator and return it."""
+    return {"normal": x.normal_, "uniform": x.uniform_, "exponential": x.exponential_}[kind]()
+
+
 @dataclass(frozen=True)
 class Noise:
     """A row of independent standard draws, an input of the graph."""
@@ -76,7 +81,7 @@ class Noise:
 
     def draw(self, rows: Tensor) -> None:
         """Fill rows from torch's generator."""
-        {"normal": rows.normal_, "uniform": rows.uniform_, "exponential": rows.exponential_}[self.kind]()
+        fill_noise(self.kind, rows)
 
 
 @dataclass(frozen=True)

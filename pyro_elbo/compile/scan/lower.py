@@ -22,7 +22,15 @@ from pyro_elbo.compile._torch import (
     rand_ops,
     unset_fake_temporarily,
 )
-from pyro_elbo.compile.capture import RANDOM, lift, location_scale, remove_identities, write_out_bernoulli
+from pyro_elbo.compile.capture import (
+    RANDOM,
+    NoiseKind,
+    fill_noise,
+    lift,
+    location_scale,
+    remove_identities,
+    write_out_bernoulli,
+)
 from pyro_elbo.compile.scan.operators import DrawStream, Loop, register, register_draws
 from pyro_elbo.compile.scan.partition import (
     StepGraph,
@@ -336,7 +344,7 @@ def _make_draws(draws: Sequence[_Draw], values: StepValues, reverse: bool) -> di
     """Make the draws of all steps, in the order of an uncompiled run under ``fallback_random``."""
     if not draws:
         return {}
-    kinds = tuple(RANDOM[d.target] for d in draws)
+    kinds: tuple[NoiseKind, ...] = tuple(RANDOM[d.target] for d in draws)
     if config.fallback_random:
         shapes = tuple((tuple(d.like.shape), d.like.dtype, d.like.device) for d in draws)
         stream = register_draws(kinds, shapes)
@@ -344,7 +352,7 @@ def _make_draws(draws: Sequence[_Draw], values: StepValues, reverse: bool) -> di
         rows = torch.ops.pyro_elbo.draws(values.steps, reverse, stream.key)
     else:
         rows = [torch.empty((values.steps, *d.like.shape), dtype=d.like.dtype, device=d.like.device) for d in draws]
-        rows = [x.normal_() if kind == "normal" else x.uniform_() for kind, x in zip(kinds, rows, strict=True)]
+        rows = [fill_noise(kind, x) for kind, x in zip(kinds, rows, strict=True)]
     result = {}
     for d, x in zip(draws, rows, strict=False):
         for op, number in d.args:

@@ -16,7 +16,15 @@ from torch import Tensor, fx
 
 from pyro_elbo.compile import inductor
 from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, rand_ops
-from pyro_elbo.compile.capture import SCAN_DRAWS, Graph, NoiseKind, decompositions, optimize, write_out_alpha
+from pyro_elbo.compile.capture import (
+    SCAN_DRAWS,
+    Graph,
+    NoiseKind,
+    decompositions,
+    fill_noise,
+    optimize,
+    write_out_alpha,
+)
 
 
 @dataclass(eq=False)
@@ -139,7 +147,7 @@ def _draw(steps: int, reverse: bool, key: int) -> list[Tensor]:
     rows = _room_for_draws(steps, reverse, key)
     for t in reversed(range(steps)) if reverse else range(steps):
         for kind, x in zip(_streams[key].kinds, rows, strict=False):
-            x[t].normal_() if kind == "normal" else x[t].uniform_()
+            fill_noise(kind, x[t])
     return rows
 
 

@@ -448,7 +448,7 @@ def test_arguments_out_of_range(options, match, untyped):
         (lambda: pe.TotalCorrelation("z", weight=pe.LinearWarmup), r"weight .* got the class LinearWarmup"),
         (lambda: pe.TraceIW_ELBO(4, kl="auto"), r"The importance bound needs kl='sampled', got 'auto'. Leave kl out"),
         (lambda: pe.TraceTimestep_ELBO(bound=3), r"bound must be one of .* got 3"),
-        (lambda: pe.TraceTimestep_ELBO(resample="x"), r"resample must be a finite number >= 0, got 'x'"),
+        (lambda: pe.TraceTimestep_ELBO(resample="x"), r"resample must be between 0 and 1, got 'x'"),
         (
             lambda: pe.TraceTimestep_ELBO(bound="filtering", num_particles=3, vectorize_particles=False),
             r"The filtering bound needs vectorize_particles=True, got False",

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, check_number
+from pyro_elbo.errors import ArgumentError
 from pyro_elbo.information import AttributeSource, Estimator, MutualInformation
 from pyro_elbo.objectives.elbo import TraceBeta_ELBO
 from pyro_elbo.objectives.importance import importance_weighted, shared_scale
@@ -161,9 +161,8 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         for name, given, known in (("normalize", normalize, Normalize), ("bound", bound, SequenceBound)):
             if not isinstance(given, str) or given not in get_args(known):
                 raise ArgumentError(f"{name} must be one of {get_args(known)}, got {given!r}.")
-        check_number("resample", resample)
-        if resample > 1:
-            raise ArgumentError(f"resample must be between 0 and 1, got {resample}.")
+        if isinstance(resample, bool) or not isinstance(resample, int | float) or not 0 <= resample <= 1:
+            raise ArgumentError(f"resample must be between 0 and 1, got {resample!r}.")
         if bound != "elbo":
             options = _with_option(options, bound, "kl", "sampled")
         if bound == "filtering":
@@ -204,7 +203,7 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         nesting = self._nesting(model, guide, args, kwargs)
         pair, log_evidence = trace_filtered(model, guide, args, kwargs, self.num_particles, nesting, self.resample)
         sites = evaluate_terms(pair, "sampled")
-        return Terms(sites, pair.particle_dim, log_evidence * shared_scale(sites))
+        return Terms(sites, pair.particle_dim, log_evidence.sum() * shared_scale(sites))
 
     def _sites(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]

@@ -87,7 +87,7 @@ def trace_filtered(
     max_plate_nesting: int,
     threshold: float,
 ) -> tuple[TracePair, Tensor]:
-    """Trace model and guide side by side through time, with resampling; also return log Ẑ, unscaled (nats).
+    """Trace model and guide side by side through time, with resampling; also return log Ẑ per sequence (nats).
 
     Raises:
         SiteError: a latent lies outside the scan, or the programs do not fit each other.

@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor
 
@@ -167,10 +166,11 @@ class Filter:
         """Whether the scans of model and guide have run."""
         return self._log_w is not None
 
-    def log_evidence(self) -> Float[Tensor, ""]:
-        """Return log Ẑ (nats), summed over the sequences."""
+    def log_evidence(self) -> Tensor:
+        """Return log Ẑ of each sequence (nats); what all sequences share is spread evenly over them."""
         assert self._log_w is not None
-        return (self._log_z + log_mean_exp(self._log_w, 0)).sum() + self._shared
+        log_z = (self._log_z + log_mean_exp(self._log_w, 0)).squeeze(0)
+        return log_z + self._shared / log_z.numel()
 
     def _shape(self, contexts: Sequence[OuterContext]) -> tuple[int, ...]:
         """Return the shape of the log weights: particles and the plates that all sites share, 1 elsewhere."""

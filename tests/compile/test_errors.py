@@ -141,10 +141,8 @@ def test_side_effects_do_not_leave_fake_tensors(interpreted):
     assert math.isfinite(pe.SVI(program, guide, adam(), sampled()).step(X) + program.last.item())
 
 
-def test_arrays_and_gradients_among_the_arguments_are_refused():
+def test_gradients_among_the_arguments_are_refused():
     svi = pe.SVI(model, guide, adam(), sampled(), compile=True)
-    with pytest.raises(ArgumentError, match=r"NumPy array of shape \(4,\)"):
-        svi.step(X.numpy())
     with pytest.raises(ArgumentError, match="requires a gradient"):
         svi.step(X.clone().requires_grad_())
 

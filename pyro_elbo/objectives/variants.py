@@ -76,6 +76,7 @@ class TraceMI_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         estimator: the estimator of the information, as in :class:`MutualInformation`.
         beta: weight of the KL.
         conditional_on: y, for I(z; s | y).
+        name: of the penalty, I(z; s) by default.
         options: those of :class:`TraceBeta_ELBO`.
 
     Example:
@@ -97,10 +98,11 @@ class TraceMI_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         beta: Beta = 1.0,
         *,
         conditional_on: AttributeSource | None = None,
+        name: str = "",
         **options: Any,
     ) -> None:
         given = options.pop("given", None)
-        penalty = MutualInformation(latent, attribute, weight, estimator, conditional_on, given=given)
+        penalty = MutualInformation(latent, attribute, weight, estimator, conditional_on, name=name, given=given)
         super().__init__(beta, penalties=(penalty, *options.pop("penalties", ())), **options)
 
 

@@ -125,7 +125,7 @@ class SVI:
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if not kwargs and all(isinstance(x, Tensor) for x in args):
             return args, kwargs
-        if not kwargs and len(args) == 1 and isinstance(columns := named_columns(args[0], self.model), dict):
+        if not kwargs and len(args) == 1 and (columns := named_columns(args[0], self.model)) is not args[0]:
             args, kwargs = (), columns
         return as_tensors(args), as_tensors(kwargs)
 

@@ -35,7 +35,6 @@ from pyro_elbo.programs import (
     Parameters,
     Program,
     check_gradients,
-    collect_modules,
     collect_parameters,
     evaluating,
     failed_line,
@@ -187,8 +186,7 @@ class CompiledSVI:
         """Take a step as pyro.infer.SVI does; return its terms, its record and the parameters that it used."""
         with torch.set_grad_enabled(kind == "train"), collect_parameters() as parameters, ExitStack() as stack:
             if kind == "evaluate":
-                self._modules = stack.enter_context(collect_modules(self.model, self.guide))
-                stack.enter_context(evaluating(self.model, self.guide))
+                self._modules = stack.enter_context(evaluating(self.model, self.guide))
             terms = self.loss.checked_terms(self.model, self.guide, args, kwargs)
             loss = self._loss(terms)
         if kind == "train" and loss.requires_grad:

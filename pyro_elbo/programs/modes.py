@@ -12,10 +12,11 @@ from pyro_elbo.programs.modules import collect_modules
 
 
 @contextmanager
-def evaluating(*programs: Any) -> Iterator[None]:
+def evaluating(*programs: Any) -> Iterator[list[nn.Module]]:
     """Put the modules that programs use into evaluation mode; restore the modes and buffers of all parts afterwards.
 
-    Modules that programs are or own change mode at once, others when the programs first use them in the block.
+    Modules that programs are or own change mode at once, others when the programs first use them in the block. The
+    block gets the list of modules, as from ``collect_modules``.
 
     Example:
         >>> net = nn.BatchNorm1d(2)
@@ -26,8 +27,11 @@ def evaluating(*programs: Any) -> Iterator[None]:
         >>> net.training, net.num_batches_tracked.item()
         (True, 0)
     """
-    with ExitStack() as stack, collect_modules(*programs, on_found=lambda m: stack.enter_context(module_evaluating(m))):
-        yield
+    with (
+        ExitStack() as stack,
+        collect_modules(*programs, on_found=lambda m: stack.enter_context(module_evaluating(m))) as found,
+    ):
+        yield found
 
 
 @contextmanager

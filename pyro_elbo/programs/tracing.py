@@ -1,6 +1,6 @@
 """Trace the model and the guide and return typed sites."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,18 +101,24 @@ def trace_filtered(
     particles = Filter(num_particles, max_plate_nesting + 1, threshold, run_guide)
     with filtering(particles):
         traced = _trace(poutine.replay(model, trace=drawn), args, kwargs)
+    if not particles.has_run:
+        raise _outside_scan(read_model(traced.trace, traced.conditioned).values())
     pair = _pair(traced, Traced(drawn), -(max_plate_nesting + 1))
     both = (*pair.model.values(), *pair.guide.values())
     outside = [site for site in both if not isinstance(site.fn, StackedDistribution) and site.has_density]
-    latent = list(dict.fromkeys(site.name for site in outside if site.role in ("latent", "auxiliary")))
-    if latent or not particles.has_run:
-        raise SiteError(
-            f"The filtering bound resamples whole particles: all latents must be drawn in one pe.scan, but "
-            f"{latent} lie outside it. Draw them in its first step, or use bound='importance'."
-        )
+    if any(site.role in ("latent", "auxiliary") for site in outside):
+        raise _outside_scan(outside)
     for site in outside:
         particles.weigh(site.name, site.log_prob() if site.name in pair.model else -site.log_prob())
     return pair, particles.log_evidence()
+
+
+def _outside_scan(sites: Iterable[Site]) -> SiteError:
+    latents = list(dict.fromkeys(site.name for site in sites if site.role in ("latent", "auxiliary")))
+    return SiteError(
+        f"The filtering bound resamples whole particles: all latents must be drawn in one pe.scan, but {latents} lie "
+        "outside it. Draw them in its first step, or use bound='importance'."
+    )
 
 
 def trace_program(

@@ -1,9 +1,9 @@
 """Scan a Pyro program over time, and filter a model and guide by sequential Monte Carlo.
 
-Takes a step program and tensors over time. Gives one site for each site of the step, with time as a dimension of its
+Takes a step program and tensors over time; gives one site for each site of the step, with time as a dimension of its
 event. ``scan`` runs the steps, ``step`` collects their sites, ``stacked`` is the distribution of a site over all steps,
 ``smc`` runs the scans of model and guide together and resamples, ``particles`` lets modules broadcast over particles.
-May import masking, assumptions and errors.
+Imports masking, assumptions and errors.
 """
 
 from pyro_elbo.sequences.scan import scan

@@ -249,7 +249,7 @@ def tied():
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("clip", [None, 0.01])  # far below the norm of every gradient
 def test_tied_weights_are_stepped_and_clipped_once(interpreted, compile, clip):
     """Pyro steps a parameter of two names once, and clips its gradient alone."""
 

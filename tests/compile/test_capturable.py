@@ -206,6 +206,35 @@ def test_masks_in_buffers_follow_their_values(interpreted):
     assert run(True) == pytest.approx(run(False))
 
 
+BUFFER_READS = {
+    "a branch": lambda b: 1.0 if b + 0 > 1 else 2.0,
+    "a number": lambda b: (b * 1).item(),
+    "membership": lambda b: 1.0 if b in (torch.tensor(2.0),) else 2.0,
+}
+
+
+@pytest.mark.parametrize("read", BUFFER_READS.values(), ids=BUFFER_READS)
+def test_numbers_read_from_buffers_follow_their_values(interpreted, read):
+    """A graph holds the value that Python read; another value gets another graph."""
+    buffer = torch.tensor(2.0)
+
+    def shifted(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z + read(buffer), 1.0), obs=x)
+
+    def run(compile):
+        buffer.fill_(2.0)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = pe.SVI(shifted, guide, adam(), sampled(), compile=compile, fallback_random=True)
+        first = [svi.step(X) for _ in range(3)]
+        buffer.fill_(0.5)
+        return first + [svi.step(X) for _ in range(3)]
+
+    assert run(True) == pytest.approx(run(False))
+
+
 def test_elements_selected_by_data_are_refused_with_their_line(interpreted):
     def positive(x):
         model(x[x > 0])

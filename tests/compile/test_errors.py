@@ -39,13 +39,10 @@ VALUE_READS = {
     "a parameter as a number": lambda z, x, b: float(pyro.param("loc").detach()),
     "numpy": lambda z, x, b: torch.as_tensor(z.detach().numpy()),
     "boolean indexing": lambda z, x, b: x[x > 0].sum(),
-    "a branch on a buffer": lambda z, x, b: 1.0 if b + 0 > 1 else 2.0,
-    "a buffer as a number": lambda z, x, b: (b * 1).item(),
     "a buffer as fill value": lambda z, x, b: torch.full((4,), b),
     "a buffer in a literal": lambda z, x, b: torch.tensor([b]),
     "a buffer as size": lambda z, x, b: torch.zeros(b.long()).sum(),
     "a buffer as slice": lambda z, x, b: x[: b.long()].sum(),
-    "membership": lambda z, x, b: 1.0 if b in (torch.tensor(2.0),) else 2.0,
 }
 
 

@@ -251,7 +251,7 @@ def _write_where(x: Tensor, mask: Tensor, value: Any) -> Tensor:
 
 
 def _is_mask(index: Any) -> bool:
-    return isinstance(index, Tensor) and index.dtype is torch.bool and index.dim() > 0
+    return isinstance(index, Tensor) and index.dtype is torch.bool
 
 
 def _scalar_indices(x: Tensor, index: Any) -> list[Tensor | None] | None:

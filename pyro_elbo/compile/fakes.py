@@ -152,7 +152,8 @@ class Lifting(TorchFunctionMode):
             known_args, settings = pytree.tree_unflatten(given, spec)
             values = function(*known_args, **settings)
         for x, value in zip(made, values if isinstance(values, tuple | list) else (values,), strict=True):
-            self._know(x, value, sources)
+            if value is not None:  # the copy of a parameter has no .grad
+                self._know(x, value, sources)
 
     def _freeze(self, known: "_KnownValue") -> Tensor:
         """Return a value to be held by the graph, which then relies on the buffers that it was computed from."""

@@ -266,6 +266,9 @@ class _Reach:
             self._visit_all((type(x), *x.__mro__[1:]))
 
     def _visit_function(self, x: types.FunctionType) -> None:
+        package = str(x.__globals__.get("__name__") or "").partition(".")[0]
+        if not is_library(package):
+            self._owned.append((vars(x), frozenset([package])))
         if self._execution is not None and id(x.__code__) not in self._execution.code:
             return  # whoever holds it watches which function it is
         for name, cell in zip(x.__code__.co_freevars, x.__closure__ or (), strict=True):
@@ -275,10 +278,8 @@ class _Reach:
                 continue
             self._guard.watch_attributes("cell_contents", [cell], called=name)
             self._visit(value)
-        package = str(x.__globals__.get("__name__") or "").partition(".")[0]
         if is_library(package):
             return
-        self._owned.append((vars(x), frozenset([package])))
         for attribute in ("__defaults__", "__kwdefaults__", "__code__"):
             self._guard.watch_attributes(attribute, [x], called=x.__name__)
         self._visit_all((x.__defaults__, x.__kwdefaults__))

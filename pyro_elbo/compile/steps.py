@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pyro_elbo.assumptions import capturing
 from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutputShapeException
 from pyro_elbo.compile.arguments import Key, describe, with_tensors
-from pyro_elbo.compile.execution import Execution, record_execution
+from pyro_elbo.compile.execution import Execution, collect_code, record_execution
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, distinct, watch
 from pyro_elbo.compile.reach import guard_of
@@ -43,6 +43,7 @@ from pyro_elbo.programs import (
 from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
+    from pyro_elbo.compile.capture import Graph
     from pyro_elbo.compile.inductor import Executable
 
 StepKind = Literal["train", "evaluate"]
@@ -241,19 +242,19 @@ class CompiledSVI:
         from pyro_elbo.compile.inductor import Executable, compiling
         from pyro_elbo.compile.scan.lower import ScanLowering
 
-        scans = ScanLowering()
+        scans, recording = ScanLowering(), collect_code
         names, validate = list(self._scalars(step, 0)), pyro.settings.get("validate_distributions_pyro")
 
-        captured: list[Execution | None] = []
+        ran: list[Any] = []
 
         def function(*inputs: Tensor) -> Tensor:
             *tensors, scalars, alive, record = inputs
             args, kwargs = with_tensors(leaves, spec, tensors)
             named = {name: scalars[i] for i, name in enumerate(names)}
             with capturing(validate, scans) as assumed, torch.set_grad_enabled(kind == "train"):
-                with record_execution() as execution:
+                with recording() as found:
                     terms = self.loss.evaluate(self.model, self.guide, args, kwargs, named.__getitem__)
-                captured.append(execution)
+                ran.append(found)
                 _check_sites(step.sites, tuple(terms.sites))
                 loss = self._loss(terms)
                 recorded = self._record(terms, loss)
@@ -266,6 +267,11 @@ class CompiledSVI:
             alive.copy_(usable)
             return usable
 
+        def trace() -> "Graph":
+            validation = pyro.settings.context(**dict.fromkeys(_VALIDATION, False))
+            with _side_effects(step.guard), validation:
+                return capture(function, inputs, kept=2, lift_noise=not self.fallback_random)
+
         device = next((p.device for p in step.parameters.values()), torch.get_default_device())
         scalars, record = (
             torch.zeros(n, dtype=torch.float64, device=device) for n in (len(names), len(step.names) + 2)
@@ -275,10 +281,11 @@ class CompiledSVI:
         with _explain_capture(step.guard.generators), config.patch(fallback_random=self.fallback_random), compiling():
             _check_reachable(step.guard)
             check_traceable(step.plan.optimizers, step.parameters)
-            validation = pyro.settings.context(**dict.fromkeys(_VALIDATION, False))
-            with _side_effects(step.guard), validation:
-                graph = capture(function, inputs, kept=2, lift_noise=not self.fallback_random)
-            if step.execution is not None and captured[0] is not None and step.execution.update(captured[0]):
+            graph = trace()
+            if step.execution is not None and step.execution.misses(ran[-1]):
+                scans, recording = ScanLowering(), record_execution  # the first run took another branch
+                graph = trace()
+                step.execution.update(ran[-1])
                 args, kwargs = with_tensors(leaves, spec, [x for x in leaves if isinstance(x, Tensor)])
                 step.guard = self._guard(step.execution, args, kwargs, step.parameters, step.plan.optimizers)
                 _check_reachable(step.guard)

@@ -690,3 +690,31 @@ def test_a_profiler_around_the_steps(interpreted):
             sys.setprofile(None)
 
     assert not exact_or_refused(scenario)
+
+
+def test_code_that_the_first_run_did_not_reach(interpreted):
+    """The capture notices code that is new to it, and the guard then watches what that code reads."""
+    settings = types.SimpleNamespace(width=1.0)
+
+    def later():
+        return settings.width
+
+    def run(compile):
+        settings.width, seen = 1.0, []
+
+        def program(x):
+            width = later() if seen else 1.0
+            if not seen:
+                seen.append(True)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(z, width), obs=x)
+
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = pe.SVI(program, guide, adam(), sampled(), compile=compile, fallback_random=True)
+        before = [svi.step(X) for _ in range(4)]
+        settings.width = 2.0
+        return before + [svi.step(X) for _ in range(4)]
+
+    assert run(True) == pytest.approx(run(False), rel=1e-9)

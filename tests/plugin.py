@@ -1,33 +1,15 @@
 """Shared set-up: shapes checked at run time, one thread a worker, a clean Pyro for every test."""
 
-import functools
 import os
 import pathlib
-from unittest import mock
 
 import pyro
 import pytest
 import torch
-from jaxtyping import _import_hook
 
-import tests.typecheck  # noqa: F401  (the hook looks it up as an attribute)
+from tests import typecheck
 
-
-def _exec_module(loader, module):
-    """Run a module's checked code.
-
-    The hook's own version keeps its name of cache files while the module runs, for every module imported by then:
-    torch's compiler, SymPy, ArviZ and Lightning are then compiled from source in every process.
-    """
-    checked = functools.partial(_import_hook._optimized_cache_from_source, loader._typechecker.get_hash())
-    with mock.patch("importlib._bootstrap_external.cache_from_source", checked):
-        code = loader.get_code(module.__name__)
-    exec(code, module.__dict__)
-
-
-_import_hook._JaxtypingLoader.exec_module = _exec_module
-_import_hook.install_import_hook("pyro_elbo", "tests.typecheck.typechecker")
-
+typecheck.install()
 torch.set_num_threads(1)
 
 

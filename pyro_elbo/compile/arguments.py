@@ -62,6 +62,15 @@ def _describe_leaf(x: Any) -> Any:
     return _Identity(x)
 
 
+def difference(old: Key, new: Key) -> str:
+    """Return in words what differs between the arguments of two steps."""
+    changed = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
+    for a, b in changed:
+        if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2:
+            return f"an argument that is a Python {b[0].__name__} ({a[1]!r}, then {b[1]!r}) changes"
+    return "the shapes of the data change"
+
+
 @dataclass(frozen=True)
 class _Identity:
     """An object that equals only itself; it stays alive as long as the graph that was made for it."""

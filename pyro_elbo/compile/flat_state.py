@@ -78,15 +78,18 @@ class FlatGroup:
         self._views = {k: [m.state[k] for m in members] for k in self._bases}
         self._starts = {k: [x.storage_offset() for x in views] for k, views in self._views.items()}
         self._versions = self._count_versions()
+        self._moving = moving(members[0].group)
 
     def _count_versions(self) -> list[int]:
         return [base._version for key, base in self._bases.items() if key in _COUNTS]
 
     def even(self) -> bool:
-        """Return whether the members still share learning rate and step counts, which user code may change."""
+        """Return whether the members still share what schedulers move, and the step counts, which users may change."""
         first = self.members[0]
-        if not all(m.group["lr"] is first.group["lr"] or m.group["lr"] == first.group["lr"] for m in self.members):
-            return False
+        for key in self._moving:
+            shared = first.group[key]
+            if not all(m.group[key] == shared for m in self.members):
+                return False
         if isinstance(first.optimizer, ClippedAdam):
             return all(m.state["step"] == first.state["step"] for m in self.members)
         if (versions := self._count_versions()) == self._versions:
@@ -133,6 +136,13 @@ class FlatGroup:
         sizes = [1] * len(self.members) if key in _COUNTS else self._sizes
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return self._starts[key] == starts and len(self._bases[key]) == sum(sizes)
+
+
+def moving(group: Mapping[str, Any]) -> list[str]:
+    """Return the settings of an optimizer's group that are inputs of a captured step: schedulers move them."""
+    cycled = "max_momentum" in group  # by OneCycleLR or CyclicLR
+    rate = isinstance(group.get("lr"), float | int)
+    return [k for k, moves in (("lr", rate), ("betas", cycled), ("momentum", cycled)) if moves and k in group]
 
 
 def flatten(optimizers: Iterable[Optimizer]) -> list[FlatGroup]:

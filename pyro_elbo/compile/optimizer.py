@@ -11,7 +11,7 @@ from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_elbo.compile.flat_state import FlatGroup, flatten
+from pyro_elbo.compile.flat_state import FlatGroup, flatten, moving
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.errors import ArgumentError, CompileError
 from pyro_elbo.programs import Parameters
@@ -173,7 +173,8 @@ class UpdatePlan:
     def numbers(self, ahead: int = 0) -> dict[Hashable, float]:
         """Return the Python numbers of the step after ``ahead`` more steps.
 
-        Their names are pairs: the id of a group, and ``"lr"`` or ``"taken"`` (the steps taken after that step).
+        Their names are pairs: the id of a group, and a setting that :func:`moving` returns, an element of it such as
+        ``("betas", 0)``, or ``"taken"`` (the steps taken after that step).
         """
         return {
             (id(group), key): number
@@ -196,11 +197,15 @@ class UpdatePlan:
         return None if even else "the learning rate or the count of steps of some parameters"
 
 
-def _numbers(optimizer: Optimizer, group: Mapping[str, Any], parameters: list[Tensor], ahead: int) -> dict[str, float]:
+def _numbers(optimizer: Optimizer, group: Mapping[str, Any], parameters: list[Tensor], ahead: int) -> dict[Any, float]:
     if isinstance(optimizer, ClippedAdam):
         taken = max((s["step"] for p in parameters if (s := optimizer.state.get(p))), default=0)
         return {"lr": group["lr"] * group["lrd"] ** (ahead + 1), "taken": float(taken + ahead + 1)}
-    return {"lr": float(group["lr"])} if isinstance(group.get("lr"), float | int) else {}
+    numbers: dict[Any, float] = {}
+    for key in moving(group):
+        elements = {(key, i): x for i, x in enumerate(group[key])} if key == "betas" else {key: group[key]}
+        numbers |= {name: float(x) for name, x in elements.items()}
+    return numbers
 
 
 def watch(guard: Guard, optimizers: Iterable[Optimizer]) -> None:
@@ -212,8 +217,8 @@ def watch(guard: Guard, optimizers: Iterable[Optimizer]) -> None:
         guard.watch_container(optimizer.param_groups)
         for group in optimizer.param_groups:
             guard.watch_container(group["params"])
-            settings = {"params", "initial_lr"} | ({"lr"} if not isinstance(group.get("lr"), Tensor) else set())
-            guard.watch(group, (k for k in group if k not in settings))
+            inputs = {"params", "initial_lr", *moving(group)}
+            guard.watch(group, (k for k in group if k not in inputs))
             for p in group["params"]:
                 if p in optimizer.state:
                     guard.watch(optimizer.state, [p])

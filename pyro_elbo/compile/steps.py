@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pyro_elbo.assumptions import capturing
 from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutputShapeException
-from pyro_elbo.compile.arguments import Key, describe, with_tensors
+from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
 from pyro_elbo.compile.execution import Execution, collect_code, record_execution
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, distinct, watch
@@ -164,7 +164,7 @@ class CompiledSVI:
         """Raise once too many steps needed a new graph; ``changed`` is None where the shapes of the data are new."""
         self._misses += changed is not None
         if self._misses > MAX_MISSES or len(self._known) > MAX_SHAPES:
-            what = f"'{changed}' changes" if changed is not None else "the shapes of the data change"
+            what = f"'{changed}' changes" if changed is not None else difference(*list(self._known)[-2:])
             raise CompileError(
                 f"Almost every step needs a graph of its own: {what} from step to step, and a graph is compiled for "
                 "one value. Pass what changes as a tensor argument, pad the data to one shape, or use compile=False."

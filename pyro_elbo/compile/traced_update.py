@@ -88,7 +88,11 @@ _UNTRACEABLE = (
 
 def _numbered(group: Mapping[str, Any], parameters: list[Tensor], numbers: Numbers) -> dict[str, Any]:
     """Return a copy of a group with other parameters, and with tensors for the numbers that change."""
-    named = {key: numbers[id(group), key] for key in ("lr", "taken") if (id(group), key) in numbers}
+    named: dict[str, Any] = {
+        key: numbers[id(group), key] for key in ("lr", "momentum", "taken") if (id(group), key) in numbers
+    }
+    if (id(group), ("betas", 0)) in numbers:
+        named["betas"] = tuple(numbers[id(group), ("betas", i)] for i in range(len(group["betas"])))
     return {**group, "params": parameters, **named}
 
 
@@ -179,6 +183,8 @@ class _TensorScalars(TorchFunctionMode):
         options = {k: _computed_once(v, args[0]) for k, v in (kwargs or {}).items()}
         args = (*args[:1], *(_computed_once(x, args[0]) for x in args[1:]))
         name = getattr(function, "__name__", "")
+        if name in ("__ne__", "ne") and args[1] == 0:  # SGD asks whether its momentum, which a scheduler moves, is on
+            return True
         if isinstance(options.get("alpha"), Tensor) and name in ("add", "add_", "sub", "sub_"):
             return function(args[0], args[1] * options["alpha"])
         if isinstance(options.get("value"), Tensor) and name in ("addcdiv_", "addcmul_"):

@@ -84,17 +84,24 @@ def test_grad_clip(interpreted, clip):
     trains_alike(lambda p: optim.SGD(p, 0.05), grad_clip=clip)
 
 
+def adam_of(parameters):
+    return optim.Adam(parameters, 0.05)
+
+
 @pytest.mark.parametrize(
-    "schedule",
+    ("make", "schedule"),
     [
-        lambda o: lr_scheduler.ExponentialLR(o, 0.5),
-        lambda o: lr_scheduler.StepLR(o, 2),
-        lambda o: lr_scheduler.OneCycleLR(o, 0.1, 40, cycle_momentum=False),
+        (adam_of, lambda o: lr_scheduler.ExponentialLR(o, 0.5)),
+        (adam_of, lambda o: lr_scheduler.StepLR(o, 2)),
+        (adam_of, lambda o: lr_scheduler.OneCycleLR(o, 0.1, 40, cycle_momentum=False)),
+        (adam_of, lambda o: lr_scheduler.OneCycleLR(o, 0.1, 40)),
+        (lambda p: optim.SGD(p, 0.05, 0.9, nesterov=True), lambda o: lr_scheduler.OneCycleLR(o, 0.1, 40)),
+        (lambda p: optim.SGD(p, 0.05, 0.9), lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 4)),
     ],
-    ids=["exponential", "step", "one cycle"],
+    ids=["exponential", "step", "one cycle", "one cycle of betas", "one cycle of momentum", "cyclic"],
 )
-def test_torch_schedulers_cost_no_graph(interpreted, graphs, schedule):
-    trains_alike(lambda p: optim.Adam(p, 0.05), schedule, steps=12)
+def test_torch_schedulers_cost_no_graph(interpreted, graphs, make, schedule):
+    trains_alike(make, schedule, steps=12)
     assert len(graphs) == 1
 
 

@@ -3,11 +3,11 @@
 Takes programs, objective and optimizer; gives steps with the totals of each. ``steps`` decides when to compile,
 ``capture`` traces a step on ``fakes``, ``batch_scalars`` and ``flat_state`` shrink its graph, ``inductor`` compiles it.
 ``execution`` records what a step ran, ``reach`` finds what that reads, ``guard`` watches it. ``optimizer`` and
-``traced_update`` step parameters. ``_torch`` holds all private names of torch; the first capture loads the heavy ones.
+``traced_update`` step parameters. ``_torch`` holds all private names of torch, ``versions`` those tested.
 Imports objectives and below.
 """
 
 from pyro_elbo.compile.optimizer import PyroUpdate, TorchUpdate
-from pyro_elbo.compile.steps import CompiledSVI, StepTotals
+from pyro_elbo.compile.steps import Compile, CompiledSVI, StepTotals
 
-__all__ = ["PyroUpdate", "StepTotals", "CompiledSVI", "TorchUpdate"]
+__all__ = ["Compile", "PyroUpdate", "StepTotals", "CompiledSVI", "TorchUpdate"]

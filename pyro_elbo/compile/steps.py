@@ -9,6 +9,7 @@ runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed
 import math
 import random
 import sys
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
@@ -25,9 +27,10 @@ from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutput
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
 from pyro_elbo.compile.execution import Execution, collect_code, record_execution
 from pyro_elbo.compile.guard import Guard
-from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, distinct, watch
+from pyro_elbo.compile.optimizer import PyroUpdate, Update, UpdatePlan, check_own, check_traceable, distinct, watch
 from pyro_elbo.compile.reach import guard_of
 from pyro_elbo.compile.traced_update import trace_update
+from pyro_elbo.compile.versions import check_version
 from pyro_elbo.errors import CompileError, NonFiniteError, PyroElboError
 from pyro_elbo.information import critic_gradients
 from pyro_elbo.objectives import TraceBeta_ELBO
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from pyro_elbo.compile.capture import Graph
     from pyro_elbo.compile.inductor import Executable
 
+Compile = bool | Literal["auto"]
 StepKind = Literal["train", "evaluate"]
 StepTotals = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names): loss and totals in nats
 
@@ -84,13 +88,13 @@ class CompiledSVI:
 
     Args:
         update: moves the parameters by their gradients.
-        compile: compile the steps; False runs every step in Python.
+        compile: compile the steps; False runs every step in Python, ``"auto"`` those that cannot be compiled.
         per_datum: divide the loss by the number of rows of the full data.
         fallback_random: draw with torch's own operators in the program's order, which reproduces the stream of an
             uncompiled run. Otherwise all noise of a step is drawn at once.
 
     Raises:
-        CompileError: ``compile`` is True and torch is older than 2.13.
+        CompileError: ``compile`` is True and compiled steps do not work with this version of torch.
     """
 
     def __init__(
@@ -100,17 +104,19 @@ class CompiledSVI:
         loss: TraceBeta_ELBO,
         update: Update,
         *,
-        compile: bool = True,
+        compile: Compile = True,
         per_datum: bool = False,
         fallback_random: bool = False,
     ) -> None:
-        if compile and torch.__version__ < "2.13":  # make_fx and Inductor's interfaces move
-            raise CompileError(f"Compiled steps need torch 2.13 or later, this is {torch.__version__}: compile=False.")
         self.model, self.guide, self.loss, self.update = model, guide, loss, update
-        self.compile, self.per_datum, self.fallback_random = compile, per_datum, fallback_random
+        self.compile: Compile = compile
+        self.per_datum, self.fallback_random = per_datum, fallback_random
         self._known: dict[Key, list[_KnownStep]] = {}
         self._modules: list[nn.Module] = []
         self._misses = 0
+        if compile:
+            with self._or_python():
+                check_version(_train_a_small_program)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_known": {}, "_misses": 0}  # a copy has other tensors than those of the graphs
@@ -142,6 +148,21 @@ class CompiledSVI:
         if not self.compile or _PYRO_STACK:  # a graph would freeze the handlers around the step
             return self._run_in_python(kind, args, kwargs, steps)
         key, leaves, spec = describe(kind, args, kwargs)
+        step = None
+        with self._or_python():
+            step = self._captured(key, kind, leaves, spec)
+        if step is not None:
+            return self._execute(step, args, kwargs, [x for x in leaves if isinstance(x, Tensor)], steps)
+        if not self.compile:
+            return self._run_in_python(kind, args, kwargs, steps)
+        step, (names, first) = self._record_step(kind, args, kwargs)
+        self._known[key][:] = [step, *self._known[key][: MAX_MISSES - 1]]
+        if steps == 1:
+            return names, first
+        return names, np.concatenate([first, self._run(kind, args, kwargs, steps - 1)[1]])
+
+    def _captured(self, key: Key, kind: StepKind, leaves: list[Any], spec: Any) -> _KnownStep | None:
+        """Return a step whose graph can run, captured now where it ran once in Python; None for a new step."""
         known = self._known.setdefault(key, [])
         changed = "the program"
         for step in known:
@@ -150,15 +171,21 @@ class CompiledSVI:
                     self._capture(step, kind, leaves, spec)
                 else:
                     self._misses = 0
-                data = [x for x in leaves if isinstance(x, Tensor)]
-                return self._execute(step, args, kwargs, data, steps)
+                return step
             changed = broken
         self._check_misses(changed if known else None)
-        step, (names, first) = self._record_step(kind, args, kwargs)
-        known[:] = [step, *known[: MAX_MISSES - 1]]
-        if steps == 1:
-            return names, first
-        return names, np.concatenate([first, self._run(kind, args, kwargs, steps - 1)[1]])
+        return None
+
+    @contextmanager
+    def _or_python(self) -> Iterator[None]:
+        """Under ``compile="auto"``, warn of what cannot be compiled and take all steps in Python from now on."""
+        try:
+            yield
+        except CompileError as error:
+            if self.compile != "auto":
+                raise
+            self.compile = False
+            warnings.warn(f"Steps run in Python, several times slower than compiled ones: {error}", stacklevel=2)
 
     def _check_misses(self, changed: str | None) -> None:
         """Raise once too many steps needed a new graph; ``changed`` is None where the shapes of the data are new."""
@@ -349,6 +376,26 @@ class CompiledSVI:
         pairs = zip(trained, gradients, strict=True)
         bad = [f"'{name}'" for name, g in pairs if g is not None and not torch.isfinite(g).all()]
         return ", ".join(bad) or "a parameter"
+
+
+def _train_a_small_program() -> None:
+    """Raise unless compiled steps of a program with one latent lose what its steps in Python lose."""
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.5)), 1.0))
+
+    def losses(compile: bool) -> list[float]:
+        with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            update = PyroUpdate(pyro.optim.Adam({"lr": 0.1}))
+            steps = CompiledSVI(model, guide, TraceBeta_ELBO(), update, compile=False, fallback_random=True)
+            steps.compile = compile
+            return [steps.train((), {})[1][0, 0] for _ in range(4)]
+
+    torch.testing.assert_close(losses(True), losses(False), rtol=1e-5, atol=1e-5)
 
 
 def _hooks(parameters: Mapping[str, Tensor]) -> dict[Tensor, list[Callable]]:

@@ -88,9 +88,8 @@ _UNTRACEABLE = (
 
 def _numbered(group: Mapping[str, Any], parameters: list[Tensor], numbers: Numbers) -> dict[str, Any]:
     """Return a copy of a group with other parameters, and with tensors for the numbers that change."""
-    named: dict[str, Any] = {
-        key: numbers[id(group), key] for key in ("lr", "momentum", "taken") if (id(group), key) in numbers
-    }
+    keys = [key for key in ("lr", "momentum", "taken") if (id(group), key) in numbers]
+    named: dict[str, Any] = {key: numbers[id(group), key] for key in keys}
     if (id(group), ("betas", 0)) in numbers:
         named["betas"] = tuple(numbers[id(group), ("betas", i)] for i in range(len(group["betas"])))
     return {**group, "params": parameters, **named}

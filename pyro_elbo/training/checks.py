@@ -49,6 +49,12 @@ def check_counts(required: Mapping[str, Any], optional: Mapping[str, Any]) -> No
             check_count(f"{name}, unless it is None,", count)
 
 
+def check_compile(compile: Any) -> None:
+    """Raise ArgumentError unless ``compile`` is True, False or ``"auto"``."""
+    if not isinstance(compile, bool) and compile != "auto":
+        raise ArgumentError(f'compile must be True, False or "auto", got {compile!r} ({type(compile).__name__}).')
+
+
 def check_grad_clip(grad_clip: Any) -> None:
     """Raise ArgumentError unless ``grad_clip`` is None or positive and finite."""
     if grad_clip is not None:

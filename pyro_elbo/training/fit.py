@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_elbo import errors
+from pyro_elbo.compile import Compile
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError, check_count, check_number
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO, TraceTimestep_ELBO
 from pyro_elbo.programs import Plate, Program, collect_modules, collect_parameters
 from pyro_elbo.terms import Term, Terms
 from pyro_elbo.training import history as histories
-from pyro_elbo.training.checks import check_counts, check_grad_clip, check_loss, check_programs
+from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip, check_loss, check_programs
 from pyro_elbo.training.data import Loaders, arguments, prepare_data
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def fit(
     seed: int = 0,
     devices: int = 1,
     grad_clip: float | None = None,
-    compile: bool = False,
+    compile: Compile = False,
     progress: bool = True,
 ) -> FitResult:
     r"""Train model and guide on Lightning's Trainer, with validation, early stopping and checkpoints.
@@ -100,7 +101,8 @@ def fit(
         seed: repeats a run bit for bit on a CPU. The caller's random state is restored afterwards.
         devices: processes on this machine; they average their gradients and draw separate noise.
         grad_clip: the largest norm of the gradient; larger gradients are scaled down.
-        compile: run repeated steps as one compiled graph (see :class:`SVI`); needs ``devices=1``.
+        compile: run repeated steps as one compiled graph (see :class:`SVI`), or in Python with a warning where that
+            fails (``"auto"``); needs ``devices=1``.
         progress: show the progress bar.
 
     Raises:
@@ -132,7 +134,8 @@ def fit(
     check_count("seed", seed, least=0)
     check_number("lr", lr)
     check_grad_clip(grad_clip)
-    _check_arguments(valid, patience, optimizer, dir, resume, overwrite, compile and devices != 1)
+    check_compile(compile)
+    _check_arguments(valid, patience, optimizer, dir, resume, overwrite, bool(compile) and devices != 1)
     with _undisturbed(), tempfile.TemporaryDirectory() as scratch:
         from pyro_elbo.training import lightning as adapter
 

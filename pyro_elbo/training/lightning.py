@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from pyro_elbo.compile import CompiledSVI, TorchUpdate
+from pyro_elbo.compile import Compile, CompiledSVI, TorchUpdate
 from pyro_elbo.errors import ArgumentError, GuideError
 from pyro_elbo.objectives import TermsModule
 from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed
@@ -58,12 +58,12 @@ class LightningPrograms(lightning.LightningModule):
         loaders: Callable[..., Any],
         seed: int,
         progress: bool,
-        compile: bool,
+        compile: Compile,
         grad_clip: float | None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = not compile
-        self.grad_clip, self.steps = grad_clip, None
+        self.compile_steps, self.grad_clip, self.steps = compile, grad_clip, None
         self.module = module
         self.trained = trained.parameters
         # the prefix "@" separates names such as "values" from the methods of the dictionary
@@ -131,7 +131,9 @@ class LightningPrograms(lightning.LightningModule):
             update = TorchUpdate(optimizer, self.grad_clip)
             programs = self.module.model, self.module.guide, self.module.elbo
             # draw the same noise as uncompiled steps, so that runs repeat and resume alike
-            self.steps = CompiledSVI(*programs, update, per_datum=True, fallback_random=True)
+            self.steps = CompiledSVI(
+                *programs, update, compile=self.compile_steps, per_datum=True, fallback_random=True
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Return the loss per datum, or None after a compiled step, which has updated the parameters already."""

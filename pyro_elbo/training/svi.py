@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pyro_elbo.compile import CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
+from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
 from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, as_tensors, check_arguments, named_columns
-from pyro_elbo.training.checks import check_grad_clip, check_loss, check_programs
+from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss, check_programs
 
 CHUNK = 1000  # steps between two looks at the progress bar
 
@@ -35,15 +35,15 @@ class SVI:
         guide: the variational posterior of the model.
         optim: a ``pyro.optim`` optimizer, or a ``torch.optim`` one that holds all parameters.
         loss: an objective of this library.
-        compile: compile repeated steps.
+        compile: compile repeated steps. ``"auto"`` warns once and goes on in Python where a step cannot be compiled.
         grad_clip: the largest joint norm of the gradients of all parameters.
         fallback_random: draw in a compiled step the numbers that an uncompiled one draws from the same seed, for the
             families listed in ``docs/compile.md``. This is slower. Without it the draws are equal in distribution and
             still seeded by torch's generator.
 
     Raises:
-        ArgumentError: ``loss`` or ``optim`` has the wrong type, or ``grad_clip`` is not positive.
-        CompileError: ``compile`` is True and torch is older than 2.13.
+        ArgumentError: ``loss``, ``optim`` or ``compile`` has the wrong type, or ``grad_clip`` is not positive.
+        CompileError: ``compile`` is True and compiled steps do not work with this version of torch.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
@@ -65,12 +65,13 @@ class SVI:
         optim: pyro.optim.PyroOptim | Optimizer,
         loss: TraceBeta_ELBO,
         *,
-        compile: bool = False,
+        compile: Compile = False,
         grad_clip: float | None = None,
         fallback_random: bool = False,
     ) -> None:
         check_programs(model, guide)
         check_loss(loss)
+        check_compile(compile)
         _check_optim(optim, grad_clip)
         self.model, self.guide, self.optim, self.loss, self.compile = model, guide, optim, loss, compile
         update = TorchUpdate(optim, grad_clip) if isinstance(optim, Optimizer) else PyroUpdate(optim, grad_clip)

@@ -16,6 +16,7 @@ from pyro.nn import PyroModule
 from torch import nn, optim
 
 import pyro_elbo as pe
+from pyro_elbo.compile import inductor as executable
 from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, PyroElboError, SiteError
 from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     X,
@@ -32,6 +33,7 @@ from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     state_of,
     train,
 )
+from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 
 VALUE_READS = {
     "a branch": lambda z, x, b: z * 1.0 if z > 0 else z,
@@ -384,3 +386,60 @@ def test_old_versions_of_torch_are_refused_before_the_first_step(monkeypatch):
     pe.SVI(model, guide, adam(), sampled())
     with pytest.raises(CompileError, match="torch 2.13 or later, this is 2.9.1"):
         pe.SVI(model, guide, adam(), sampled(), compile=True)
+
+
+def torch_version(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+
+
+def test_a_torch_newer_than_the_tested_ones_is_tried_once(interpreted, graphs, monkeypatch):
+    torch_version(monkeypatch, "2.97.0")
+    for _ in range(2):
+        pe.SVI(model, guide, adam(), sampled(), compile=True)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("compile", [True, "auto"])
+def test_a_torch_whose_graphs_are_wrong(interpreted, monkeypatch, compile):
+    torch_version(monkeypatch, f"2.98.{len(str(compile))}")
+    monkeypatch.setattr(executable, "compile_graph", lambda graph, on_cpu: lambda inputs: None)
+    tested = r"tested with torch 2.13 to 2.14, this is 2.98.4, where a small program fails \(\w+"
+    if compile == "auto":
+        with pytest.warns(UserWarning, match=f"(?s)Steps run in Python.*{tested}"):
+            svi = pe.SVI(model, guide, adam(), sampled(), compile="auto")
+        assert svi.run(3, X, progress=False).isfinite().all()
+        return
+    with pytest.raises(CompileError, match=tested):
+        pe.SVI(model, guide, adam(), sampled(), compile=True)
+
+
+def branching(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z if z > 0 else -z, 1.0), obs=x)
+
+
+def test_auto_goes_on_in_python_where_a_program_cannot_be_compiled(interpreted):
+    def losses(compile):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = pe.SVI(branching, guide, adam(), sampled(), compile=compile, fallback_random=True)
+        return [svi.step(X) for _ in range(5)], svi.run(4, X, progress=False).tolist(), svi.evaluate_loss(X)
+
+    with pytest.warns(UserWarning, match="Steps run in Python.*Site 'x' needs a value") as caught:
+        automatic = losses("auto")
+    assert len(caught) == 1
+    assert automatic == losses(False)
+
+
+def test_auto_compiles_what_can_be_compiled(interpreted, graphs):
+    pe.SVI(model, guide, adam(), sampled(), compile="auto").run(3, X, progress=False)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("compile", ["yes", 1, None])
+def test_other_values_of_compile_are_refused(untyped, compile):
+    with pytest.raises(ArgumentError, match='compile must be True, False or "auto"'):
+        pe.SVI(model, guide, adam(), sampled(), compile=compile)
+    with pytest.raises(ArgumentError, match='compile must be True, False or "auto"'):
+        pe.fit(model, guide, X, compile=compile, progress=False)

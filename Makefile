@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Byte code is kept: without it every process compiles the library and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test fuzz lint bench
+.PHONY: install demo test fuzz lint bench compat
 
 install: $(STAMP)
 
@@ -38,6 +38,18 @@ test: $(if $(FAST),$(STAMP),lint)
 fuzz: $(STAMP)
 	PYRO_ELBO_FUZZ=$(or $(SEEDS),2000) $(PYTEST) $(shell find tests -name 'test_random_*.py')
 	$(PYTEST) -m thorough
+
+# The tests under every torch version that compiled steps support, each in an environment of its own (2.14.1: 5 GB).
+TORCH_VERSIONS ?= 2.13.0 2.14.1
+COMPAT_TESTS ?= tests
+compat: $(TORCH_VERSIONS:%=compat-%)
+compat-%: OTHER = .venv-torch$*
+compat-%:
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	grep -v '^torch==' $(PINS) > $(OTHER)/pins.txt
+	$(OTHER)/bin/python -c 'import torch' 2>/dev/null || $(OTHER)/bin/pip install -q torch==$*
+	$(OTHER)/bin/pip install -q -c $(OTHER)/pins.txt -e '.[dev]'
+	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal -m "not thorough" $(COMPAT_TESTS)
 
 bench: $(STAMP)
 	$(BIN)/pip install -q -c $(PINS) -e '.[bench]'

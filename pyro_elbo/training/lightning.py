@@ -63,7 +63,8 @@ class LightningPrograms(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = not compile
-        self.compile_steps, self.grad_clip, self.steps = compile, grad_clip, None
+        self.compile_steps: Compile = compile
+        self.grad_clip, self.steps = grad_clip, None
         self.module = module
         self.trained = trained.parameters
         # the prefix "@" separates names such as "values" from the methods of the dictionary

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
 
 import pyro_elbo as pe
-from pyro_elbo.errors import ArgumentError, GuideError, NonFiniteError, PyroElboError, SiteError
+from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError, PyroElboError, SiteError
 from tests.support.refusing import refusing
 from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 
@@ -511,6 +511,32 @@ def test_nan_in_padding_is_not_blamed_for_a_negative_scale():
     with pytest.raises(ValueError, match="Expected parameter scale") as caught:
         pe.TraceBeta_ELBO().terms(other, lambda x: None, x)
     assert not isinstance(caught.value, NonFiniteError)
+
+
+def test_data_with_fewer_rows_than_their_plate():
+    def program(x):
+        with pyro.plate("data", 4):
+            pyro.sample("x", dist.Normal(torch.zeros(4), 1.0), obs=x)
+
+    with pytest.raises(SiteError, match=r"expected batch shape \(4,\) .* got \(3,\)\. Give the data and the plate the"):
+        pe.TraceBeta_ELBO().terms(program, lambda x: None, X[:3])
+
+
+@pytest.mark.parametrize("call", [pe.TraceBeta_ELBO().terms, pe.pareto_k, pe.to_arviz], ids=lambda f: f.__name__)
+def test_a_class_in_place_of_a_guide(call, untyped):
+    with pytest.raises(ArgumentError, match=r"guide must be a program, got the class AutoNormal. Make one: AutoNormal"):
+        call(model, AutoNormal, X)
+
+
+def test_a_step_with_too_few_arguments():
+    svi = pe.SVI(lambda x, y: model(x), lambda x, y: guide(x), pyro.optim.Adam({}), pe.TraceBeta_ELBO())
+    with pytest.raises(DataError, match=r"This step calls the model as model\(tensor of shape \(4,\)\), but it takes"):
+        svi.step(X)
+
+
+def test_leave_one_out_of_something_else(untyped):
+    with pytest.raises(ArgumentError, match="loo takes the result of pe.to_arviz, got dict"):
+        pe.loo({"a": 1})
 
 
 def test_a_batch_of_one_row_under_batch_norm():

@@ -149,6 +149,8 @@ def loo(data: Any, var_name: str | None = None) -> Any:
     import arviz_stats
     import xarray
 
+    if not isinstance(data, xarray.DataTree) and not hasattr(data, "to_datatree"):
+        raise ArgumentError(f"loo takes the result of pe.to_arviz, got {type(data).__name__}.")
     tree = data if isinstance(data, xarray.DataTree) else data.to_datatree()
     likelihood, weight = _likelihood_and_weight(tree, var_name)
     weight, likelihood = _drop_masked(weight.broadcast_like(likelihood).transpose(*likelihood.dims), likelihood)

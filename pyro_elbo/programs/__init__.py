@@ -7,7 +7,7 @@ Pyro and torch, ``rng`` derives seeds.
 Imports sequences and below.
 """
 
-from pyro_elbo.programs.checks import check_options
+from pyro_elbo.programs.checks import check_options, check_programs
 from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns
 from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.modes import evaluating, module_evaluating
@@ -50,6 +50,7 @@ __all__ = [
     "check_gradients",
     "check_initialized",
     "check_options",
+    "check_programs",
     "evaluating",
     "failed_line",
     "find_plate_nesting",

@@ -1,4 +1,4 @@
-"""Check that the sites of a model and a guide fit each other and their plates, and that options have our names."""
+"""Check programs, the fit of their sites to each other and to plates, and the names of options."""
 
 import inspect
 import math
@@ -16,6 +16,23 @@ from pyro_elbo.errors import ArgumentError, GuideError, SiteError
 from pyro_elbo.programs.sites import Plate, Site, is_point, source_of
 
 
+def check_programs(*programs: Any) -> None:
+    """Raise ArgumentError unless a model, and a guide after it, are functions, methods or instances of modules."""
+    for role, program in zip(("model", "guide"), programs, strict=False):
+        if inspect.isclass(program):
+            made = f"{program.__name__}(model)" if role == "guide" else f"{program.__name__}(...)"
+            raise ArgumentError(f"{role} must be a program, got the class {program.__name__}. Make one: {made}.")
+        if not callable(program) or (isinstance(program, nn.Module) and _lacks_forward(program)):
+            raise ArgumentError(
+                f"{role} must be a program that can be called, such as a function, a method or a module with forward, "
+                f"got {type(program).__name__}."
+            )
+
+
+def _lacks_forward(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
+
+
 def check_batch_shape(site: Site, sizes: Mapping[int, int], undeclared: Sequence[int]) -> None:
     """Raise SiteError for a batch dimension outside all plates, whose entries nobody declared independent.
 
@@ -31,12 +48,18 @@ def check_batch_shape(site: Site, sizes: Mapping[int, int], undeclared: Sequence
             )
     value_batch = site.value.shape[: site.value.dim() - site.event_dim]
     for shape in (site.fn.batch_shape, value_batch):
-        if any(n not in (1, sizes.get(d - len(shape), 1)) for d, n in enumerate(shape)):
+        dims = range(-len(shape), 0)
+        if wrong := {d for d in dims if shape[d] not in (1, sizes.get(d, 1))}:
             expected = tuple(sizes.get(d, 1) for d in range(min(sizes, default=0), 0))
+            inside = wrong <= {p.dim for p in site.plates}
+            cure = (
+                "Give the data and the plate the same number of rows."
+                if inside
+                else "Put the extra dimensions into a pyro.plate, or declare them part of one event with .to_event(n)."
+            )
             raise SiteError(
                 f"Site '{site.name}': expected batch shape {expected} from its plates "
-                f"{[p.name for p in site.plates]}, got {tuple(shape)}. Put the extra dimensions into a pyro.plate, or "
-                "declare them part of one event with .to_event(n)."
+                f"{[p.name for p in site.plates]}, got {tuple(shape)}. {cure}"
             )
     if site.role == "observed" and any(len(value_batch) < -d or value_batch[d] < sizes[d] for d in undeclared):
         raise SiteError(

@@ -85,13 +85,14 @@ def _signature(program: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def check_arguments(
-    split: str, programs: Mapping[str, Callable[..., Any]], args: tuple, kwargs: Mapping[str, Any]
+    call: str, programs: Mapping[str, Callable[..., Any]], args: tuple, kwargs: Mapping[str, Any], cure: str = ""
 ) -> None:
     """Raise DataError if one of the programs cannot be called with these arguments.
 
     Args:
-        split: a name for the data, for the message.
+        call: what calls the programs, for the message.
         programs: the programs by their role.
+        cure: how to pass other arguments.
     """
     for role, program in programs.items():
         signature = _signature(program)
@@ -101,9 +102,8 @@ def check_arguments(
         except TypeError as error:
             given = [*map(_describe, args), *(f"{name}={_describe(x)}" for name, x in kwargs.items())]
             raise DataError(
-                f"{split}: a batch calls the {role} as {role}({', '.join(given)}), but it takes {signature}: {error}. "
-                "Pass a tensor for one argument, a tuple for several, or a dict for keyword arguments, and give model "
-                "and guide the same arguments."
+                f"{call} calls the {role} as {role}({', '.join(given)}), but it takes {signature}: {error}. {cure}Give "
+                "model and guide the same arguments."
             ) from error
 
 

@@ -4,27 +4,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from pyro_elbo.errors import ArgumentError, check_count, check_number
 from pyro_elbo.objectives import TraceBeta_ELBO
-
-
-def check_programs(model: Any, guide: Any) -> None:
-    """Raise ArgumentError unless model and guide are programs: functions, methods or instances of modules."""
-    for role, program in (("model", model), ("guide", guide)):
-        if inspect.isclass(program):
-            made = f"{program.__name__}(model)" if role == "guide" else f"{program.__name__}(...)"
-            raise ArgumentError(f"{role} must be a program, got the class {program.__name__}. Make one: {made}.")
-        if not callable(program) or (isinstance(program, nn.Module) and _lacks_forward(program)):
-            raise ArgumentError(
-                f"{role} must be a program that can be called, such as a function, a method or a module with forward, "
-                f"got {type(program).__name__}."
-            )
-
-
-def _lacks_forward(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def check_loss(loss: Any) -> None:

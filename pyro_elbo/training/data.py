@@ -157,7 +157,8 @@ def prepare_data(
         first[split] = next(iter(loaders(split)), None)
         if first[split] is None:
             raise DataError(f"{split}: the loader yields nothing; expected at least one batch.")
-        check_arguments(split, {"model": model, "guide": guide}, *arguments(first[split]))
+        cure = "Pass a tensor for one argument, a tuple for several, or a dict for keyword arguments. "
+        check_arguments(f"{split}: a batch", {"model": model, "guide": guide}, *arguments(first[split]), cure)
     return loaders, first["train"]
 
 

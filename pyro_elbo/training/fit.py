@@ -18,10 +18,10 @@ from pyro_elbo import errors
 from pyro_elbo.compile import Compile
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError, check_count, check_number
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO, TraceTimestep_ELBO
-from pyro_elbo.programs import Plate, Program, collect_modules, collect_parameters
+from pyro_elbo.programs import Plate, Program, check_programs, collect_modules, collect_parameters
 from pyro_elbo.terms import Term, Terms
 from pyro_elbo.training import history as histories
-from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip, check_loss, check_programs
+from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip, check_loss
 from pyro_elbo.training.data import Loaders, arguments, prepare_data
 
 if TYPE_CHECKING:

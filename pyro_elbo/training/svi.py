@@ -16,8 +16,8 @@ from tqdm import tqdm
 from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
 from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
-from pyro_elbo.programs import Program, as_tensors, check_arguments, named_columns
-from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss, check_programs
+from pyro_elbo.programs import Program, as_tensors, check_arguments, check_programs, named_columns
+from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss
 
 CHUNK = 1000  # steps between two looks at the progress bar
 
@@ -145,7 +145,7 @@ class SVI:
         try:
             yield
         except TypeError:
-            check_arguments("SVI", {"model": self.model, "guide": self.guide}, args, kwargs)
+            check_arguments("This step", {"model": self.model, "guide": self.guide}, args, kwargs)
             raise
 
 

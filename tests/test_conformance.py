@@ -21,6 +21,7 @@ from tests.programs import (
     discrete_auxiliary_guide,
     discrete_subsampled_guide,
     discrete_subsampled_model,
+    log_joint_rows,
     mixture_guide,
     mixture_model,
     row_model,
@@ -29,6 +30,8 @@ from tests.programs import (
 )
 from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
 
+LOGITS = torch.tensor([0.4, -0.7, 1.1, 0.0], dtype=torch.float64)
+DISCRETE = next(p for p in PROGRAMS if p.name == "exact posterior, discrete")
 table = pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
 
 
@@ -173,18 +176,24 @@ class Objective:
 
     Attributes:
         make: the objective with this many particles.
+        bound: its value for one row, from the row's log weights, particles first.
         particles: a number of particles that it takes.
         refuses: a part of the message with which it refuses a program, or None where it takes it.
-        is_elbo: the objective is the ELBO less its penalties; otherwise a tighter bound.
+        is_elbo: the objective is the ELBO less its penalties; otherwise a tighter bound, the ELBO for one particle.
         kl: the form of its KL terms.
+        draws_as_elbo: the programs run as for the ELBO, so that both see the same draws; one particle suffices.
+        compiled: a program that its compiled steps are tried on.
     """
 
     name: str
     make: Callable[[int], pe.TraceBeta_ELBO]
+    bound: Callable[[torch.Tensor], torch.Tensor]
     particles: int = 3
     refuses: Callable[[Program], str | None] = lambda program: None
     is_elbo: bool = True
     kl: str = "auto"
+    draws_as_elbo: bool = True
+    compiled: str = "local latents"
 
 
 def row_weights(program):
@@ -196,6 +205,21 @@ def row_weights(program):
 
 def one_scan(program):
     return None if program.name in ("scan", "exact posterior, scan") else "all latents must be drawn in one pe.scan"
+
+
+# The latents on whose rows a penalty can act: in a plate, with a density and a pathwise gradient.
+PENALIZED = {
+    "local latents": "z",
+    "nested plates": "m",
+    "subsampled plate": "z",
+    "poutine.mask": "z",
+    "dist.mask": "z",
+    "poutine.scale": "z",
+    "flow guide": "z",
+    "exact posterior, local": "z",
+}
+# Latents that the laws of penalties leave out: their scale or mask differs between model and guide.
+ALSO_PENALIZED = ("scale in the model alone", "mask in the model alone", "mask in the guide alone")
 
 
 def rows_of_z(program):
@@ -214,14 +238,23 @@ def importance_over_time(particles):
     return pe.TraceTimestep_ELBO(bound="importance", num_particles=particles)
 
 
+def mean(log_weights):
+    return log_weights.mean(0)
+
+
+def log_mean(log_weights):
+    return log_weights.logsumexp(0) - torch.tensor(float(len(log_weights))).log()
+
+
+IW = {"bound": log_mean, "is_elbo": False, "kl": "sampled"}
 OBJECTIVES = [
-    Objective("TraceBeta, auto", lambda k: pe.TraceBeta_ELBO(num_particles=k)),
-    Objective("TraceBeta, sampled", lambda k: pe.TraceBeta_ELBO(kl="sampled", num_particles=k), kl="sampled"),
-    Objective("TraceIW", pe.TraceIW_ELBO, refuses=row_weights, is_elbo=False, kl="sampled"),
-    Objective("TraceTimestep", lambda k: pe.TraceTimestep_ELBO(num_particles=k)),
-    Objective("importance over time", importance_over_time, refuses=row_weights, is_elbo=False, kl="sampled"),
-    Objective("filtering", filtering, refuses=one_scan, is_elbo=False, kl="sampled"),
-    Objective("TraceMI", lambda k: pe.TraceMI_ELBO("z", weight=2.0, num_particles=k), refuses=rows_of_z),
+    Objective("TraceBeta, auto", lambda k: pe.TraceBeta_ELBO(num_particles=k), mean),
+    Objective("TraceBeta, sampled", lambda k: pe.TraceBeta_ELBO(kl="sampled", num_particles=k), mean, kl="sampled"),
+    Objective("TraceIW", pe.TraceIW_ELBO, refuses=row_weights, **IW),
+    Objective("TraceTimestep", lambda k: pe.TraceTimestep_ELBO(num_particles=k), mean, compiled="scan"),
+    Objective("importance over time", importance_over_time, refuses=row_weights, compiled="scan", **IW),
+    Objective("filtering", filtering, refuses=one_scan, draws_as_elbo=False, compiled="scan", **IW),
+    Objective("TraceMI", lambda k: pe.TraceMI_ELBO("z", weight=2.0, num_particles=k), mean, refuses=rows_of_z),
 ]
 ROWS = [pytest.param(o, p, id=f"{o.name}, {p.name}") for o in OBJECTIVES for p in PROGRAMS]
 
@@ -238,7 +271,7 @@ def test_an_objective_takes_a_program_or_says_why_not(objective, program):
         return
     pyro.set_rng_seed(3)
     terms = loss.terms(program.model, guide, *program.args)
-    if objective.name != "filtering":  # which draws model and guide in turns
+    if objective.draws_as_elbo:
         pyro.set_rng_seed(3)
         elbo = pe.TraceBeta_ELBO(kl=objective.kl, num_particles=objective.particles)
         torch.testing.assert_close(terms.elbo, elbo.terms(program.model, guide, *program.args).elbo)
@@ -252,12 +285,16 @@ def test_an_objective_takes_a_program_or_says_why_not(objective, program):
 
 
 @pytest.mark.parametrize(
-    ("objective", "program"), [row for row in ROWS if row.values[0].name in ("TraceIW", "importance over time")]
+    ("objective", "program"),
+    [
+        pytest.param(o, p, id=f"{o.name}, {p.name}")
+        for o in OBJECTIVES
+        for p in PROGRAMS
+        if o.draws_as_elbo and not o.is_elbo and o.refuses(p) is None
+    ],
 )
 def test_one_particle_makes_every_bound_the_elbo(objective, program):
     """In value, and in gradient where it is pathwise: the score function's estimators differ from draw to draw."""
-    if objective.refuses(program):
-        pytest.skip("refused")
     guide = program.guide(program.model)
     loss = objective.make(1)
     value, gradient = value_and_gradient(loss, program.model, guide, program.args)
@@ -266,6 +303,33 @@ def test_one_particle_makes_every_bound_the_elbo(objective, program):
     sites = loss.terms(program.model, guide, *program.args).sites
     if all(term.score is None for term in sites.values()):
         assert_same((value, gradient), (expected, slopes))
+
+
+COPIES = 100  # of four rows: a run averages over them
+
+
+def copied_rows_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", lambda: LOGITS.clone()).repeat(COPIES)))
+
+
+def exact_rows(bound, particles):
+    """The bound of the copied rows: all values of each row's particles, with their probabilities."""
+    (logit,) = param("logit")
+    log_q = torch.nn.functional.logsigmoid(torch.stack([-logit, logit], -1))
+    log_weight = log_joint_rows(X) - log_q
+    values = itertools.product((0, 1), repeat=particles)
+    pairs = ((log_q[:, z].sum(-1).exp(), bound(log_weight[:, z].T)) for z in map(list, values))
+    return COPIES * sum((probability * value).sum() for probability, value in pairs)
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.refuses(DISCRETE) is None], ids=lambda o: o.name)
+def test_value_and_gradient_equal_those_of_all_particles_summed_out(objective, particles):
+    draws = gradients(objective.make(particles), row_model, copied_rows_guide, (X.repeat(COPIES),))
+    expected = exact_rows(objective.bound, particles)
+    assert_within_5_se(torch.tensor([-value for value, _ in draws]), expected.detach())
+    assert_gradient(draws, {"logit": torch.autograd.grad(expected, param("logit"))[0]})
 
 
 # --- gradients against finite differences of the exact bound ----------------------------------------------------
@@ -604,19 +668,12 @@ def test_compiled_steps_equal_eager_ones_under_every_setting(interpreted, settin
     assert_compiled_equals_eager(program, 20, lambda: pe.TraceBeta_ELBO(**settings))
 
 
-# The latents on whose rows a penalty can act: in a plate, with a density and a pathwise gradient.
-PENALIZED = {
-    "local latents": "z",
-    "nested plates": "m",
-    "subsampled plate": "z",
-    "poutine.mask": "z",
-    "dist.mask": "z",
-    "poutine.scale": "z",
-    "flow guide": "z",
-    "exact posterior, local": "z",
-}
-# Latents that the laws of penalties leave out: their scale or mask differs between model and guide.
-ALSO_PENALIZED = ("scale in the model alone", "mask in the model alone", "mask in the guide alone")
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
+def test_compiled_steps_equal_eager_ones_for_every_objective(interpreted, objective):
+    program = next(p for p in PROGRAMS if p.name == objective.compiled)
+    assert_compiled_equals_eager(program, 10, lambda: objective.make(objective.particles))
+
+
 ONE_PIECE = ("flow guide", "exact posterior, local")  # densities that do not factorize have no total correlation
 PENALIZED_PAIRS = [
     pytest.param(program, kind, id=f"{program.name}, {kind.__name__}")

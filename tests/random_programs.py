@@ -603,11 +603,12 @@ def _observations(
     observed = []
     for i in range(rng.choice([1, 1, 2])):
         stack = rng.choice(stacks)
-        family = rng.choice(OBSERVABLE)
+        imputed = bool(stack) and rng.random() < 0.1
+        family = "Normal" if imputed else rng.choice(OBSERVABLE)
         parents = tuple(name for name in _fitting(latents, stack, blank.plates) if rng.random() < 0.8)
         obs_mask = None
         options: dict[str, Any] = {}
-        if stack and family == "Normal" and rng.random() < 0.5:
+        if imputed:
             obs_mask = _mask(rng, full_shape(stack))
         else:
             options = masks(stack, ["none", "none", "model"])

@@ -31,7 +31,6 @@ LARGE = 2**14  # elements up to which the value of a constant is computed beside
 
 _FACTORIES = ("arange", "eye", "full", "linspace", "ones", "tensor", "tril_indices", "triu_indices", "zeros")
 _OF_SHAPE = ("full_like", "new_full", "new_ones", "new_tensor", "new_zeros", "ones_like", "zeros_like")
-_RANDOM = ("bernoulli", "dropout", "empty", "multinomial", "normal", "poisson", "rand")
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 _IN_PLACE = ("__setitem__", *(f"__i{op}__" for op in _OPERATORS))
 _READS = ("item", "tolist", "__bool__", "__float__", "__index__", "__int__")
@@ -138,7 +137,7 @@ class Lifting(TorchFunctionMode):
         made = result if isinstance(result, tuple | list) else (result,)
         if not made or not all(isinstance(x, FakeTensor) and x.numel() <= LARGE and not x.requires_grad for x in made):
             return
-        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or any(x in name for x in _RANDOM):
+        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "empty" in name:
             return
         leaves, spec = pytree.tree_flatten((args, kwargs))
         found = {id(x): self._known(x) for x in leaves if isinstance(x, Tensor)}
@@ -150,7 +149,11 @@ class Lifting(TorchFunctionMode):
             given = [real.get(id(x), x) for x in leaves]
             given = [torch.empty(x.shape, dtype=x.dtype) if isinstance(x, FakeTensor) else x for x in given]
             known_args, settings = pytree.tree_unflatten(given, spec)
+            before = _generators()
             values = function(*known_args, **settings)
+            if not all(map(torch.equal, before, _generators())):  # a draw is no constant
+                _restore_generators(before)
+                return
         for x, value in zip(made, values if isinstance(values, tuple | list) else (values,), strict=True):
             if value is not None:  # the copy of a parameter has no .grad
                 self._know(x, value, sources)
@@ -205,6 +208,17 @@ def _refuse(*_: Any) -> Any:
 
 for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "len", "iter", "bool"):
     setattr(_Selection, f"__{_name}__", _refuse)
+
+
+def _generators() -> list[Tensor]:
+    """Return the states of torch's default generators."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+def _restore_generators(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 @contextmanager

@@ -6,7 +6,7 @@ stacked over all steps.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,13 +87,13 @@ def scan(
 
 def _run(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
     """Run all steps and return the last carry and the stacked tensors of all steps, time first."""
-    loop, particle_filter = active_loop(), active_filter()
+    loop, particle_filter = active_loop() if inputs.total > 1 else None, active_filter()
     if loop is None and particle_filter is None:
         return _run_eagerly(steps, init, inputs, reverse)
     if inputs.total > inputs.given:
         raise CompileError("A forecast (pe.scan with horizon) can be neither compiled nor filtered: use compile=False.")
     with contextlib.nullcontext() if particle_filter is None else _explain_particles():
-        return _run_as_function(steps, init, inputs, reverse)
+        return _run_as_function(steps, init, inputs, reverse, loop)
 
 
 @contextlib.contextmanager
@@ -114,8 +114,10 @@ def _explain_particles() -> Iterator[None]:
         ) from error
 
 
-def _run_as_function(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool) -> tuple[Any, list[Tensor]]:
-    loop, particle_filter = active_loop(), active_filter()
+def _run_as_function(
+    steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool, loop: Callable[..., Any] | None
+) -> tuple[Any, list[Tensor]]:
+    particle_filter = active_filter()
     carry, first = steps.peek(init, inputs.at(0), inputs.valid_at(0))
     state, spec = pytree.tree_flatten(carry)
     shapes = [x.shape for x in pytree.tree_leaves(init) if isinstance(x, Tensor)]

@@ -533,7 +533,7 @@ def possible_event_dims(shape: torch.Size, sequences: torch.Size, sizes: Mapping
 def _event_dim(init: Any, x: Any, sequences: torch.Size, sizes: Mapping[int, int], i: int) -> int:
     """Return the number of dimensions of a part of the carry to the right of those of the sequences.
 
-    Where the shape leaves a choice, init decides, if it has the shape of the sequences or fewer dimensions.
+    Where the shape leaves a choice, init decides: it may lack the plates to the left of the sequences.
 
     Raises:
         ArgumentError: if the carry does not have the dimensions of the sequences, or may have them in several places.
@@ -541,8 +541,8 @@ def _event_dim(init: Any, x: Any, sequences: torch.Size, sizes: Mapping[int, int
     if not isinstance(x, Tensor):
         return 0
     found = possible_event_dims(x.shape, sequences, sizes)
-    if len(found) > 1 and (init.dim() < len(sequences) or init.shape == sequences):
-        found = [0]
+    if len(found) > 1:
+        found = [0] if init.dim() < len(sequences) else possible_event_dims(init.shape, sequences, sizes)
     if len(found) == 1:
         return found[0]
     shape, expected = tuple(x.shape), tuple(sequences)
@@ -550,7 +550,7 @@ def _event_dim(init: Any, x: Any, sequences: torch.Size, sizes: Mapping[int, int
         raise ArgumentError(
             f"pe.scan: part {i} of the carry has shape {shape}, where sequences of shape {expected} may stand in "
             f"{len(found)} places, next to plates of sizes {sorted(sizes.values())}. Choose another size of these "
-            "plates (num_particles), or let init have the shape of the sequences alone."
+            "plates (num_particles), or let init have the dimensions of the sequences and of its event alone."
         )
     raise ArgumentError(
         f"pe.scan: part {i} of the carry has shape {shape}, but lengths are given for sequences of shape {expected}. "

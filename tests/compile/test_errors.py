@@ -20,9 +20,9 @@ from pyro_elbo.compile import inductor as executable
 from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, PyroElboError, SiteError
 from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     X,
+    _as_captured,
     _double,
     _graphs,
-    _interpreted,
     adam,
     exact_or_refused,
     guide,

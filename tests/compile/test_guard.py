@@ -17,9 +17,9 @@ from pyro import poutine
 import pyro_elbo as pe
 from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     X,
+    _as_captured,
     _double,
     _graphs,
-    _interpreted,
     adam,
     any_guide,
     assert_same,

@@ -20,9 +20,9 @@ from pyro_elbo.errors import CompileError
 from tests.compile.test_guard import Level
 from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     X,
+    _as_captured,
     _double,
     _graphs,
-    _interpreted,
     adam,
     assert_same,
     changes,

@@ -13,9 +13,9 @@ import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError
 from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     X,
+    _as_captured,
     _double,
     _graphs,
-    _interpreted,
     adam,
     assert_same,
     changes,

@@ -34,9 +34,9 @@ from torch import nn
 import pyro_elbo as pe
 from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     X,
+    _as_captured,
     _double,
     _graphs,
-    _interpreted,
     adam,
     any_guide,
     changes,

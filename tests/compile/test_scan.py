@@ -90,6 +90,31 @@ def test_evaluation(interpreted):
     assert_compiled(model(scanned), guide(scanned), known(xs), evaluate=True)
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([1, 1, 1])], ids=["full", "ragged"])
+def test_one_step_leaves_alone_what_only_a_next_step_would_use(interpreted, graphs, lengths):
+    """The recurrence has no gradient then, so that an optimizer does not step it."""
+
+    def program(observe):
+        def run(x):
+            weight = pyro.param("recurrence" if observe else "loc", torch.tensor(0.5))
+
+            def step(z, x_t):
+                z = pyro.sample("z", dist.Normal(z if observe else weight, 1.0))
+                if observe:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x_t)
+                return weight * z, None
+
+            with pyro.plate("sequences", len(x)):
+                pe.scan(step, torch.zeros(len(x)), x, lengths, dim=1)
+
+        return run
+
+    losses, found = assert_compiled(program(True), program(False), torch.ones(3, 1))
+    assert found["recurrence"] == 0.5
+    assert found["loc"] != 0.5
+    assert len(graphs) == 1
+
+
 MODELS = {"VRNN": VRNN, "MarkovVRNN": MarkovVRNN, "DMM": DMM, "SRNN": SRNN}
 OBJECTIVES = {
     "β per step, free bits": lambda: pe.TraceTimestep_ELBO(torch.linspace(0.0, 2.0, laws.T).double(), free_bits=0.05),

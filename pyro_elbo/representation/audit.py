@@ -192,7 +192,6 @@ def _gather(given: Sequence[Any], test: Sequence[Any] | None, folds: int, names:
             what = "(z, s, y)" if len(given) == 3 else "(z, s)"
             raise ArgumentError(f"test must be {what}, as given for training; got {len(test)} values.")
         parts.append(_check_rows(test, "test: ", names))
-        _check_apart(*parts)
         if any(a.shape[1:] != b.shape[1:] for a, b in zip(*parts, strict=True)):
             shapes = [[x.shape for x in part] for part in parts]
             raise ArgumentError(f"test has shapes {shapes[1]}, the rows to fit on {shapes[0]}. Give the same columns.")
@@ -201,6 +200,8 @@ def _gather(given: Sequence[Any], test: Sequence[Any] | None, folds: int, names:
     labels = tuple(_encode(x, name, start, folds) for x, name in zip(columns, names, strict=False))
     if len(labels) == 2:
         _check_cells(labels, start, names)
+    if test is not None:
+        _check_apart(*parts)
     return ProbeRows(z, labels, start, folds)
 
 

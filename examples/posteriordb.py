@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyro
 import torch
-from pyro.infer import SVI
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
 
 import pyro_elbo as pe
@@ -48,9 +47,8 @@ def fit_guide(posterior: Posterior, args: tuple, kind: str, seed: int = 0) -> ob
     start = init_to_value(values=posterior.init(*args), fallback=None)
     guide = GUIDES[kind](posterior.model, init_loc_fn=start, init_scale=0.1)
     loss = pe.TraceBeta_ELBO(kl="sampled", num_particles=16, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(posterior.model, guide, pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.01 ** (1 / STEPS)}), loss)
-    for _ in range(STEPS):
-        svi.step(*args)
+    optim = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.01 ** (1 / STEPS)})
+    pe.SVI(posterior.model, guide, optim, loss, compile=True).run(STEPS, *args, progress=False)
     return guide
 
 

@@ -76,7 +76,7 @@ def show(figure: "matplotlib.figure.SubFigure", rows: list, labels: list[str], t
     figure.suptitle(title)
 
 
-def main(out: Path) -> None:
+def main(out: Path, max_epochs: int = 60) -> None:
     torch.manual_seed(0)  # for the initial weights; pe.fit has its own seed
     train, valid = load()
     beta = pe.LinearWarmup(0.0, 1.0, steps=240)
@@ -87,7 +87,7 @@ def main(out: Path) -> None:
         valid,
         loss=pe.TraceBeta_ELBO(beta=beta),
         lr=3e-3,
-        max_epochs=60,
+        max_epochs=max_epochs,
         patience=10,
         dir=out,
         overwrite=True,

@@ -25,10 +25,10 @@ def main() -> None:
     pyro.set_rng_seed(0)
     guide = AutoNormal(model)
     loss = pe.TraceBeta_ELBO(beta=pe.LinearWarmup(0.0, 1.0, steps=200), num_particles=8, vectorize_particles=True)
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.998}), loss)  # the loop itself is unchanged
-    for step in range(1500):
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.996}), loss)  # the loop itself is unchanged
+    for step in range(800):
         svi.step(heights)
-        if step % 300 == 0:
+        if step % 200 == 0:
             terms = loss.terms(model, guide, heights)
             print(f"step {step:4d}  beta {loss.beta_at(loss.step, ['mean'])['mean']:.2f}  elbo {terms.elbo:7.2f} nats")
     terms = loss.terms(model, guide, heights)

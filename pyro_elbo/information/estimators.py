@@ -58,7 +58,7 @@ class PenaltyContext:
         parts = attribute if isinstance(attribute, tuple) else (attribute,)
         return torch.cat([self._column(part) for part in parts], 1)
 
-    def _call(self, attribute: Callable[..., Tensor]) -> Tensor:
+    def _call(self, attribute: Callable[..., Tensor]) -> Any:
         """Call a function of the programs' arguments, and refuse one that does not take them."""
         try:
             inspect.signature(attribute).bind(*self.args, **self.kwargs)

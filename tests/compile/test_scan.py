@@ -480,7 +480,13 @@ def hidden_from_x(z, x_t):
 
 
 @pytest.mark.slow
-def test_machine_code_of_a_ragged_vrnn(graphs):
+def test_machine_code_of_a_ragged_scan():
+    model, guide = (in_plates(s, zeros(N))(scanned) for s in (chain_step, chain_guide_step))
+    assert_compiled(model, guide, frames(N), LENGTHS)
+
+
+@pytest.mark.thorough
+def test_machine_code_of_a_ragged_vrnn():
     def scenario(svi_of):
         module = laws.make(VRNN)
         return training(module.model, module.guide, laws.ragged(), laws.LENGTHS)(svi_of)

@@ -137,14 +137,9 @@ def twins(x):
     shape = pyro.param("shape", lambda: torch.tensor(0.8), constraint=constraints.positive)
     kinds = {
         "dirichlet": lambda: dist.Dirichlet(shape.expand(3)),
-        "beta": lambda: dist.Beta(shape, shape),
         "gamma": lambda: dist.Gamma(shape, 1.0),
-        "exponential": lambda: dist.Exponential(shape),
         "laplace": lambda: dist.Laplace(0.0, shape),
-        "cauchy": lambda: dist.Cauchy(0.0, shape),
-        "uniform": lambda: dist.Uniform(0.0, shape),
         "categorical": lambda: dist.Categorical(torch.stack([shape, shape])),
-        "poisson": lambda: dist.Poisson(shape),
     }
     return {f"{name}{i}": pyro.sample(f"{name}{i}", kind()) for name, kind in kinds.items() for i in range(2)}
 
@@ -154,7 +149,9 @@ def twins_model(x):
         values = twins(x)
     pairs = [values[n].sum() - values[n[:-1] + "0"].sum() for n in values if n.endswith("1") and n != "dirichlet1"]
     pairs.append(values["dirichlet1"][0] - values["dirichlet0"][0])
-    pyro.sample("x", dist.Normal(torch.stack([d.double() for d in pairs]), 1.0).to_event(1), obs=torch.zeros(9))
+    pyro.sample(
+        "x", dist.Normal(torch.stack([d.double() for d in pairs]), 1.0).to_event(1), obs=torch.zeros(len(pairs))
+    )
 
 
 @pytest.mark.slow
@@ -323,7 +320,7 @@ def test_default_noise_has_the_distribution_of_eager(noise_svi):
     pyro.set_rng_seed(2)
     losses = noise_svi.run(n, data, progress=False)
     eager_svi = pe.SVI(row_model, row_guide, pyro.optim.SGD({"lr": 0.0}), sampled())
-    eager = torch.tensor([eager_svi.step(data) for _ in range(2000)], dtype=torch.float64)
+    eager = torch.tensor([eager_svi.step(data) for _ in range(1000)], dtype=torch.float64)
     assert losses.unique().numel() == n
     error = (losses.var() / n + eager.var() / len(eager)).sqrt()
     assert abs(losses.mean() - eager.mean()) < 5 * error

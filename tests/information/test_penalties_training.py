@@ -16,7 +16,10 @@ from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
 from tests.support.refusing import refusing
 
 ROWS, DIMS = 40, 3
-CURES = r"Take |Leave out|Name |Give |Draw |Use |[Pp]ass |Penalize|Mask |Number |Observe |Train |is a number|add up|expected|must be"
+CURES = (
+    r"Take |Leave out|Name |Give |Draw |Use |[Pp]ass |Penalize|Mask |Number |Observe |Train |is a number|add up|"
+    r"expected|must be"
+)
 refuses = refusing(re.compile(CURES))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_elbo.assumptions import check_or_defer, is_capturing
 from pyro_elbo.errors import ArgumentError, DataError, SiteError, count_nonfinite
 from pyro_elbo.information.aggregate import AggregatePosterior, Mixture, Pairs, in_blocks
+from pyro_elbo.information.critics import Critic
 from pyro_elbo.information.penalty_term import PenaltyTerm
 from pyro_elbo.programs import Plate, Site
 from pyro_elbo.terms import Term, Terms
@@ -159,7 +160,9 @@ def _alike(x: Float[Tensor, "rows columns"], block: slice) -> Bool[Tensor, "bloc
     return (x[block, None] == x).all(-1)
 
 
-def information_between_levels(context: PenaltyContext, name: str, s: Tensor, y: Tensor) -> PenaltyTerm:
+def information_between_levels(
+    context: PenaltyContext, attribute: AttributeSource, s: Tensor, y: Tensor
+) -> PenaltyTerm:
     """Estimate E log q(z | s) - E log q(z) from the densities of the batch, with and without each row's own."""
     found = []
     for aggregate in context.aggregate:
@@ -175,7 +178,7 @@ def information_between_levels(context: PenaltyContext, name: str, s: Tensor, y:
             return with_own, without.detach(), level.sum(-1).expand(with_own.shape)
 
         high, low, count = in_blocks(block, len(s), len(s))
-        _check_discrete(name, count[0], aggregate.rows)
+        _check_discrete(label(attribute), count[0], aggregate.rows)
         found.append((high, low, aggregate.rows, aggregate.rows & (count[0] > 1)))
     high = torch.stack([mean_over_rows(high, rows) for high, _, rows, _ in found]).mean()
     low = torch.stack([mean_over_rows(low, paired) for _, low, _, paired in found]).mean()
@@ -234,7 +237,7 @@ def information_on_data(context: PenaltyContext) -> PenaltyTerm:
     return PenaltyTerm(nats, "debiased", low.detach(), high.detach(), torch.stack(margins).mean(0))
 
 
-def variational(context: PenaltyContext, attribute: AttributeSource) -> PenaltyTerm:
+def variational(context: PenaltyContext, attribute: AttributeSource, s: Tensor, y: Tensor) -> PenaltyTerm:
     """Bound I(z; s) by KL(q(z | x) || p(z)) - E log p(x | z, s), up to the unknown constant H(x | s)."""
     names = attribute if isinstance(attribute, tuple) else (attribute,)
     likelihood = sum(x for n, x in context.terms.log_likelihood_total.items() if n not in names)
@@ -243,7 +246,7 @@ def variational(context: PenaltyContext, attribute: AttributeSource) -> PenaltyT
     )
 
 
-def hsic(context: PenaltyContext, s: Tensor, y: Tensor) -> PenaltyTerm:
+def hsic(context: PenaltyContext, attribute: AttributeSource, s: Tensor, y: Tensor) -> PenaltyTerm:
     """Average the product of two kernels, each centered within the levels of y."""
     rows, count = counted(context), len(s)
     of_s = _scaled(s.unsqueeze(0), rows)
@@ -283,3 +286,54 @@ def _kernel(
     square = x.square().sum(-1)
     distance = square[..., start:stop, None] + square[..., None, :] - 2 * x[..., start:stop, :] @ x.mT
     return (-0.5 * distance.clamp(min=0.0)).exp()
+
+
+Estimate = Callable[[PenaltyContext, AttributeSource, Tensor, Tensor], PenaltyTerm]
+"""An estimator from densities: of the context, the attribute, and the values of s and of y, one row per datum."""
+ESTIMATORS: dict[str, Estimate] = {
+    "aggregate": information_between_levels,
+    "variational": variational,
+    "hsic": hsic,
+}
+
+
+def critic_inputs(context: PenaltyContext, y: Tensor) -> Float[Tensor, "particles rows inputs"]:
+    """Return the draws of the latent, with the values that are conditioned on: what a critic predicts s from."""
+    z = torch.cat([flat_draws(context, site) for site in context.draws])
+    return torch.cat([z, y.expand(len(z), *y.shape)], -1)
+
+
+@dataclass(frozen=True)
+class CriticEstimator:
+    """The mean over rows of a function of a critic r(s | z).
+
+    Attributes:
+        direction: as in :class:`PenaltyTerm`.
+        of_rows: nats of each row, from the critic, its output at z, s, and each row's weights of its peers, the rows
+            with the same y.
+    """
+
+    direction: str
+    of_rows: Callable[[Critic, Tensor, Tensor, Tensor], Tensor]
+
+    def __call__(self, context: PenaltyContext, critic: Critic, z: Tensor, s: Tensor, y: Tensor) -> PenaltyTerm:
+        """Estimate the information by the critic as it is, and return it with the loss that trains the critic."""
+        rows = counted(context)
+        nats = mean_over_rows(self.of_rows(critic, critic.frozen(z), s, peer_weights(y, rows)), rows)
+        return PenaltyTerm(nats, self.direction, critic=critic, critic_loss=critic.loss(z, s, rows))
+
+
+def _club(critic: Critic, out: Tensor, s: Tensor, peers: Tensor) -> Tensor:
+    """Return log r(s | z) less its mean over the peers' s."""
+    return critic.log_prob(out, s) - critic.expected(out, s, peers)
+
+
+def _adversarial(critic: Critic, out: Tensor, s: Tensor, peers: Tensor) -> Tensor:
+    """Return log r(s | z) less the log of the share of s among the peers."""
+    return critic.log_prob(out, s) + critic.entropy(s, peers)
+
+
+CRITIC_ESTIMATORS = {
+    "club": CriticEstimator("upper", _club),
+    "adversarial": CriticEstimator("lower", _adversarial),
+}

@@ -22,18 +22,15 @@ from pyro_elbo.errors import ArgumentError, SiteError, check_number, describe
 from pyro_elbo.information.aggregate import Mixture, Pairs, in_blocks
 from pyro_elbo.information.critics import Critic, CriticSpec, count_levels
 from pyro_elbo.information.estimators import (
+    CRITIC_ESTIMATORS,
+    ESTIMATORS,
     AttributeSource,
     PenaltyContext,
     check_varies,
-    counted,
-    flat_draws,
-    hsic,
-    information_between_levels,
+    critic_inputs,
     information_on_data,
     label,
     mean_over_rows,
-    peer_weights,
-    variational,
 )
 from pyro_elbo.information.penalty_term import PenaltyTerm
 from pyro_elbo.schedules import Capacity, Schedule
@@ -218,7 +215,7 @@ class MutualInformation(Penalty):
     @property
     def has_critic(self) -> bool:
         """Return whether the penalty trains a critic beside the programs."""
-        return self.estimator in ("club", "adversarial")
+        return self.estimator in CRITIC_ESTIMATORS
 
     def estimate(self, context: PenaltyContext, critics: Critics) -> PenaltyTerm:
         """Estimate the information from one set of draws: see the class for the estimators."""
@@ -227,30 +224,17 @@ class MutualInformation(Penalty):
         s = context.values_of(self.attribute)
         y = s.new_zeros(len(s), 0) if self.conditional_on is None else context.values_of(self.conditional_on)
         check_varies(label(self.attribute), s)
-        if self.estimator == "aggregate":
-            return information_between_levels(context, label(self.attribute), s, y)
-        if self.estimator == "variational":
-            return variational(context, self.attribute)
-        if self.estimator == "hsic":
-            return hsic(context, s, y)
-        return self._by_critic(context, s, y, critics)
-
-    def _by_critic(self, context: PenaltyContext, s: Tensor, y: Tensor, critics: Critics) -> PenaltyTerm:
-        """Average log r(s | z) of a critic, less its mean over other rows' s (club) or plus H(s) (adversarial)."""
-        z = torch.cat([flat_draws(context, site) for site in context.draws])
-        z = torch.cat([z, y.expand(len(z), *y.shape)], -1)
+        if not self.has_critic:
+            return ESTIMATORS[self.estimator](context, self.attribute, s, y)
+        z = critic_inputs(context, y)
         if self.name not in critics:
-            levels = (self.levels,) * s.shape[1] if isinstance(self.levels, int) else self.levels
-            levels = count_levels(s) if levels is None else levels
-            spec = CriticSpec(z.shape[-1], s.shape[1], levels, tuple(self.hidden), self.critic_lr, self.seed)
-            critics[self.name] = spec.make(s)
-        critic, rows = critics[self.name], counted(context)
-        out, peers = critic.frozen(z), peer_weights(y, rows)
-        found = critic.log_prob(out, s)
-        found = found - critic.expected(out, s, peers) if self.estimator == "club" else found + critic.entropy(s, peers)
-        nats = torch.where(rows, found, 0.0).sum() / (rows.sum() * len(z))
-        direction = "upper" if self.estimator == "club" else "lower"
-        return PenaltyTerm(nats, direction, critic=critic, critic_loss=critic.loss(z, s, rows))
+            critics[self.name] = self._critic(z, s)
+        return CRITIC_ESTIMATORS[self.estimator](context, critics[self.name], z, s, y)
+
+    def _critic(self, z: Tensor, s: Tensor) -> Critic:
+        levels = (self.levels,) * s.shape[1] if isinstance(self.levels, int) else self.levels
+        levels = count_levels(s) if levels is None else levels
+        return CriticSpec(z.shape[-1], s.shape[1], levels, tuple(self.hidden), self.critic_lr, self.seed).make(s)
 
 
 @dataclass(frozen=True)

@@ -426,3 +426,32 @@ def test_flow_guides_move_like_pyro(interpreted):
 
     ours = moved(lambda *a: pe.SVI(*a, sampled(), compile=True, fallback_random=True))
     torch.testing.assert_close(ours, moved(lambda *a: SVI(*a, Trace_ELBO())))
+
+
+CONSTANT = {
+    "StudentT": lambda: dist.StudentT(torch.tensor(4.0)),
+    "Gamma": lambda: dist.Gamma(torch.tensor(2.0), 1.0),
+    "Dirichlet": lambda: dist.Dirichlet(torch.ones(3)),
+    "Poisson": lambda: dist.Poisson(torch.tensor(3.0)),
+    "Binomial": lambda: dist.Binomial(5, torch.tensor(0.4)),
+}
+
+
+@pytest.mark.parametrize("family", CONSTANT)
+def test_draws_with_constant_parameters_are_new_at_every_step(interpreted, family):
+    """What can be computed once from constants is; a draw is no such thing."""
+
+    def program(x):
+        z = pyro.sample("z", CONSTANT[family]())
+        pyro.sample("x", dist.Normal(z.sum() + z[..., :1].sum() if z.dim() else z, 1.0), obs=x)
+
+    def variational(_):
+        def run(x):
+            pyro.param("unused", torch.tensor(1.0))
+            pyro.sample("z", CONSTANT[family]())
+
+        return run
+
+    x = torch.tensor(0.5)
+    assert_equal(program, variational, x)
+    assert len(losses(program, variational, x, compile=True, steps=12).unique()) >= 4

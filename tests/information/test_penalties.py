@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from typing import get_args
 
 import numpy as np
 import pyro
@@ -13,7 +14,7 @@ from torch import nn
 
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.information import aggregate, penalties
+from pyro_elbo.information import Estimator, aggregate, estimators, penalties
 from tests.support.refusing import refusing
 
 SIGMA, DIMS = 0.5, 4  # of the encoder; with x ~ N(0, 1) the aggregate posterior has variance 1.25
@@ -315,3 +316,7 @@ def test_an_attribute_takes_the_arguments_of_the_programs():
     x, s = draw_data(8, 2, 1.0)
     with refuses(ArgumentError, "2 positional", "too many"):
         pe.TraceMI_ELBO("z", lambda x: x[:, 0] > 0).terms(model, guide, x, s)
+
+
+def test_every_estimator_has_a_name_and_every_name_an_estimator():
+    assert {*estimators.ESTIMATORS, *estimators.CRITIC_ESTIMATORS} == set(get_args(Estimator))

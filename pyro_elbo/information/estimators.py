@@ -309,8 +309,8 @@ class CriticEstimator:
 
     Attributes:
         direction: as in :class:`PenaltyTerm`.
-        of_rows: nats of each row, from the critic, its output at z, s, and each row's weights of its peers, the rows
-            with the same y.
+        of_rows: nats of each row, from the critic, the parameters of r that it gives at z, s, and each row's weights
+            of its peers, the rows with the same y. A row that does not count may have no peers: all its weights are 0.
     """
 
     direction: str

@@ -201,10 +201,10 @@ class MutualInformation(Penalty):
         if not self.critic_lr > 0:
             raise ArgumentError(f"critic_lr must be positive, got {self.critic_lr}. Use about 1e-3, the default.")
         object.__setattr__(self, "name", self.name or self._default_name())
-        if self.estimator == "adversarial":
+        if self.has_critic and CRITIC_ESTIMATORS[self.estimator].direction == "lower":
             _say_once(
-                "estimator='adversarial' is a lower bound on the information: a critic that finds nothing does not "
-                "show that nothing is there. Judge the latent by pe.audit, with fresh probes."
+                f"estimator={self.estimator!r} is a lower bound on the information: a critic that finds nothing does "
+                "not show that nothing is there. Judge the latent by pe.audit, with fresh probes."
             )
 
     def _default_name(self) -> str:

@@ -136,7 +136,6 @@ def _read_site(name: str, message: Message, role: SiteRole, rows: Mapping[str, i
         role = "deterministic"
     if message["is_observed"]:
         value = fill_masked(fn, observed_tensor(value), mask)
-    site = Site(name, role, fn, value, (), message["scale"], mask)
     frames = _vectorized(message)
     sizes = {f.dim: rows[f.name] if f.size == -1 else int(f.size) for f in frames}
     shape = batch_shape(fn, value)
@@ -154,7 +153,7 @@ def _read_site(name: str, message: Message, role: SiteRole, rows: Mapping[str, i
     for i, d in enumerate(undeclared):
         sizes[d] = _size_at(shape, d)
         plates.append(Plate(f"{name}_rows_{i}", d, sizes[d], sizes[d]))
-    site = replace(site, plates=tuple(plates))
+    site = Site(name, role, fn, value, tuple(plates), message["scale"], mask)
     check_batch_shape(site, sizes, undeclared)
     check_wide(site, sizes)
     return site

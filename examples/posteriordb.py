@@ -48,7 +48,8 @@ def fit_guide(posterior: Posterior, args: tuple, kind: str, seed: int = 0) -> ob
     guide = GUIDES[kind](posterior.model, init_loc_fn=start, init_scale=0.1)
     loss = pe.TraceBeta_ELBO(kl="sampled", num_particles=16, vectorize_particles=True, max_plate_nesting=1)
     optim = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.01 ** (1 / STEPS)})
-    pe.SVI(posterior.model, guide, optim, loss, compile=True).run(STEPS, *args, progress=False)
+    svi = pe.SVI(posterior.model, guide, optim, loss, compile=True, fallback_random=True)
+    svi.run(STEPS, *args, progress=False)
     return guide
 
 

@@ -231,22 +231,29 @@ def _keep_if(graph: fx.Graph, conditional: int) -> list[int]:
 
 
 def _check_writes(tensors: Sequence[Tensor], written: Sequence[int], externals: int) -> None:
-    """Raise CompileError for writes to arguments, and to memory that two inputs share."""
-    owners: dict[int, int] = {}
-    for i, x in enumerate(tensors):
-        if i >= externals and i in written:
+    """Raise CompileError for writes to arguments, and to memory in which two inputs overlap."""
+    for i in written:
+        if externals <= i < len(tensors):
             raise CompileError(
                 f"The program changes its tensor argument number {i - externals} in place, which a compiled step would "
                 "not do. Write x = x - y instead of x -= y, or use compile=False."
             )
-        memory = x.untyped_storage().data_ptr() if x.numel() else -i - 1
-        other = owners.setdefault(memory, i)
-        if other != i and (i in written or other in written):
+    end, other = 0, -1
+    for first, last, i in sorted((*_memory(x), i) for i, x in enumerate(tensors) if x.numel()):
+        if first < end and (i in written or other in written):
             raise CompileError(
-                f"Two tensors of the program, of shapes {tuple(tensors[other].shape)} and {tuple(x.shape)}, share "
-                "memory and one of them is trained or updated: a compiled step would miss the change in the other. "
-                "Compute one of them from the other in the program, or use compile=False."
+                f"Two tensors of the program, of shapes {tuple(tensors[other].shape)} and {tuple(tensors[i].shape)}, "
+                "share memory and one of them is trained or updated: a compiled step would miss the change in the "
+                "other. Compute one of them from the other in the program, or use compile=False."
             )
+        if last > end:
+            end, other = last, i
+
+
+def _memory(x: Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte of a tensor and of the byte after its last one."""
+    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + extent * x.element_size()
 
 
 def _check_frozen(frozen: Sequence[Tensor], written: Sequence[Tensor]) -> None:

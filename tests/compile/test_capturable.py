@@ -455,3 +455,29 @@ def test_draws_with_constant_parameters_are_new_at_every_step(interpreted, famil
     x = torch.tensor(0.5)
     assert_equal(program, variational, x)
     assert len(losses(program, variational, x, compile=True, steps=12).unique()) >= 4
+
+
+@pytest.mark.parametrize(("parts", "shares"), [((slice(0, 1), slice(1, 3)), False), ((slice(0, 2), slice(1, 3)), True)])
+def test_parameters_that_are_parts_of_one_tensor(interpreted, parts, shares):
+    """They train where they do not overlap, as what init_to_value takes from one vector."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            whole = torch.tensor([0.1, 0.2, 0.3])
+            self.first, self.second = (nn.Parameter(whole[part]) for part in parts)
+
+    def variational(_):
+        net = Parts()
+
+        def run(x):
+            pyro.module("net", net)
+            pyro.sample("z", dist.Normal(net.first.sum() + net.second.sum(), 0.5))
+
+        return run
+
+    if shares:
+        with pytest.raises(CompileError, match="share memory"):
+            losses(model, variational, X, compile=True)
+    else:
+        assert_equal(model, variational, X)

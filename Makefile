@@ -39,7 +39,7 @@ fuzz: $(STAMP)
 	PYRO_ELBO_FUZZ=$(or $(SEEDS),2000) $(PYTEST) $(shell find tests -name 'test_random_*.py')
 	$(PYTEST) -m thorough
 
-# The tests under every torch version that compiled steps support, each in an environment of its own (2.14.1: 5 GB).
+# The tests under several versions of torch, each in an environment of its own (2.14.1: 5 GB).
 TORCH_VERSIONS ?= 2.13.0 2.14.1
 COMPAT_TESTS ?= tests
 compat: $(TORCH_VERSIONS:%=compat-%)

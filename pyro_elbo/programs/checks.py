@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_elbo.assumptions import check_or_defer
@@ -30,7 +31,8 @@ def check_programs(*programs: Any) -> None:
 
 
 def _lacks_forward(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
+    calls_forward = type(module).__call__ in (nn.Module.__call__, PyroModule.__call__)
+    return calls_forward and type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def check_batch_shape(site: Site, sizes: Mapping[int, int], undeclared: Sequence[int]) -> None:

@@ -48,7 +48,7 @@ def trace_update(
         aliases[p].grad = gradient.clone()  # autograd may give two parameters the same tensor
     finite = _all_finite(plan, aliases)
     update.clip(list(gradients), [aliases[p] for p in gradients])
-    with torch.no_grad(), optimizers_compiling(), _TensorScalars():
+    with torch.no_grad(), optimizers_compiling(), _TensorScalars(numbers):
         for flat in plan.flats:
             with _named(flat.members[0].optimizer):
                 _trace_flat(flat, aliases, numbers)
@@ -176,14 +176,18 @@ def _clipped_adam(group: Mapping[str, Any], held: Mapping[Tensor, Mapping[str, A
 class _TensorScalars(TorchFunctionMode):
     """Gives torch's optimizers tensors where an operator takes Python numbers only."""
 
+    def __init__(self, numbers: Numbers) -> None:
+        super().__init__()
+        self._momenta = [x for name, x in numbers.items() if isinstance(name, tuple) and name[1] == "momentum"]
+
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = {k: _computed_once(v, args[0]) for k, v in (kwargs or {}).items()}
         args = (*args[:1], *(_computed_once(x, args[0]) for x in args[1:]))
         name = getattr(function, "__name__", "")
-        if name in ("__ne__", "ne") and args[1] == 0:  # SGD asks whether its momentum, which a scheduler moves, is on
-            return True
+        if name in ("__ne__", "ne") and any(args[0] is x for x in self._momenta):
+            return True  # SGD asks whether it has momentum: a scheduler that moves it says so
         if isinstance(options.get("alpha"), Tensor) and name in ("add", "add_", "sub", "sub_"):
             return function(args[0], args[1] * options["alpha"])
         if isinstance(options.get("value"), Tensor) and name in ("addcdiv_", "addcmul_"):

@@ -69,6 +69,20 @@ TORCH_OPTIMIZERS = {
 }
 
 
+class Comparing(optim.SGD):
+    """Moves by the gradient where it is negative, and by 1 elsewhere."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * torch.where((p.grad - p.grad.abs()) != 0, p.grad, 1.0))
+
+
+def test_an_optimizer_that_compares_with_zero(interpreted):
+    trains_alike(lambda p: Comparing(p, 0.05))
+
+
 @pytest.mark.slow
 def test_machine_code_of_a_torch_optimizer():
     trains_alike(lambda p: optim.Adam(p, 0.05, amsgrad=True, weight_decay=0.1))

@@ -28,6 +28,7 @@ from pyro_elbo.programs import (
     TracePair,
     check_gradients,
     check_initialized,
+    check_programs,
     collect_parameters,
     evaluating,
     find_plate_nesting,
@@ -117,9 +118,11 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
             the estimator.
 
         Raises:
+            ArgumentError: model or guide is no program, such as the class of a guide.
             SiteError: model and guide do not fit each other.
             NonFiniteError: data or a term hold NaN or infinity.
         """
+        check_programs(model, guide)
         with evaluating(model, guide):
             return self.checked_terms(model, guide, args, kwargs)
 

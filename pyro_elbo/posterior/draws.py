@@ -32,6 +32,7 @@ from pyro_elbo.programs import (
     Site,
     TracePair,
     check_initialized,
+    check_programs,
     evaluating,
     find_plate_nesting,
     is_point,
@@ -156,12 +157,13 @@ def draw(
     Plates that take a random subsample take the same one in every draw: ``rows`` if given.
 
     Raises:
-        ArgumentError: ``num_samples`` is not positive.
+        ArgumentError: ``num_samples`` is not positive, or model or guide is no program.
         GuideError: an AutoGuide that has never run.
         SiteError, NonFiniteError: as from the terms.
     """
     if num_samples < 1:
         raise ArgumentError(f"num_samples must be at least 1, got {num_samples}.")
+    check_programs(model, guide)
     check_initialized(guide)
     programs = ProgramCall(model, guide, args, kwargs)
     with torch.no_grad(), seeded(seed), evaluating(model, guide):

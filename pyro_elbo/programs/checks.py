@@ -17,9 +17,9 @@ from pyro_elbo.errors import ArgumentError, GuideError, SiteError
 from pyro_elbo.programs.sites import Plate, Site, is_point, source_of
 
 
-def check_programs(*programs: Any) -> None:
-    """Raise ArgumentError unless a model, and a guide after it, are functions, methods or instances of modules."""
-    for role, program in zip(("model", "guide"), programs, strict=False):
+def check_programs(model: Any, guide: Any) -> None:
+    """Raise ArgumentError unless model and guide are programs: functions, methods or instances of modules."""
+    for role, program in (("model", model), ("guide", guide)):
         if inspect.isclass(program):
             made = f"{program.__name__}(model)" if role == "guide" else f"{program.__name__}(...)"
             raise ArgumentError(f"{role} must be a program, got the class {program.__name__}. Make one: {made}.")

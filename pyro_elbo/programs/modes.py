@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from pyro_elbo.programs.checks import check_programs
 from pyro_elbo.programs.modules import collect_modules
 
 
@@ -19,9 +18,6 @@ def evaluating(*programs: Any) -> Iterator[list[nn.Module]]:
     Modules that programs are or own change mode at once, others when the programs first use them in the block. The
     block gets the list of modules, as from ``collect_modules``.
 
-    Raises:
-        ArgumentError: one of ``programs``, a model and its guide, cannot be called.
-
     Example:
         >>> net = nn.BatchNorm1d(2)
         >>> with evaluating():
@@ -31,7 +27,6 @@ def evaluating(*programs: Any) -> Iterator[list[nn.Module]]:
         >>> net.training, net.num_batches_tracked.item()
         (True, 0)
     """
-    check_programs(*programs)
     with (
         ExitStack() as stack,
         collect_modules(*programs, on_found=lambda m: stack.enter_context(module_evaluating(m))) as found,

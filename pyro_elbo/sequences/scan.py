@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_elbo.assumptions import active_loop, check_or_defer, is_capturing
 from pyro_elbo.errors import ArgumentError, CompileError, PyroElboError, SiteError
-from pyro_elbo.sequences.smc import ScanFunction, active_filter, run_loop, stack_rows
+from pyro_elbo.sequences.smc import Filter, ScanFunction, active_filter, run_loop, stack_rows
 from pyro_elbo.sequences.stacked import ScanRun
 from pyro_elbo.sequences.step import Step, StepProgram, StepResult
 
@@ -93,7 +93,7 @@ def _run(steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool) -> tup
     if inputs.total > inputs.given:
         raise CompileError("A forecast (pe.scan with horizon) can be neither compiled nor filtered: use compile=False.")
     with contextlib.nullcontext() if particle_filter is None else _explain_particles():
-        return _run_as_function(steps, init, inputs, reverse, loop)
+        return _run_as_function(steps, init, inputs, reverse, loop or run_loop, particle_filter)
 
 
 @contextlib.contextmanager
@@ -115,9 +115,13 @@ def _explain_particles() -> Iterator[None]:
 
 
 def _run_as_function(
-    steps: StepProgram, init: Any, inputs: "_Inputs", reverse: bool, loop: Callable[..., Any] | None
+    steps: StepProgram,
+    init: Any,
+    inputs: "_Inputs",
+    reverse: bool,
+    loop: Callable[..., Any],
+    particle_filter: Filter | None,
 ) -> tuple[Any, list[Tensor]]:
-    particle_filter = active_filter()
     carry, first = steps.peek(init, inputs.at(0), inputs.valid_at(0))
     state, spec = pytree.tree_flatten(carry)
     shapes = [x.shape for x in pytree.tree_leaves(init) if isinstance(x, Tensor)]
@@ -125,7 +129,7 @@ def _run_as_function(
     if particle_filter is not None and first.sites:
         last, stacked = particle_filter.scan(function)
     else:
-        last, stacked = (loop or run_loop)(function.body, function.state, function.columns, inputs.total, reverse)
+        last, stacked = loop(function.body, function.state, function.columns, inputs.total, reverse)
     return _with_tensors(state, last, spec), stacked
 
 

@@ -14,20 +14,18 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, PyroElboError, SiteError
+from pyro_elbo.posterior.layout import counted, drop_gaps, lead, lead_unconstrained, per_plate, with_gaps
 from pyro_elbo.posterior.psis import PSIS, psis
 from pyro_elbo.posterior.weights import (
     Weighting,
-    align,
     find_point_error,
     find_weighting,
     is_discrete,
     unconstrain,
-    unconstrained_shape,
 )
 from pyro_elbo.programs import (
     Plate,
     Program,
-    ResampleObserved,
     RunData,
     Site,
     TracePair,
@@ -181,89 +179,6 @@ def draw(
     return _concatenate(runs, frame, vectorized, data._replace(rows=rows))
 
 
-class Predictions(NamedTuple):
-    """Draws of every site of the model, the plates of each, and why observed sites were left out."""
-
-    arrays: Arrays
-    plates: dict[str, tuple[Plate, ...]]
-    skipped: dict[str, str]
-
-
-def predict(
-    model: Program,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    draws: Draws,
-    seed: int,
-    prior: bool = False,
-    chunk_size: int = 250,
-) -> Predictions:
-    """Draw every site of the model anew, its latents from ``draws`` unless ``prior``: one draw for each of ``draws``.
-
-    An observed site whose distribution cannot be sampled keeps its data and is left out.
-
-    Raises:
-        NotImplementedError: a latent's distribution cannot be sampled (``ImproperUniform``, flat priors).
-    """
-    skipped: dict[str, str] = {}
-    while True:
-        resampled = ResampleObserved(draws.observed.keys() - skipped.keys())
-        try:
-            arrays, plates = _predict(resampled(model), args, kwargs, draws, seed, prior, chunk_size)
-        except Exception as error:
-            if resampled.current is None:
-                raise
-            skipped[resampled.current] = first_line(error)
-        else:
-            return Predictions({n: x for n, x in arrays.items() if n not in skipped}, plates, skipped)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _predict(
-    program: Program,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    draws: Draws,
-    seed: int,
-    prior: bool,
-    chunk_size: int,
-) -> tuple[Arrays, dict[str, tuple[Plate, ...]]]:
-    if draws.rows:
-        program = poutine.condition(program, data=draws.rows)
-    latents = {} if prior else draws.latents
-    step = chunk_size if draws.vectorized else 1
-
-    def given(start: int, count: int) -> Arrays | None:
-        chunk = {
-            n: _with_gaps(x[start : start + count], draws.plates[n], count, draws.nesting) for n, x in latents.items()
-        }
-        return chunk or None
-
-    parts = []
-    with torch.no_grad(), seeded(seed), evaluating(program):
-        shapes = trace_program(program, args, kwargs, given(0, 1))
-        known = draws.latents.keys() | draws.deterministics.keys() | draws.observed.keys()
-        shapes = {name: site for name, site in shapes.items() if name in known}
-        for start in range(0, len(draws.log_p), step):
-            count = min(step, len(draws.log_p) - start)
-            sites = trace_program(program, args, kwargs, given(start, count), count, draws.nesting)
-            parts.append({n: _lead(sites[n].value, s.value.shape, count, s) for n, s in shapes.items()})
-    arrays = {name: torch.cat([part[name] for part in parts]) for name in shapes}
-    return arrays, {name: sort_by_dim(s.plates) for name, s in shapes.items()}
-
-
-def _with_gaps(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -> Tensor:
-    """Restore the size-one batch dimensions of a run with ``count`` draws (no dimension of draws for one)."""
-    sizes = {p.dim: p.size for p in plates}
-    depth = nesting if count > 1 else -min(sizes, default=0)
-    batch = [sizes.get(d, 1) for d in range(-depth, 0)]
-    return x.reshape((*([count] if count > 1 else []), *batch, *x.shape[1 + len(plates) :]))
-
-
 def _vectorized(programs: ProgramCall, frame: _Frame, num_samples: int, chunk_size: int) -> list[dict[str, Any]] | None:
     """Draw in chunks inside a plate; return None where the programs do not vectorize.
 
@@ -289,8 +204,8 @@ def _same_alone(
     """Return whether draw ``index`` of a vectorized run has the densities and deterministics of a run of its own."""
 
     def one(site: Site, like: Site) -> Tensor:
-        x = _lead(site.value, like.value.shape, count, like)[index][None]
-        return _with_gaps(x, sort_by_dim(like.plates), 1, nesting)
+        x = lead(site.value, like.value.shape, count, like)[index][None]
+        return with_gaps(x, sort_by_dim(like.plates), 1, nesting)
 
     model, guide, args, kwargs = programs
     latents = {n: one(s, shapes.model[n]) for n, s in pair.model.items() if s.role == "latent"}
@@ -310,12 +225,12 @@ def _same_alone(
 def _is_close(site: Site, alone: Site, index: int, count: int, nesting: int) -> bool:
     both = []
     if site.has_density:
-        ours = _per_plate(site.log_prob(), site.plates, count, nesting)[index]
+        ours = per_plate(site.log_prob(), site.plates, count, nesting)[index]
         if alone.mask is None:  # the pair's masks may come from the other program (obs_mask)
             alone = replace(alone, mask=site.mask)
-        both.append((ours, _per_plate(alone.log_prob(), site.plates, 1, nesting)[0]))
+        both.append((ours, per_plate(alone.log_prob(), site.plates, 1, nesting)[0]))
     if site.role == "deterministic":
-        both.append((_lead(site.value, alone.value.shape, count, alone)[index], alone.value))
+        both.append((lead(site.value, alone.value.shape, count, alone)[index], alone.value))
     return all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in both)
 
 
@@ -323,7 +238,7 @@ def _collect(pair: TracePair, frame: _Frame, count: int) -> dict[str, Any]:
     """Collect values and densities of one run with ``count`` draws."""
 
     def value(site: Site, like: Site) -> Tensor:
-        return _lead(site.value, like.value.shape, count, like)
+        return lead(site.value, like.value.shape, count, like)
 
     model, (shapes, weighting, nesting) = pair.model, frame
     if model.keys() != shapes.model.keys():
@@ -338,12 +253,12 @@ def _collect(pair: TracePair, frame: _Frame, count: int) -> dict[str, Any]:
         if site.role == "latent":
             groups["latents"][name] = value(site, like)
             if (free := unconstrain(site)) is not None:
-                groups["unconstrained"][name] = _lead_unconstrained(free, count, like)
+                groups["unconstrained"][name] = lead_unconstrained(free, count, like)
         elif site.role == "deterministic":
             groups["deterministics"][name] = value(site, like)
         if site.has_density:
             group = "log_prior" if site.role in ("latent", "deterministic") else "log_likelihood"
-            densities[group][name] = _per_plate(site.log_prob(), site.plates, count, nesting)
+            densities[group][name] = per_plate(site.log_prob(), site.plates, count, nesting)
     return groups | densities | weighting.sums(pair, count, nesting)
 
 
@@ -364,9 +279,9 @@ def _concatenate(runs: list[dict[str, Any]], frame: _Frame, vectorized: bool, da
     return Draws(
         **fields,
         discrete=frozenset(n for n in groups["latents"] if is_discrete(shapes.model[n])),
-        observed={n: _drop_gaps(data.observed.get(n, s.value), s) for n, s in observed.items()},
-        constants={n: _drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "constant"},
-        counted={n: _counted(s, nesting) for n, s in observed.items() if s.mask is not None and s.mask is not True},
+        observed={n: drop_gaps(data.observed.get(n, s.value), s) for n, s in observed.items()},
+        constants={n: drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "constant"},
+        counted={n: counted(s, nesting) for n, s in observed.items() if s.mask is not None and s.mask is not True},
         plates={n: sort_by_dim(s.plates) for n, s in shapes.model.items()},
         times={n: s.fn.run.time for n, s in shapes.model.items() if isinstance(s.fn, StackedDistribution)},
         data_plate=weighting.plate,
@@ -377,47 +292,3 @@ def _concatenate(runs: list[dict[str, Any]], frame: _Frame, vectorized: bool, da
         nesting=nesting,
         rows=data.rows,
     )
-
-
-def _counted(site: Site, nesting: int) -> Tensor:
-    """Return the mask of an observed site, shaped like its plates."""
-    mask, sizes = torch.as_tensor(site.mask), {p.dim: p.size for p in site.plates}
-    shape = torch.broadcast_shapes(mask.shape, [sizes.get(d, 1) for d in range(min(sizes, default=0), 0)])
-    return _per_plate(mask.expand(shape), site.plates, 1, nesting)[0]
-
-
-def _lead_unconstrained(free: Tensor, count: int, like: Site) -> Tensor:
-    """Reshape unconstrained values of ``count`` draws like :func:`_lead`; their event has a shape of its own."""
-    shape: Any = unconstrained_shape(like)
-    event_dim = len(shape) - (like.value.dim() - like.event_dim)
-    return _lead(free, shape, count, like, event_dim)
-
-
-def _lead(x: Tensor, shape: torch.Size, count: int, like: Site, event_dim: int | None = None) -> Tensor:
-    """Reshape an array of ``count`` draws to the shape of a single run, draws in front.
-
-    Plates and particles add dimensions of size one, and ``pyro.deterministic`` counts all of them as event: only a
-    single run shows the dimensions that belong to the site.
-    """
-    if x.numel() == count * shape.numel():
-        return x.reshape((count, *_drop_gaps(x.new_empty(shape), like, event_dim).shape))
-    if x.numel() == shape.numel():
-        alone = _drop_gaps(x.reshape(shape), like, event_dim)
-        return alone.expand(count, *alone.shape)
-    raise RuntimeError(f"site '{like.name}' has shape {tuple(x.shape)} for {count} draws of shape {tuple(shape)}")
-
-
-def _drop_gaps(x: Tensor, like: Site, event_dim: int | None = None) -> Tensor:
-    """Remove the size-one batch dimensions between plates; a deterministic keeps all dimensions as event."""
-    if like.role == "deterministic":
-        return x
-    event_dim = like.event_dim if event_dim is None else event_dim
-    dims = {p.dim for p in like.plates}
-    for d in range(event_dim - x.dim(), 0):
-        if d not in dims:
-            x = x.squeeze(d - event_dim)
-    return x
-
-
-def _per_plate(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) -> Tensor:
-    return align(x, count, nesting).reshape((count, *(p.size for p in sort_by_dim(plates))))

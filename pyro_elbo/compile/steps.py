@@ -7,32 +7,29 @@ runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed
 """
 
 import math
-import random
-import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from pyro_elbo.assumptions import capturing
-from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutputShapeException
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
 from pyro_elbo.compile.execution import Execution, collect_code, record_execution
+from pyro_elbo.compile.gradients import Hooks, hooks_of, network_gradients, program_gradients
 from pyro_elbo.compile.guard import Guard
-from pyro_elbo.compile.optimizer import PyroUpdate, Update, UpdatePlan, check_own, check_traceable, distinct, watch
+from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, watch
 from pyro_elbo.compile.reach import guard_of
+from pyro_elbo.compile.refusals import check_reachable, check_sites, explain_capture, refuse_side_effects
 from pyro_elbo.compile.traced_update import trace_update
 from pyro_elbo.compile.versions import check_version
-from pyro_elbo.errors import CompileError, NonFiniteError, PyroElboError
-from pyro_elbo.information import critic_gradients
+from pyro_elbo.errors import CompileError, NonFiniteError
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import (
     Parameters,
@@ -40,7 +37,6 @@ from pyro_elbo.programs import (
     check_gradients,
     collect_parameters,
     evaluating,
-    failed_line,
     module_evaluating,
 )
 from pyro_elbo.terms import Terms
@@ -65,7 +61,7 @@ class _KnownStep:
     parameters: dict[str, Tensor]
     plan: UpdatePlan
     gradients: dict[Tensor, Tensor]
-    hooks: dict[Tensor, list[Callable]]
+    hooks: Hooks
     sites: tuple[str, ...]
     names: tuple[str, ...]
     guard: Guard
@@ -116,7 +112,7 @@ class CompiledSVI:
         self._misses = 0
         if compile:
             with self._or_python():
-                check_version(_train_a_small_program)
+                check_version(CompiledSVI)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_known": {}, "_misses": 0}  # a copy has other tensors than those of the graphs
@@ -235,7 +231,7 @@ class CompiledSVI:
         with self._evaluating() if kind == "evaluate" else nullcontext():
             guard = self._guard(execution, args, kwargs, parameters, optimizers)
         gradients = {p: p.grad for p in _held(optimizers) if p.grad is not None}
-        hooks, sites = _hooks(parameters), tuple(terms.sites)
+        hooks, sites = hooks_of(parameters), tuple(terms.sites)
         step = _KnownStep(parameters, plan, gradients, hooks, sites, tuple(record), guard, execution)
         return step, (step.names, np.array([[x.item() for x in record.values()]]))
 
@@ -248,7 +244,7 @@ class CompiledSVI:
         optimizers: list[torch.optim.Optimizer],
     ) -> Guard:
         """Watch what a step reads: programs, objective, parameters and the optimizers that train them."""
-        hooks = _hooks(parameters)
+        hooks = hooks_of(parameters)
         guard = guard_of((self.model, self.guide, args, kwargs, self.loss, *hooks.values()), execution)
         watch(guard, optimizers)
         if optimizers:
@@ -282,13 +278,19 @@ class CompiledSVI:
                 with recording() as found:
                     terms = self.loss.evaluate(self.model, self.guide, args, kwargs, named.__getitem__)
                 ran.append(found)
-                _check_sites(step.sites, tuple(terms.sites))
+                check_sites(step.sites, tuple(terms.sites))
                 loss = self._loss(terms)
                 recorded = self._record(terms, loss)
             finite = torch.ones_like(alive)
             if step.plan.optimizers:
-                critics = _critic_gradients(terms)
-                finite = trace_update(self.update, step.plan, _gradients(loss, step), critics, named)
+                critics = network_gradients(terms)
+                finite = trace_update(
+                    self.update,
+                    step.plan,
+                    program_gradients(loss, step.parameters, step.hooks, step.gradients),
+                    critics,
+                    named,
+                )
             usable = torch.stack([alive, torch.isfinite(loss.detach()), finite, *assumed]).all()
             record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), finite, usable)]))
             alive.copy_(usable)
@@ -296,7 +298,7 @@ class CompiledSVI:
 
         def trace() -> "Graph":
             validation = pyro.settings.context(**dict.fromkeys(_VALIDATION, False))
-            with _side_effects(step.guard), validation:
+            with refuse_side_effects(step.guard), validation:
                 return capture(function, inputs, kept=2, lift_noise=not self.fallback_random)
 
         device = next((p.device for p in step.parameters.values()), torch.get_default_device())
@@ -305,8 +307,8 @@ class CompiledSVI:
         )
         row = scalars, torch.ones((), dtype=torch.bool, device=device), record
         inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
-        with _explain_capture(step.guard.generators), config.patch(fallback_random=self.fallback_random), compiling():
-            _check_reachable(step.guard)
+        with explain_capture(step.guard.generators), config.patch(fallback_random=self.fallback_random), compiling():
+            check_reachable(step.guard)
             check_traceable(step.plan.optimizers, step.parameters)
             graph = trace()
             if step.execution is not None and step.execution.misses(ran[-1]):
@@ -315,7 +317,7 @@ class CompiledSVI:
                 step.execution.update(ran[-1])
                 args, kwargs = with_tensors(leaves, spec, [x for x in leaves if isinstance(x, Tensor)])
                 step.guard = self._guard(step.execution, args, kwargs, step.parameters, step.plan.optimizers)
-                _check_reachable(step.guard)
+                check_reachable(step.guard)
             scans.compile()
             step.execute = Executable(graph, row, scans.owned)
 
@@ -378,121 +380,5 @@ class CompiledSVI:
         return ", ".join(bad) or "a parameter"
 
 
-def _train_a_small_program() -> None:
-    """Raise unless compiled steps of a program with one latent lose what its steps in Python lose."""
-
-    def model() -> None:
-        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(1.0))
-
-    def guide() -> None:
-        pyro.sample("z", dist.Normal(pyro.param("loc", lambda: torch.tensor(0.5)), 1.0))
-
-    def losses(compile: bool) -> list[float]:
-        with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            update = PyroUpdate(pyro.optim.Adam({"lr": 0.1}))
-            steps = CompiledSVI(model, guide, TraceBeta_ELBO(), update, compile=False, fallback_random=True)
-            steps.compile = compile
-            return [steps.train((), {})[1][0, 0] for _ in range(4)]
-
-    torch.testing.assert_close(losses(True), losses(False), rtol=1e-5, atol=1e-5)
-
-
-def _hooks(parameters: Mapping[str, Tensor]) -> dict[Tensor, list[Callable]]:
-    return {p: list(p._backward_hooks.values()) for p in parameters.values() if p._backward_hooks}
-
-
 def _held(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-
-
-def _gradients(loss: Tensor, step: _KnownStep) -> dict[Tensor, Tensor]:
-    """Return the gradient of every parameter that the optimizers move, the one it holds where this step gives none."""
-    trained = [p for p in distinct(step.parameters) if p.requires_grad]
-    found = zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True)
-    gradients = {p: _after_hooks(step.hooks.get(p, ()), g) for p, g in found if g is not None}
-    if sparse := [tuple(p.shape) for p, g in gradients.items() if g.layout is not torch.strided]:
-        raise CompileError(
-            f"Parameters of shapes {sparse} have sparse gradients, which a compiled step does not support. Make the "
-            "nn.Embedding with sparse=False, or use compile=False."
-        )
-    return {p: g for p, g in step.gradients.items() if p not in gradients} | gradients
-
-
-def _after_hooks(hooks: Iterable[Callable[[Tensor], Tensor | None]], gradient: Tensor) -> Tensor:
-    """Return what the hooks of a parameter, which captured tensors do not have, make of its gradient."""
-    for hook in hooks:
-        new = hook(gradient)
-        gradient = gradient if new is None else new
-    return gradient
-
-
-def _critic_gradients(terms: Terms) -> dict[Tensor, Tensor]:
-    """Return the gradient of every critic's parameters."""
-    pairs = [zip(critic.network.parameters(), found, strict=True) for critic, found in critic_gradients(terms)]
-    return {p: gradient for pair in pairs for p, gradient in pair}
-
-
-def _check_reachable(guard: Guard) -> None:
-    if guard.refused:
-        raise CompileError(f"The programs use {guard.refused[0]}, or use compile=False.")
-
-
-def _check_sites(expected: tuple[str, ...], found: tuple[str, ...]) -> None:
-    if changed := sorted(set(expected) ^ set(found)):
-        raise CompileError(
-            f"The sites {changed} are in some runs of the programs and not in others: a compiled step is one graph "
-            "with fixed sites. Keep the sites and mask them (pyro.poutine.mask), or use compile=False."
-        )
-
-
-@contextmanager
-def _side_effects(guard: Guard) -> Iterator[None]:
-    """Restore the Python state that a captured run changed, and raise since later steps would not change it."""
-    try:
-        yield
-    finally:
-        changed = guard.broken()
-        guard.restore()
-    if changed is not None:
-        raise CompileError(
-            f"The program sets '{changed}' as it runs, which a compiled step would not do. Change tensors in place "
-            "(buffer.copy_(...)), keep records outside of the programs, or use compile=False."
-        )
-
-
-@contextmanager
-def _explain_capture(generators: list[Any]) -> Iterator[None]:
-    """Raise errors of a capture with the line of the program and the reason."""
-    before = _states(generators)
-    try:
-        yield
-    except PyroElboError:
-        raise
-    except Exception as error:
-        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        unknown = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
-        what = "needs a value that only a run knows" if unknown else f"fails while it is captured ({reason})"
-        raise CompileError(
-            f"{failed_line(error)} {what}: a compiled step is one graph on tensors. Write torch.where or "
-            "pyro.poutine.mask for a branch on a value, pass sizes as Python numbers, or use compile=False."
-        ) from error
-    if before != _states(generators):
-        raise CompileError(
-            "The program seeds torch, or draws random numbers from Python or NumPy, which a graph would freeze. Draw "
-            "with pyro.sample or torch, pass the numbers as tensors, or use compile=False."
-        )
-
-
-def _states(generators: list[Any]) -> list[str]:
-    """Return the states of torch's random generator and of every Python or NumPy generator in reach."""
-    states: list[Any] = [torch.get_rng_state().tolist()]  # fake draws leave it alone, seeding does not
-    for generator in generators:
-        if isinstance(generator, random.Random):
-            states.append(generator.getstate())
-        elif isinstance(generator, np.random.RandomState):
-            states.append(generator.get_state(legacy=False))
-        else:
-            states.append(generator.bit_generator.state)
-    with np.printoptions(threshold=sys.maxsize):
-        return [repr(state) for state in states]

@@ -1,9 +1,10 @@
 """Training steps, in Python or as one compiled graph under guard.
 
 Takes programs, objective and optimizer; gives steps with the totals of each. ``steps`` decides when to compile,
-``capture`` traces a step on ``fakes``, ``batch_scalars`` and ``flat_state`` shrink its graph, ``inductor`` compiles it.
-``execution`` records what a step ran, ``reach`` finds what that reads, ``guard`` watches it. ``optimizer`` and
-``traced_update`` step parameters. ``_torch`` holds all private names of torch, ``versions`` those tested.
+``capture`` traces a step on ``fakes`` with its ``noise`` as an input, ``batch_scalars`` and ``flat_state`` shrink the
+graph, ``inductor`` compiles it. ``execution`` records what a step ran, ``reach`` finds what that reads, ``guard``
+watches it, ``refusals`` explain what no graph can hold. ``gradients``, ``optimizer`` and ``traced_update`` step
+parameters. ``_torch`` holds all private names of torch, ``versions`` those tested.
 Imports objectives and below.
 """
 

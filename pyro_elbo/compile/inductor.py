@@ -32,7 +32,8 @@ from pyro_elbo.compile._torch import (
     tensor_handles,
     tracing,
 )
-from pyro_elbo.compile.capture import Graph, Noise, Segment
+from pyro_elbo.compile.capture import Graph
+from pyro_elbo.compile.noise import Noise, Segment
 from pyro_elbo.errors import CompileError
 
 AHEAD = 2**18  # numbers of noise drawn at once

@@ -22,15 +22,8 @@ from pyro_elbo.compile._torch import (
     rand_ops,
     unset_fake_temporarily,
 )
-from pyro_elbo.compile.capture import (
-    RANDOM,
-    NoiseKind,
-    fill_noise,
-    lift,
-    location_scale,
-    remove_identities,
-    write_out_bernoulli,
-)
+from pyro_elbo.compile.capture import lift, remove_identities
+from pyro_elbo.compile.noise import RANDOM, NoiseKind, fill_noise, location_scale, write_out_bernoulli
 from pyro_elbo.compile.scan.operators import DrawStream, Loop, register, register_draws
 from pyro_elbo.compile.scan.partition import (
     StepGraph,

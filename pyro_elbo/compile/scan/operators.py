@@ -16,15 +16,8 @@ from torch import Tensor, fx
 
 from pyro_elbo.compile import inductor
 from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, rand_ops
-from pyro_elbo.compile.capture import (
-    SCAN_DRAWS,
-    Graph,
-    NoiseKind,
-    decompositions,
-    fill_noise,
-    optimize,
-    write_out_alpha,
-)
+from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
+from pyro_elbo.compile.noise import SCAN_DRAWS, NoiseKind, fill_noise
 
 
 @dataclass(eq=False)

@@ -22,9 +22,11 @@ from torch import Tensor
 from pyro_elbo.assumptions import active_loop, check_or_defer
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.masking import log_mean_exp, masked
+from pyro_elbo.sequences.carry import possible_event_dims
+from pyro_elbo.sequences.collect import OuterContext, plate_sizes
 from pyro_elbo.sequences.particles import broadcasting_modules
 from pyro_elbo.sequences.stacked import fill_masked
-from pyro_elbo.sequences.step import OuterContext, StepResult, plate_sizes, possible_event_dims
+from pyro_elbo.sequences.step import StepResult
 
 StepFunction = Callable[[list[Tensor], list[Tensor], Mapping[str, Tensor]], StepResult]
 ScanResult = tuple[list[Tensor], list[Tensor]]

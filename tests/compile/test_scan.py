@@ -236,6 +236,99 @@ def test_a_carry_of_several_tensors(interpreted, reverse):
     assert_compiled(model, guide, frames(N), make_objective=lambda: pe.TraceTimestep_ELBO(**options))
 
 
+def dead_parts(carry, z):
+    """Parts that nothing reads: one accumulates, one is set anew, one goes through a cell."""
+    total, last, hidden = carry
+    cell = pyro.module("cell", torch.nn.GRUCell(1, 2))
+    z = z.unsqueeze(-1)
+    return total * number("decay") + z, number("constant").expand(N, 1), cell(z, hidden)
+
+
+@pytest.mark.parametrize(
+    "lengths", [pytest.param(None, id="full", marks=pytest.mark.thorough), pytest.param(LENGTHS, id="ragged")]
+)
+def test_parts_of_a_carry_that_nothing_reads(interpreted, lengths):
+    """What they alone depend on has no gradient, so that an optimizer, and its weight decay, leave it alone."""
+
+    def step(carry, x_t):
+        h, dead = carry
+        z = pyro.sample("z", dist.Normal(h, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x_t)
+        return (torch.tanh(number("a") * z + h), dead_parts(dead, z)), None
+
+    def guide_step(dead, x_t):
+        z = pyro.sample("z", dist.Normal(number("b") * x_t, 0.5))
+        return dead_parts(dead, z), None
+
+    def zero_parts():
+        return torch.zeros(N, 1), torch.zeros(N, 1), torch.zeros(N, 2)
+
+    model, guide = in_plates(step, lambda: (torch.zeros(N), zero_parts())), in_plates(guide_step, zero_parts)
+
+    def scenario(svi_of):
+        torch.manual_seed(0)
+        optimizer = pyro.optim.AdamW({"lr": 0.02, "weight_decay": 0.1})
+        svi = svi_of(model(scanned), guide(scanned), optimizer, pe.TraceTimestep_ELBO())
+        return [svi.step(frames(N), lengths) for _ in range(5)], parameters()
+
+    eager, compiled = run_both(scenario)
+    torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-11)
+    assert compiled[1]["decay"] == compiled[1]["constant"] == 0.3
+    assert compiled[1]["a"] != 0.3
+
+
+@pytest.mark.parametrize("length", [2, pytest.param(3, marks=pytest.mark.thorough)])
+def test_a_gradient_that_takes_several_steps(interpreted, length):
+    """A value that is read two steps later has a gradient from three steps on; the two initial ones from two on."""
+
+    def guide(x):
+        def step(carry, x_t):
+            first, second, third = carry
+            pyro.sample("z", dist.Normal(number("b") * x_t + first, 0.5))
+            return (second, third, number("late").expand(N)), None
+
+        with pyro.plate("sequences", N):
+            pe.scan(step, tuple(number(f"start_{i}").expand(N) for i in range(3)), x)
+
+    def model(x):
+        with pyro.plate("sequences", N):
+            pe.scan(chain_step, torch.zeros(N), x)
+
+    compiled = assert_compiled(model, guide, frames(N)[:length], steps=5)[1]
+    moved = {name for name, p in compiled.items() if p != 0.3}
+    assert moved >= {"b", "start_0", "start_1"}
+    assert "late" not in moved
+    assert ("start_2" in moved) == (length == 3)
+
+
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.thorough), True])
+def test_a_carry_through_which_no_gradient_passes(interpreted, reverse):
+    """Its start still has the gradient of the step that runs first."""
+
+    def step(z, x_t):
+        return pyro.sample("z", dist.Normal(number("b") * x_t + z, 0.5)).detach(), None
+
+    guide = in_plates(step, lambda: number("start").expand(N), reverse=reverse)(scanned)
+    model = in_plates(chain_step, zeros(N), reverse=reverse)(scanned)
+    assert assert_compiled(model, guide, frames(N), steps=5)[1]["start"] != 0.3
+
+
+def test_tensors_that_were_computed_from_each_other_outside_of_the_scan(interpreted):
+    """A step reads all of them: the gradient of each counts once."""
+
+    def guide(x):
+        weight = number("b")
+        double, power = 2 * weight, weight.exp()
+
+        def step(z, x_t):
+            return pyro.sample("z", dist.Normal(weight * x_t + double * z, power)), None
+
+        with pyro.plate("sequences", N):
+            pe.scan(step, torch.zeros(N), x)
+
+    assert_compiled(in_plates(chain_step, zeros(N))(scanned), guide, frames(N), steps=5)
+
+
 def test_guide_and_model_with_different_recurrences(interpreted, graphs):
     guide = in_plates(chain_guide_step, zeros(N))(scanned)
 

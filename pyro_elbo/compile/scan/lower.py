@@ -4,9 +4,9 @@ The step is traced once, with its gradient. The recurrence runs within the opera
 around it, vectorized over all steps. Neither the graph nor its compilation grows with T.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from pyro_elbo.compile.scan.partition import (
     recurrence,
     split_products,
 )
+from pyro_elbo.compile.scan.paths import as_leaves, leaves_of, receivers
 from pyro_elbo.compile.scan.shared import LoweredLoop, ValueNumbering, shared_states
 from pyro_elbo.errors import CompileError
 
@@ -116,21 +117,25 @@ def _forward_and_backward(
         *(_fresh(c, bool(seeded)) for c in carry),
         *(_fresh(x[0], bool(seeded) and x.requires_grad) for x in inputs),
     ]
-    seeds = [_fresh(results[i], False) for i in seeded]
-    wanted = [x for x in (*leaves, *uses) if x.requires_grad] if seeded else []
+    seeds, reached = [_fresh(results[i], False) for i in seeded], []
+    with as_leaves(uses) as used:
+        wanted = [x for x in (*leaves, *used) if x.requires_grad] if seeded else []
 
-    def joint(*arguments: Tensor) -> list[Tensor | None]:
-        given = arguments[: len(leaves)]
-        new, outs = body(list(given[:n]), list(given[n:]))
-        found: list[Tensor | None] = [*new, *outs]
-        if not seeded:
-            return found
-        ends: Any = [found[i] for i in seeded]
-        return [*found, *torch.autograd.grad(ends, wanted, arguments[len(leaves) :], allow_unused=True)]
+        def joint(*arguments: Tensor) -> list[Tensor | None]:
+            given = arguments[: len(leaves)]
+            new, outs = body(list(given[:n]), list(given[n:]))
+            found: list[Tensor | None] = [*new, *outs]
+            reached[:] = map(leaves_of, found)
+            if not seeded:
+                return found
+            ends: Any = [found[i] for i in seeded]
+            return [*found, *torch.autograd.grad(ends, wanted, arguments[len(leaves) :], allow_unused=True)]
 
-    module, constants = _trace(joint, [*leaves, *seeds])
+        module, constants = _trace(joint, [*leaves, *seeds])
     split_products(module.graph, [p for p in module.graph.nodes if p.op == "placeholder"][len(constants) :][:n])
-    return _label(module, constants, n, len(leaves), seeded, wanted, leaves)
+    step = _label(module, constants, n, len(leaves), seeded, wanted, leaves, reached)
+    original = {id(leaf): x for leaf, x in zip(used, uses, strict=True)}
+    return replace(step, constants=[original.get(id(x), x) for x in constants])
 
 
 def _label(
@@ -141,6 +146,7 @@ def _label(
     seeded: Sequence[int] = (),
     wanted: Sequence[Tensor] = (),
     leaves: Sequence[Tensor] = (),
+    reached: Sequence[set[int]] = (),
 ) -> _Traced:
     """Label the inputs and outputs of a traced step: n carries among m arguments, then seeds of the gradient."""
     draws = _lift_draws(module.graph)
@@ -149,6 +155,7 @@ def _label(
     k, count = len(constants), len(results) - len(wanted)
     gradients = {id(x): g for x, g in zip(wanted, results[count:], strict=True)}
     seeds = dict(zip(seeded, places[k + m :], strict=False))
+    place_of = {id(x): place for x, place in zip((*constants, *leaves), places, strict=False)}
     graph = StepGraph(
         module.graph,
         constants=tuple(places[:k]),
@@ -160,6 +167,7 @@ def _label(
         carry_gradients=tuple(gradients.get(id(x)) for x in leaves[:n]),
         input_gradients=tuple(gradients.get(id(x)) for x in leaves[n:]),
         constant_gradients=tuple(gradients.get(id(x)) for x in constants),
+        reached=tuple({place_of[x] for x in found if x in place_of} for found in reached),
     )
     return _Traced(graph, constants, draws)
 
@@ -280,21 +288,30 @@ class _BoundStep:
         return [x.clone() for x in (*finals, *map(values.stacked, graph.outs))]
 
     def backward(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return the gradients of constants, carry and inputs."""
+        """Return the gradients of constants, carry and inputs; None where an uncompiled run gives none."""
         graph, values, n = self.step.graph, self.values, len(self.step.graph.carry)
         seeds = {place: x for place, x in zip(graph.gradients, given, strict=True) if place is not None}
-        equal, carried = _without_zeros(graph, seeds)
-        simplified = lambda nodes: [x and equal.get(x, x) for x in nodes]  # noqa: E731
-        after = dict(zip(graph.gradients[:n], simplified(graph.carry_gradients), strict=True))
+        anywhere, first = receivers(graph, seeds, values.steps)
+        places, states = graph.gradients[:n], graph.carry
+        carried = [p for p, c in zip(places, states, strict=True) if p and (c in anywhere or seeds[p] is not None)]
+        zero = {place for place, x in seeds.items() if x is None and place not in carried}
+        equal = drop_zeros([x for x in graph.graph.nodes if x.op == "call_function"], zero)
+
+        def gradients(of: Sequence[fx.Node], nodes: Sequence[fx.Node | None]) -> list[fx.Node | None]:
+            return [g and equal.get(g, g) if x in anywhere else None for x, g in zip(of, nodes, strict=True)]
+
+        before = gradients(states, graph.carry_gradients)
+        after = {place: g for place, g in zip(places, before, strict=True) if place is not None}
         for place, x in seeds.items():
             if x is not None and place not in after:
                 values.per_step[place] = x
             elif x is not None and after[place] is None:
                 rest, last = _zeros(x, values.steps - 1), x.unsqueeze(0)
                 values.per_step[place] = torch.cat([last, rest] if self.reverse else [rest, last])
-        inputs, constants = simplified(graph.input_gradients), simplified(graph.constant_gradients)
-        nodes = [x for x in graph.between([*after.values(), *inputs, *constants]) if x not in values]
-        loops = {c: node for c in carried if (node := after[c]) is not None}
+        inputs = gradients(graph.inputs, graph.input_gradients)
+        constants = gradients(graph.constants, graph.constant_gradients)
+        nodes = [x for x in graph.between([*before, *inputs, *constants]) if x not in values]
+        loops = {place: g for place in carried if (g := after[place]) is not None}
         for place in seeds:  # zeros that an operator takes of which nothing is known
             if place not in values and place not in loops:
                 values.constant[place] = _zeros(place.meta["val"])
@@ -303,30 +320,20 @@ class _BoundStep:
         finals = dict(zip(loops, ends, strict=True))
         return [
             *(x and values.total(x) for x in constants),
-            *(place and finals.get(place) for place in graph.gradients[:n]),
+            *(
+                self._at_start(p, g, finals) if c in first else None
+                for p, g, c in zip(places, before, states, strict=True)
+            ),
             *(x and values.stacked(x) for x in inputs),
         ]
 
-
-def _without_zeros(
-    graph: StepGraph, seeds: dict[fx.Node, Tensor | None]
-) -> tuple[dict[fx.Node, fx.Node | None], list[fx.Node]]:
-    """Simplify the backward for results without a gradient.
-
-    Returns:
-        Node -> the node that it equals, None for zero; and the carries that have a gradient at some step.
-    """
-    carried = [c for c in graph.gradients[: len(graph.carry)] if c is not None]
-    zero = {place for place, x in seeds.items() if x is None}
-    pairs = zip(graph.gradients, graph.carry_gradients, strict=False)
-    gradients = {c: g for c, g in pairs if c is not None and g is not None}
-    nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
-    while True:
-        equal = drop_zeros(nodes, zero, replace=False)
-        wrong = {c for c, g in gradients.items() if c in zero and equal.get(g, g) is not None}
-        if not wrong:
-            return drop_zeros(nodes, zero, replace=True), [c for c in carried if c not in zero]
-        zero -= wrong
+    def _at_start(
+        self, place: fx.Node | None, gradient: fx.Node | None, finals: Mapping[fx.Node, Tensor]
+    ) -> Tensor | None:
+        """Return the gradient of a part of the carry before the first step."""
+        if gradient is None or place is not None:
+            return place and finals.get(place)
+        return self.values.stacked(gradient)[-1 if self.reverse else 0]  # no step passes a gradient on
 
 
 def _zeros(like: Tensor, *left: int) -> Tensor:

@@ -44,6 +44,7 @@ class StepGraph:
     Attributes:
         gradients: placeholders for the gradients of next carry and outs; None where there is no gradient.
         carry_gradients, input_gradients, constant_gradients: the results of the backward; None where not needed.
+        reached: for each of next carry and outs, the constants, carries and inputs whose gradient depends on its own.
     """
 
     graph: fx.Graph
@@ -56,6 +57,7 @@ class StepGraph:
     carry_gradients: tuple[fx.Node | None, ...] = ()
     input_gradients: tuple[fx.Node | None, ...] = ()
     constant_gradients: tuple[fx.Node | None, ...] = ()
+    reached: tuple[set[fx.Node], ...] = ()
 
     def between(self, targets: Iterable[fx.Node | None]) -> list[fx.Node]:
         """Return the operations that the targets need, in order."""
@@ -234,13 +236,12 @@ def _is_zero(target: Any, zero: list[bool]) -> bool:
     return target in _ANY_ZERO or (target in _FIRST_ZERO and zero[0])
 
 
-def drop_zeros(nodes: Iterable[fx.Node], zeros: set[fx.Node], *, replace: bool) -> dict[fx.Node, fx.Node | None]:
-    """Propagate zeros through linear operators.
+def drop_zeros(nodes: Iterable[fx.Node], zeros: set[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+    """Propagate zeros through linear operators, and replace nodes in the graph by the node that they equal.
 
     Args:
         nodes: in the order of the graph.
         zeros: the nodes known to be zero.
-        replace: also replace nodes in the graph by the node that they equal.
 
     Returns:
         Node -> the node that it equals, None for zero; nodes without an entry do not change.
@@ -257,8 +258,7 @@ def drop_zeros(nodes: Iterable[fx.Node], zeros: set[fx.Node], *, replace: bool) 
             (other,) = (equal.get(x, x) for x, z in zip(arguments, zero, strict=True) if not z)
             if other is not None and _shape(other) == _shape(node):
                 equal[node] = other
-                if replace:
-                    node.replace_all_uses_with(other)
+                node.replace_all_uses_with(other)
     return equal
 
 

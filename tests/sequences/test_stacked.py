@@ -34,6 +34,7 @@ FAMILIES = {
     "StudentT": lambda c: dist.StudentT(3.0, c, 1.0),
     "InverseGamma": lambda c: dist.InverseGamma(1.0 + c.abs(), 2.0),
     "Weibull": lambda c: dist.Weibull(1.0 + c.abs(), 2.0),
+    "masked by values": lambda c: dist.Normal(vector(c, 3), 1.0).mask(vector(c, 3) < 1.5).to_event(1),
     "masked within an event": lambda c: (
         dist.Normal(vector(c, 3), 1.0).mask(torch.tensor([True, False, True])).to_event(1)
     ),
@@ -45,9 +46,9 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("batch", [None, 2, 3])
+@pytest.mark.parametrize(("batch", "lengths"), [(None, None), (2, None), (3, None), (3, torch.tensor([1, 3, 2]))])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_have_the_loops_density(family, batch):
+def test_families_have_the_loops_density(family, batch, lengths):
     """Also where the number of steps or sequences equals a size of the distribution's own tensors."""
     shape = () if batch is None else (batch,)
 
@@ -55,9 +56,12 @@ def test_families_have_the_loops_density(family, batch):
         c = torch.zeros(shape)
         with pyro.plate("n", batch or 1) if batch else poutine.block(hide_fn=lambda msg: False):
             if way == "scan":
-                pe.scan(step, c, None, length=T)
+                pe.scan(step, c, torch.zeros(T, *shape), lengths)
             for t in range(T) if way == "loop" else ():
-                c, _ = step(c, None, f"_{t}")
+                going = torch.tensor(True) if lengths is None else t < lengths
+                with poutine.mask(mask=going):
+                    new, _ = step(c, None, f"_{t}")
+                c = torch.where(going, new, c)
 
     def step(c, x_t, suffix=""):
         z = pyro.sample("z" + suffix, FAMILIES[family](c))

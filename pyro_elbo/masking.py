@@ -28,16 +28,26 @@ def expand_to_event(mask: Tensor, event_dim: int) -> Tensor:
 
 
 def mask_in_event(fn: Distribution) -> Tensor | bool | None:
-    """Return the mask of ``fn.mask(...).to_event(n)``, over the elements of the event; None without one."""
-    while isinstance(fn, Independent):
+    """Return the product of the masks in ``fn.mask(...).to_event(n)``, over the elements of the event; None without."""
+    mask = None
+    while isinstance(fn, Independent | MaskedDistribution):
+        if isinstance(fn, MaskedDistribution):
+            inner = fn._mask
+            mask = both(mask, expand_to_event(inner, len(fn.event_shape)) if isinstance(inner, Tensor) else inner)
         fn = fn.base_dist
-    return unmask(fn, None)[1]
+    return mask
+
+
+def both(a: Tensor | bool | None, b: Tensor | bool | None) -> Tensor | bool | None:
+    """Return the product of two masks; None and True count all."""
+    if a is None or a is True:
+        return b
+    return a if b is None or b is True else a & b
 
 
 def unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool | None]:
     """Return the distribution inside ``fn.mask(...)``, and the product of all masks."""
     while isinstance(fn, MaskedDistribution):
-        inner = fn._mask
-        mask = inner if mask is None or mask is True else mask & inner
+        mask = both(mask, fn._mask)
         fn = fn.base_dist
     return fn, mask

@@ -19,15 +19,18 @@ from torch.distributions import Distribution, constraints, kl, transform_to
 from torch.distributions.transforms import Transform
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.masking import expand_to_event, masked
+from pyro_elbo.masking import both, expand_to_event, mask_in_event, masked
 
 
 def fill_masked(fn: Distribution, value: Tensor, mask: Tensor | bool | None) -> Tensor:
     """Replace masked values that are not finite by a point of the support, since 0 · NaN is NaN in the gradient."""
     steps = fn.steps if isinstance(fn, StackedDistribution) else fn
-    if not isinstance(mask, Tensor) or not value.is_floating_point() or isinstance(steps, RecordedDensity):
+    counted = both(
+        expand_to_event(mask, len(fn.event_shape)) if isinstance(mask, Tensor) else mask, mask_in_event(steps)
+    )
+    if not isinstance(counted, Tensor) or not value.is_floating_point() or isinstance(steps, RecordedDensity):
         return value
-    missing = ~expand_to_event(mask, len(fn.event_shape)) & ~torch.isfinite(value)
+    missing = ~counted & ~torch.isfinite(value)
     return torch.where(missing, _point_inside(fn.support, value), value)
 
 
@@ -208,8 +211,10 @@ def flatten_distribution(fn: Distribution, tensors: list[Tensor]) -> Distributio
         if isinstance(x, Tensor):
             if (event_dim := _unexpanded_event_dim(fn, key)) is not None:
                 x = x.expand(fn.batch_shape + x.shape[x.dim() - event_dim :])
-            elif not any(x is y for y in parameters) or x.shape[: len(fn.batch_shape)] != fn.batch_shape:
+            elif key != "_mask" and not any(x is y for y in parameters):
                 return None  # such as a temperature: its dimensions are unknown
+            elif x.shape[: len(fn.batch_shape)] != fn.batch_shape:
+                return None
             known = [i for i, y in enumerate(tensors) if y is x]
             parts[key] = _Position(known[0] if known else len(tensors))
             tensors += [] if known else [x]

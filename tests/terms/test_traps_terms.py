@@ -282,7 +282,16 @@ def pairs(z, x):
         pyro.sample("x", dist.Normal(z.unsqueeze(-1) + torch.zeros(4, 2), num(1.0)).to_event(1), obs=both)
 
 
-@pytest.mark.parametrize("observe", [handler_masked, dist_masked, positive, counts, pairs], ids=lambda f: f.__name__)
+def elements(z, x):
+    """The mask lies inside of the event: all elements are missing in one row, some in others."""
+    both = torch.stack([x, torch.where(x > 0.7, NAN, x)], -1)
+    seen = MASK.unsqueeze(-1) & ~both.isnan()
+    pyro.sample("x", dist.Normal(z.unsqueeze(-1) + torch.zeros(4, 2), num(1.0)).mask(seen).to_event(1), obs=both)
+
+
+@pytest.mark.parametrize(
+    "observe", [handler_masked, dist_masked, positive, counts, pairs, elements], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("validate", [True, False])
 @several
 def test_5_nan_under_the_mask_leaves_value_and_gradient_finite_and_unchanged(observe, validate, particles):

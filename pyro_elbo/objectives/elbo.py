@@ -5,6 +5,7 @@ r"""The ELBO as an objective: :class:`pyro.infer.ELBO` over terms, weighting, bo
 An objective is maximized; Pyro minimizes a loss. The one minus sign of the library lives here.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -200,6 +201,26 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         return loss.item()
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make an objective like this one, by name."""
+        names = ("num_particles", "vectorize_particles", "max_plate_nesting", "retain_graph", "penalties")
+        weights = {"beta": self.weighting.beta, "kl": self.kl, "free_bits": self.weighting.free_bits}
+        return weights | {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        """The class with β, the form of the KL, and every other setting that is not the default."""
+        inits = [c.__init__ for c in reversed(type(self).__mro__) if issubclass(c, TraceBeta_ELBO)]
+        defaults = {p.name: p.default for init in inits for p in inspect.signature(init).parameters.values()}
+        always = ("beta", "kl")
+        shown = {n: x for n, x in self.settings.items() if n in always or x != defaults[n]}
+        return f"{type(self).__name__}({', '.join(f'{n}={_brief(x)}' for n, x in shown.items())})"
+
+    @property
+    def loss_units(self) -> str:
+        """The units of the loss of training by epochs, where one of ``terms.per_datum`` is minimized."""
+        return "nats per datum"
+
+    @property
     def settled(self) -> int:
         """The step from which no schedule changes any more; 0 for constant weights."""
         schedules = [p.weight for p in self.penalties if isinstance(p.weight, Schedule)]
@@ -310,6 +331,17 @@ class TermsModule(ELBOModule):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore step count and critics."""
         self.elbo.load_state_dict(state)
+
+
+def _brief(value: Any) -> str:
+    """Return a setting as a ``repr`` shows it: a tensor by its shape, penalties by their names."""
+    if isinstance(value, Tensor):
+        return f"<tensor of shape {tuple(value.shape)}>" if value.dim() else f"{value.item():g}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_brief(x)}" for name, x in value.items()) + "}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_brief, value))}]"
+    return value.name if isinstance(value, Penalty) else repr(value)
 
 
 def _check_penalties(penalties: Sequence[Penalty]) -> tuple[Penalty, ...]:

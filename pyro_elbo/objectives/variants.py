@@ -173,6 +173,17 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         if bound == "filtering" and (self.num_particles < 2 or not self.weighting.is_identity()):
             raise ArgumentError("bound='filtering' needs num_particles >= 2, and takes neither beta nor free_bits.")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make an objective like this one, by name."""
+        own = {"normalize": self.normalize, "bound": self.bound_kind, "resample": self.resample}
+        return super().settings | own
+
+    @property
+    def loss_units(self) -> str:
+        """The units of the loss of training by epochs: nats per sequence, frame, step or datum."""
+        return super().loss_units if self.normalize == "total" else f"nats per {self.normalize}"
+
     def evaluate(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:

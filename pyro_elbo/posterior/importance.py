@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_elbo.display import html_table
 from pyro_elbo.errors import ArgumentError, GuideError, WeightsError
 from pyro_elbo.posterior.draws import Draws, draw
 from pyro_elbo.posterior.psis import describe_k, pareto_k_threshold, psis
@@ -31,6 +32,13 @@ class ParetoK:
     ess: Tensor
     num_samples: int
     plate: str | None
+
+    def __float__(self) -> float:
+        """K-hat, that of the worst row where all latents are local."""
+        return self.k.max().item()
+
+    def _repr_html_(self) -> str:
+        return html_table("Pareto k-hat", (), [], [str(self)])
 
     def __str__(self) -> str:
         if self.plate is None:

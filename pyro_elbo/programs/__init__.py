@@ -10,8 +10,8 @@ Imports sequences and below.
 from pyro_elbo.programs.checks import check_options, check_programs
 from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns
 from pyro_elbo.programs.explain import failed_line
-from pyro_elbo.programs.modes import evaluating, module_evaluating
-from pyro_elbo.programs.modules import collect_modules
+from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
+from pyro_elbo.programs.modules import collect_modules, program_name
 from pyro_elbo.programs.parameters import Parameters, check_gradients, check_initialized, collect_parameters
 from pyro_elbo.programs.rng import mix_seed, seeded
 from pyro_elbo.programs.sites import Plate, Site, fixed_sites, is_point, shared_plate, sort_by_dim
@@ -54,8 +54,10 @@ __all__ = [
     "evaluating",
     "failed_line",
     "find_plate_nesting",
+    "keeping_modes",
     "mix_seed",
     "module_evaluating",
+    "program_name",
     "trace_pair",
     "trace_filtered",
     "seeded",

@@ -37,23 +37,33 @@ def evaluating(*programs: Any) -> Iterator[list[nn.Module]]:
 @contextmanager
 def module_evaluating(module: nn.Module) -> Iterator[None]:
     """Put one module into evaluation mode; restore the modes and buffers of its parts afterwards."""
-    parts = list(module.modules())
-    modes = [part.training for part in parts]
     buffers = [
         (part, name, buffer, buffer.detach().clone())
-        for part in parts
+        for part in module.modules()
         for name, buffer in part._buffers.items()
         if buffer is not None and not is_lazy(buffer)
     ]
-    module.eval()
+    with keeping_modes(module):
+        module.eval()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for part, name, buffer, value in buffers:
+                    part._buffers[name] = buffer
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+@contextmanager
+def keeping_modes(*modules: nn.Module) -> Iterator[None]:
+    """Restore the mode of each part of the modules afterwards."""
+    tops = [(module, module.training) for module in modules]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         yield
     finally:
-        module.train(modes[0])  # a module may override train(): the parts follow
-        for part, mode in zip(parts, modes, strict=True):
+        for module, mode in tops:
+            module.train(mode)  # a module may override train(): the parts follow
+        for part, mode in modes:
             part.training = mode
-        with torch.no_grad():
-            for part, name, buffer, value in buffers:
-                part._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)

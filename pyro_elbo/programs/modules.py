@@ -24,6 +24,11 @@ def owners(program: Any) -> Iterator[nn.Module]:
             yield from owners(wrapped)
 
 
+def program_name(program: Any) -> str:
+    """Return the name of a program for people: that of a function or method, or of a module's class."""
+    return getattr(program, "__qualname__", type(program).__name__).rpartition("<locals>.")[2]
+
+
 @contextmanager
 def collect_modules(
     *programs: Any, on_found: Callable[[nn.Module], Any] = lambda module: None

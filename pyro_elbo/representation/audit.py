@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_elbo.display import html_table
 from pyro_elbo.errors import ArgumentError, DataError, PyroElboError, count_nonfinite
 from pyro_elbo.representation.fairness import Fairness, count_cells, describe_fairness, measure_fairness
 from pyro_elbo.representation.probes import PROBES, Labels, ProbeRows, Readout, read_out
@@ -62,6 +63,10 @@ class Audit:
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.summary()}"
+
+    def _repr_html_(self) -> str:
+        title, *figures = repr(self).splitlines()
+        return html_table(title, (), [], [*figures, self.summary()])
 
     def summary(self) -> str:
         """Say in plain words how much of s is left and of y is kept, and how fair predictions are."""

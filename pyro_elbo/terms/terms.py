@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_elbo.display import html_table
 from pyro_elbo.errors import NonFiniteError, count_nonfinite
 from pyro_elbo.programs import Plate, sort_by_dim
 from pyro_elbo.terms.dataset import to_dataset
@@ -73,15 +74,26 @@ class Terms:
 
     def __repr__(self) -> str:
         """The bound and the share of every site, as totals and per datum, and the objective."""
+        width = max(len(name) for name, *_ in self._figures)
+        lines = [f"  {name:{width}} {total} {mean}{note}" for name, total, mean, note in self._figures]
+        return "\n".join([self._title, f"  {'':{width}} {'total':>14} {'per datum':>12}", *lines])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title, ("", "total", "per datum", ""), self._figures)
+
+    @property
+    def _title(self) -> str:
+        return f"Terms of {self.num_data} data in nats; objective {self.objective.item():.6g}"
+
+    @cached_property
+    def _figures(self) -> list[tuple[str, str, str, str]]:
+        """The lines of the printed table: name, total, figure per datum, note."""
         figures = {name: x.item() for name, x in self.totals().items() if name not in ("rate", "distortion")}
-        figures = {name.replace("/", " "): x for name, x in figures.items()}
-        notes = {f"kl {name}": "" if exact else "  (at the draw)" for name, exact in self.is_analytic.items()}
-        width = max(map(len, figures))
-        lines = [
-            f"  {name:{width}} {x:14.4f} {x / self.num_data:12.4f}{notes.get(name, '')}" for name, x in figures.items()
+        notes = {f"kl/{name}": "" if exact else "  (at the draw)" for name, exact in self.is_analytic.items()}
+        return [
+            (name.replace("/", " ", 1), f"{x:14.4f}", f"{x / self.num_data:12.4f}", notes.get(name, ""))
+            for name, x in figures.items()
         ]
-        title = f"Terms of {self.num_data} data in nats; objective {self.objective.item():.6g}"
-        return "\n".join([title, f"  {'':{width}} {'total':>14} {'per datum':>12}", *lines])
 
     def totals(self) -> dict[str, Tensor]:
         """Every total by name, scaled to the full data, in nats.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class RowDataset(Dataset):
         """Return the rows of a batch in the same container as the data."""
         if len(indices) == len(self) and indices == list(range(len(self))):
             return self.data
-        return _map(lambda x: x[indices] if _has_rows(x) else x, self.data)
+        return _map(_rows(indices), self.data)
 
 
 def _map(function: Callable[[Any], Any], data: Any) -> Any:
@@ -58,6 +58,43 @@ def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}
+
+
+def program_arguments(model: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments as the programs take them: arrays as tensors, a DataFrame as its columns where they fit."""
+    if not kwargs and len(args) == 1 and (columns := named_columns(args[0], model)) is not args[0]:
+        args, kwargs = (), columns
+    return as_tensors(args), as_tensors(dict(kwargs))
+
+
+class RunArguments(NamedTuple):
+    """Training data as arguments of the programs.
+
+    Attributes:
+        rows: the rows of a training batch.
+        whole: False for a single batch of a Dataset or DataLoader.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    rows: int
+    whole: bool
+
+    def take(self, indices: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
+        """Return some rows."""
+        return _map(_rows(indices), self.args), _map(_rows(indices), self.kwargs)
+
+    def batch(self) -> tuple[tuple, dict[str, Any]]:
+        """Return as many rows as a training batch has."""
+        return self.take(range(self.rows))
+
+    def is_plain(self) -> bool:
+        """Return whether a file can hold the data without code: tensors, numbers and strings."""
+        return all(_is_argument(x) for x in (*self.args, *self.kwargs.values()))
+
+
+def _rows(indices: Sequence[int]) -> Callable[[Any], Any]:
+    return lambda x: x[list(indices)] if _has_rows(x) else x
 
 
 def _loader(dataset: Dataset, batch_size: int, shuffle: bool, seed: int, rank: int, world: int) -> DataLoader:
@@ -87,6 +124,11 @@ class Loaders:
             return data if data is not None else []
         size = len(data) if self.batch_size is None else self.batch_size
         return _loader(data, size, split == "train" and size < len(data), self.seed, rank, world)
+
+    def as_arguments(self, first: Any) -> RunArguments:
+        """Return the training data as arguments of the programs; ``first`` is a batch of them."""
+        whole = isinstance(self.train, RowDataset)
+        return RunArguments(*arguments(self.train.data if whole else first), num_rows(as_tensors(first)), whole)
 
     def row_counts(self) -> Sequence[int]:
         """Return the sizes that a plate of the training data may declare, the most accurate first.

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from jaxtyping import Float64
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -16,8 +16,9 @@ from tqdm import tqdm
 from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
 from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
-from pyro_elbo.programs import Program, as_tensors, check_arguments, check_programs, named_columns
+from pyro_elbo.programs import Program, check_arguments, check_programs, program_name
 from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss
+from pyro_elbo.training.data import program_arguments
 
 CHUNK = 1000  # steps between two looks at the progress bar
 
@@ -62,7 +63,7 @@ class SVI:
         self,
         model: Program,
         guide: Program,
-        optim: pyro.optim.PyroOptim | Optimizer,
+        optim: PyroOptim | Optimizer,
         loss: TraceBeta_ELBO,
         *,
         compile: Compile = False,
@@ -76,6 +77,11 @@ class SVI:
         self.model, self.guide, self.optim, self.loss, self.compile = model, guide, optim, loss, compile
         update = TorchUpdate(optim, grad_clip) if isinstance(optim, Optimizer) else PyroUpdate(optim, grad_clip)
         self._steps = CompiledSVI(model, guide, loss, update, compile=compile, fallback_random=fallback_random)
+
+    def __repr__(self) -> str:
+        kind = self.optim.pt_optim_constructor if isinstance(self.optim, PyroOptim) else type(self.optim)
+        programs = f"{program_name(self.model)}, {program_name(self.guide)}"
+        return f"SVI({programs}, {kind.__name__}, {self.loss!r}, compile={self.compile!r})"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(self, "_steps"):
@@ -126,9 +132,7 @@ class SVI:
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if not kwargs and all(isinstance(x, Tensor) for x in args):
             return args, kwargs
-        if not kwargs and len(args) == 1 and (columns := named_columns(args[0], self.model)) is not args[0]:
-            args, kwargs = (), columns
-        return as_tensors(args), as_tensors(kwargs)
+        return program_arguments(self.model, args, kwargs)
 
     def _train(self, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -150,7 +154,7 @@ class SVI:
 
 
 def _check_optim(optim: Any, grad_clip: float | None) -> None:
-    if not isinstance(optim, pyro.optim.PyroOptim | Optimizer):
+    if not isinstance(optim, PyroOptim | Optimizer):
         got = f"the class {optim.__name__}" if inspect.isclass(optim) else type(optim).__name__
         raise ArgumentError(
             f"optim must be a pyro.optim or a torch.optim optimizer, got {got}: for example "

@@ -7,5 +7,6 @@ Imports terms and below.
 
 from pyro_elbo.posterior.arviz import to_arviz
 from pyro_elbo.posterior.importance import ParetoK, loo, pareto_k
+from pyro_elbo.posterior.predict import predict_data, sample_guide
 
-__all__ = ["ParetoK", "loo", "pareto_k", "to_arviz"]
+__all__ = ["ParetoK", "loo", "pareto_k", "predict_data", "sample_guide", "to_arviz"]

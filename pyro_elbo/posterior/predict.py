@@ -1,14 +1,124 @@
-"""Draw every site of a model anew, from its prior or given draws of its latents."""
+r"""Draws of the guide, and of the data that a model predicts from them or from its prior.
+
+.. math:: z^{(s)} \sim q(z \mid x), \qquad \tilde x^{(s)} \sim p(x \mid z^{(s)})
+"""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro import poutine
+from torch import Tensor
 
-from pyro_elbo.posterior.draws import Arrays, Draws
-from pyro_elbo.posterior.layout import lead, with_gaps
-from pyro_elbo.programs import Plate, Program, ResampleObserved, evaluating, seeded, sort_by_dim, trace_program
+from pyro_elbo.errors import ArgumentError, SiteError, check_count
+from pyro_elbo.posterior.datasets import Names, label, stack_chains, without_slashes
+from pyro_elbo.posterior.draws import Arrays, Draws, draw
+from pyro_elbo.posterior.layout import counted, lead, with_gaps
+from pyro_elbo.programs import (
+    Plate,
+    Program,
+    ResampleObserved,
+    check_arguments,
+    check_initialized,
+    check_programs,
+    evaluating,
+    seeded,
+    sort_by_dim,
+    trace_program,
+)
+from pyro_elbo.sequences import StackedDistribution
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def sample_guide(
+    model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], num_samples: int, seed: int
+) -> "xarray.Dataset":
+    """Draw the latents and deterministics of a fitted model: dimensions ``draw``, plates, (time,) event.
+
+    Raises:
+        GuideError, SiteError, NonFiniteError: as from the terms.
+    """
+    drawn = draw(_with_data(model, guide, args, kwargs, seed), guide, args, kwargs, num_samples, seed=seed)
+    return _label(drawn.latents | drawn.deterministics, drawn.plates, drawn)
+
+
+def predict_data(
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+    seed: int,
+    horizon: int = 0,
+) -> "xarray.Dataset":
+    """Draw the data that the model predicts, latents from the guide: dimensions ``draw``, plates, (time,) event.
+
+    Sites that are observed are drawn anew, and so are those that have no observation for want of data. With
+    ``horizon``, sequences keep their data, and the steps after their end are drawn. Where sequences are ragged or
+    masked, the coordinate ``<site>_counted`` tells steps that count from padding. Attributes say what cannot be
+    sampled.
+
+    Raises:
+        ArgumentError: ``horizon`` is negative, or no sequence of the model continues.
+        GuideError, SiteError, NonFiniteError: as from the terms; SiteError where no observed site can be sampled.
+    """
+    check_count("horizon", horizon, least=0)
+    observing = _with_data(model, guide, args, kwargs, seed)
+    drawn = draw(observing, guide, args, kwargs, num_samples, seed=seed)
+    if horizon:
+        kwargs = {**kwargs, "horizon": horizon}
+        found = _forecast(model, args, kwargs, drawn, seed)
+    else:
+        found = predict(observing, args, kwargs, drawn, seed)
+    arrays = {n: x for n, x in found.arrays.items() if n in drawn.observed}
+    if not arrays:
+        raise SiteError(f"There is nothing to predict: {found.skipped or 'the model observes no site'}.")
+    data = _label(arrays, found.plates, drawn)
+    for name, steps in _counted_steps(model, args, kwargs, drawn, seed).items():
+        if name in arrays:
+            dims = data[name].dims[1 : 1 + steps.dim()]
+            data = data.assign_coords({f"{name}_counted": (dims, steps.numpy())})
+    return data.assign_attrs({f"{n}_skipped": f"cannot be sampled ({why})" for n, why in found.skipped.items()})
+
+
+def _with_data(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], seed: int) -> Program:
+    """Return the model with a value for every site that neither has an observation nor is in the guide."""
+    check_programs(model, guide)
+    check_initialized(guide)
+    with torch.no_grad(), seeded(seed), evaluating(model, guide):
+        guided = {name: site.value for name, site in trace_program(guide, args, kwargs).items()}
+        sites = trace_program(model, args, kwargs, guided)
+    missing = {n: s.value for n, s in sites.items() if s.role == "latent" and n not in guided}
+    return poutine.condition(model, data=missing) if missing else model
+
+
+def _forecast(model: Program, args: tuple, kwargs: Mapping[str, Any], drawn: Draws, seed: int) -> Predictions:
+    """Continue sequences after their data, given the latents of the past."""
+    check_arguments("predict(horizon=...)", {"model": model}, args, kwargs, "Give the model an argument horizon. ")
+    without_time = ResampleObserved(drawn.observed.keys() - drawn.times.keys())
+    arrays, plates = run_with_draws(without_time(model), args, kwargs, drawn, seed)
+    if not any(arrays[n].shape[1:] != x.shape for n, x in drawn.observed.items()):
+        raise ArgumentError("horizon: no sequence of the model continues. Pass horizon on to pe.scan in the model.")
+    return Predictions(arrays, plates, {})
+
+
+def _counted_steps(
+    model: Program, args: tuple, kwargs: Mapping[str, Any], drawn: Draws, seed: int
+) -> dict[str, Tensor]:
+    """Return which steps of a sequence count, shaped like the site's plates and time."""
+    first = {n: with_gaps(x[:1], drawn.plates[n], 1, drawn.nesting) for n, x in drawn.latents.items()}
+    with torch.no_grad(), seeded(seed), evaluating(model):
+        sites = trace_program(model, args, kwargs, first)
+    steps = {n: s.stepwise() for n, s in sites.items() if isinstance(s.fn, StackedDistribution)}
+    return {n: counted(s, drawn.nesting + 1) for n, s in steps.items() if isinstance(s.mask, Tensor)}
+
+
+def _label(arrays: Arrays, plates: Mapping[str, tuple[Plate, ...]], drawn: Draws) -> "xarray.Dataset":
+    names = Names(set(arrays), {}, drawn.times)
+    groups = label({"draws": stack_chains([(arrays, plates)], names)}, {}, {})
+    return without_slashes(groups)["draws"].isel(chain=0, drop=True)
 
 
 class Predictions(NamedTuple):
@@ -39,7 +149,7 @@ def predict(
     while True:
         resampled = ResampleObserved(draws.observed.keys() - skipped.keys())
         try:
-            arrays, plates = _predict(resampled(model), args, kwargs, draws, seed, prior, chunk_size)
+            arrays, plates = run_with_draws(resampled(model), args, kwargs, draws, seed, prior, chunk_size)
         except Exception as error:
             if resampled.current is None:
                 raise
@@ -53,15 +163,16 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _predict(
+def run_with_draws(
     program: Program,
     args: tuple,
     kwargs: Mapping[str, Any],
     draws: Draws,
     seed: int,
-    prior: bool,
-    chunk_size: int,
+    prior: bool = False,
+    chunk_size: int = 250,
 ) -> tuple[Arrays, dict[str, tuple[Plate, ...]]]:
+    """Run a program once for each of the draws, its latents from them unless ``prior``: see :func:`predict`."""
     if draws.rows:
         program = poutine.condition(program, data=draws.rows)
     latents = {} if prior else draws.latents

@@ -9,7 +9,7 @@ from pyro_elbo.representation import Audit, KLDecomposition, audit, kl_decomposi
 from pyro_elbo.schedules import Capacity, Constant, Cyclical, LinearWarmup, Schedule, SigmoidWarmup
 from pyro_elbo.sequences import scan
 from pyro_elbo.terms import Terms
-from pyro_elbo.training import SVI, FitResult, fit
+from pyro_elbo.training import SVI, FitResult, Summary, fit, load
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "PyroElboError",
     "Schedule",
     "SigmoidWarmup",
+    "Summary",
     "Terms",
     "TotalCorrelation",
     "TraceBeta_ELBO",
@@ -39,6 +40,7 @@ __all__ = [
     "audit",
     "fit",
     "kl_decomposition",
+    "load",
     "loo",
     "pareto_k",
     "plot_history",

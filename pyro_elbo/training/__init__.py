@@ -1,11 +1,14 @@
 """Training loops: single steps (``SVI``) or epochs on Lightning (``fit``), and the history of a fit.
 
-Takes programs and data; gives trained parameters, ``FitResult`` and its history as a Dataset. ``lightning`` adapts
-programs to Lightning's Trainer; ``fit`` imports it when called.
-Imports compile and below.
+Takes programs and data; gives trained parameters and ``FitResult``, which draws, predicts, exports and saves.
+``options`` checks the arguments of ``fit``, ``trained`` finds what it trains, ``lightning`` adapts it to Lightning's
+Trainer (imported when ``fit`` is called), ``checkpoint`` reads and writes files.
+Imports plots and below.
 """
 
-from pyro_elbo.training.fit import FitResult, fit
+from pyro_elbo.training.fit import fit
+from pyro_elbo.training.result import FitResult, load
+from pyro_elbo.training.summary import Summary
 from pyro_elbo.training.svi import SVI
 
-__all__ = ["FitResult", "SVI", "fit"]
+__all__ = ["FitResult", "SVI", "Summary", "fit", "load"]

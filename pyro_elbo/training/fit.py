@@ -1,58 +1,34 @@
 """Fit programs to data on Lightning: check the arguments, prepare the run, train, and return the result."""
 
-import logging
+import copy
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import torch
-from torch import Tensor, nn
 
 from pyro_elbo import errors
 from pyro_elbo.compile import Compile
-from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError, check_count, check_number
-from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO, TraceTimestep_ELBO
-from pyro_elbo.programs import Plate, Program, check_programs, collect_modules, collect_parameters
-from pyro_elbo.terms import Term, Terms
+from pyro_elbo.errors import check_count
+from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
+from pyro_elbo.programs import Program, check_programs, keeping_modes
 from pyro_elbo.training import history as histories
-from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip, check_loss
-from pyro_elbo.training.data import Loaders, arguments, prepare_data
+from pyro_elbo.training.checkpoint import check_resumable, load_checkpoint
+from pyro_elbo.training.checks import check_counts, check_loss
+from pyro_elbo.training.data import Loaders, RunArguments, arguments, prepare_data
+from pyro_elbo.training.history import EpochRecord
+from pyro_elbo.training.options import Folder, Machine, MakeOptimizer, Options, Scheduler, Steps, Stopping
+from pyro_elbo.training.quiet import undisturbed
+from pyro_elbo.training.result import FitResult, Which
+from pyro_elbo.training.trained import Trained, checked_minibatches, first_run
 
 if TYPE_CHECKING:
-    import xarray
-
-    from pyro_elbo.training.lightning import Trained
-
-RUN_FILES = ("best.ckpt", "last.ckpt", "history.nc")
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """The result of :func:`fit`.
-
-    Attributes:
-        model, guide, loss: the arguments of :func:`fit`; the parameters are trained in place.
-        history: Dataset over ``epoch`` x ``split`` (x ``latent``), nats per datum.
-        best_epoch: the epoch after warm-up with the highest validation ELBO at β = 1 (training ELBO without
-            validation data).
-        stopped_early: True if patience ran out before ``max_epochs``.
-        best_path, last_path: the checkpoints; None without ``dir``.
-    """
-
-    model: Program
-    guide: Program
-    loss: TraceBeta_ELBO
-    history: "xarray.Dataset"
-    best_epoch: int
-    stopped_early: bool
-    best_path: Path | None
-    last_path: Path | None
+    from lightning import Callback
+    from lightning.pytorch.loggers import Logger
 
 
 def fit(
@@ -63,17 +39,25 @@ def fit(
     *,
     loss: TraceBeta_ELBO | None = None,
     lr: float = 1e-3,
-    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+    optimizer: MakeOptimizer | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
     max_epochs: int = 50,
+    max_steps: int | None = None,
     batch_size: int | None = 128,
+    accumulate_grad_batches: int = 1,
     patience: int | None = None,
+    restore_best: bool | None = None,
     dir: str | os.PathLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
     seed: int = 0,
     devices: int = 1,
+    accelerator: str = "auto",
+    precision: str = "32-true",
     grad_clip: float | None = None,
     compile: Compile = False,
+    logger: "Logger | Sequence[Logger] | None" = None,
+    callbacks: "Callback | Sequence[Callback] | None" = None,
     progress: bool = True,
 ) -> FitResult:
     r"""Train model and guide on Lightning's Trainer, with validation, early stopping and checkpoints.
@@ -91,18 +75,32 @@ def fit(
         loss: the objective; ``TraceBeta_ELBO()`` if omitted.
         lr: the learning rate of Adam; unused with ``optimizer``.
         optimizer: a function from parameters to a torch optimizer.
-        batch_size: rows per step; None for all.
+        scheduler: a function from the optimizer to a scheduler of ``torch.optim.lr_scheduler``, stepped after every
+            epoch; or to Lightning's dictionary, ``{"scheduler": ..., "interval": "step"}``, stepped with the optimizer.
+            ReduceLROnPlateau watches the validation ELBO (mode="max").
+        max_epochs, max_steps: the most epochs, and the most steps of the optimizer; the first that is reached counts.
+        batch_size: rows per batch; None for all.
+        accumulate_grad_batches: the batches whose gradients one step of the optimizer averages. Schedules of weights
+            count steps.
         patience: stop after this many epochs without a better validation ELBO, counted after warm-up, and restore the
-            parameters of the best epoch. Without it, the parameters of the last epoch stay.
+            parameters of the best epoch.
+        restore_best: whether the parameters of the epoch with the best validation ELBO are restored; True with
+            ``patience`` if omitted, otherwise those of the last epoch stay.
         dir: folder for ``best.ckpt``, ``last.ckpt`` and ``history.nc``; it must not hold another run.
         resume: continue from ``dir/last.ckpt`` exactly as if training had not stopped (unless a DataLoader draws
             from its own generator). ``max_epochs`` counts from the start of training.
         overwrite: replace the run that ``dir`` holds.
         seed: repeats a run bit for bit on a CPU. The caller's random state is restored afterwards.
         devices: processes on this machine; they average their gradients and draw separate noise.
+        accelerator: where one process trains, ``"cpu"``, ``"gpu"`` or another of Lightning's.
+        precision: ``"32-true"`` leaves dtypes to the programs; ``"bf16-mixed"`` and ``"16-mixed"`` run layers in half
+            precision under autocast. Training in float64 takes torch.set_default_dtype(torch.float64) and no option.
         grad_clip: the largest norm of the gradient; larger gradients are scaled down.
         compile: run repeated steps as one compiled graph (see :class:`SVI`), or in Python with a warning where that
             fails (``"auto"``); needs ``devices=1``.
+        logger: Lightning's loggers; they get every number of the history, and loss and ELBO of single steps.
+        callbacks: Lightning's callbacks, beside those of the library. They can monitor ``valid_elbo`` and
+            ``train_elbo``.
         progress: show the progress bar.
 
     Raises:
@@ -130,71 +128,47 @@ def fit(
     loss = TraceBeta_ELBO() if loss is None else loss
     check_programs(model, guide)
     check_loss(loss)
-    check_counts({"max_epochs": max_epochs, "devices": devices}, {"batch_size": batch_size, "patience": patience})
     check_count("seed", seed, least=0)
-    check_number("lr", lr)
-    check_grad_clip(grad_clip)
-    check_compile(compile)
-    _check_arguments(valid, patience, optimizer, dir, resume, overwrite, bool(compile) and devices != 1)
-    with _undisturbed(), tempfile.TemporaryDirectory() as scratch:
-        from pyro_elbo.training import lightning as adapter
-
+    check_counts({}, {"batch_size": batch_size})
+    steps = Steps(lr, optimizer, scheduler, accumulate_grad_batches, grad_clip, compile)
+    stop = Stopping(max_epochs, max_steps, patience, restore_best, valid is not None)
+    machine = Machine(devices, accelerator, precision, logger, callbacks, compile)
+    options = Options(steps, stop, machine, Folder(dir, resume, overwrite), seed, progress)
+    with undisturbed(), tempfile.TemporaryDirectory() as scratch:
         loaders, first = prepare_data(train, valid, batch_size, seed, model, guide)
-        batches = -(-len(loaders("train")) // devices)  # a process takes every devices-th row
-        _check_schedule(loss, 0 if resume else loss.step, max_epochs, batches)
-        args, kwargs = arguments(first)
-        pyro.set_rng_seed(seed)
-        module = loss(model, guide)
-        terms, trained = _first_run(module, args, kwargs)
-        loaders = _checked_minibatches(module, terms, batches * devices, loaders)
-        make = optimizer if optimizer is not None else (lambda params: torch.optim.Adam(params, lr=lr))
-        programs = adapter.LightningPrograms(module, trained, make, loaders, seed, progress, compile, grad_clip)
-        made = programs.configure_optimizers()  # refuse a useless optimizer before anything is written
-        folder = _prepared(Path(dir), resume, overwrite) if dir is not None else Path(scratch)
-        keep = dir is not None or patience is not None or devices > 1
-        clip = None if compile else grad_clip  # a compiled step clips by itself
-        trainer = adapter.make_trainer(folder if keep else None, max_epochs, patience, devices, clip, progress)
-        last = folder / "last.ckpt"
-        checkpoint = _checked_checkpoint(last, programs, made, max_epochs) if resume else None
-        with _training(module, *trained.modules), _errors_of_processes():
-            trainer.fit(programs, ckpt_path=checkpoint, weights_only=True)
-        return _finish(programs, trainer, folder, dir is not None, patience, devices)
+        run = _prepare(loss(model, guide), loaders, first, options, scratch)
+        run.train()
+        return run.result(loaders.as_arguments(first))
 
 
-def _check_arguments(
-    valid: Any, patience: int | None, optimizer: Any, dir: Any, resume: bool, overwrite: bool, compile_several: bool
-) -> None:
-    if patience is not None and valid is None:
-        raise ArgumentError("patience needs validation data: pass valid=..., or leave patience out.")
-    if compile_several:
-        raise ArgumentError("compile=True trains on one device: set devices=1, or compile=False.")
-    if not isinstance(dir, str | os.PathLike | None):
-        raise ArgumentError(f"dir must be a path, got {dir!r} ({type(dir).__name__}).")
-    if (resume or overwrite) and dir is None:
-        raise ArgumentError(f"{'resume' if resume else 'overwrite'}=True needs dir=..., the folder of the run.")
-    if resume and overwrite:
-        raise ArgumentError("resume=True continues the run in dir and overwrite=True deletes it: choose one of them.")
-    if isinstance(optimizer, torch.optim.Optimizer):
-        kind = type(optimizer).__name__
-        raise ArgumentError(
-            f"optimizer must be a function from parameters to a torch optimizer, got a {kind} instance, which may not "
-            f"hold all parameters. Pass optimizer=lambda params: torch.optim.{kind}(params, lr=...)."
-        )
-    if optimizer is not None and not callable(optimizer):
-        raise ArgumentError(
-            "optimizer must be a function from parameters to a torch optimizer, such as torch.optim.Adam, got "
-            f"{optimizer!r}."
-        )
+def _prepare(module: TermsModule, loaders: Loaders, first: Any, options: Options, scratch: str) -> "_Run":
+    """Find what is to be trained, and check all that can be checked, before anything is written."""
+    from pyro_elbo.training import lightning as adapter
+
+    steps, stop, machine, place, seed, _ = options
+    batches = -(-len(loaders("train")) // machine.devices)  # a process takes every devices-th row
+    taken = 0 if place.resume else module.elbo.step
+    stop.check_schedule(module.elbo, taken, -(-batches // steps.accumulate_grad_batches))
+    pyro.set_rng_seed(seed)
+    trained, terms = first_run(module, *arguments(first))
+    loaders = checked_minibatches(module, terms, batches * machine.devices, loaders)
+    programs = adapter.LightningPrograms(trained, loaders, options)
+    optimizer = programs.configure_optimizers()["optimizer"]
+    folder = place.prepared(scratch)
+    files = folder if place.dir is not None or stop.restores or machine.devices > 1 else None
+    trainer = adapter.make_trainer(files, options)
+    start = check_resumable(folder / "last.ckpt", programs, optimizer, stop) if place.resume else None
+    return _Run(trained, programs, trainer, options, files, start)
 
 
-def _check_schedule(loss: TraceBeta_ELBO, taken: int, max_epochs: int, batches: int) -> None:
-    end = taken + max_epochs * batches
-    if loss.settled > end:
-        raise ArgumentError(
-            f"The schedule settles after {loss.settled} optimization steps, but {max_epochs} epochs of {batches} "
-            f"batches a process end at step {end}: training would end before β is final. Shorten the schedule "
-            "or raise max_epochs."
-        )
+@contextmanager
+def _training(trained: Trained) -> Iterator[None]:
+    """Train in training mode; every module has the mode afterwards that it had before."""
+    modules = (trained.module, *trained.used)
+    with keeping_modes(*modules):
+        for module in modules:
+            module.train()
+        yield
 
 
 @contextmanager
@@ -210,227 +184,64 @@ def _errors_of_processes() -> Iterator[None]:
         raise getattr(errors, kind)(message.strip()) from error
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Restore the caller's random state, and silence Lightning's advertisements and advice."""
-    import lightning  # noqa: F401  (sets its loggers' levels when imported)
+class _Run(NamedTuple):
+    """A run; ``files`` is the folder of its checkpoints, ``start`` the one that it continues."""
 
-    state = pyro.util.get_rng_state()
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", module=r"lightning|torch\.distributed|torch\.nn\.parallel|torch\.utils\.data"
-            )
-            warnings.filterwarnings("ignore", message=r".*(fork\(\)|LeafSpec|treespec|barrier\(\)).*")
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-    finally:
-        pyro.util.set_rng_state(state)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    trained: Trained
+    programs: Any
+    trainer: Any
+    options: Options
+    files: Path | None
+    start: str | None
 
+    def train(self) -> None:
+        """Train; the parameters end up in the programs, or in files of several processes."""
+        with _training(self.trained), _errors_of_processes():
+            self.trainer.fit(self.programs, ckpt_path=self.start, weights_only=True)
 
-@contextmanager
-def _training(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into training mode, and restore the mode of each of their parts afterwards."""
-    modes = {part: part.training for module in modules for part in module.modules()}
-    try:
-        for module in modules:
-            module.train()
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def _first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tuple[Terms, "Trained"]:
-    """Run both programs once to create lazy parameters; return the terms, and the parameters and modules in use.
-
-    Replace the tensors in Pyro's store by nn.Parameters, so that optimizer, checkpoint and DDP share them with Pyro.
-    """
-    from pyro_elbo.training.lightning import Trained
-
-    store = pyro.get_param_store()
-    with torch.no_grad():
-        displaced = _displaced_parameters(module, args, kwargs)
-        with collect_parameters() as used, collect_modules(module.model, module.guide) as found:
-            terms = module.terms(*args, **kwargs)
-    inside = {id(part) for whole in (module, *_critics(module.elbo)) for part in whole.modules()}
-    modules = [part for part in found if id(part) not in inside]
-    owned = {id(p) for part in module.children() for p in part.parameters()}
-    if adopted := [name for name, p in displaced.items() if id(p) not in owned]:
-        raise GuideError(
-            f"The parameter store already holds {adopted}, made by another program of the same name, and would "
-            "train those instead. Call pyro.clear_param_store() and make the programs anew, or keep parameters of "
-            "PyroModules apart with pyro.settings.set(module_local_params=True)."
+    def result(self, data: RunArguments) -> FitResult:
+        """Restore the best epoch where it is wanted, write the history, and return the result."""
+        stop, module = self.options.stop, self.trained.module
+        records, steps = self._outcome()
+        best, epochs = histories.best(records)["epoch"], len({r["epoch"] for r in records})
+        holds, kept = self._restore(best == records[-1]["epoch"])
+        history = histories.to_dataset(records, module.elbo.loss_units)
+        files = None if self.options.place.dir is None else self.files
+        if files is not None:
+            histories.save(history, files / "history.nc")
+        return FitResult(
+            module.model,
+            module.guide,
+            module.elbo,
+            history,
+            best_epoch=best,
+            stopped_early=epochs < stop.max_epochs and steps != stop.max_steps,
+            best_path=files and files / "best.ckpt",
+            last_path=files and files / "last.ckpt",
+            seed=self.options.seed,
+            data=data,
+            holds=holds,
+            _trained=self.trained,
+            _kept=kept,
         )
-    state = store.get_state()
-    state["params"].update(displaced)  # the store follows the modules that are trained now
-    owned |= {id(p) for part in modules for p in part.parameters()}
-    loose = {}
-    for name, p in used.items():
-        if name not in displaced and id(p) not in owned:
-            state["params"][name] = loose[name] = p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach())
-    store.set_state(state)
-    trained: dict[int, tuple[str, Tensor]] = {}
-    for name, p in (*(used | displaced | loose).items(), *module.named_parameters()):
-        trained.setdefault(id(p), (name, p))
-    return terms, Trained(dict(trained.values()), loose, modules)
 
+    def _outcome(self) -> tuple[list[EpochRecord], int]:
+        """Return the records and the number of steps; several processes leave both and the parameters in a file."""
+        if self.options.machine.devices == 1 or self.files is None:
+            return self.programs.records, self.trainer.global_step
+        checkpoint = load_checkpoint(self.files / "last.ckpt")
+        self.trained.load_state_dict(checkpoint["state_dict"])
+        return checkpoint["history"], checkpoint["global_step"]
 
-def _critics(loss: TraceBeta_ELBO) -> list[nn.Module]:
-    return [critic.network for critic in loss.critics.values()]
-
-
-def _displaced_parameters(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, nn.Parameter]:
-    """Return the parameters of the programs' modules whose names in the store belong to other modules.
-
-    Pyro would silently use those of the store. A run with an empty store shows the programs' own parameters.
-    """
-    store = pyro.get_param_store()
-    known = dict(store.named_parameters())
-    if not known:
-        return {}
-    with store.scope():
-        module.terms(*args, **kwargs)
-        own = {name: p for name, p in store.named_parameters() if isinstance(p, nn.Parameter)}
-    return {name: p for name, p in own.items() if name in known and known[name] is not p}
-
-
-def _checked_minibatches(module: TermsModule, terms: Terms, batches: int, loaders: Loaders) -> Loaders:
-    """Refuse minibatches that would count the term of a global site once per batch, and wrong full sizes.
-
-    A model that does not declare the full size gets the validation data as one batch, which counts its global terms
-    once.
-    """
-    plate = terms.data_plate
-    if plate is not None and _is_subsampled(terms):
-        if plate.full_size not in (rows := loaders.row_counts()):
-            raise DataError(
-                f"Plate '{plate.name}' declares {plate.full_size} rows, the training data have {rows[0]}. Give the "
-                "plate the size of the training data."
-            )
-        return loaders
-    shared = [name for name, term in terms.sites.items() if _is_shared(term, plate)]
-    if shared and batches > 1:
-        name, rows = plate.name if plate else "data", loaders.row_counts()[0]
-        raise DataError(
-            f"Site '{shared[0]}' is shared by all data, but the model does not know that it sees {batches} minibatches "
-            f"of {rows} rows: its term would count {batches} times. Declare the full size, pyro.plate('{name}', "
-            f"{rows}, subsample_size=len(x)), in model and guide, or pass batch_size=None and devices=1."
-        )
-    if shared and len(loaders("valid")) > 1:
-        args, kwargs = arguments(next(iter(loaders("valid"))))
-        with torch.no_grad():
-            declared = _is_subsampled(module.terms(*args, **kwargs))
-        return loaders if declared else loaders.with_whole_validation()
-    return loaders
-
-
-def _is_subsampled(terms: Terms) -> bool:
-    plate = terms.data_plate
-    return plate is not None and plate.full_size != plate.size
-
-
-def _is_shared(term: Term, data: Plate | None) -> bool:
-    """Return True for the term of a site that is not repeated for every datum."""
-    return term.is_kl if data is None else data not in term.plates
-
-
-def _prepared(folder: Path, resume: bool, overwrite: bool) -> Path:
-    """Make the folder of a run, and protect or delete the run that it holds."""
-    found = [] if resume else [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if found and not overwrite:
-        raise CheckpointError(
-            f"{folder} already holds a run ({', '.join(file.name for file in found)}). Pass resume=True to continue "
-            "it, overwrite=True to replace it, or another dir."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            for file in found:
-                file.unlink()
-            return folder
-    except OSError as error:
-        raise CheckpointError(f"The results folder {folder} cannot be written: {error}. Choose another dir.") from error
-
-
-def _checked_checkpoint(path: Path, programs: Any, optimizer: torch.optim.Optimizer, max_epochs: int) -> str:
-    """Read a checkpoint without running code, and compare it with the programs and the plan."""
-    checkpoint = load_checkpoint(path)
-    shapes = {name: tuple(x.shape) for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
-    expected = {name: tuple(x.shape) for name, x in programs.state_dict().items() if isinstance(x, Tensor)}
-    if shapes != expected:
-        differing = {n: (expected.get(n), shapes.get(n)) for n in expected | shapes if expected.get(n) != shapes.get(n)}
-        raise CheckpointError(
-            f"{path} belongs to other programs; shapes (expected, got): {differing}. Use the model and guide that "
-            "wrote it, or another dir."
-        )
-    ours, theirs = optimizer.state_dict(), checkpoint["optimizer_states"][0]
-    options = [[sorted(group) for group in state["param_groups"]] for state in (ours, theirs)]
-    if options[0] != options[1]:
-        raise CheckpointError(
-            f"{path} was written with another optimizer; options (expected, got): {options}. Pass the optimizer that "
-            "wrote it, or another dir."
-        )
-    if checkpoint["epoch"] >= max_epochs:
-        raise ArgumentError(
-            f"{path} holds {checkpoint['epoch'] + 1} epochs and max_epochs={max_epochs}. It counts from the start of "
-            "training: raise it."
-        )
-    return str(path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of :func:`fit` without running any code in it.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds more than tensors and plain values.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of damage that the exceptions below report
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: nothing to resume. Train with the same dir first.") from error
-    except Exception as error:  # the unpickler raises exceptions of any type on damaged bytes
-        raise CheckpointError(
-            f"{path} is damaged or is no checkpoint of pe.fit: {error} Delete it, or resume from a copy."
-        ) from error
-    parts = {"state_dict", "history", "optimizer_states", "loops", "epoch", "pytorch-lightning_version"}
-    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
-        missing = sorted(parts - checkpoint.keys()) if isinstance(checkpoint, dict) else sorted(parts)
-        raise CheckpointError(
-            f"{path} is no checkpoint of pe.fit: it lacks {missing}. Delete it, or choose another dir."
-        )
-    return checkpoint
-
-
-def _finish(programs: Any, trainer: Any, folder: Path, keep: bool, patience: int | None, devices: int) -> FitResult:
-    best, last = folder / "best.ckpt", folder / "last.ckpt"
-    if devices > 1:
-        checkpoint = load_checkpoint(last)
-        programs.load_state_dict(checkpoint["state_dict"])
-        programs.records = checkpoint["history"]
-    epochs = len({r["epoch"] for r in programs.records})
-    if patience is not None:
-        steps = programs.module.elbo.step
-        programs.load_state_dict(load_checkpoint(best)["state_dict"])
-        programs.module.elbo.step = steps
-    normalized = isinstance(loss := programs.module.elbo, TraceTimestep_ELBO) and loss.normalize != "total"
-    history = histories.to_dataset(programs.records, f"nats per {loss.normalize if normalized else 'datum'}")
-    if keep:
-        histories.save(history, folder / "history.nc")
-    return FitResult(
-        programs.module.model,
-        programs.module.guide,
-        programs.module.elbo,
-        history,
-        best_epoch=histories.best(programs.records)["epoch"],
-        stopped_early=epochs < trainer.max_epochs,
-        best_path=best if keep else None,
-        last_path=last if keep else None,
-    )
+    def _restore(self, best_is_last: bool) -> tuple[Which, dict[str, dict[str, Any]]]:
+        """Restore the best epoch if it is wanted; return the epoch in use, and the parameters of the other one."""
+        if self.files is None or best_is_last:
+            return "last", {}
+        best = load_checkpoint(self.files / "best.ckpt")["state_dict"]
+        if not self.options.stop.restores:
+            return "last", {"best": best}
+        elbo, last = self.trained.module.elbo, copy.deepcopy(dict(self.trained.state_dict()))
+        steps = elbo.step
+        self.trained.load_state_dict(best)
+        elbo.step = steps
+        return "best", {"last": last}

@@ -3,8 +3,6 @@
 Only :func:`pyro_elbo.fit` imports this module, when it is called, because Lightning is slow to import.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +11,17 @@ import pyro
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
-from pyro_elbo.compile import Compile, CompiledSVI, TorchUpdate
-from pyro_elbo.errors import ArgumentError, GuideError
-from pyro_elbo.objectives import TermsModule
+from pyro_elbo.compile import CompiledSVI, TorchUpdate
+from pyro_elbo.errors import ArgumentError
 from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed
 from pyro_elbo.terms import Terms
-from pyro_elbo.training.data import Batch, arguments, num_rows
+from pyro_elbo.training.data import Batch, Loaders, arguments, num_rows
 from pyro_elbo.training.history import EpochRecord, RunningMean, best
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The parameters and modules that training and checkpoints cover.
-
-    Attributes:
-        parameters: the parameters to train, by name.
-        store: those of ``parameters`` that only Pyro's store holds.
-        modules: the modules that the programs use, besides programs that are modules.
-    """
-
-    parameters: Mapping[str, Tensor]
-    store: Mapping[str, nn.Parameter]
-    modules: Sequence[nn.Module]
+from pyro_elbo.training.options import Options, as_list
+from pyro_elbo.training.trained import Trained
 
 
 class LightningPrograms(lightning.LightningModule):
@@ -50,58 +35,27 @@ class LightningPrograms(lightning.LightningModule):
     the same noise and does not advance the random stream of training.
     """
 
-    def __init__(
-        self,
-        module: TermsModule,
-        trained: Trained,
-        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
-        loaders: Callable[..., Any],
-        seed: int,
-        progress: bool,
-        compile: Compile,
-        grad_clip: float | None,
-    ) -> None:
+    def __init__(self, trained: Trained, loaders: Loaders, options: Options) -> None:
         super().__init__()
-        self.automatic_optimization = not compile
-        self.compile_steps: Compile = compile
-        self.grad_clip, self.steps = grad_clip, None
-        self.module = module
-        self.trained = trained.parameters
-        # the prefix "@" separates names such as "values" from the methods of the dictionary
-        self.store = nn.ParameterDict({f"@{name.replace('.', '|')}": p for name, p in trained.store.items()})
-        self.used = nn.ModuleList(trained.modules)
+        self.options, self.max_steps = options.steps, options.stop.max_steps
+        self.automatic_optimization = not self.options.compile
+        self.compiled: CompiledSVI | None = None
+        self.module, self.store, self.used = trained.module, trained.store, trained.used
+        self.trained = trained.by_name
         self.held: set[int] = set()
-        self.make_optimizer, self.loaders, self.seed, self.progress = optimizer, loaders, seed, progress
+        self.loaders, self.seed = loaders, options.seed
+        self.progress, self.logs = options.progress, options.machine.logger is not None
         self.records: list[EpochRecord] = []
         self.mean = RunningMean()
         self.valid_mean = RunningMean()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer of all parameters of both programs.
-
-        Raises:
-            GuideError: there is no parameter to train.
-            ArgumentError: the ``optimizer`` argument of ``fit`` does not return a torch optimizer, or one that leaves
-                out parameters.
-        """
-        parameters = {id(p): p for p in self.trained.values() if p.requires_grad}
-        if not parameters:
-            raise GuideError(
-                "Neither model nor guide has a parameter to train. Give the guide pyro.param's or modules."
-            )
-        made = self.make_optimizer(list(parameters.values()))
-        if not isinstance(made, torch.optim.Optimizer):
-            raise ArgumentError(
-                "optimizer must be a function from parameters to a torch optimizer, such as torch.optim.Adam; "
-                f"expected a torch.optim.Optimizer, got {type(made).__name__}. Pyro's optimizers are for SVI."
-            )
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return the optimizer of all parameters of both programs, and its scheduler: see :class:`Steps`."""
+        made = self.options.make(self.trained)
         self.held = {id(p) for group in made.param_groups for p in group["params"]}
-        if missing := [name for name, p in self.trained.items() if p.requires_grad and id(p) not in self.held]:
-            raise ArgumentError(
-                f"The optimizer does not hold the parameters {missing} and would never train them. Give it all "
-                "parameters that it is called with; freeze those that must not change by requires_grad_(False)."
-            )
-        return made
+        monitor = "train_elbo" if self.loaders.valid is None else "valid_elbo"
+        schedule = self.options.schedule(made, monitor)
+        return {"optimizer": made} | ({} if schedule is None else {"lr_scheduler": schedule})
 
     def train_dataloader(self) -> Any:
         """The training rows of this process."""
@@ -129,17 +83,17 @@ class LightningPrograms(lightning.LightningModule):
         """Prepare compiled steps once parameters and optimizer are on their device."""
         if not self.automatic_optimization:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
-            update = TorchUpdate(optimizer, self.grad_clip)
+            update = TorchUpdate(optimizer, self.options.grad_clip)
             programs = self.module.model, self.module.guide, self.module.elbo
             # draw the same noise as uncompiled steps, so that runs repeat and resume alike
-            self.steps = CompiledSVI(
-                *programs, update, compile=self.compile_steps, per_datum=True, fallback_random=True
-            )
+            options: Any = {"compile": self.options.compile, "per_datum": True, "fallback_random": True}
+            self.compiled = CompiledSVI(*programs, update, **options)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Return the loss per datum, or None after a compiled step, which has updated the parameters already."""
-        if self.steps is not None:
+        if self.compiled is not None:
             self._show(self._compiled_step(batch))
+            self._move_schedulers("step")
             return None
         with collect_parameters() as parameters:
             terms, values = self._evaluate(batch, self.mean)
@@ -162,11 +116,20 @@ class LightningPrograms(lightning.LightningModule):
         record: list[Any] = []
 
         def closure() -> None:
-            record.append(self.steps.train(*arguments(batch)))
+            record.append(self.compiled.train(*arguments(batch)))
             optimizer.zero_grad()
 
         optimizer.step(closure=closure)
         return self._count(record[0], batch, self.mean)
+
+    def _move_schedulers(self, interval: str) -> None:
+        """Step the schedulers of the learning rate, as Lightning does except in compiled training."""
+        count = self.trainer.global_step if interval == "step" else self.current_epoch + 1
+        config: Any
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval == interval and count % config.frequency == 0:
+                watched = [self.trainer.callback_metrics[config.monitor]] if config.reduce_on_plateau else []
+                config.scheduler.step(*watched)
 
     def _count(self, record: Any, batch: Batch, mean: RunningMean) -> dict[str, Tensor]:
         names, ((*numbers,),) = record[0], record[1].tolist()
@@ -175,12 +138,14 @@ class LightningPrograms(lightning.LightningModule):
         return values
 
     def _show(self, values: dict[str, Tensor]) -> None:
-        if self.progress:
+        if self.progress or self.logs:
             self.log("elbo", values["elbo"], prog_bar=True, batch_size=1)
             self.log("loss", values["loss"], prog_bar=True, batch_size=1)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Refuse modules whose parameters have a gradient but are unknown to Pyro, after the first batch."""
+        if self.trainer.global_step == self.max_steps:
+            self.trainer.should_stop = True  # with its own max_steps, Lightning neither validates here nor resumes
         if batch_idx > 0:
             return
         parts = [(type(part).__name__, *item) for part in self.used for item in part.named_parameters()]
@@ -198,8 +163,8 @@ class LightningPrograms(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the terms of a validation batch to the mean of the epoch."""
-        if self.steps is not None:
-            self._count(self.steps.evaluate(*arguments(batch)), batch, self.valid_mean)
+        if self.compiled is not None:
+            self._count(self.compiled.evaluate(*arguments(batch)), batch, self.valid_mean)
         else:
             self._evaluate(batch, self.valid_mean)
 
@@ -211,6 +176,8 @@ class LightningPrograms(lightning.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Record the training terms of the epoch."""
         self._record("train", self.mean)
+        if self.compiled is not None:
+            self._move_schedulers("epoch")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the history to the checkpoint."""
@@ -242,6 +209,10 @@ class LightningPrograms(lightning.LightningModule):
         record = {"epoch": self.current_epoch, "split": split, "values": values, "beta": beta, "settled": settled}
         self.records.append(record | {"penalty_weight": weights})
         self.log(f"{split}_elbo", values["elbo"], prog_bar=split == "valid", batch_size=1)
+        if self.logs:
+            others = {name: x for name, x in values.items() if name != "elbo"}
+            others |= {f"beta/{site}": x for site, x in beta.items()} if split == "train" else {}
+            self.log_dict({f"{split}_{name}": x for name, x in others.items()}, batch_size=1)
 
 
 class StopAfterWarmup(EarlyStopping):
@@ -275,28 +246,40 @@ def _processes() -> DDPStrategy:
     return DDPStrategy(process_group_backend="gloo", start_method="fork", find_unused_parameters=True)
 
 
-def make_trainer(
-    folder: Path | None, max_epochs: int, patience: int | None, devices: int, grad_clip: float | None, progress: bool
-) -> lightning.Trainer:
-    """Return Lightning's Trainer with the callbacks of this module and without its files, tables and advice."""
-    callbacks: list[lightning.Callback] = []
-    if patience is not None:
-        callbacks.append(StopAfterWarmup("valid_elbo", patience=patience, mode="max", check_on_train_epoch_end=True))
+def make_trainer(folder: Path | None, options: Options) -> lightning.Trainer:
+    """Return Lightning's Trainer with the callbacks of this module and without its files, tables and advice.
+
+    Raises:
+        ArgumentError: Lightning refuses the machine.
+    """
+    steps, stop, machine = options.steps, options.stop, options.machine
+    callbacks = as_list(machine.callbacks)
+    if stop.patience is not None:
+        callbacks.append(
+            StopAfterWarmup("valid_elbo", patience=stop.patience, mode="max", check_on_train_epoch_end=True)
+        )
     if folder is not None:
         callbacks.append(KeepBest(folder / "best.ckpt"))
         callbacks.append(ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False))
-    several = devices > 1  # the gradients of several processes are averaged by gloo
-    return lightning.Trainer(
-        accelerator="cpu" if several else "auto",
-        devices=devices,
-        strategy=_processes() if several else "auto",
-        max_epochs=max_epochs,
-        callbacks=callbacks,
-        gradient_clip_val=grad_clip,
-        logger=False,
-        enable_checkpointing=folder is not None,
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
-    )
+    precision: Any = machine.precision
+    several = machine.devices > 1  # the gradients of several processes are averaged by gloo
+    try:
+        return lightning.Trainer(
+            accelerator="cpu" if several else machine.accelerator,
+            devices=machine.devices,
+            strategy=_processes() if several else "auto",
+            precision=precision,
+            max_epochs=stop.max_epochs,
+            min_epochs=0,
+            accumulate_grad_batches=steps.accumulate_grad_batches,
+            callbacks=callbacks,
+            gradient_clip_val=None if steps.compile else steps.grad_clip,  # a compiled step clips by itself
+            logger=as_list(machine.logger),
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            enable_progress_bar=options.progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            inference_mode=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ArgumentError(f"Lightning cannot train so: {error}") from error

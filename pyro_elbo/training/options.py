@@ -1,0 +1,259 @@
+"""The arguments of :func:`pyro_elbo.fit`, by what they decide, each checked before anything runs."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_elbo.compile import Compile
+from pyro_elbo.errors import ArgumentError, CheckpointError, GuideError, check_number, describe
+from pyro_elbo.objectives import TraceBeta_ELBO
+from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip
+
+if TYPE_CHECKING:
+    from lightning import Callback
+    from lightning.pytorch.loggers import Logger
+
+RUN_FILES = ("best.ckpt", "last.ckpt", "history.nc")
+
+MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+Scheduler = Any  # a scheduler of torch, or Lightning's dictionary around one
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How the parameters move in one step."""
+
+    lr: float
+    optimizer: MakeOptimizer | None
+    scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None
+    accumulate_grad_batches: int
+    grad_clip: float | None
+    compile: Compile
+
+    def __post_init__(self) -> None:
+        check_number("lr", self.lr)
+        check_grad_clip(self.grad_clip)
+        check_compile(self.compile)
+        check_counts({"accumulate_grad_batches": self.accumulate_grad_batches}, {})
+        if self.compile and self.accumulate_grad_batches > 1:
+            raise ArgumentError(
+                "accumulate_grad_batches: a compiled step is one batch. Raise batch_size, or use compile=False."
+            )
+        _check_function("optimizer", self.optimizer, torch.optim.Optimizer, "from parameters to a torch optimizer")
+        _check_function("scheduler", self.scheduler, _SCHEDULERS, "from the optimizer to a scheduler of torch")
+
+    def make(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """Return the optimizer of the parameters that need a gradient.
+
+        Raises:
+            GuideError: there is no parameter to train.
+            ArgumentError: ``optimizer`` does not return a torch optimizer, or one that leaves out parameters.
+        """
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        leaves = list({id(p): p for p in trained.values()}.values())
+        if not leaves:
+            raise GuideError(
+                "Neither model nor guide has a parameter to train. Give the guide pyro.param's or modules."
+            )
+        made = torch.optim.Adam(leaves, lr=self.lr) if self.optimizer is None else self.optimizer(leaves)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise ArgumentError(
+                "optimizer must be a function from parameters to a torch optimizer, such as torch.optim.Adam; "
+                f"expected a torch.optim.Optimizer, got {type(made).__name__}. Pyro's optimizers are for SVI."
+            )
+        held = {id(p) for group in made.param_groups for p in group["params"]}
+        if missing := [name for name, p in trained.items() if id(p) not in held]:
+            raise ArgumentError(
+                f"The optimizer does not hold the parameters {missing} and would never train them. Give it all "
+                "parameters that it is called with; freeze those that must not change by requires_grad_(False)."
+            )
+        return made
+
+    def schedule(self, optimizer: torch.optim.Optimizer, monitor: str) -> dict[str, Any] | None:
+        """Return Lightning's configuration of the scheduler: after every epoch unless ``scheduler`` says otherwise.
+
+        Raises:
+            ArgumentError: ``scheduler`` returns no scheduler, one of another optimizer, or one that waits for a
+                minimum of the bound.
+        """
+        if self.scheduler is None:
+            return None
+        made = self.scheduler(optimizer)
+        given = dict(made) if isinstance(made, Mapping) else {"scheduler": made}
+        found = given.get("scheduler")
+        if not isinstance(found, _SCHEDULERS):
+            raise ArgumentError(
+                "scheduler must return a scheduler of torch.optim.lr_scheduler, or a dictionary such as "
+                f"{{'scheduler': ..., 'interval': 'step'}}; got {describe(made)}."
+            )
+        if found.optimizer is not optimizer:
+            raise ArgumentError("scheduler must schedule the optimizer that it is called with, not another one.")
+        if given.get("interval", "epoch") not in ("epoch", "step"):
+            raise ArgumentError(f"scheduler: interval must be 'epoch' or 'step', got {given['interval']!r}.")
+        plateau = isinstance(found, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        if plateau and "monitor" not in given and found.mode != "max":
+            raise ArgumentError(f"scheduler: ReduceLROnPlateau watches {monitor}, which is maximized: pass mode='max'.")
+        return ({"monitor": monitor} if plateau else {}) | {"interval": "epoch", "frequency": 1} | given
+
+
+_SCHEDULERS = (torch.optim.lr_scheduler.LRScheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+
+def _check_function(name: str, given: Any, made: Any, what: str) -> None:
+    if isinstance(given, made):
+        kind = type(given).__name__
+        module, call = ("optim", "params") if name == "optimizer" else ("optim.lr_scheduler", "optimizer")
+        raise ArgumentError(
+            f"{name} must be a function {what}, got a {kind} instance, which may not hold all parameters. Pass "
+            f"{name}=lambda {call}: torch.{module}.{kind}({call}, ...)."
+        )
+    if given is not None and not callable(given):
+        raise ArgumentError(f"{name} must be a function {what}, got {given!r}.")
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When training ends, and which parameters it leaves."""
+
+    max_epochs: int
+    max_steps: int | None
+    patience: int | None
+    restore_best: bool | None
+    has_validation: bool
+
+    def __post_init__(self) -> None:
+        check_counts({"max_epochs": self.max_epochs}, {"max_steps": self.max_steps, "patience": self.patience})
+        if not isinstance(self.restore_best, bool | None):
+            raise ArgumentError(f"restore_best must be True, False or None, got {describe(self.restore_best)}.")
+        for name in ("patience", "restore_best"):
+            if getattr(self, name) and not self.has_validation:
+                raise ArgumentError(f"{name} needs validation data: pass valid=..., or leave {name} out.")
+
+    @property
+    def restores(self) -> bool:
+        """Whether the parameters of the best epoch are restored: with ``patience``, unless told otherwise."""
+        return self.patience is not None if self.restore_best is None else self.restore_best
+
+    def check_schedule(self, loss: TraceBeta_ELBO, taken: int, steps: int) -> None:
+        """Raise ArgumentError if training, of so many steps an epoch, ends before a schedule of the loss does."""
+        end = taken + min(self.max_epochs * steps, self.max_steps or self.max_epochs * steps)
+        if loss.settled > end:
+            raise ArgumentError(
+                f"The schedule settles after {loss.settled} optimization steps, but {self.max_epochs} epochs of "
+                f"{steps} steps a process{f', at most {self.max_steps},' if self.max_steps else ''} end at step {end}: "
+                "training would end before β is final. Shorten the schedule or train longer."
+            )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What Lightning's Trainer gets as it is: where training runs, and who watches."""
+
+    devices: int
+    accelerator: str
+    precision: str
+    logger: "Logger | Sequence[Logger] | None"
+    callbacks: "Callback | Sequence[Callback] | None"
+    compile: Compile
+
+    def __post_init__(self) -> None:
+        check_counts({"devices": self.devices}, {})
+        from lightning import Callback
+        from lightning.pytorch.accelerators import AcceleratorRegistry
+        from lightning.pytorch.loggers import Logger
+
+        known = ("auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators()))
+        for name, given, allowed in (
+            ("accelerator", self.accelerator, known),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if not isinstance(given, str) or given not in allowed:
+                raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, got {describe(given)}.")
+        if self.precision != "32-true" and self.compile:
+            raise ArgumentError("precision: a compiled step has the dtypes of the programs. Use compile=False.")
+        if self.compile and self.devices != 1:
+            raise ArgumentError("compile=True trains on one device: set devices=1, or compile=False.")
+        if self.devices > 1 and self.accelerator not in ("auto", "cpu"):
+            raise ArgumentError(
+                f"devices={self.devices} are processes on the CPU: use accelerator='cpu', or devices=1."
+            )
+        _check_each("logger", self.logger, Logger, "lightning.pytorch.loggers.CSVLogger('logs')")
+        _check_each("callbacks", self.callbacks, Callback, "lightning.pytorch.callbacks.LearningRateMonitor()")
+
+
+def _check_each(name: str, given: Any, kind: type, example: str) -> None:
+    for x in as_list(given):
+        if not isinstance(x, kind):
+            raise ArgumentError(
+                f"{name} must be a {kind.__name__} of Lightning or a list of them, such as {example}; got "
+                f"{describe(x)}."
+            )
+
+
+def as_list(given: Any) -> list[Any]:
+    """Return one value or several as a list; None as an empty one."""
+    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of a run."""
+
+    dir: str | os.PathLike | None
+    resume: bool
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dir, str | os.PathLike | None):
+            raise ArgumentError(f"dir must be a path, got {self.dir!r} ({type(self.dir).__name__}).")
+        if (self.resume or self.overwrite) and self.dir is None:
+            name = "resume" if self.resume else "overwrite"
+            raise ArgumentError(f"{name}=True needs dir=..., the folder of the run.")
+        if self.resume and self.overwrite:
+            raise ArgumentError(
+                "resume=True continues the run in dir and overwrite=True deletes it: choose one of them."
+            )
+
+    def prepared(self, scratch: str) -> Path:
+        """Make the folder, protect or delete the run that it holds, and return it; ``scratch`` without ``dir``.
+
+        Raises:
+            CheckpointError: the folder holds another run, or cannot be written.
+        """
+        if self.dir is None:
+            return Path(scratch)
+        folder = Path(self.dir)
+        found = [] if self.resume else [folder / name for name in RUN_FILES if (folder / name).exists()]
+        if found and not self.overwrite:
+            raise CheckpointError(
+                f"{folder} already holds a run ({', '.join(file.name for file in found)}). Pass resume=True to "
+                "continue it, overwrite=True to replace it, or another dir."
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                for file in found:
+                    file.unlink()
+                return folder
+        except OSError as error:
+            raise CheckpointError(
+                f"The results folder {folder} cannot be written: {error}. Choose another dir."
+            ) from error
+
+
+class Options(NamedTuple):
+    """All options of a fit."""
+
+    steps: Steps
+    stop: Stopping
+    machine: Machine
+    place: Folder
+    seed: int
+    progress: bool

@@ -1,0 +1,68 @@
+"""Objectives as plain values, which a file can hold and give back without running code from it."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from pyro_elbo import schedules
+from pyro_elbo.information import MutualInformation, TotalCorrelation
+from pyro_elbo.objectives import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
+
+OBJECTIVES = {cls.__name__: cls for cls in (TraceBeta_ELBO, TraceIW_ELBO, TraceTimestep_ELBO)}
+PARTS = {
+    cls.__name__: cls
+    for cls in (
+        schedules.Constant,
+        schedules.LinearWarmup,
+        schedules.SigmoidWarmup,
+        schedules.Cyclical,
+        schedules.Capacity,
+        MutualInformation,
+        TotalCorrelation,
+    )
+}
+
+
+def encode_loss(loss: TraceBeta_ELBO) -> dict[str, Any] | None:
+    """Return an objective as plain values; None for one that holds functions or classes of the user.
+
+    Example:
+        >>> encode_loss(TraceBeta_ELBO(beta=4.0))["settings"]["beta"]
+        4.0
+    """
+    kind = TraceBeta_ELBO if type(loss) is TraceMI_ELBO else type(loss)
+    try:
+        if OBJECTIVES.get(kind.__name__) is not kind:
+            return None
+        return {"class": kind.__name__, "settings": {n: _encode(x) for n, x in loss.settings.items()}}
+    except TypeError:
+        return None
+
+
+def decode_loss(plain: Mapping[str, Any]) -> TraceBeta_ELBO:
+    """Return the objective that :func:`encode_loss` described."""
+    return OBJECTIVES[plain["class"]](**{name: _decode(x) for name, x in plain["settings"].items()})
+
+
+def _encode(x: Any) -> Any:
+    if x is None or isinstance(x, bool | int | float | str | Tensor):
+        return x
+    if isinstance(x, tuple | list):
+        return tuple(_encode(part) for part in x)
+    if isinstance(x, Mapping):
+        return {"mapping": {name: _encode(part) for name, part in x.items()}}
+    if PARTS.get(type(x).__name__) is not type(x):
+        raise TypeError(type(x).__name__)
+    return {"class": type(x).__name__, "settings": {f.name: _encode(getattr(x, f.name)) for f in fields(x)}}
+
+
+def _decode(x: Any) -> Any:
+    if isinstance(x, tuple | list):
+        return tuple(_decode(part) for part in x)
+    if not isinstance(x, dict):
+        return x
+    if "mapping" in x:
+        return {name: _decode(part) for name, part in x["mapping"].items()}
+    return PARTS[x["class"]](**{name: _decode(part) for name, part in x["settings"].items()})

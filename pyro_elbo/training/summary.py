@@ -1,0 +1,195 @@
+r"""A table of a fit's latent sites: how much information each carries, and how far its posterior can be trusted.
+
+A unit of a latent is active if its posterior mean moves with the data,
+
+.. math:: \mathrm{Var}_x\, E_q[z \mid x] > 0.01,
+
+the threshold of Burda et al. The variance of the mean of S draws contains 1/S of the variance within a posterior,
+which is subtracted. In a sequence the variance over sequences is averaged over time.
+
+References:
+    Burda, Grosse, Salakhutdinov (2016), Importance weighted autoencoders, arXiv:1509.00519.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyro_elbo.display import html_table
+from pyro_elbo.errors import GuideError, WeightsError
+from pyro_elbo.posterior import ParetoK, pareto_k, sample_guide
+from pyro_elbo.programs import Program
+from pyro_elbo.terms import Terms
+from pyro_elbo.training.data import RunArguments, num_rows
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+ACTIVE = 0.01
+MAX_ROWS = 250
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """One latent of a fit.
+
+    Attributes:
+        site: its name.
+        kl: KL(q ‖ p) of all data, nats; NaN for latents that the guide draws together with others (their KL stands at
+            the guide's auxiliary site).
+        kl_per_datum: the same, divided by the rows of the data.
+        pareto_k: k-hat of the importance weights, which all latents share (the worst row's where latents are local);
+            NaN where the weights have none.
+        active_units, units: elements of the latent whose posterior mean moves with the data, and all; None for
+            latents that all data share.
+    """
+
+    site: str
+    kl: float
+    kl_per_datum: float
+    pareto_k: float
+    active_units: int | None
+    units: int | None
+
+
+@dataclass(frozen=True, repr=False)
+class Summary:
+    """The latent sites of a fit; print it, or take it as a DataFrame.
+
+    Attributes:
+        sites: a record per latent site.
+        elbo: the bound at β = 1, nats per datum.
+        num_data: rows of the data.
+        num_rows: the rows that k-hat and active units are from.
+        pareto_k: the importance weights in full; None where they are not those of a posterior.
+        caution: why ``pareto_k`` is None.
+    """
+
+    sites: tuple[SiteSummary, ...]
+    elbo: float
+    num_data: int
+    num_rows: int
+    pareto_k: ParetoK | None
+    caution: str | None
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """Return the table as a pandas DataFrame, a row per site."""
+        import pandas
+
+        frame = pandas.DataFrame([asdict(site) for site in self.sites], columns=list(SiteSummary.__annotations__))
+        return frame.astype({"active_units": "Int64", "units": "Int64"}).set_index("site")
+
+    def __repr__(self) -> str:
+        width = max((len(row[0]) for row in self._rows), default=0)
+        lines = [
+            f"  {name:{width}} {kl:>12} {mean:>12} {k:>6} {active:>9}"
+            for name, kl, mean, k, active in (_HEADER, *self._rows)
+        ]
+        return "\n".join([self._title, *lines, *(f"  {note}" for note in self._notes)])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title, _HEADER, self._rows, self._notes)
+
+    @property
+    def _title(self) -> str:
+        return f"Latents of {self.num_data} data; elbo {self.elbo:.4f} nats per datum"
+
+    @property
+    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+        return [
+            (
+                s.site,
+                _number(s.kl, ".4f"),
+                _number(s.kl_per_datum, ".4f"),
+                _number(s.pareto_k, ".2f"),
+                "" if s.units is None else f"{s.active_units} of {s.units}",
+            )
+            for s in self.sites
+        ]
+
+    @property
+    def _notes(self) -> list[str]:
+        part = f"k-hat and active units of {self.num_rows} rows." if self.num_rows < self.num_data else ""
+        return [note for note in (str(self.pareto_k or self.caution or ""), part) if note]
+
+
+_HEADER = ("", "KL (nats)", "per datum", "k-hat", "active")
+
+
+def summarize(
+    model: Program,
+    guide: Program,
+    terms: Terms,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    batch: int,
+    num_samples: int,
+    seed: int,
+) -> Summary:
+    """Return the summary of the terms of data, and of draws for them: see :class:`Summary`.
+
+    Args:
+        terms: the terms of all data.
+        args, kwargs: the data.
+        batch: the rows that the programs were trained on at once; fewer than the data mean that they take a part.
+        num_samples: draws of the guide.
+    """
+    data = RunArguments(args, dict(kwargs), batch, True)
+    total = num_rows((*args, *kwargs.values()))
+    is_part = total > max(batch, MAX_ROWS) and _are_local(terms)
+    if is_part:
+        args, kwargs = data.take([i * total // MAX_ROWS for i in range(MAX_ROWS)])
+    draws = sample_guide(model, guide, args, kwargs, num_samples, seed)
+    k, caution = _try_pareto_k(model, guide, args, kwargs, num_samples, seed)
+    shared = math.nan if k is None else float(k)
+    kl, units = _kl_by_site(terms), {name: _count_active(name, terms, draws) for name in terms.kl}
+    sites = tuple(SiteSummary(n, x, x / terms.num_data, shared, *units[n]) for n, x in kl.items())
+    elbo = terms.per_datum.elbo.item()
+    return Summary(sites, elbo, terms.num_data, MAX_ROWS if is_part else terms.num_data, k, caution)
+
+
+def _are_local(terms: Terms) -> bool:
+    """Return whether every latent belongs to one row of the data."""
+    return terms.data_plate is not None and all(terms.data_plate in t.plates for t in terms.sites.values() if t.is_kl)
+
+
+def _try_pareto_k(
+    model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], num_samples: int, seed: int
+) -> tuple[ParetoK | None, str | None]:
+    try:
+        return pareto_k(model, guide, *args, num_samples=num_samples, seed=seed, **kwargs), None
+    except (GuideError, WeightsError) as error:
+        return None, f"No k-hat: {error}"
+
+
+def _kl_by_site(terms: Terms) -> dict[str, float]:
+    """Return the KL of each site; of sites that the guide draws together, all of it at the first auxiliary one."""
+    kl = {name: x.item() for name, x in terms.kl_total.items()}
+    joint = [name for name in kl if terms.sites[name].joint]
+    total = math.fsum(kl[name] for name in joint)
+    first = next((name for name in joint if terms.sites[name].kind == "auxiliary"), None)
+    return kl | dict.fromkeys(joint, math.nan) | ({} if first is None else {first: total})
+
+
+def _count_active(name: str, terms: Terms, draws: "xarray.Dataset") -> tuple[int, int] | tuple[None, None]:
+    """Count the units whose posterior mean varies with the rows of the data, and all units."""
+    data, plates = terms.data_plate, [p.name for p in terms.plates[name]]
+    if data is None or data.name not in plates or name not in draws:
+        return None, None
+    values = draws[name]
+    rows = next((d for d in (data.name, f"{data.name}_dim") if d in values.dims), None)
+    if rows is None or values.sizes[rows] < 2:
+        return None, None
+    if f"{name}_counted" in draws.coords:
+        values = values.where(draws[f"{name}_counted"])
+    within = values.var("draw", ddof=1) / values.sizes["draw"]
+    spread = values.mean("draw").var(rows, ddof=1) - within.mean(rows)
+    if terms.sites[name].steps is not None:
+        spread = spread.mean(plates[-1])
+    return int((spread > ACTIVE).sum()), int(spread.size)
+
+
+def _number(x: float, form: str) -> str:
+    return "" if math.isnan(x) else f"{x:{form}}"

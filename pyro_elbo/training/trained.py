@@ -1,0 +1,139 @@
+"""What training covers: parameters, modules and objective of two programs, found by running both once."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_elbo.errors import DataError, GuideError
+from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
+from pyro_elbo.programs import Plate, collect_modules, collect_parameters
+from pyro_elbo.terms import Term, Terms
+from pyro_elbo.training.data import Loaders, arguments
+
+
+class Trained(nn.Module):
+    """The parameters and modules that training, checkpoints and saved results cover.
+
+    Attributes:
+        module: model, guide and objective.
+        store: the parameters that only Pyro's store holds.
+        used: the modules that the programs use, besides programs that are modules.
+        by_name: the parameters to train, by name.
+    """
+
+    def __init__(
+        self,
+        module: TermsModule,
+        store: Mapping[str, nn.Parameter],
+        used: Sequence[nn.Module],
+        by_name: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.module = module
+        # the prefix "@" separates names such as "values" from the methods of the dictionary
+        self.store = nn.ParameterDict({f"@{name.replace('.', '|')}": p for name, p in store.items()})
+        self.used = nn.ModuleList(used)
+        self.by_name = by_name
+
+
+def first_run(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> tuple[Trained, Terms]:
+    """Run both programs once to create lazy parameters; return what training covers, and the terms.
+
+    Replace the tensors in Pyro's store by nn.Parameters, so that optimizer, checkpoint and DDP share them with Pyro.
+
+    Raises:
+        GuideError: the parameter store already holds parameters of another program of the same name.
+    """
+    with torch.no_grad():
+        displaced = _displaced_parameters(module, args, kwargs)
+        with collect_parameters() as names, collect_modules(module.model, module.guide) as found:
+            terms = module.terms(*args, **kwargs)
+    inside = {id(part) for whole in (module, *_critics(module.elbo)) for part in whole.modules()}
+    used = [part for part in found if id(part) not in inside]
+    owned = {id(p) for part in module.children() for p in part.parameters()}
+    _check_not_adopted([name for name, p in displaced.items() if id(p) not in owned])
+    owned |= {id(p) for part in used for p in part.parameters()}
+    loose = {name: _as_parameter(p) for name, p in names.items() if name not in displaced and id(p) not in owned}
+    store = pyro.get_param_store()
+    state = store.get_state()
+    state["params"].update(displaced | loose)  # the store follows what is trained now
+    store.set_state(state)
+    by_id: dict[int, tuple[str, Tensor]] = {}
+    for name, p in (*(names | displaced | loose).items(), *module.named_parameters()):
+        by_id.setdefault(id(p), (name, p))
+    return Trained(module, loose, used, dict(by_id.values())), terms
+
+
+def _critics(loss: TraceBeta_ELBO) -> list[nn.Module]:
+    return [critic.network for critic in loss.critics.values()]
+
+
+def _as_parameter(p: Tensor) -> nn.Parameter:
+    return p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach())
+
+
+def _check_not_adopted(names: list[str]) -> None:
+    if names:
+        raise GuideError(
+            f"The parameter store already holds {names}, made by another program of the same name, and would "
+            "train those instead. Call pyro.clear_param_store() and make the programs anew, or keep parameters of "
+            "PyroModules apart with pyro.settings.set(module_local_params=True)."
+        )
+
+
+def _displaced_parameters(module: TermsModule, args: tuple, kwargs: dict[str, Any]) -> dict[str, nn.Parameter]:
+    """Return the parameters of the programs' modules whose names in the store belong to other modules.
+
+    Pyro would silently use those of the store. A run with an empty store shows the programs' own parameters.
+    """
+    store = pyro.get_param_store()
+    known = dict(store.named_parameters())
+    if not known:
+        return {}
+    with store.scope():
+        module.terms(*args, **kwargs)
+        own = {name: p for name, p in store.named_parameters() if isinstance(p, nn.Parameter)}
+    return {name: p for name, p in own.items() if name in known and known[name] is not p}
+
+
+def checked_minibatches(module: TermsModule, terms: Terms, batches: int, loaders: Loaders) -> Loaders:
+    """Refuse minibatches that would count the term of a global site once per batch, and wrong full sizes.
+
+    A model that does not declare the full size gets the validation data as one batch, which counts its global terms
+    once.
+    """
+    plate = terms.data_plate
+    if plate is not None and _is_subsampled(terms):
+        if plate.full_size not in (rows := loaders.row_counts()):
+            raise DataError(
+                f"Plate '{plate.name}' declares {plate.full_size} rows, the training data have {rows[0]}. Give the "
+                "plate the size of the training data."
+            )
+        return loaders
+    shared = [name for name, term in terms.sites.items() if _is_shared(term, plate)]
+    if shared and batches > 1:
+        name, rows = plate.name if plate else "data", loaders.row_counts()[0]
+        raise DataError(
+            f"Site '{shared[0]}' is shared by all data, but the model does not know that it sees {batches} minibatches "
+            f"of {rows} rows: its term would count {batches} times. Declare the full size, pyro.plate('{name}', "
+            f"{rows}, subsample_size=len(x)), in model and guide, or pass batch_size=None and devices=1."
+        )
+    if shared and len(loaders("valid")) > 1:
+        args, kwargs = arguments(next(iter(loaders("valid"))))
+        with torch.no_grad():
+            declared = _is_subsampled(module.terms(*args, **kwargs))
+        return loaders if declared else loaders.with_whole_validation()
+    return loaders
+
+
+def _is_subsampled(terms: Terms) -> bool:
+    plate = terms.data_plate
+    return plate is not None and plate.full_size != plate.size
+
+
+def _is_shared(term: Term, data: Plate | None) -> bool:
+    """Return True for the term of a site that is not repeated for every datum."""
+    return term.is_kl if data is None else data not in term.plates

@@ -3,7 +3,8 @@ r"""Draws of the guide, and of the data that a model predicts from them or from 
 .. math:: z^{(s)} \sim q(z \mid x), \qquad \tilde x^{(s)} \sim p(x \mid z^{(s)})
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
     import xarray
 
 
+class Predictions(NamedTuple):
+    """Draws of every site of the model, the plates of each, and why observed sites were left out."""
+
+    arrays: Arrays
+    plates: dict[str, tuple[Plate, ...]]
+    skipped: dict[str, str]
+
+
 def sample_guide(
     model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], num_samples: int, seed: int
 ) -> "xarray.Dataset":
@@ -40,7 +49,8 @@ def sample_guide(
     Raises:
         GuideError, SiteError, NonFiniteError: as from the terms.
     """
-    drawn = draw(_with_data(model, guide, args, kwargs, seed), guide, args, kwargs, num_samples, seed=seed)
+    missing = _missing_data(model, guide, args, kwargs, seed)
+    drawn = draw(poutine.condition(model, data=missing), guide, args, kwargs, num_samples, seed=seed)
     return _label(drawn.latents | drawn.deterministics, drawn.plates, drawn)
 
 
@@ -65,11 +75,12 @@ def predict_data(
         GuideError, SiteError, NonFiniteError: as from the terms; SiteError where no observed site can be sampled.
     """
     check_count("horizon", horizon, least=0)
-    observing = _with_data(model, guide, args, kwargs, seed)
+    missing = _missing_data(model, guide, args, kwargs, seed)
+    observing = poutine.condition(model, data=missing)
     drawn = draw(observing, guide, args, kwargs, num_samples, seed=seed)
     if horizon:
         kwargs = {**kwargs, "horizon": horizon}
-        found = _forecast(model, args, kwargs, drawn, seed)
+        found = _forecast(model, args, kwargs, drawn, drawn.times.keys() - missing.keys(), seed)
     else:
         found = predict(observing, args, kwargs, drawn, seed)
     arrays = {n: x for n, x in found.arrays.items() if n in drawn.observed}
@@ -83,22 +94,27 @@ def predict_data(
     return data.assign_attrs({f"{n}_skipped": f"cannot be sampled ({why})" for n, why in found.skipped.items()})
 
 
-def _with_data(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], seed: int) -> Program:
-    """Return the model with a value for every site that neither has an observation nor is in the guide."""
+def _missing_data(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], seed: int) -> Arrays:
+    """Return a value for every site of the model that neither has an observation nor is in the guide."""
     check_programs(model, guide)
     check_initialized(guide)
     with torch.no_grad(), seeded(seed), evaluating(model, guide):
         guided = {name: site.value for name, site in trace_program(guide, args, kwargs).items()}
         sites = trace_program(model, args, kwargs, guided)
-    missing = {n: s.value for n, s in sites.items() if s.role == "latent" and n not in guided}
-    return poutine.condition(model, data=missing) if missing else model
+    return {n: s.value for n, s in sites.items() if s.role == "latent" and n not in guided}
 
 
-def _forecast(model: Program, args: tuple, kwargs: Mapping[str, Any], drawn: Draws, seed: int) -> Predictions:
-    """Continue sequences after their data, given the latents of the past."""
+def _forecast(
+    model: Program, args: tuple, kwargs: Mapping[str, Any], drawn: Draws, kept: Collection[str], seed: int
+) -> Predictions:
+    """Continue sequences after their data, given the latents of the past and the data of the sites to keep."""
     check_arguments("predict(horizon=...)", {"model": model}, args, kwargs, "Give the model an argument horizon. ")
-    without_time = ResampleObserved(drawn.observed.keys() - drawn.times.keys())
-    arrays, plates = run_with_draws(without_time(model), args, kwargs, drawn, seed)
+    # A repeated copy of the data for each draw: the carry of a scan must not change its shape where they end.
+    count = len(drawn.log_p)
+    past = {n: x.expand(count, *x.shape) for n, x in drawn.observed.items() if n in kept}
+    without_time = ResampleObserved(drawn.observed.keys() - past.keys())
+    given = replace(drawn, latents=drawn.latents | past)
+    arrays, plates = run_with_draws(without_time(model), args, kwargs, given, seed)
     if not any(arrays[n].shape[1:] != x.shape for n, x in drawn.observed.items()):
         raise ArgumentError("horizon: no sequence of the model continues. Pass horizon on to pe.scan in the model.")
     return Predictions(arrays, plates, {})
@@ -119,14 +135,6 @@ def _label(arrays: Arrays, plates: Mapping[str, tuple[Plate, ...]], drawn: Draws
     names = Names(set(arrays), {}, drawn.times)
     groups = label({"draws": stack_chains([(arrays, plates)], names)}, {}, {})
     return without_slashes(groups)["draws"].isel(chain=0, drop=True)
-
-
-class Predictions(NamedTuple):
-    """Draws of every site of the model, the plates of each, and why observed sites were left out."""
-
-    arrays: Arrays
-    plates: dict[str, tuple[Plate, ...]]
-    skipped: dict[str, str]
 
 
 def predict(

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,21 +24,24 @@ def read_file(path: Path, parts: Collection[str], kind: str) -> dict[str, Any]:
     Args:
         path: the file.
         parts: the keys that it must have.
-        kind: what the file should be, for the message.
+        kind: what the file should be, a noun for the message.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds something else.
     """
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, expected {kind}: name the file in it.")
+        raise CheckpointError(f"{path} is a folder, expected a {kind}: name the file in it.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of damage that the exceptions below report
+            with zipfile.ZipFile(path) as archive:
+                if changed := archive.testzip():  # torch does not compare the checksums that it writes
+                    raise zipfile.BadZipFile(f"the checksum of {changed} is wrong")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: expected {kind}. Train and write it first.") from error
+        raise CheckpointError(f"{path} does not exist: expected a {kind}. Write it first.") from error
     except Exception as error:  # the unpickler raises exceptions of any type on damaged bytes
-        raise CheckpointError(f"{path} is damaged or is no {kind}: {error} Delete it, or use a copy.") from error
+        raise CheckpointError(f"{path} is damaged or is no {kind}: {error}. Delete it, or use a copy.") from error
     if not isinstance(content, dict) or not set(parts) <= content.keys():
         missing = sorted(set(parts) - content.keys()) if isinstance(content, dict) else sorted(parts)
         raise CheckpointError(f"{path} is no {kind}: it lacks {missing}. Delete it, or name another file.")

@@ -18,7 +18,7 @@ import pyro_elbo as pe
 from models.linear_gaussian import LinearGuide, simulate
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, GuideError, NonFiniteError
-from pyro_elbo.training.fit import load_checkpoint
+from pyro_elbo.training.checkpoint import load_checkpoint
 
 QUIET = {"progress": False}
 with torch.random.fork_rng():
@@ -435,7 +435,9 @@ def test_damage_anywhere_in_a_checkpoint_is_reported_as_such(tmp_path):
             damaged[at] = random.integers(256)
         file.write_bytes(damaged)
         try:
-            load_checkpoint(file)  # bytes of a weight may change unnoticed; nothing but a CheckpointError may escape
+            load_checkpoint(
+                file
+            )  # a byte that nothing reads may change unnoticed; nothing but a CheckpointError may escape
         except CheckpointError as error:
             refused += "damaged.ckpt" in str(error)
     assert refused > 150

@@ -82,13 +82,12 @@ def fit(
         batch_size: rows per batch; None for all.
         accumulate_grad_batches: the batches whose gradients one step of the optimizer averages. Schedules of weights
             count steps.
-        patience: stop after this many epochs without a better validation ELBO, counted after warm-up, and restore the
-            parameters of the best epoch.
+        patience: stop after this many epochs without a better validation ELBO, counted after warm-up.
         restore_best: whether the parameters of the epoch with the best validation ELBO are restored; True with
             ``patience`` if omitted, otherwise those of the last epoch stay.
         dir: folder for ``best.ckpt``, ``last.ckpt`` and ``history.nc``; it must not hold another run.
         resume: continue from ``dir/last.ckpt`` exactly as if training had not stopped (unless a DataLoader draws
-            from its own generator). ``max_epochs`` counts from the start of training.
+            from its own generator). ``max_epochs`` and ``max_steps`` count from the start of training.
         overwrite: replace the run that ``dir`` holds.
         seed: repeats a run bit for bit on a CPU. The caller's random state is restored afterwards.
         devices: processes on this machine; they average their gradients and draw separate noise.

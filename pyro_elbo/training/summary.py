@@ -14,6 +14,7 @@ References:
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from pyro_elbo.display import html_table
@@ -87,7 +88,8 @@ class Summary:
             f"  {name:{width}} {kl:>12} {mean:>12} {k:>6} {active:>9}"
             for name, kl, mean, k, active in (_HEADER, *self._rows)
         ]
-        return "\n".join([self._title, *lines, *(f"  {note}" for note in self._notes)])
+        notes = [line for note in self._notes for line in wrap(note, 98, initial_indent="  ", subsequent_indent="  ")]
+        return "\n".join([self._title, *lines, *notes])
 
     def _repr_html_(self) -> str:
         return html_table(self._title, _HEADER, self._rows, self._notes)

@@ -46,6 +46,7 @@ __all__ = [
     "tensor_handles",
     "tracing",
     "unset_fake_temporarily",
+    "valueless_fakes",
 ]
 
 _LAZY = {
@@ -70,6 +71,20 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def valueless_fakes() -> FakeTensorMode:
+    """Make a mode whose fake tensors never know a value: torch 2.14 has some answer item() with that of a real one."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    convert = mode.fake_tensor_converter.from_real_tensor
+
+    def without_value(*args: Any, **kwargs: Any) -> FakeTensor:
+        fake = convert(*args, **kwargs)
+        fake.item_memo = None
+        return fake
+
+    mode.fake_tensor_converter.from_real_tensor = without_value
+    return mode
 
 
 @contextmanager

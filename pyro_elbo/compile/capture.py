@@ -26,6 +26,7 @@ from pyro_elbo.compile._torch import (
     make_fx,
     rand_ops,
     select_decomp_table,
+    valueless_fakes,
 )
 from pyro_elbo.compile.batch_scalars import batch_scalars
 from pyro_elbo.compile.fakes import Lifting
@@ -72,7 +73,7 @@ def capture(function: Callable[..., Tensor], inputs: Sequence[Tensor], *, kept: 
     Raises:
         CompileError: tensors of the program share memory and the program writes to one of them.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = valueless_fakes()
     fakes = [mode.from_tensor(x.detach()) for x in inputs]
     with mode, Lifting(mode) as lifting:
         raw = make_fx(function)(*fakes)

@@ -38,10 +38,12 @@ from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 VALUE_READS = {
     "a branch": lambda z, x, b: z * 1.0 if z > 0 else z,
     "item": lambda z, x, b: z.detach().item(),
+    "item of a parameter": lambda z, x, b: pyro.param("loc").item(),
     "a parameter as a number": lambda z, x, b: float(pyro.param("loc").detach()),
     "numpy": lambda z, x, b: torch.as_tensor(z.detach().numpy()),
     "boolean indexing": lambda z, x, b: x[x > 0].sum(),
     "a buffer as fill value": lambda z, x, b: torch.full((4,), b),
+    "a buffer as alpha": lambda z, x, b: torch.add(x, x, alpha=b).sum(),
     "a buffer in a literal": lambda z, x, b: torch.tensor([b]),
     "a buffer as size": lambda z, x, b: torch.zeros(b.long()).sum(),
     "a buffer as slice": lambda z, x, b: x[: b.long()].sum(),
@@ -67,6 +69,18 @@ def test_values_are_never_frozen(interpreted, name):
     torch.testing.assert_close(parameters(), before, rtol=0, atol=0)
     plain = pe.SVI(program, guide, adam(), sampled())
     assert math.isfinite(first + plain.step(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_the_value_of_a_scalar_argument_is_never_frozen(interpreted, dtype):
+    def program(x, shift):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + shift.item(), 1.0).expand([4]).to_event(1), obs=x)
+
+    svi = pe.SVI(program, lambda x, shift: guide(x), adam(), sampled(), compile=True)
+    svi.step(X, torch.tensor(1, dtype=dtype))
+    with pytest.raises(CompileError, match="Site .x. needs a value"):
+        svi.step(X, torch.tensor(2, dtype=dtype))
 
 
 def test_a_branch_names_its_line(interpreted):

@@ -11,9 +11,22 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor
-from torch.distributions import Binomial, Distribution, Independent, constraints, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Distribution,
+    Independent,
+    OneHotCategorical,
+    Pareto,
+    Poisson,
+    Uniform,
+    constraints,
+    kl_divergence,
+)
 
 from pyro_elbo.assumptions import check_or_defer, is_capturing
 from pyro_elbo.masking import expand_to_event, mask_in_event, masked
@@ -102,12 +115,38 @@ def _latent_term(p: Site, q: Site, exact: bool) -> Term:
             nats, by_event = analytic
             score = None if q.fn.has_rsample else _log_q(q)[1]
             per_dim = None if by_event is None else lambda: _masked_event(by_event, p)
-            return _term(p, "latent", masked(nats, p.mask), is_analytic=True, score=score, per_dim=per_dim)
+            term = _term(p, "latent", masked(nats, p.mask), is_analytic=True, score=score, per_dim=per_dim)
+            return _unless_infinite(term, p, q) if _may_be_infinite(p.fn) or _may_be_infinite(q.fn) else term
+    return _sampled_term(p, q)
+
+
+def _sampled_term(p: Site, q: Site) -> Term:
     log_q, score = _log_q(q)
     if not alike(p.scale, q.scale):
         log_q = log_q * (q.scale / p.scale)
     per_dim = (lambda: _sampled_per_dim(p, q)) if _factorizes(p, q) else None
     return _term(p, "latent", log_q - p.log_prob(), score=score, per_dim=per_dim)
+
+
+def _may_be_infinite(fn: Distribution) -> bool:
+    """Return whether a KL may be infinite for some parameters: the support depends on them, or a mean may not exist."""
+    while isinstance(fn, Independent | MaskedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, Uniform | Pareto | Bernoulli | Categorical | OneHotCategorical | Poisson)
+
+
+def _unless_infinite(analytic: Term, p: Site, q: Site) -> Term:
+    """Return log q - log p at the draw in place of an analytic term that is not finite, and say so once."""
+    finite = torch.isfinite(analytic.nats).all()
+    if is_capturing():  # the graph decides
+        drawn = _sampled_term(p, q)
+        either = lambda: torch.where(finite, analytic.per_dim(), drawn.per_dim())  # noqa: E731
+        nats = torch.where(finite, analytic.nats, drawn.nats)
+        return replace(analytic, nats=nats, per_dim=either if analytic.per_dim and drawn.per_dim else None)
+    if finite:
+        return analytic
+    _warn_of_infinity(p.name, _kind(q.fn), _kind(p.fn))
+    return _sampled_term(p, q)
 
 
 def _log_q(q: Site) -> tuple[Tensor, Tensor | None]:
@@ -130,12 +169,10 @@ def _analytic_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor | Non
             per_dim = _kl_divergence(q_base, p_base)
             return per_dim.flatten(per_dim.dim() - n).sum(-1), per_dim
         return _kl_divergence(q, p), None
-    except NotImplementedError:
+    except (NotImplementedError, RuntimeError):
+        # A RuntimeError: categories of different numbers, or, in a capture, a formula that depends on values (the
+        # transforms of a Weibull, equal by chance only).
         return None
-    except RuntimeError:
-        if not is_capturing():
-            raise
-        return None  # the formula depends on values: the transforms of a Weibull, equal by chance only
 
 
 def _kl_divergence(q: Distribution, p: Distribution) -> Tensor:
@@ -183,8 +220,14 @@ def _nested(p: Site, q: Site) -> bool:
     inner, outer = _bounds(q.fn), _bounds(p.fn)
     if inner is None or outer is None or all(a or not b for a, b in zip(inner, outer, strict=True)):
         return True
-    _warn_of_support(p.name, type(univariate(q.fn)).__name__, type(univariate(p.fn)).__name__)
+    _warn_of_support(p.name, _kind(q.fn), _kind(p.fn))
     return False
+
+
+def _kind(fn: Distribution) -> str:
+    while isinstance(fn, Independent | MaskedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__
 
 
 def _same_masks(p: Site, q: Site) -> bool:
@@ -212,6 +255,15 @@ def _warn_of_support(name: str, q: str, p: str) -> None:
         f"Site '{name}': the guide's {q} reaches beyond the support of the model's {p}, so that KL(q || p) is "
         "infinite. The term is log q - log p at the draw, as with kl='sampled'. Give the guide the support of the "
         "prior, as AutoNormal does.",
+        stacklevel=2,
+    )
+
+
+@cache
+def _warn_of_infinity(name: str, q: str, p: str) -> None:
+    warnings.warn(
+        f"Site '{name}': KL(q || p) of the guide's {q} and the model's {p} is not finite. The term is log q - log p at "
+        "the draw, as with kl='sampled'. Give the guide the support of the prior.",
         stacklevel=2,
     )
 

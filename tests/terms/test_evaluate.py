@@ -67,6 +67,81 @@ def test_a_guide_wider_than_the_prior_has_the_term_at_the_draw_and_says_so_once(
         torch.testing.assert_close(gradients, theirs[1])
 
 
+HALF = torch.tensor([0.5, 0.5])
+THIRDS = torch.full((3,), 1 / 3)
+SOME = torch.tensor([0.5, 0.5, 0.0])
+INFINITE = {
+    "a narrower interval": (lambda a: dist.Beta(a, 20.0), lambda: dist.Uniform(0.01, 0.99)),
+    "a later start": (lambda a: dist.Gamma(a, 1.0), lambda: dist.Pareto(0.01, 2.0)),
+    "no variance": (lambda a: dist.Pareto(a / 40, 2.0), lambda: dist.Normal(0.0, 1.0)),
+    "a sure event": (lambda a: dist.Bernoulli(a / 21), lambda: dist.Bernoulli(1.0)),
+    "a category left out": (lambda a: dist.Categorical(logits=a * SOME), lambda: dist.Categorical(SOME)),
+    "one-hot": (lambda a: dist.OneHotCategorical(logits=a * SOME), lambda: dist.OneHotCategorical(SOME)),
+    "no counts": (lambda a: dist.Poisson(a / 1e9), lambda: dist.Poisson(0.0)),
+    "events": (
+        lambda a: dist.Beta(a.expand(2), 20.0).to_event(1),
+        lambda: dist.Uniform(torch.tensor([0.0, 0.01]), 1.0).to_event(1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("q", "p"), INFINITE.values(), ids=INFINITE)
+def test_where_a_formula_is_not_finite_stands_the_term_at_the_draw(q, p):
+    def model():
+        pyro.sample("s", p())
+
+    def guide():
+        pyro.sample("s", q(param("a", 20.0)))
+
+    evaluate._warn_of_infinity.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ours = [values_and_gradients(pe.TraceBeta_ELBO(), model, guide) for _ in range(2)]
+    theirs = values_and_gradients(Trace_ELBO(), model, guide)
+    for value, gradients in ours:
+        assert value == pytest.approx(theirs[0])
+        torch.testing.assert_close(gradients, theirs[1])
+    assert [str(w.message).split(":")[0] for w in said] == ["Site 's'"]
+
+
+def test_categories_of_different_numbers_have_the_term_at_the_draw():
+    """There is no formula, but a sum over the categories of the guide."""
+
+    def model():
+        pyro.sample("s", dist.Categorical(THIRDS))
+
+    def guide():
+        pyro.sample("s", dist.Categorical(logits=param("a", [0.0, 0.2])))
+
+    ours, theirs = (values_and_gradients(loss, model, guide) for loss in (pe.TraceBeta_ELBO(), Trace_ELBO()))
+    assert ours[0] == pytest.approx(theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1])
+
+
+def test_a_compiled_step_leaves_an_infinite_formula_to_the_graph(interpreted):
+    """A formula that becomes infinite, and finite again, as the prior moves with the data."""
+
+    def model(low):
+        s = pyro.sample("s", dist.Uniform(low, 0.99).to_event(1))
+        pyro.sample("y", dist.Normal(0.0, s).to_event(1), obs=torch.ones(2))
+
+    def guide(low):
+        a = param("a", [20.0, 30.0])
+        pyro.sample("s", dist.Beta(a, 20.0).to_event(1))
+
+    found = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        optimizer, objective = pyro.optim.SGD({"lr": 1e-3}), pe.TraceBeta_ELBO(free_bits=0.01)
+        svi = pe.SVI(model, guide, optimizer, objective, compile=compile, fallback_random=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses = [svi.step(torch.tensor([0.0, low])) for low in (0.0, 0.01, 0.0, 0.02)]
+        found.append((losses, pyro.param("a").detach().clone()))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_a_compiled_step_takes_the_same_form(interpreted):
     def model():
         s = pyro.sample("s", dist.Uniform(0.0, 10.0))

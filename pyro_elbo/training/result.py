@@ -95,7 +95,7 @@ class FitResult:
     ) -> "xarray.Dataset":
         r"""Draw new data: latents from the guide given the arguments, observed sites from the model.
 
-        .. math:: \\tilde x \\sim \\int p(\\tilde x \\mid z)\\, q(z \\mid x)\\, dz
+        .. math:: \tilde x \sim \int p(\tilde x \mid z)\, q(z \mid x)\, dz
 
         Observations in the arguments inform the guide and are drawn anew; arguments that a program makes optional
         (``y=None``) may be left out. With ``horizon``, the sequences of :func:`scan` keep their data, and the steps

@@ -71,7 +71,7 @@ def test_processes_that_share_the_data_are_checked_as_such():
     with pytest.raises(DataError, match=r"Site 'z'.*2 minibatches of 8.*devices=1"):
         pe.fit(model, guide, x, batch_size=None, devices=2, progress=False)
     loss = pe.TraceBeta_ELBO(pe.LinearWarmup(0.0, 1.0, steps=4))
-    with pytest.raises(ArgumentError, match=r"4 optimization steps.*1 batches a process end at step 3"):
+    with pytest.raises(ArgumentError, match=r"4 optimization steps.*1 steps a process end at step 3"):
         pe.fit(model, guide, x, loss=loss, batch_size=4, max_epochs=3, devices=2, progress=False)
 
 

@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, PyroElboError, SiteError
-from pyro_elbo.posterior.layout import counted, drop_gaps, lead, lead_unconstrained, per_plate, with_gaps
+from pyro_elbo.posterior.layout import count_data, drop_gaps, lead, lead_unconstrained, per_plate, with_gaps
 from pyro_elbo.posterior.psis import PSIS, psis
 from pyro_elbo.posterior.weights import (
     Weighting,
@@ -281,7 +281,7 @@ def _concatenate(runs: list[dict[str, Any]], frame: _Frame, vectorized: bool, da
         discrete=frozenset(n for n in groups["latents"] if is_discrete(shapes.model[n])),
         observed={n: drop_gaps(data.observed.get(n, s.value), s) for n, s in observed.items()},
         constants={n: drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "constant"},
-        counted={n: counted(s, nesting) for n, s in observed.items() if s.mask is not None and s.mask is not True},
+        counted={n: count_data(s, nesting) for n, s in observed.items() if s.mask is not None and s.mask is not True},
         plates={n: sort_by_dim(s.plates) for n, s in shapes.model.items()},
         times={n: s.fn.run.time for n, s in shapes.model.items() if isinstance(s.fn, StackedDistribution)},
         data_plate=weighting.plate,

@@ -55,7 +55,7 @@ def with_gaps(x: Tensor, plates: tuple[Plate, ...], count: int, nesting: int) ->
     return x.reshape((*([count] if count > 1 else []), *batch, *x.shape[1 + len(plates) :]))
 
 
-def counted(site: Site, nesting: int) -> Tensor:
+def count_data(site: Site, nesting: int) -> Tensor:
     """Return the mask of an observed site, shaped like its plates."""
     mask, sizes = torch.as_tensor(site.mask), {p.dim: p.size for p in site.plates}
     shape = torch.broadcast_shapes(mask.shape, [sizes.get(d, 1) for d in range(min(sizes, default=0), 0)])

@@ -14,14 +14,13 @@ from torch import Tensor
 from pyro_elbo.errors import ArgumentError, SiteError, check_count
 from pyro_elbo.posterior.datasets import Names, label, stack_chains, without_slashes
 from pyro_elbo.posterior.draws import Arrays, Draws, draw
-from pyro_elbo.posterior.layout import counted, lead, with_gaps
+from pyro_elbo.posterior.layout import count_data, lead, with_gaps
 from pyro_elbo.programs import (
     Plate,
     Program,
     ResampleObserved,
     check_arguments,
     check_initialized,
-    check_programs,
     evaluating,
     seeded,
     sort_by_dim,
@@ -49,8 +48,9 @@ def sample_guide(
     Raises:
         GuideError, SiteError, NonFiniteError: as from the terms.
     """
-    missing = _missing_data(model, guide, args, kwargs, seed)
-    drawn = draw(poutine.condition(model, data=missing), guide, args, kwargs, num_samples, seed=seed)
+    with evaluating(model, guide):
+        missing = _missing_data(model, guide, args, kwargs, seed)
+        drawn = draw(poutine.condition(model, data=missing), guide, args, kwargs, num_samples, seed=seed)
     return _label(drawn.latents | drawn.deterministics, drawn.plates, drawn)
 
 
@@ -75,19 +75,21 @@ def predict_data(
         GuideError, SiteError, NonFiniteError: as from the terms; SiteError where no observed site can be sampled.
     """
     check_count("horizon", horizon, least=0)
-    missing = _missing_data(model, guide, args, kwargs, seed)
-    observing = poutine.condition(model, data=missing)
-    drawn = draw(observing, guide, args, kwargs, num_samples, seed=seed)
-    if horizon:
-        kwargs = {**kwargs, "horizon": horizon}
-        found = _forecast(model, args, kwargs, drawn, drawn.times.keys() - missing.keys(), seed)
-    else:
-        found = predict(observing, args, kwargs, drawn, seed)
+    with evaluating(model, guide):  # handlers around the model hide the module whose method it is
+        missing = _missing_data(model, guide, args, kwargs, seed)
+        observing = poutine.condition(model, data=missing)
+        drawn = draw(observing, guide, args, kwargs, num_samples, seed=seed)
+        if horizon:
+            kwargs = {**kwargs, "horizon": horizon}
+            found = _forecast(model, args, kwargs, drawn, drawn.times.keys() - missing.keys(), seed)
+        else:
+            found = predict(observing, args, kwargs, drawn, seed)
+        counted = _counted_steps(model, args, kwargs, drawn, seed)
     arrays = {n: x for n, x in found.arrays.items() if n in drawn.observed}
     if not arrays:
         raise SiteError(f"There is nothing to predict: {found.skipped or 'the model observes no site'}.")
     data = _label(arrays, found.plates, drawn)
-    for name, steps in _counted_steps(model, args, kwargs, drawn, seed).items():
+    for name, steps in counted.items():
         if name in arrays:
             dims = data[name].dims[1 : 1 + steps.dim()]
             data = data.assign_coords({f"{name}_counted": (dims, steps.numpy())})
@@ -96,9 +98,8 @@ def predict_data(
 
 def _missing_data(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], seed: int) -> Arrays:
     """Return a value for every site of the model that neither has an observation nor is in the guide."""
-    check_programs(model, guide)
     check_initialized(guide)
-    with torch.no_grad(), seeded(seed), evaluating(model, guide):
+    with torch.no_grad(), seeded(seed):
         guided = {name: site.value for name, site in trace_program(guide, args, kwargs).items()}
         sites = trace_program(model, args, kwargs, guided)
     return {n: s.value for n, s in sites.items() if s.role == "latent" and n not in guided}
@@ -125,16 +126,16 @@ def _counted_steps(
 ) -> dict[str, Tensor]:
     """Return which steps of a sequence count, shaped like the site's plates and time."""
     first = {n: with_gaps(x[:1], drawn.plates[n], 1, drawn.nesting) for n, x in drawn.latents.items()}
-    with torch.no_grad(), seeded(seed), evaluating(model):
+    with torch.no_grad(), seeded(seed):
         sites = trace_program(model, args, kwargs, first)
     steps = {n: s.stepwise() for n, s in sites.items() if isinstance(s.fn, StackedDistribution)}
-    return {n: counted(s, drawn.nesting + 1) for n, s in steps.items() if isinstance(s.mask, Tensor)}
+    return {n: count_data(s, drawn.nesting + 1) for n, s in steps.items() if isinstance(s.mask, Tensor)}
 
 
 def _label(arrays: Arrays, plates: Mapping[str, tuple[Plate, ...]], drawn: Draws) -> "xarray.Dataset":
     names = Names(set(arrays), {}, drawn.times)
     groups = label({"draws": stack_chains([(arrays, plates)], names)}, {}, {})
-    return without_slashes(groups)["draws"].isel(chain=0, drop=True)
+    return without_slashes(groups)["draws"].isel(chain=0, drop=True, missing_dims="ignore")
 
 
 def predict(

@@ -221,6 +221,39 @@ def test_modes_and_buffers_stay_as_they_were(fitted):
     assert all(torch.equal(x, before[name]) for name, x in vae.state_dict().items())
 
 
+class Owner(nn.Module):
+    """Its programs read the mode of a module that they neither register nor call."""
+
+    def __init__(self):
+        super().__init__()
+        self.modes = set()
+
+    def model(self, x, y=None):
+        self.modes.add(self.training)
+        regression(x, y)
+
+
+def test_methods_that_read_their_mode_run_in_eval_mode():
+    owner = Owner()
+    result = pe.fit(owner.model, at_posterior, (X, 2 * X), batch_size=None, **QUIET)
+    owner.modes.clear()
+    result.predict(X, num_samples=3), result.predict(num_samples=3), result.sample(3, X), result.terms()
+    assert owner.modes == {False}
+    assert owner.training
+
+
+def test_a_model_without_latents_predicts_and_sums_up():
+    def plain(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
+
+    result = pe.fit(plain, lambda x: None, X, batch_size=None, **QUIET)
+    assert result.predict(X[:3], num_samples=5).x.shape == (5, 3)
+    assert not result.sample(3).data_vars
+    assert result.summary(num_samples=30).sites == ()
+    assert result.summary(num_samples=30).to_dataframe().empty
+
+
 def test_the_export_holds_data_and_history(fitted):
     _, result = fitted
     data = result.to_arviz(num_samples=30)

@@ -3,7 +3,9 @@
 A network with a log-uniform prior on each weight (variational dropout) learns to read handwritten digits, and to tell
 malignant from benign tumors. While β grows from 0 to 1, the KL turns most weights into noise. They are pruned, and the
 rest must classify held-out rows as well as before. The script then looks at the uncertainty of the digits' classifier:
-are 90 % of its answers right where it is 90 % sure, and does it become less sure if the digits are rotated?
+are 90 % of its answers right where it is 90 % sure, and does it become less sure if the digits are rotated? It does,
+several times more than the same network without a prior, but only up to 60 degrees. Beyond, digits light pixels that
+are blank in training, and both networks are sure of a wrong answer.
 
 The data are scikit-learn's digits and breast cancer. Run with ``python -m examples.variational_dropout``; files go to
 ``runs/variational_dropout/``. ``--data FILE.npz`` brings other data: arrays ``x`` (rows × columns) and ``y`` (classes
@@ -126,6 +128,7 @@ class Fitted(NamedTuple):
 
     def predictions(self, x: Float[Tensor, "m columns"]) -> dict[str, Float[Tensor, "m classes"]]:
         """Return p(y | x) of the network without a prior, and averaged over the posterior."""
+        pyro.set_rng_seed(0)
         return {
             "no prior, mean weights": self.free.predict_at_mean(x, pruned=False),
             "variational dropout": self.net.predict(x),
@@ -147,6 +150,9 @@ def report(fitted: Fitted, loss: pe.TraceBeta_ELBO) -> tuple[float, float]:
     for name, p in fitted.predictions(problem.x_test).items():
         error = Calibration.of(p, problem.y_test).error
         print(f"  {name:24} accuracy {accuracy(p, problem.y_test):.4f}, calibration error {error:.4f}")
+    for angle in (0, 45, 90) if problem.name == "digits" else ():
+        found = fitted.predictions(rotate(problem.x_test, angle)).items()
+        print(f"  rotated by {angle} degrees: " + ", ".join(f"entropy {entropy(p):.2f} nats ({n})" for n, p in found))
     return net.pruned, kept - pruned
 
 
@@ -173,7 +179,8 @@ def draw(fitted: Fitted, path: Path) -> None:
         axes[1].plot(found.confidence[used], found.accuracy[used], "o-", label=label)
     axes[1].plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
     axes[1].set(title="held-out rows", xlabel="confidence of the answer", ylabel="share of right answers")
-    axes[1].legend()
+    axes[1].set_ylim(-0.05, 1.35)
+    axes[1].legend(loc="upper left")
     if images:
         draw_rotations(axes[2], fitted)
     figure.savefig(path, dpi=100)
@@ -186,10 +193,9 @@ def draw_rotations(ax: "matplotlib.axes.Axes", fitted: Fitted) -> None:
         ax.plot(ANGLES, [entropy(p[name]) for p in turned], "o-", label=name)
     right = [accuracy(p["variational dropout"], fitted.problem.y_test) for p in turned]
     ax.plot(ANGLES, right, color="0.6", linestyle="--", label="accuracy (a share)")
-    ax.set(
-        title="rotated digits", xlabel="angle, degrees", ylabel="entropy of the prediction, nats", xticks=ANGLES[::2]
-    )
-    ax.legend()
+    ax.set(title="rotated digits", xlabel="angle, degrees", ylabel="entropy of the prediction, nats")
+    ax.set(xticks=ANGLES[::2], ylim=(-0.05, 1.5))
+    ax.legend(loc="upper left")
 
 
 def main(data: Path | None, out: Path, *, seed: int = 0, smoke_test: bool = False) -> None:

@@ -161,4 +161,4 @@ def test_example(tmp_path, capsys):
     assert "claim: breast cancer" in capsys.readouterr().out
     assert (tmp_path / "variational_dropout.png").stat().st_size > 10_000
     posterior = az.from_netcdf(str(tmp_path / "posterior.nc"))["posterior"]
-    assert posterior["weight_0"].sizes == {"chain": 1, "draw": 100, "unit": 50, "weight_0_dim_1": 30}
+    assert posterior["weight_0"].sizes == {"chain": 1, "draw": 100, "unit": 50, "column": 30}

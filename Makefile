@@ -48,7 +48,7 @@ compat-%: OTHER = .venv-torch$*
 compat-%:
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	grep -v '^torch==' $(PINS) > $(OTHER)/pins.txt
-	$(OTHER)/bin/python -c 'import torch' 2>/dev/null || $(OTHER)/bin/pip install -q torch==$*
+	$(OTHER)/bin/python -c 'import torch' 2>/dev/null || $(OTHER)/bin/pip install -q $(TORCH_INDEX) torch==$*
 	$(OTHER)/bin/pip install -q -c $(OTHER)/pins.txt -e '.[dev]'
 	$(OTHER)/bin/python -m pytest -n 2 --dist worksteal -m "not thorough" $(COMPAT_TESTS)
 

@@ -417,7 +417,7 @@ def test_a_torch_newer_than_the_tested_ones_is_tried_once(interpreted, graphs, m
 def test_a_torch_whose_graphs_are_wrong(interpreted, monkeypatch, compile):
     torch_version(monkeypatch, f"2.98.{len(str(compile))}")
     monkeypatch.setattr(executable, "compile_graph", lambda graph, on_cpu: lambda inputs: None)
-    tested = r"tested up to torch 2.13, this is 2.98.4, where a small program fails \(\w+"
+    tested = r"tested up to torch 2.14, this is 2.98.4, where a small program fails \(\w+"
     if compile == "auto":
         with pytest.warns(UserWarning, match=f"(?s)Steps run in Python.*{tested}"):
             svi = pe.SVI(model, guide, adam(), sampled(), compile="auto")

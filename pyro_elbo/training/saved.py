@@ -11,18 +11,8 @@ from pyro_elbo.information import MutualInformation, TotalCorrelation
 from pyro_elbo.objectives import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
 
 OBJECTIVES = {cls.__name__: cls for cls in (TraceBeta_ELBO, TraceIW_ELBO, TraceTimestep_ELBO)}
-PARTS = {
-    cls.__name__: cls
-    for cls in (
-        schedules.Constant,
-        schedules.LinearWarmup,
-        schedules.SigmoidWarmup,
-        schedules.Cyclical,
-        schedules.Capacity,
-        MutualInformation,
-        TotalCorrelation,
-    )
-}
+SCHEDULES = [x for x in vars(schedules).values() if isinstance(x, type) and issubclass(x, schedules.Schedule)]
+PARTS = {cls.__name__: cls for cls in (*SCHEDULES, MutualInformation, TotalCorrelation)}
 
 
 def encode_loss(loss: TraceBeta_ELBO) -> dict[str, Any] | None:

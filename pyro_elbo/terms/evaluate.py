@@ -140,9 +140,9 @@ def _unless_infinite(analytic: Term, p: Site, q: Site) -> Term:
     finite = torch.isfinite(analytic.nats).all()
     if is_capturing():  # the graph decides
         drawn = _sampled_term(p, q)
-        either = lambda: torch.where(finite, analytic.per_dim(), drawn.per_dim())  # noqa: E731
-        nats = torch.where(finite, analytic.nats, drawn.nats)
-        return replace(analytic, nats=nats, per_dim=either if analytic.per_dim and drawn.per_dim else None)
+        exact, other = analytic.per_dim, drawn.per_dim
+        per_dim = None if exact is None or other is None else lambda: torch.where(finite, exact(), other())
+        return replace(analytic, nats=torch.where(finite, analytic.nats, drawn.nats), per_dim=per_dim)
     if finite:
         return analytic
     _warn_of_infinity(p.name, _kind(q.fn), _kind(p.fn))

@@ -58,6 +58,18 @@ def count_nonfinite(x: Tensor) -> str:
     return f"{int(bad.sum())} of {x.numel()} values are not finite ({kinds}); the first is at index {first}"
 
 
+def first_sentence(error: Exception) -> str:
+    r"""Return the first line of an error's message as a sentence.
+
+    Example:
+        >>> first_sentence(ValueError("Expected a number, but found:\n[nan]"))
+        'Expected a number, but found.'
+    """
+    line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(" :")
+    line = line.removesuffix(", but found invalid values")
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
 def check_number(what: str, value: Any, least: float = 0.0) -> None:
     """Raise ArgumentError unless ``value`` is a finite number of at least ``least``.
 

@@ -572,3 +572,18 @@ def test_code_without_a_file_is_named_by_its_function():
     with pytest.raises(RuntimeError) as caught:
         names["f"]()
     assert failed_line(caught.value).startswith("Function 'f'")
+
+
+@pytest.mark.parametrize("objective", [pe.TraceBeta_ELBO, pe.TraceIW_ELBO, pe.TraceTimestep_ELBO])
+def test_unknown_options_name_the_class_that_was_called(objective):
+    with pytest.raises(TypeError, match=rf"^{objective.__name__}\(\) got an unexpected keyword argument 'foo'$"):
+        objective(foo=1)
+
+
+def test_a_message_that_ends_in_a_colon_becomes_a_sentence():
+    def encoder(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(NonFiniteError, match=r"Real\(\)\. Argument 0 of the program holds such values: 1 of 2"):
+        pe.TraceBeta_ELBO().loss(local_model, encoder, torch.tensor([0.0, math.nan]))

@@ -34,7 +34,7 @@ from pyro_elbo.compile._torch import (
 )
 from pyro_elbo.compile.capture import Graph
 from pyro_elbo.compile.noise import Noise, Segment
-from pyro_elbo.errors import CompileError
+from pyro_elbo.errors import CompileError, first_sentence
 
 AHEAD = 2**18  # numbers of noise drawn at once
 
@@ -235,7 +235,7 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
             )
         except InductorError as error:
             raise CompileError(
-                f"Inductor cannot compile the step: {str(error).splitlines()[0]} Install a C++ compiler (the variable "
+                f"Inductor cannot compile the step: {first_sentence(error)} Install a C++ compiler (the variable "
                 "CXX names it). If there is one, use compile=False."
             ) from error
 

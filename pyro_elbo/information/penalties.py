@@ -53,6 +53,11 @@ class Penalty(ABC):
     weight: float | Schedule
     name: str
 
+    def __repr__(self) -> str:
+        estimator = getattr(self, "estimator", None)
+        chosen = "" if estimator is None else f", estimator={estimator!r}"
+        return f"{type(self).__name__}({self.name!r}, weight={self.weight!r}{chosen})"
+
     @abstractmethod
     def estimate(self, context: PenaltyContext, critics: Critics) -> PenaltyTerm:
         """Estimate the value from one set of draws."""
@@ -110,7 +115,7 @@ class Penalty(ABC):
         return PenaltyContext(terms, args, kwargs, self.latent, term, term.plates[0])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MutualInformation(Penalty):
     r"""λ I_q(z; s), the information of a latent on an attribute of the data; or I_q(z; x), on the datum itself.
 
@@ -237,7 +242,7 @@ class MutualInformation(Penalty):
         return CriticSpec(z.shape[-1], s.shape[1], levels, tuple(self.hidden), self.critic_lr, self.seed).make(s)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TotalCorrelation(Penalty):
     r"""λ TC(z) = λ KL(q(z) ‖ Π_d q(z_d)), the total correlation of the aggregate posterior's dimensions.
 

@@ -11,7 +11,7 @@ from pyro_elbo.information.critics import Critic
 from pyro_elbo.terms import Terms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PenaltyTerm:
     """The contribution of one penalty to the objective, with its direction and bracket.
 
@@ -35,6 +35,10 @@ class PenaltyTerm:
     scale: float | Tensor = 1.0
     critic: Critic | None = None
     critic_loss: Float[Tensor, ""] | None = None
+
+    def __repr__(self) -> str:
+        bracket = "" if self.bracket is None else ", bracket {:.4g} to {:.4g}".format(*self.bracket)
+        return f"PenaltyTerm({float(self.nats):.4g}, {self.direction}{bracket}, weight {float(self.weight):g})"
 
     @property
     def bracket(self) -> tuple[float, float] | None:

@@ -92,7 +92,10 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         max_plate_nesting: float = math.inf,
         retain_graph: bool | None = None,
         penalties: Sequence[Penalty] = (),
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {next(iter(unknown))!r}")
         if kl not in ("auto", "sampled"):
             raise ArgumentError(f"kl must be 'auto' or 'sampled', got {kl!r}.")
         check_count("num_particles", num_particles)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.assumptions import is_capturing
-from pyro_elbo.errors import DataError, NonFiniteError, PyroElboError, SiteError, count_nonfinite
+from pyro_elbo.errors import DataError, NonFiniteError, PyroElboError, SiteError, count_nonfinite, first_sentence
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name of the plate of vectorized particles."""
@@ -42,7 +42,7 @@ def explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
         if is_capturing():
             raise
-        raise _explained(error, str(error).splitlines()[0], {**dict(enumerate(args)), **kwargs}) from error
+        raise _explained(error, first_sentence(error), {**dict(enumerate(args)), **kwargs}) from error
 
 
 def _explained(error: Exception, reason: str, arguments: Mapping[Any, Any]) -> Exception:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyro_elbo.assumptions import defer_check, is_capturing
-from pyro_elbo.errors import NonFiniteError, SiteError, count_nonfinite
+from pyro_elbo.errors import NonFiniteError, SiteError, count_nonfinite, first_sentence
 from pyro_elbo.masking import masked
 from pyro_elbo.sequences import StackedDistribution, fill_masked
 
@@ -114,7 +114,7 @@ class Site:
     def _misfit(self, error: Exception) -> str:
         """Explain a value of the wrong shape or outside the support, with the cure."""
         expected, got = tuple(self.fn.batch_shape + self.fn.event_shape), tuple(self.value.shape)
-        kind, reason = type(self.fn).__name__, str(error).splitlines()[0]
+        kind, reason = type(self.fn).__name__, first_sentence(error)
         if "support" in reason:
             return (
                 f"Site '{self.name}': the value lies outside the support of {kind}: {reason} Choose a distribution "

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.assumptions import active_loop, check_or_defer, is_capturing
-from pyro_elbo.errors import ArgumentError, CompileError, PyroElboError, SiteError
+from pyro_elbo.errors import ArgumentError, CompileError, PyroElboError, SiteError, first_sentence
 from pyro_elbo.sequences.smc import Filter, ScanFunction, active_filter, run_loop, stack_rows
 from pyro_elbo.sequences.stacked import ScanRun
 from pyro_elbo.sequences.step import Step, StepProgram, StepResult
@@ -108,7 +108,7 @@ def _explain_particles() -> Iterator[None]:
             raise
         raise SiteError(
             f"A step of pe.scan failed under bound='filtering', where tensors have a dimension of particles on the "
-            f"left of those that the step expects: {str(error).splitlines()[0]} Write the step so that it broadcasts: "
+            f"left of those that the step expects: {first_sentence(error)} Write the step so that it broadcasts: "
             "count dimensions from the right (dim=-1, x[..., 0]). Or use bound='importance', which can run one "
             "particle after the other."
         ) from error

@@ -17,6 +17,7 @@ from pyro_elbo.errors import (
     NonFiniteError,
     PyroElboError,
     SiteError,
+    first_sentence,
 )
 from pyro_elbo.sequences.carry import differ, find_event_dim, hold_ended, pair_carries
 from pyro_elbo.sequences.collect import (
@@ -148,7 +149,7 @@ class StepProgram:
         names = [] if self._layout is None else list(self._layout.sites)
         where = f"Site '{names[done]}', step {t} of pe.scan" if done < len(names) else f"Step {t} of pe.scan"
         raise NonFiniteError(
-            f"{where}: the carry has grown to {largest:.3g}, and the step failed on it: {str(error).splitlines()[0]} "
+            f"{where}: the carry has grown to {largest:.3g}, and the step failed on it: {first_sentence(error)} "
             "Bound what is fed back through the carry, such as a scale: use softplus instead of exp."
         ) from error
 

@@ -320,3 +320,10 @@ def test_an_attribute_takes_the_arguments_of_the_programs():
 
 def test_every_estimator_has_a_name_and_every_name_an_estimator():
     assert {*estimators.ESTIMATORS, *estimators.CRITIC_ESTIMATORS} == set(get_args(Estimator))
+
+
+def test_penalties_and_their_terms_print_as_one_line():
+    penalty = pe.MutualInformation("z", attribute=lambda x, s: s, weight=10.0)
+    assert repr(penalty) == "MutualInformation('I(z; s)', weight=10.0, estimator='aggregate')"
+    term = pe.PenaltyTerm(torch.tensor(0.25), "debiased", torch.tensor(0.2), torch.tensor(0.3), torch.full((2,), 0.1))
+    assert repr(term) == "PenaltyTerm(0.25, debiased, bracket 0.1 to 0.4, weight 0)"

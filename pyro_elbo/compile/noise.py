@@ -70,7 +70,7 @@ def write_out_bernoulli(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _write_out_categorical(graph: fx.Graph) -> None:
+def write_out_categorical(graph: fx.Graph) -> None:
     """Write one draw from each row of probabilities as the largest p / e, with e exponential, as torch draws it."""
     for node in [n for n in graph.nodes if n.target is aten.multinomial.default and n.args[1] == 1]:
         p = node.args[0]
@@ -86,7 +86,7 @@ def _write_out_categorical(graph: fx.Graph) -> None:
 def can_follow_stream(graph: fx.Graph) -> bool:
     """Write out draws by their noise; return whether every draw has a fixed distribution then."""
     write_out_bernoulli(graph)
-    _write_out_categorical(graph)
+    write_out_categorical(graph)
     operators = [n for n in graph.nodes if isinstance(n.target, OpOverload)]
     draws = [n for n in operators if torch.Tag.nondeterministic_seeded in n.target.tags]
     return all(n.target in RANDOM or _is_scan_draw(n) for n in draws)

@@ -368,6 +368,39 @@ def test_families(interpreted, family):
     assert_compiled(make(0), make(1), frames(N), LENGTHS)
 
 
+STREAMS = {
+    "Categorical": lambda a: dist.Categorical(logits=a.unsqueeze(-1) * torch.arange(3.0)),
+    "OneHotCategorical": lambda a: dist.OneHotCategorical(logits=a.unsqueeze(-1) * torch.arange(3.0)),
+    "StudentT": lambda a: dist.StudentT(3.0, a, 1.0),
+}
+
+
+@pytest.mark.parametrize(
+    "family", ["Categorical", pytest.param("OneHotCategorical", marks=pytest.mark.thorough), "StudentT"]
+)
+def test_the_random_stream_of_a_scan(interpreted, family):
+    """That of an uncompiled run where all noise has a fixed distribution; otherwise the seed repeats a run."""
+
+    def program(observe):
+        def step(h, x_t):
+            k = pyro.sample("k", STREAMS[family](number("a" if observe else "b") * h))
+            k = k @ torch.arange(3.0) if family.startswith("One") else k.double()
+            z = pyro.sample("z", dist.Normal(k, 1.0))
+            if observe:
+                pyro.sample("x", dist.Normal(z, 0.5), obs=x_t)
+            return torch.tanh(z + k), None
+
+        return in_plates(step, zeros(N))(scanned)
+
+    scenario = training(program(True), program(False), frames(N), steps=5)
+    eager, compiled = run_both(scenario)
+    if family == "StudentT":  # a Gamma is drawn by rejection: as many numbers as it takes
+        assert run_both(scenario)[1][0] == compiled[0]
+        assert torch.isfinite(torch.tensor(compiled[0])).all()
+    else:
+        torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-11)
+
+
 # --- the graph -----------------------------------------------------------------------------------------------------
 
 

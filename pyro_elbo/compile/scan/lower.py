@@ -23,7 +23,14 @@ from pyro_elbo.compile._torch import (
     unset_fake_temporarily,
 )
 from pyro_elbo.compile.capture import lift, remove_identities
-from pyro_elbo.compile.noise import RANDOM, NoiseKind, fill_noise, location_scale, write_out_bernoulli
+from pyro_elbo.compile.noise import (
+    RANDOM,
+    NoiseKind,
+    fill_noise,
+    location_scale,
+    write_out_bernoulli,
+    write_out_categorical,
+)
 from pyro_elbo.compile.scan.operators import DrawStream, Loop, register, register_draws
 from pyro_elbo.compile.scan.partition import (
     StepGraph,
@@ -186,6 +193,7 @@ def _lift_draws(graph: fx.Graph) -> list[_Draw]:
     """Turn draws with fixed distributions into inputs of the step."""
     draws = []
     write_out_bernoulli(graph)
+    write_out_categorical(graph)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     for node in [n for n in graph.nodes if n.target in RANDOM]:
         with graph.inserting_after(last):

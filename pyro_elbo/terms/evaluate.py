@@ -138,15 +138,16 @@ def _may_be_infinite(fn: Distribution) -> bool:
 def _unless_infinite(analytic: Term, p: Site, q: Site) -> Term:
     """Return log q - log p at the draw in place of an analytic term that is not finite, and say so once."""
     finite = torch.isfinite(analytic.nats).all()
+    if not is_capturing() and finite:
+        return analytic
+    drawn = _sampled_term(p, q)
     if is_capturing():  # the graph decides
-        drawn = _sampled_term(p, q)
         exact, other = analytic.per_dim, drawn.per_dim
         per_dim = None if exact is None or other is None else lambda: torch.where(finite, exact(), other())
         return replace(analytic, nats=torch.where(finite, analytic.nats, drawn.nats), per_dim=per_dim)
-    if finite:
-        return analytic
-    _warn_of_infinity(p.name, _kind(q.fn), _kind(p.fn))
-    return _sampled_term(p, q)
+    if torch.isfinite(drawn.nats).all():
+        _warn_of_infinity(p.name, _kind(q.fn), _kind(p.fn))
+    return drawn
 
 
 def _log_q(q: Site) -> tuple[Tensor, Tensor | None]:

@@ -287,5 +287,8 @@ class PerDatum:
         return self.terms.distortion / self.terms.num_data
 
     def totals(self) -> dict[str, Tensor]:
-        """:meth:`Terms.totals`, divided."""
-        return {name: x / self.terms.num_data for name, x in self.terms.totals().items()}
+        """:meth:`Terms.totals`, divided; with the ``divisor`` of a normalized objective, such as frames per datum."""
+        found = {name: x / self.terms.num_data for name, x in self.terms.totals().items()}
+        if self.terms.divisor is None:
+            return found
+        return found | {"divisor": torch.as_tensor(self.terms.divisor / self.terms.num_data).to(self.terms.elbo)}

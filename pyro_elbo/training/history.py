@@ -28,9 +28,10 @@ class RunningMean:
     rows: int = 0
 
     def add(self, values: Mapping[str, Tensor], rows: int) -> None:
-        """Add ``values``, the means of ``rows`` rows."""
+        """Add ``values``, the means of ``rows`` rows; the loss is one of ``divisor`` frames (...) per row."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value * rows
+            weight = values.get("divisor", 1.0) if name == "loss" else 1.0
+            self.sums[name] = self.sums.get(name, 0.0) + value * weight * rows
         self.rows += rows
 
     def reduce(self) -> dict[str, float]:
@@ -39,8 +40,9 @@ class RunningMean:
         packed = torch.stack([*sums, torch.full_like(sums[0], self.rows)])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(packed)
-        means = (packed[:-1] / packed[-1]).tolist()
-        return dict(zip(self.sums, means, strict=True))
+        means = dict(zip(self.sums, (packed[:-1] / packed[-1]).tolist(), strict=True))
+        means["loss"] /= means.pop("divisor", 1.0)
+        return means
 
 
 def best(records: list[EpochRecord]) -> EpochRecord:

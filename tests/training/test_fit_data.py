@@ -277,3 +277,27 @@ def test_validation_batches_that_cannot_be_joined():
             pyro.sample("x", dist.Normal(mu, 1.0), obs=x[:, 0])
 
     refuses("valid: .*cannot be joined", rows_model, global_programs(None)[1], torch.ones(4, 2), valid=ragged)
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_the_loss_per_frame_of_an_epoch_counts_each_frame_once(compile):
+    """Whatever the number of frames of a batch; the bound stays one per sequence."""
+    x = torch.arange(12.0).reshape(4, 3) / 5
+    lengths = torch.tensor([3, 3, 1, 2])
+
+    def model(x, lengths):
+        loc = pyro.param("loc", lambda: torch.tensor(0.0))
+
+        def step(carry, x_t):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x_t)
+            return carry, None
+
+        with pyro.plate("sequences", 4, subsample_size=len(x)):
+            pe.scan(step, None, x, lengths, dim=1)
+
+    objective = pe.TraceTimestep_ELBO(normalize="frame")
+    options = {"lr": 1e-12, "batch_size": 2, "max_epochs": 1, "progress": False, "compile": compile}
+    history = pe.fit(model, lambda x, lengths: None, (x, lengths), loss=objective, **options).history
+    nats = dist.Normal(0.0, 1.0).log_prob(x)[torch.arange(3) < lengths.unsqueeze(-1)].sum()
+    assert history.loss.sel(split="train").item() == pytest.approx(-nats.item() / 9, rel=1e-6)
+    assert history.elbo.sel(split="train").item() == pytest.approx(nats.item() / 4, rel=1e-6)

@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Byte code is kept: without it every process compiles the library and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test fuzz lint bench compat
+.PHONY: install demo examples test fuzz lint bench compat
 
 install: $(STAMP)
 
@@ -22,6 +22,12 @@ $(STAMP): pyproject.toml $(PINS)
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.quickstart
+
+# Every example in full, its claim checked and its figure drawn again for the docs.
+examples: $(patsubst examples/%.py,example-%,$(filter-out %/__init__.py,$(wildcard examples/*.py)))
+example-%: $(STAMP)
+	$(BIN)/python -m examples.$*
+	test ! -f runs/$*/$*.png || cp runs/$*/$*.png docs/images/
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

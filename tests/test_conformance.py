@@ -646,7 +646,10 @@ def test_compiled_steps_equal_eager_ones(interpreted, program):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nested plates", "AutoIAFNormal", "mixture", "scan"])
+@pytest.mark.parametrize(
+    "name",
+    ["mixture", "scan", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("nested plates", "AutoIAFNormal"))],
+)
 def test_machine_code_equals_eager_steps(name):
     program = next(p for p in PROGRAMS if p.name == name)
     assert_compiled_equals_eager(program, 200, pe.TraceBeta_ELBO)

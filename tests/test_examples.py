@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_quickstart(tmp_path, capsys):
-    quickstart.main(tmp_path, max_epochs=25)
+    quickstart.main(tmp_path, max_epochs=12)
     printed = capsys.readouterr().out
     assert "active units: " in printed
     assert "k-hat per row of 'data'" in printed
@@ -58,6 +58,7 @@ def test_fair_representation_on_its_embedded_simulator(tmp_path, capsys):
     assert (tmp_path / "fair_representation.png").stat().st_size > 10_000
 
 
+@pytest.mark.thorough
 def test_fair_representation_on_adult(data_dir, tmp_path, capsys):
     fair_representation.main(data_dir / "adult.npz", tmp_path, quick=True)
     assert "λ = 100: Audit of 16281 rows" in capsys.readouterr().out
@@ -87,7 +88,7 @@ def judged(data_dir, name, guide):
 @pytest.mark.parametrize(
     ("name", "guide"),
     [
-        ("kidiq-kidscore_momiq", "AutoMultivariateNormal"),
+        pytest.param("kidiq-kidscore_momiq", "AutoMultivariateNormal", marks=pytest.mark.thorough),
         ("arK-arK", "AutoNormal"),
     ],
 )

@@ -19,7 +19,7 @@ from tests.random_programs import CONTINUOUS, Program, bound, rows_of, shared_pl
 from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
 
 COUNT = int(os.environ.get("PYRO_ELBO_FUZZ", "200"))
-COMPILED = 60 if "PYRO_ELBO_FUZZ" in os.environ else 12  # about 2 s each
+COMPILED = 60 if "PYRO_ELBO_FUZZ" in os.environ else 6  # about 2 s each
 PARTICLES = 3
 
 seeds = pytest.mark.parametrize("seed", range(COUNT))

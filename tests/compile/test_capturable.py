@@ -176,7 +176,9 @@ FLOWS = {
 }
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize(
+    "name", ["spline", "batch norm", pytest.param("block autoregressive", marks=pytest.mark.thorough)]
+)
 def test_flows(interpreted, name):
     assert_equal(located, lambda p: AutoNormalizingFlow(p, FLOWS[name]), Y)
 

@@ -16,6 +16,7 @@ from torch.distributions import constraints
 import pyro_elbo as pe
 from pyro_elbo.errors import CompileError, NonFiniteError
 from tests.support.compiled import X, _double, _interpreted, adam, guide, model, sampled  # noqa: F401
+from tests.support.rows import every_other
 
 Y = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -176,9 +177,7 @@ FLOWS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["spline", "batch norm", pytest.param("block autoregressive", marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("name", every_other(FLOWS))
 def test_flows(interpreted, name):
     assert_equal(located, lambda p: AutoNormalizingFlow(p, FLOWS[name]), Y)
 

@@ -28,6 +28,7 @@ from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     state_of,
     train,
 )
+from tests.support.rows import every_other
 
 aten = torch.ops.aten
 
@@ -79,7 +80,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", every_other(OPTIMIZERS))
 def test_many_parameters_are_updated_as_one(interpreted, graphs, name):
     optimizer, tensors = OPTIMIZERS[name]
     trains_alike(optimizer)
@@ -164,13 +165,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(x, marks=[] if x in ("one rate", "one count", "one tensor replaced") else pytest.mark.thorough)
-        for x in CHANGES
-    ],
-)
+@pytest.mark.parametrize("name", every_other(CHANGES))
 def test_changes_to_some_of_the_flat_state(interpreted, name):
     trains_alike(adam, CHANGES[name])
 

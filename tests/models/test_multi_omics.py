@@ -185,6 +185,7 @@ def test_example_on_its_simulator(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_example_fails_where_a_program_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(multi_omics, "match", lambda z, programs: (np.arange(4), np.full((4, 6), 0.5)))
     with pytest.raises(AssertionError, match="every program must be one latent"):

@@ -122,6 +122,7 @@ def test_example(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_example_on_pixels_from_a_file(tmp_path, capsys):
     model, x = simulate(60)
     path = tmp_path / "pixels.npz"

@@ -138,6 +138,7 @@ def test_example(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_example_on_a_decision_from_a_file(tmp_path, capsys):
     path = tmp_path / "decision.npz"
     np.savez(path, utility=np.eye(2), prior=np.array([0.7, 0.3]), costs=np.array([0.4, 0.6]))

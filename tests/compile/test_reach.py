@@ -440,7 +440,7 @@ def package(request, tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("around", every_other([True, False]))
 @pytest.mark.parametrize("name", IN_PACKAGE)
 def test_a_program_of_an_installed_package(interpreted, package, name, around):
     """Also where only a program around it is the user's own."""

@@ -172,7 +172,7 @@ def test_a_variable_named_like_a_dimension_survives():
 def test_restarts_become_chains():
     guides = []
     for seed in range(3):
-        guides.append(fitted(AutoNormal, 300, seed))
+        guides.append(fitted(AutoNormal, 30, seed))
         pyro.clear_param_store()
     data = pe.to_arviz(schools, guides, SIGMA, Y, num_samples=200, prior=False)
     assert dict(data["posterior"].sizes) == {"chain": 3, "draw": 200, "school": 8}

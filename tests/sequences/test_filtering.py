@@ -80,11 +80,14 @@ def observe(location):
 @pytest.mark.parametrize(
     ("outside", "weights"),
     [
-        (observe(lambda last, path: last), [0.0, 0.0, 0.0, 1.0]),
-        (observe(lambda last, path: path.mean(0)), [0.25] * 4),
-        (observe(lambda last, path: path[0]), [1.0, 0.0, 0.0, 0.0]),
+        pytest.param(
+            observe(lambda last, path: last), [0.0, 0.0, 0.0, 1.0], id="last carry", marks=pytest.mark.thorough
+        ),
+        pytest.param(observe(lambda last, path: path.mean(0)), [0.25] * 4, id="mean of the path"),
+        pytest.param(
+            observe(lambda last, path: path[0]), [1.0, 0.0, 0.0, 0.0], id="first step", marks=pytest.mark.thorough
+        ),
     ],
-    ids=["last carry", "mean of the path", "first step"],
 )
 def test_observations_outside_of_the_scan_weigh_the_particles(outside, weights):
     """The outs follow the ancestors of the particles: an observation may depend on the whole path."""

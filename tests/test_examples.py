@@ -100,6 +100,7 @@ def test_good_k_hat_means_good_resampled_means(data_dir, name, guide):
         assert row.k > 0.8
 
 
+@pytest.mark.thorough
 def test_a_bad_fit_shows_in_k_hat(data_dir, monkeypatch):
     monkeypatch.setattr(reference, "STEPS", 20)
     row = judged(data_dir, "nes1972-nes", "AutoMultivariateNormal")

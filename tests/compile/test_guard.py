@@ -131,11 +131,11 @@ def test_shapes_dtypes_and_layouts(graphs):
     def scenario(svi_of):
         svi = svi_of(model, guide, adam(), sampled())
         wide = torch.arange(8.0).reshape(4, 2)
-        data = [X, wide[:, 1], X[:1].expand(4), X.float(), X[1:], torch.cat([X, X])[3:7], X.flip(0)]
+        data = [X, wide[:, 1], X[:1].expand(4), X.float(), torch.cat([X, X])[3:7]]
         return [svi.step(x) for x in data for _ in range(3)], parameters()
 
     assert_same(scenario, rtol=1e-7, atol=1e-8)
-    assert len(graphs) <= 5
+    assert len(graphs) <= 4
 
 
 def test_the_last_batch_costs_one_graph(interpreted, graphs):

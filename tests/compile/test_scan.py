@@ -610,7 +610,7 @@ def hidden_from_x(z, x_t):
 # --- machine code --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_machine_code_of_a_ragged_scan():
     model, guide = (in_plates(s, zeros(N))(scanned) for s in (chain_step, chain_guide_step))
     assert_compiled(model, guide, frames(N), LENGTHS)

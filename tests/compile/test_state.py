@@ -133,7 +133,7 @@ def test_a_buffer_that_is_assigned_is_refused_by_name(interpreted):
     assert program.mean.item() == pytest.approx(0.1 * X.mean().item())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_memory_of_another_layout(graphs):
     """On Inductor: ``.data`` of another shape, stride or precision behind the same tensor."""
 

@@ -35,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# FAST=1 is the inner loop: no types, one row of every table, nothing that is marked slow.
+# FAST=1 is the inner loop: no types, one row of every table, one captured step a file, nothing that is marked slow.
 # COVERAGE=1 measures branch coverage, at least 95 % of the library; the tests take two thirds longer.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 test: $(if $(FAST),$(STAMP),lint)

@@ -14,16 +14,16 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help="the first row of every table of tests, and nothing slow")
+    parser.addoption("--fast", action="store_true", help="one row of every table, one captured step a file, nothing slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Under ``--fast``, keep one row of each parametrized test and leave out what is marked slow or thorough."""
+    """Under ``--fast``, keep one row of a test, one test of captured steps a file, and nothing slow or thorough."""
     if not config.getoption("--fast"):
         return
     kept, left_out, seen = [], [], set()
     for item in items:
-        test = item.nodeid.split("[")[0]
+        test = item.nodeid.split("::" if "interpreted" in item.fixturenames else "[")[0]
         dear = item.get_closest_marker("slow") or item.get_closest_marker("thorough")
         (left_out if dear or test in seen else kept).append(item)
         if not dear:

@@ -14,7 +14,9 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help="one row of every table, one captured step a file, nothing slow")
+    parser.addoption(
+        "--fast", action="store_true", help="one row of every table, one captured step a file, nothing slow"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

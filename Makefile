@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Byte code is kept: without it every process compiles the library and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo examples test fuzz lint bench compat
+.PHONY: install demo examples test fuzz lint bench compat docs
 
 install: $(STAMP)
 
@@ -65,3 +65,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_sequences
 	$(BIN)/python -m tests.benchmarks.bench_information
 
+# The site, in docs/_build; a warning is an error. The code of its pages is run by the tests.
+docs: $(STAMP)
+	$(BIN)/pip install -q -c $(PINS) -e '.[docs]'
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build

@@ -22,9 +22,9 @@ COLORS = ("#5f6b78", "#1f5fa8", "#4f8f5b", "#d08c3f", "#b3452c")
 
 def main(path: Path) -> None:
     """Draw every schedule up to some steps after it has settled, each in a panel of its own."""
-    figure, axes = plt.subplots(1, len(SCHEDULES), figsize=(14, 2.6), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(9, 4.6), layout="constrained")
     steps = range(STEPS * 5 // 4 + 1)
-    for ax, color, (title, schedule) in zip(axes, COLORS, SCHEDULES.items(), strict=True):
+    for ax, color, (title, schedule) in zip(axes.flat, COLORS, SCHEDULES.items(), strict=False):
         ax.plot(steps, [schedule(step) for step in steps], color=color, lw=2)
         ax.axvline(schedule.settled, color="#9aa5b1", lw=1, ls=":")
         ax.set_title(title, fontsize=9)
@@ -32,6 +32,8 @@ def main(path: Path) -> None:
         ax.set(xlabel="optimization steps", ylabel="C, nats per datum" if is_target else "β")
         ax.set_ylim(-1.25 if is_target else -0.05, 26.25 if is_target else 1.05)
         ax.spines[["top", "right"]].set_visible(False)
+    axes.flat[-1].axis("off")
+    axes.flat[-1].text(0.0, 0.5, "dotted: the schedule has settled", transform=axes.flat[-1].transAxes, va="center")
     figure.savefig(path, dpi=120)
 
 

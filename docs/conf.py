@@ -52,6 +52,7 @@ html_show_sourcelink = False
 html_theme_options = {
     "logo": {"text": "pyro_elbo"},
     "show_toc_level": 2,
+    "secondary_sidebar_items": {"**": ["page-toc"], "objectives": []},  # its table takes the whole width
     "navigation_with_keys": False,
     "navbar_end": ["theme-switcher"],
     "footer_start": ["copyright"],
@@ -77,7 +78,7 @@ def check_reference(app: Sphinx) -> None:
 def keep_first_line(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Keep napoleon from taking the start of a property's docstring, up to a colon, for its type."""
     if what == "property":
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]  # an empty comment, which has no colon
 
 
 def setup(app: Sphinx) -> None:

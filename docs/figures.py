@@ -33,7 +33,7 @@ def main(path: Path) -> None:
         ax.set_ylim(-1.25 if is_target else -0.05, 26.25 if is_target else 1.05)
         ax.spines[["top", "right"]].set_visible(False)
     axes.flat[-1].axis("off")
-    axes.flat[-1].text(0.0, 0.5, "dotted: the schedule has settled", transform=axes.flat[-1].transAxes, va="center")
+    axes.flat[-1].text(0.0, 0.5, "dotted: settled", transform=axes.flat[-1].transAxes, va="center")
     figure.savefig(path, dpi=120)
 
 

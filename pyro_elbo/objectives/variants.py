@@ -27,7 +27,7 @@ class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
     all rows, which needs the full data. ``terms.objective`` is the bound; ``terms.elbo`` stays the ELBO.
 
     Args:
-        num_particles: K.
+        num_particles: the number K of particles.
         options: those of :class:`TraceBeta_ELBO`; β other than 1 gives an objective that is no bound on log p(x).
 
     Raises:
@@ -113,7 +113,7 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         - \sum_t \beta_t\, E_q[KL(q(z_t \mid z_{<t}, x) \,\|\, p(z_t \mid z_{<t}, x_{<t}))]
 
     Terms have a dimension ``time``: those of :func:`pyro_elbo.scan`, and those of loops over ``z_0, z_1, ...``, which
-    become one term ``z``. The guide may filter (q(z_t | x_{\le t})) or smooth (q(z_t | x_{1:T})).
+    become one term ``z``. The guide may filter (q(z_t | x_1, ..., x_t)) or smooth (q(z_t | x_{1:T})).
 
     Args:
         beta: as in :class:`TraceBeta_ELBO`; a tensor of shape (T,) is a β per step.

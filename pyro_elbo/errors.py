@@ -58,6 +58,11 @@ def count_nonfinite(x: Tensor) -> str:
     return f"{int(bad.sum())} of {x.numel()} values are not finite ({kinds}); the first is at index {first}"
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def first_sentence(error: Exception) -> str:
     r"""Return the first line of an error's message as a sentence.
 
@@ -65,7 +70,7 @@ def first_sentence(error: Exception) -> str:
         >>> first_sentence(ValueError("Expected a number, but found:\n[nan]"))
         'Expected a number, but found.'
     """
-    line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(" :")
+    line = first_line(error).rstrip(" :")
     line = line.removesuffix(", but found invalid values")
     return line if line.endswith((".", "!", "?")) else f"{line}."
 

@@ -11,7 +11,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_elbo.errors import ArgumentError, GuideError
+from pyro_elbo.errors import ArgumentError, GuideError, first_line
 from pyro_elbo.posterior.datasets import (
     Groups,
     Names,
@@ -26,7 +26,7 @@ from pyro_elbo.posterior.datasets import (
 )
 from pyro_elbo.posterior.draws import Arrays, Draws, draw
 from pyro_elbo.posterior.importance import resample
-from pyro_elbo.posterior.predict import Predictions, first_line, predict
+from pyro_elbo.posterior.predict import Predictions, predict
 from pyro_elbo.posterior.psis import MIN_DRAWS
 from pyro_elbo.programs import Program, check_initialized, check_options, collect_parameters, evaluating, seeded
 

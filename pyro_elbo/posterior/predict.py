@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, SiteError, check_count
+from pyro_elbo.errors import ArgumentError, SiteError, check_count, first_line
 from pyro_elbo.posterior.datasets import Names, label, stack_chains, without_slashes
 from pyro_elbo.posterior.draws import Arrays, Draws, draw
 from pyro_elbo.posterior.layout import count_data, lead, with_gaps
@@ -84,7 +84,7 @@ def predict_data(
             found = _forecast(model, args, kwargs, drawn, drawn.times.keys() - missing.keys(), seed)
         else:
             found = predict(observing, args, kwargs, drawn, seed)
-        counted = _counted_steps(model, args, kwargs, drawn, seed)
+        counted = _counted_steps(model, args, kwargs, drawn, seed) if drawn.times else {}
     arrays = {n: x for n, x in found.arrays.items() if n in drawn.observed}
     if not arrays:
         raise SiteError(f"There is nothing to predict: {found.skipped or 'the model observes no site'}.")
@@ -165,11 +165,6 @@ def predict(
             skipped[resampled.current] = first_line(error)
         else:
             return Predictions({n: x for n, x in arrays.items() if n not in skipped}, plates, skipped)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def run_with_draws(

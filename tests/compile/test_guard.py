@@ -64,6 +64,7 @@ class Level(enum.Enum):
             (np.float64(1), np.float32(3)),
         ]
     ),
+    ids=str,
 )
 def test_plain_arguments(interpreted, numbers):
     low, high = numbers

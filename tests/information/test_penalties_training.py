@@ -131,7 +131,7 @@ def test_elbo_is_that_without_penalty(make):
     assert penalty.cost.item() == pytest.approx(700 * penalty.nats.item())
 
 
-@pytest.mark.parametrize("make", every_other(PENALTIES.values()))
+@pytest.mark.parametrize("make", every_other(PENALTIES.values()), ids=PENALTIES)
 @pytest.mark.parametrize("block", [aggregate.BLOCK, pytest.param(700, marks=pytest.mark.thorough)])
 def test_captured_equals_eager(make, block, interpreted, monkeypatch):
     monkeypatch.setattr(aggregate, "BLOCK", block)

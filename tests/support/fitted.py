@@ -1,4 +1,4 @@
-"""Two small fits: a VAE with one unit of information, and a regression at its exact posterior."""
+"""Small fits: a VAE with one unit of information, a regression at its exact posterior, one parameter for all rows."""
 
 import pyro
 import pyro.distributions as dist
@@ -37,6 +37,17 @@ class VAE(nn.Module):
 def _fitted():
     vae = VAE()
     return vae, pe.fit(vae.model, vae.guide, X, X[:8], batch_size=20, seed=3, **QUIET)
+
+
+def model(x):
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide(x):
+    with pyro.plate("n", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
 
 
 def regression(x, y=None):

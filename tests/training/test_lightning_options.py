@@ -15,20 +15,10 @@ from torch.optim import SGD, lr_scheduler
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError
 from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
+from tests.support.fitted import guide, model
 from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 
 X = torch.linspace(-1.0, 2.0, 24)
-
-
-def model(x):
-    with pyro.plate("n", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def guide(x):
-    with pyro.plate("n", len(x)):
-        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
 
 
 def fit(**options):

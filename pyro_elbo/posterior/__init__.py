@@ -6,7 +6,8 @@ Imports terms and below.
 """
 
 from pyro_elbo.posterior.arviz import to_arviz
-from pyro_elbo.posterior.importance import ParetoK, loo, pareto_k
-from pyro_elbo.posterior.predict import predict_data, sample_guide
+from pyro_elbo.posterior.draws import Draws
+from pyro_elbo.posterior.importance import ParetoK, judge, loo, pareto_k
+from pyro_elbo.posterior.predict import label_latents, predict_data, sample_guide
 
-__all__ = ["ParetoK", "loo", "pareto_k", "predict_data", "sample_guide", "to_arviz"]
+__all__ = ["Draws", "ParetoK", "judge", "label_latents", "loo", "pareto_k", "predict_data", "sample_guide", "to_arviz"]

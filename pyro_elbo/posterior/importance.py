@@ -86,10 +86,18 @@ def pareto_k(
         Gabry (2024), Pareto smoothed importance sampling, arXiv:1507.02646.
     """
     check_options(model, kwargs)
-    draws = draw(model, guide, args, kwargs, num_samples, seed=seed)
+    return judge(draw(model, guide, args, kwargs, num_samples, seed=seed))
+
+
+def judge(draws: Draws) -> ParetoK:
+    """Return k-hat of draws: see :func:`pareto_k`.
+
+    Raises:
+        GuideError, WeightsError: as :meth:`Draws.smooth`.
+    """
     smoothed = draws.smooth()
     local = draws.local_log_p is not None and draws.data_plate is not None
-    return ParetoK(smoothed.pareto_k, smoothed.ess, num_samples, draws.data_plate.name if local else None)
+    return ParetoK(smoothed.pareto_k, smoothed.ess, len(draws.log_p), draws.data_plate.name if local else None)
 
 
 def resample(draws: Draws, generator: torch.Generator) -> Draws:

@@ -42,15 +42,19 @@ class Predictions(NamedTuple):
 
 def sample_guide(
     model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], num_samples: int, seed: int
-) -> "xarray.Dataset":
-    """Draw the latents and deterministics of a fitted model: dimensions ``draw``, plates, (time,) event.
+) -> Draws:
+    """Draw from the guide of a fitted model, which may lack observations.
 
     Raises:
         GuideError, SiteError, NonFiniteError: as from the terms.
     """
     with evaluating(model, guide):
         missing = _missing_data(model, guide, args, kwargs, seed)
-        drawn = draw(poutine.condition(model, data=missing), guide, args, kwargs, num_samples, seed=seed)
+        return draw(poutine.condition(model, data=missing), guide, args, kwargs, num_samples, seed=seed)
+
+
+def label_latents(drawn: Draws) -> "xarray.Dataset":
+    """Return the latents and deterministics of draws: dimensions ``draw``, plates, (time,) event."""
     return _label(drawn.latents | drawn.deterministics, drawn.plates, drawn)
 
 

@@ -12,7 +12,7 @@ from pyro_elbo.display import html_table
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.plots import plot_history
-from pyro_elbo.posterior import ParetoK, pareto_k, predict_data, sample_guide, to_arviz
+from pyro_elbo.posterior import ParetoK, label_latents, pareto_k, predict_data, sample_guide, to_arviz
 from pyro_elbo.programs import Program, check_arguments, check_options, check_programs, program_name, seeded
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.checkpoint import check_state, read_file, write_file
@@ -88,7 +88,8 @@ class FitResult:
             GuideError, SiteError, NonFiniteError: as from the terms.
         """
         check_count("num_samples", num_samples)
-        return sample_guide(self.model, self.guide, *self._arguments(args, kwargs), num_samples, self._seed(seed))
+        given = self._arguments(args, kwargs)
+        return label_latents(sample_guide(self.model, self.guide, *given, num_samples, self._seed(seed)))
 
     def predict(
         self, *args: Any, num_samples: int = 1000, horizon: int = 0, seed: int | None = None, **kwargs: Any

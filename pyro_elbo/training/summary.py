@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import GuideError, WeightsError
-from pyro_elbo.posterior import ParetoK, pareto_k, sample_guide
+from pyro_elbo.posterior import Draws, ParetoK, judge, label_latents, sample_guide
 from pyro_elbo.programs import Program
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.data import RunArguments, num_rows
@@ -143,8 +143,9 @@ def summarize(
     is_part = total > max(batch, MAX_ROWS) and _are_local(terms)
     if is_part:
         args, kwargs = data.take([i * total // MAX_ROWS for i in range(MAX_ROWS)])
-    draws = sample_guide(model, guide, args, kwargs, num_samples, seed)
-    k, caution = _try_pareto_k(model, guide, args, kwargs, num_samples, seed)
+    drawn = sample_guide(model, guide, args, kwargs, num_samples, seed)
+    k, caution = _try_pareto_k(drawn)
+    draws = label_latents(drawn)
     shared = math.nan if k is None else float(k)
     kl, units = _kl_by_site(terms), {name: _count_active(name, terms, draws) for name in terms.kl}
     sites = tuple(SiteSummary(n, x, x / terms.num_data, shared, *units[n]) for n, x in kl.items())
@@ -157,11 +158,9 @@ def _are_local(terms: Terms) -> bool:
     return terms.data_plate is not None and all(terms.data_plate in t.plates for t in terms.sites.values() if t.is_kl)
 
 
-def _try_pareto_k(
-    model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], num_samples: int, seed: int
-) -> tuple[ParetoK | None, str | None]:
+def _try_pareto_k(drawn: Draws) -> tuple[ParetoK | None, str | None]:
     try:
-        return pareto_k(model, guide, *args, num_samples=num_samples, seed=seed, **kwargs), None
+        return judge(drawn), None
     except (GuideError, WeightsError) as error:
         return None, f"No k-hat: {error}"
 

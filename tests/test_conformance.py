@@ -29,7 +29,7 @@ from tests.programs import (
     subsampled_model,
 )
 from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
-from tests.support.rows import every_other
+from tests.support.rows import every_other, thorough
 
 LOGITS = torch.tensor([0.4, -0.7, 1.1, 0.0], dtype=torch.float64)
 DISCRETE = next(p for p in PROGRAMS if p.name == "exact posterior, discrete")
@@ -640,8 +640,7 @@ ALIKE = {
 
 @pytest.mark.parametrize(
     "program",
-    every_other([p for p in PROGRAMS if p.name not in ALIKE])
-    + [pytest.param(p, marks=pytest.mark.thorough) for p in PROGRAMS if p.name in ALIKE],
+    every_other([p for p in PROGRAMS if p.name not in ALIKE]) + [thorough(p) for p in PROGRAMS if p.name in ALIKE],
     ids=lambda p: p.name,
 )
 def test_compiled_steps_equal_eager_ones(interpreted, program):
@@ -651,7 +650,7 @@ def test_compiled_steps_equal_eager_ones(interpreted, program):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["mixture", "scan", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("nested plates", "AutoIAFNormal"))],
+    ["mixture", "scan", *map(thorough, ("nested plates", "AutoIAFNormal"))],
 )
 def test_machine_code_equals_eager_steps(name):
     program = next(p for p in PROGRAMS if p.name == name)

@@ -9,6 +9,7 @@ import pyro_elbo as pe
 from pyro_elbo.errors import CompileError
 from tests.programs_published import PUBLISHED
 from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
+from tests.support.rows import thorough
 
 table = pytest.mark.parametrize("program", PUBLISHED, ids=lambda p: p.name)
 
@@ -63,7 +64,8 @@ CAPTURED = {
 }
 captured = pytest.mark.parametrize(
     "program",
-    [pytest.param(p, id=p.name, marks=[] if p.name in CAPTURED else pytest.mark.thorough) for p in PUBLISHED],
+    [p if p.name in CAPTURED else thorough(p) for p in PUBLISHED],
+    ids=lambda p: p.name,
 )
 
 

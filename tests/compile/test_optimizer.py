@@ -28,7 +28,7 @@ from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     sampled,
     state_of,
 )
-from tests.support.rows import every_other
+from tests.support.rows import every_other, thorough
 
 # --- optimizers --------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ IN_WRAPPERS = ("Adagrad", "Adamax", "NAdam", "Adadelta", "Rprop")  # test_flat_s
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.thorough] if n in IN_WRAPPERS else []) for n in TORCH_OPTIMIZERS],
+    [thorough(n) if n in IN_WRAPPERS else n for n in TORCH_OPTIMIZERS],
 )
 def test_torch_optimizers(interpreted, name):
     trains_alike(TORCH_OPTIMIZERS[name])

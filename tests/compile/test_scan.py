@@ -21,6 +21,7 @@ from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     parameters,
     run_both,
 )
+from tests.support.rows import thorough
 from tests.support.scanned import (
     LENGTHS,
     PROGRAMS,
@@ -281,7 +282,7 @@ def test_parts_of_a_carry_that_nothing_reads(interpreted, lengths):
     assert compiled[1]["a"] != 0.3
 
 
-@pytest.mark.parametrize("length", [2, pytest.param(3, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("length", [2, thorough(3)])
 def test_a_gradient_that_takes_several_steps(interpreted, length):
     """A value that is read two steps later has a gradient from three steps on; the two initial ones from two on."""
 
@@ -305,7 +306,7 @@ def test_a_gradient_that_takes_several_steps(interpreted, length):
     assert ("start_2" in moved) == (length == 3)
 
 
-@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.parametrize("reverse", [thorough(False), True])
 def test_a_carry_through_which_no_gradient_passes(interpreted, reverse):
     """Its start still has the gradient of the step that runs first."""
 
@@ -381,7 +382,7 @@ STREAMS = {
 
 @pytest.mark.parametrize(
     "family",
-    ["Categorical", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("OneHotCategorical", "StudentT"))],
+    ["Categorical", *map(thorough, ("OneHotCategorical", "StudentT"))],
 )
 def test_the_random_stream_of_a_scan(interpreted, family):
     """That of an uncompiled run where all noise has a fixed distribution; otherwise the seed repeats a run."""
@@ -432,7 +433,7 @@ def test_the_graph_does_not_grow_with_time(interpreted, graphs):
 LOOPS = {"VRNN": 2, "MarkovVRNN": 4, "SRNN": 6}
 
 
-@pytest.mark.parametrize("name", ["MarkovVRNN", pytest.param("SRNN", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", ["MarkovVRNN", thorough("SRNN")])
 def test_recurrences_of_model_and_guide_are_computed_once(interpreted, graphs, name):
     """VRNN: the state of the cell serves both. MarkovVRNN: the encoder and q. SRNN: h of both, the encoder and q."""
     assert sizes(laws.make(MODELS[name]), 5, graphs)[1] == LOOPS[name]

@@ -35,6 +35,7 @@ from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     sampled,
     widths,
 )
+from tests.support.rows import thorough
 
 # --- modules -----------------------------------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ DISPLACED = ("another linear", "another weight", "state assigned")  # Pyro's sto
 ALIKE = ("another layer", "another weight", "state")  # noticed as their neighbors are
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.thorough] if n in ALIKE else []) for n in CLAIMS])
+@pytest.mark.parametrize("name", [thorough(n) if n in ALIKE else n for n in CLAIMS])
 @pytest.mark.filterwarnings("ignore:.*was not registered in the param store:UserWarning")
 def test_modules(interpreted, name):
     holder = []

@@ -14,7 +14,7 @@ from pyro_elbo.errors import ArgumentError, CompileError, DataError, SiteError
 from pyro_elbo.information import aggregate
 from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
 from tests.support.refusing import refusing
-from tests.support.rows import every_other
+from tests.support.rows import every_other, thorough
 
 ROWS, DIMS = 40, 3
 CURES = (
@@ -132,7 +132,7 @@ def test_elbo_is_that_without_penalty(make):
 
 
 @pytest.mark.parametrize("make", every_other(PENALTIES.values()), ids=PENALTIES)
-@pytest.mark.parametrize("block", [aggregate.BLOCK, pytest.param(700, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("block", [aggregate.BLOCK, thorough(700)])
 def test_captured_equals_eager(make, block, interpreted, monkeypatch):
     monkeypatch.setattr(aggregate, "BLOCK", block)
     assert_compiled_equals_eager(make)

@@ -11,7 +11,7 @@ from models.fair_vae import FairVAE
 from models.srnn import SRNN
 from models.vae import VAEGuide, VAEModel
 from models.vrnn import VRNN, MarkovVRNN
-from tests.support.rows import every_other
+from tests.support.rows import every_other, thorough
 
 frames = torch.rand(12, 6, 8, generator=torch.Generator().manual_seed(0)).gt(0.6).float()
 lengths = torch.arange(12) % 6 + 1
@@ -41,7 +41,7 @@ MODELS = {
     "FairVAE": fair_vae,
     "ConditionalVAE": lambda: (ConditionalVAE(64, 2, z_dim=3, hidden=16), (counts, classes)),
 }
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in range(1, 20))]
+SEEDS = [0, *map(thorough, range(1, 20))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -23,6 +23,7 @@ import pyro_elbo as pe
 from pyro_elbo.errors import DataError
 from pyro_elbo.programs import as_tensors
 from pyro_elbo.training.data import prepare_data
+from tests.support.rows import thorough
 
 QUIET = {"progress": False}
 HEIGHT = np.array([1.2, 0.3, -0.7, 2.1])
@@ -279,7 +280,7 @@ def test_validation_batches_that_cannot_be_joined():
     refuses("valid: .*cannot be joined", rows_model, global_programs(None)[1], torch.ones(4, 2), valid=ragged)
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("compile", [False, thorough(True)])
 def test_the_loss_per_frame_of_an_epoch_counts_each_frame_once(compile):
     """Whatever the number of frames of a batch; the bound stays one per sequence."""
     x = torch.arange(12.0).reshape(4, 3) / 5

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, make_fx
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -39,6 +40,7 @@ __all__ = [
     "get_proxy_mode",
     "get_proxy_slot",
     "joint_graph_passes",
+    "lazy_graph_modules",
     "make_fx",
     "optimizers_compiling",
     "pytree",

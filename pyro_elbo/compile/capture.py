@@ -133,7 +133,6 @@ def lift(module: fx.GraphModule, real: Mapping[int, Tensor]) -> list[Tensor]:
             new.meta["val"] = held
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
-    module.recompile()
     return [value for value, _ in found.values()]
 
 
@@ -154,6 +153,7 @@ def write_out_alpha(graph: fx.Graph) -> None:
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) != 1:
             with graph.inserting_before(node):
                 scaled = graph.call_function(aten.mul.Tensor, (node.args[1], node.kwargs["alpha"]))
+                scaled.meta["val"] = node.args[1].meta["val"]
             node.args, node.kwargs = (node.args[0], scaled), {}
 
 
@@ -177,6 +177,7 @@ def _keep_if(graph: fx.Graph, conditional: int) -> list[int]:
             new = node.args[1]
             if position < conditional:
                 new = graph.call_function(aten.where.self, (usable, new, node.args[0]))
+                new.meta["val"] = node.args[0].meta["val"]
             writes.append((node.args[0], new))
         node.replace_all_uses_with(node.args[1])
         graph.erase_node(node)
@@ -224,18 +225,17 @@ def _check_frozen(frozen: Sequence[Tensor], written: Sequence[Tensor]) -> None:
 
 def optimize(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
     """Fold constants and remove common subexpressions, as AOTAutograd does before Inductor."""
-    module = _without_repetition(module, mode, fakes)
+    _remove_repetition(module)
     batch_scalars(module.graph)
-    module = _without_repetition(module, mode, fakes)
+    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
+    _remove_repetition(module)
     joint_graph_passes(module, mode, on_cpu=all(x.device.type == "cpu" for x in fakes))
+    module.recompile()
     return module
 
 
-def _without_repetition(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
-    module.recompile()
-    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
+def _remove_repetition(module: fx.GraphModule) -> None:
     targets = {node.target for node in module.graph.nodes if isinstance(node.target, OpOverload)}
     draws = {op for op in targets if torch.Tag.nondeterministic_seeded in op.tags}
-    if any(op.overloadpacket not in rand_ops for op in draws):  # two draws with equal arguments would become one
-        return module
-    return fx.GraphModule(module, fx_graph_cse(module.graph))
+    if all(op.overloadpacket in rand_ops for op in draws):  # of others, two with equal arguments would become one
+        module.graph = fx_graph_cse(module.graph)

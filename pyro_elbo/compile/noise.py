@@ -113,12 +113,14 @@ class _NoiseRows:
                 self._rows[key] = self._last = self._graph.placeholder(f"noise_{len(self._rows)}")
             self._sizes[key] = 0
         row, start, stop = self._rows[key], self._sizes[key], self._sizes[key] + value.numel()
-        self._sizes[key] = stop
+        self._sizes[key], row.meta["val"] = stop, value.new_empty(stop)
         if value.dim() == 0:
             draws = self._graph.call_function(aten.select.int, (row, 0, start))
         else:
-            draws = self._graph.call_function(aten.slice.Tensor, (row, 0, start, stop))
-            draws = self._graph.call_function(aten.view.default, (draws, list(value.shape)))
+            part = self._graph.call_function(aten.slice.Tensor, (row, 0, start, stop))
+            part.meta["val"] = value.new_empty(stop - start)
+            draws = self._graph.call_function(aten.view.default, (part, list(value.shape)))
+        draws.meta["val"] = value
         return draws, list(self._rows).index(key), start
 
     def noise(self) -> tuple[Noise, ...]:
@@ -138,6 +140,7 @@ def extract_noise(graph: fx.Graph) -> tuple[tuple[Noise, ...], tuple[Segment, ..
             draws, row, start = rows.take(RANDOM[node.target], value)
             for op, number in location_scale(node):
                 draws = graph.call_function(op, (draws, number))
+                draws.meta["val"] = value
         stream.append((row, start, start + value.numel()))
         node.replace_all_uses_with(draws)
         graph.erase_node(node)

@@ -260,7 +260,7 @@ class CompiledSVI:
 
     def _capture(self, step: _KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
-        from pyro_elbo.compile._torch import config
+        from pyro_elbo.compile._torch import config, lazy_graph_modules
         from pyro_elbo.compile.capture import capture  # Inductor takes a second to import
         from pyro_elbo.compile.inductor import Executable, compiling
         from pyro_elbo.compile.scan.lower import ScanLowering
@@ -307,7 +307,12 @@ class CompiledSVI:
         )
         row = scalars, torch.ones((), dtype=torch.bool, device=device), record
         inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
-        with explain_capture(step.guard.generators), config.patch(fallback_random=self.fallback_random), compiling():
+        with (
+            explain_capture(step.guard.generators),
+            config.patch(fallback_random=self.fallback_random),
+            lazy_graph_modules(True),
+            compiling(),
+        ):
             check_reachable(step.guard)
             check_traceable(step.plan.optimizers, step.parameters)
             graph = trace()

@@ -35,6 +35,7 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[f
     raw = make_fx(function)(*arguments)
     with unset_fake_temporarily(), DisableTorchFunction():  # literals of the program are real
         constants = lift(raw, {})
+    raw.recompile()
     everything = [x.detach() for x in (*constants, *arguments)]
     with torch.no_grad(), DisableTorchFunction():  # nothing is left to lift
         module = make_fx(functionalize(raw, remove="mutations"))(*everything)

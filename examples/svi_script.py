@@ -3,6 +3,8 @@
 Run with ``python -m examples.svi_script``.
 """
 
+import argparse
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -29,8 +31,8 @@ def main() -> None:
     for step in range(800):
         svi.step(heights)
         if step % 200 == 0:
-            terms = loss.terms(model, guide, heights)
-            print(f"step {step:4d}  beta {loss.beta_at(loss.step, ['mean'])['mean']:.2f}  elbo {terms.elbo:7.2f} nats")
+            elbo, beta = loss.terms(model, guide, heights).elbo.item(), loss.beta_at(loss.step, ["mean"])["mean"]
+            print(f"step {step:4d}  beta {beta:.2f}  elbo {elbo:7.2f} nats")
     terms = loss.terms(model, guide, heights)
     print("KL in nats:", {name: round(kl.item(), 2) for name, kl in terms.kl.items()})
     median = guide.median(heights)["mean"].item()
@@ -39,4 +41,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import SVI
 from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
 
 import pyro_elbo as pe
@@ -530,7 +531,7 @@ def test_a_class_in_place_of_a_guide(call, untyped):
 
 def test_a_step_with_too_few_arguments():
     svi = pe.SVI(lambda x, y: model(x), lambda x, y: guide(x), pyro.optim.Adam({}), pe.TraceBeta_ELBO())
-    with pytest.raises(DataError, match=r"This step calls the model as model\(tensor of shape \(4,\)\), but it takes"):
+    with pytest.raises(DataError, match=r"calls the model as model\(tensor of shape \(4,\)\), but it takes"):
         svi.step(X)
 
 
@@ -587,3 +588,20 @@ def test_a_message_that_ends_in_a_colon_becomes_a_sentence():
 
     with pytest.raises(NonFiniteError, match=r"Real\(\)\. Argument 0 of the program holds such values: 1 of 2"):
         pe.TraceBeta_ELBO().loss(local_model, encoder, torch.tensor([0.0, math.nan]))
+
+
+def test_numpy_arrays_are_data_everywhere():
+    x = X.numpy()
+    pyro.set_rng_seed(0)
+    expected = pe.TraceBeta_ELBO().terms(model, guide, X).elbo.item()
+    pyro.set_rng_seed(0)
+    assert pe.TraceBeta_ELBO().terms(model, guide, x).elbo.item() == pytest.approx(expected, rel=1e-6)
+    assert pe.pareto_k(model, guide, x, num_samples=100).k.shape == ()
+    assert pe.to_arviz(model, guide, x, num_samples=10)["observed_data"]["x"].shape == (4,)
+    assert SVI(model, guide, pyro.optim.Adam({}), pe.TraceBeta_ELBO()).step(x) > 0
+
+
+def test_pyros_svi_with_too_few_arguments():
+    svi = SVI(lambda x, y: model(x), lambda x, y: guide(x), pyro.optim.Adam({}), pe.TraceBeta_ELBO())
+    with pytest.raises(DataError, match=r"calls the model as model\(tensor of shape \(4,\)\), but it takes"):
+        svi.step(X)

@@ -38,7 +38,7 @@ class PenaltyTerm:
 
     def __repr__(self) -> str:
         bracket = "" if self.bracket is None else ", bracket {:.4g} to {:.4g}".format(*self.bracket)
-        return f"PenaltyTerm({float(self.nats):.4g}, {self.direction}{bracket}, weight {float(self.weight):g})"
+        return f"PenaltyTerm({_number(self.nats):.4g}, {self.direction}{bracket}, weight {_number(self.weight):g})"
 
     @property
     def bracket(self) -> tuple[float, float] | None:
@@ -60,3 +60,7 @@ def critic_gradients(terms: Terms) -> Iterator[tuple[Critic, list[Tensor]]]:
         if isinstance(penalty, PenaltyTerm) and penalty.critic is not None and penalty.critic_loss is not None:
             parameters = list(penalty.critic.network.parameters())
             yield penalty.critic, list(torch.autograd.grad(penalty.critic_loss, parameters))
+
+
+def _number(x: float | Tensor) -> float:
+    return x.item() if isinstance(x, Tensor) else float(x)

@@ -27,12 +27,14 @@ from pyro_elbo.programs import (
     Program,
     SameRows,
     TracePair,
+    check_arguments,
     check_gradients,
     check_initialized,
     check_programs,
     collect_parameters,
     evaluating,
     find_plate_nesting,
+    program_arguments,
     trace_pair,
 )
 from pyro_elbo.schedules import Schedule
@@ -123,16 +125,22 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
 
         Raises:
             ArgumentError: model or guide is no program, such as the class of a guide.
+            DataError: the arguments do not fit those of the programs.
             SiteError: model and guide do not fit each other.
             NonFiniteError: data or a term hold NaN or infinity.
         """
         check_programs(model, guide)
         with evaluating(model, guide):
-            return self.checked_terms(model, guide, args, kwargs)
+            return self.checked_terms(model, guide, *program_arguments(model, args, kwargs))
 
     def checked_terms(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> Terms:
         """Evaluate the terms in the modes that modules have, as a training step does, and check them."""
-        terms = self.evaluate(model, guide, args, kwargs, lambda schedule: schedule(self.step))
+        try:
+            terms = self.evaluate(model, guide, args, kwargs, lambda schedule: schedule(self.step))
+        except TypeError:
+            check_programs(model, guide)
+            check_arguments("The objective", {"model": model, "guide": guide}, args, kwargs)
+            raise
         if not torch.isfinite(terms.objective):
             terms.check_finite()
         return terms
@@ -187,7 +195,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
         """Return -objective, differentiable; a backward followed by an optimizer's step counts as one step."""
-        terms = self.checked_terms(model, guide, args, kwargs)
+        terms = self.checked_terms(model, guide, *program_arguments(model, args, kwargs))
         return self.count_step(-terms.objective, terms)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:

@@ -170,8 +170,10 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         if bound == "filtering":
             options = _with_option(options, bound, "vectorize_particles", True)
         super().__init__(beta, **options)
-        if bound == "filtering" and (self.num_particles < 2 or not self.weighting.is_identity()):
-            raise ArgumentError("bound='filtering' needs num_particles >= 2, and takes neither beta nor free_bits.")
+        if bound == "filtering" and self.num_particles < 2:
+            raise ArgumentError(f"bound='filtering' needs num_particles >= 2, got {self.num_particles}.")
+        if bound == "filtering" and not self.weighting.is_identity():
+            raise ArgumentError("bound='filtering' is a bound at beta=1: it takes neither beta nor free_bits.")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -28,7 +28,15 @@ from pyro_elbo.posterior.draws import Arrays, Draws, draw
 from pyro_elbo.posterior.importance import resample
 from pyro_elbo.posterior.predict import Predictions, predict
 from pyro_elbo.posterior.psis import MIN_DRAWS
-from pyro_elbo.programs import Program, check_initialized, check_options, collect_parameters, evaluating, seeded
+from pyro_elbo.programs import (
+    Program,
+    check_initialized,
+    check_options,
+    collect_parameters,
+    evaluating,
+    program_arguments,
+    seeded,
+)
 
 
 class Options(NamedTuple):
@@ -106,6 +114,7 @@ def to_arviz(
     for program in models:
         check_options(program, kwargs)
     options = Options(num_samples, resample, predictive, prior, history, coords or {}, seed, dims or {})
+    args, kwargs = program_arguments(models[0], args, kwargs)
     return to_container(build_groups(model, guide, args, kwargs, options))
 
 

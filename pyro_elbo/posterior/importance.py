@@ -12,7 +12,7 @@ from pyro_elbo.display import html_table
 from pyro_elbo.errors import ArgumentError, GuideError, WeightsError
 from pyro_elbo.posterior.draws import Draws, draw
 from pyro_elbo.posterior.psis import describe_k, pareto_k_threshold, psis
-from pyro_elbo.programs import Plate, Program, check_options
+from pyro_elbo.programs import Plate, Program, check_options, program_arguments
 
 SAMPLE_DIMS = ("chain", "draw")
 
@@ -86,7 +86,7 @@ def pareto_k(
         Gabry (2024), Pareto smoothed importance sampling, arXiv:1507.02646.
     """
     check_options(model, kwargs)
-    return judge(draw(model, guide, args, kwargs, num_samples, seed=seed))
+    return judge(draw(model, guide, *program_arguments(model, args, kwargs), num_samples, seed=seed))
 
 
 def judge(draws: Draws) -> ParetoK:
@@ -195,6 +195,8 @@ def _likelihood_and_weight(tree: Any, var_name: str | None) -> tuple[Any, Any]:
     if var_name is None and len(names) == 1:
         var_name = names[0]
     name = str(var_name).replace("/", ".")
+    if not names:
+        raise ArgumentError("The data hold no log likelihood of an observed site: pass what pe.to_arviz returned.")
     if name not in names:
         raise ArgumentError(f"var_name must be one of the observed sites {names}, got {var_name!r}.")
     likelihood, stats = tree["log_likelihood"][name], tree["sample_stats"]

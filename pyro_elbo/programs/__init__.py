@@ -8,7 +8,7 @@ Imports sequences and below.
 """
 
 from pyro_elbo.programs.checks import check_options, check_programs
-from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns
+from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns, program_arguments
 from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
 from pyro_elbo.programs.modules import collect_modules, program_name
@@ -32,6 +32,7 @@ __all__ = [
     "as_tensors",
     "check_arguments",
     "named_columns",
+    "program_arguments",
     "Parameters",
     "Plate",
     "Program",

@@ -77,6 +77,15 @@ def named_columns(data: Any, program: Callable[..., Any]) -> Any:
     return columns
 
 
+def program_arguments(
+    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments as the programs take them: arrays as tensors, a DataFrame as its columns where they fit."""
+    if not kwargs and len(args) == 1 and (columns := named_columns(args[0], model)) is not args[0]:
+        args, kwargs = (), columns
+    return as_tensors(args), as_tensors(dict(kwargs))
+
+
 def _signature(program: Callable[..., Any]) -> inspect.Signature | None:
     try:
         return inspect.signature(program.forward if isinstance(program, nn.Module) else program)

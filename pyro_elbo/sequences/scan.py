@@ -50,8 +50,8 @@ def scan(
             value: it enters neither terms nor gradients, and a sequence that has ended keeps its carry. At padded
             steps the step program sees the sequence's last valid frame.
         length: the number of steps if ``xs`` is None.
-        horizon: the number of steps to forecast after the end of ``xs``. They get None in place of each x_t, and an
-            observed site (``obs=x_t``) is drawn. With ``lengths``, the forecast of each sequence starts at its own
+        horizon: the number of steps to forecast after the end of ``xs``. They get None in place of each tensor of
+            x_t, and an observed site (``obs=x_t``) is drawn. With ``lengths``, the forecast of each sequence starts at its own
             end, and its steps are the last ``horizon`` ones of the outs for all sequences.
         reverse: run from the last step to the first.
         dim: the time dimension of ``xs`` and of the outputs.

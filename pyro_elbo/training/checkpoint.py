@@ -39,7 +39,7 @@ def read_file(path: Path, parts: Collection[str], kind: str) -> dict[str, Any]:
                     raise zipfile.BadZipFile(f"the checksum of {changed} is wrong")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: expected a {kind}. Write it first.") from error
+        raise CheckpointError(f"{path} does not exist: expected a {kind}.") from error
     except Exception as error:  # the unpickler raises exceptions of any type on damaged bytes
         raise CheckpointError(f"{path} is damaged or is no {kind}: {error}. Delete it, or use a copy.") from error
     if not isinstance(content, dict) or not set(parts) <= content.keys():
@@ -102,6 +102,8 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
         CheckpointError: the checkpoint cannot be read, or belongs to other programs or another optimizer.
         ArgumentError: it holds as many epochs or steps as training shall have, or ends within an epoch.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: there is no run to resume. Leave out resume for the first one.")
     checkpoint = load_checkpoint(path)
     check_state(path, checkpoint["state_dict"], programs.state_dict())
     ours, theirs = optimizer.state_dict(), checkpoint["optimizer_states"][0]

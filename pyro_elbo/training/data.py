@@ -60,13 +60,6 @@ def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}
 
 
-def program_arguments(model: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments as the programs take them: arrays as tensors, a DataFrame as its columns where they fit."""
-    if not kwargs and len(args) == 1 and (columns := named_columns(args[0], model)) is not args[0]:
-        args, kwargs = (), columns
-    return as_tensors(args), as_tensors(dict(kwargs))
-
-
 class RunArguments(NamedTuple):
     """Training data as arguments of the programs.
 

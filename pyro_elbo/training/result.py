@@ -13,11 +13,19 @@ from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, check_co
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.plots import plot_history
 from pyro_elbo.posterior import ParetoK, label_latents, pareto_k, predict_data, sample_guide, to_arviz
-from pyro_elbo.programs import Program, check_arguments, check_options, check_programs, program_name, seeded
+from pyro_elbo.programs import (
+    Program,
+    check_arguments,
+    check_options,
+    check_programs,
+    program_arguments,
+    program_name,
+    seeded,
+)
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.checkpoint import check_state, read_file, write_file
 from pyro_elbo.training.checks import check_loss
-from pyro_elbo.training.data import RunArguments, num_rows, program_arguments
+from pyro_elbo.training.data import RunArguments, arguments, num_rows
 from pyro_elbo.training.saved import decode_loss, encode_loss
 from pyro_elbo.training.summary import Summary, summarize
 from pyro_elbo.training.trained import Trained, first_run
@@ -205,6 +213,8 @@ class FitResult:
         """Return new arguments as the programs take them, or the training data."""
         if args or kwargs:
             check_options(self.model, kwargs)
+            if len(args) == 1 and not kwargs and isinstance(args[0], tuple | list | Mapping):
+                args, kwargs = arguments(args[0])
             args, given = program_arguments(self.model, args, kwargs)
             check_arguments("This call", {"model": self.model, "guide": self.guide}, args, given)
             return args, given

@@ -1,8 +1,6 @@
 """A drop-in for :class:`pyro.infer.SVI` whose steps can run as one compiled graph."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,8 @@ from tqdm import tqdm
 from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
 from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
-from pyro_elbo.programs import Program, check_arguments, check_programs, program_name
+from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
 from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss
-from pyro_elbo.training.data import program_arguments
 
 CHUNK = 1000  # steps between two looks at the progress bar
 
@@ -126,8 +123,7 @@ class SVI:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss in nats without taking a step, with modules in evaluation mode; schedules do not advance."""
         args, kwargs = self._arguments(args, kwargs)
-        with self._explained(args, kwargs):
-            return self._steps.evaluate(args, kwargs)[1][0, 0].item()
+        return self._steps.evaluate(args, kwargs)[1][0, 0].item()
 
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if not kwargs and all(isinstance(x, Tensor) for x in args):
@@ -140,17 +136,7 @@ class SVI:
                 "SVI trains in one process: its steps do not average gradients over ranks. Use pe.fit(..., "
                 "devices=n), or the objective as a module under torch's DistributedDataParallel."
             )
-        with self._explained(args, kwargs):
-            return self._steps.train(args, kwargs, steps)
-
-    @contextmanager
-    def _explained(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-        """Raise DataError where a step fails because a program does not take the arguments."""
-        try:
-            yield
-        except TypeError:
-            check_arguments("This step", {"model": self.model, "guide": self.guide}, args, kwargs)
-            raise
+        return self._steps.train(args, kwargs, steps)
 
 
 def _check_optim(optim: Any, grad_clip: float | None) -> None:

@@ -25,6 +25,8 @@ def test_draws_are_named_after_sites_plates_and_events(fitted):
     assert draws.z.dims == ("draw", "data", "z_dim_0")
     assert draws.z.shape == (7, 40, 2)
     assert result.sample(7, X[:3]).z.shape == (7, 3, 2)
+    for data in ({"x": X[:3].numpy()}, (X[:3],)):
+        assert result.sample(7, data).z.shape == (7, 3, 2)
     assert result.sample(7, x=X[:3].numpy()).z.shape == (7, 3, 2)
 
 

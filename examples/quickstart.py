@@ -28,14 +28,13 @@ def load() -> tuple[torch.Tensor, torch.Tensor]:
     return images[:1500], images[1500:]
 
 
-def describe(terms: dict[str, pe.Terms], locs: torch.Tensor) -> int:
+def describe(terms: dict[str, pe.Terms], active: torch.Tensor) -> int:
     """Print the bound, its parts and the KL of every latent dimension; return the number of active units."""
     print(f"\n{'nats per image':22}" + "".join(f"{split:>12}" for split in terms))
     for name in ("elbo", "distortion", "rate"):
         values = (getattr(t.per_datum, name).item() for t in terms.values())
         print(f"{name:22}" + "".join(f"{v:12.2f}" for v in values))
     per_dim = terms["validation"].kl_per_dim["z"].mean(0)
-    active = locs.var(0) > 0.01
     print("\nKL per latent dimension (nats, validation mean)")
     for i, kl in enumerate(per_dim.tolist()):
         print(f"  z[{i}] {kl:6.2f}  {'#' * round(10 * kl)}{'' if active[i] else '  (unused: its mean is constant)'}")
@@ -100,7 +99,8 @@ def main(out: Path, max_epochs: int = 60) -> None:
             for split, x in (("train", train), ("validation", valid))
         }
         locs, _ = result.guide.encode(valid)
-    active = describe(terms, locs)
+    active = describe(terms, pe.active_units(result.model, result.guide, valid)["z"])
+    print(f"\n{result.diagnosis}")
 
     trust = pe.pareto_k(result.model, result.guide, valid, num_samples=4000)
     print(f"\n{trust}")

@@ -1,5 +1,6 @@
 """The evidence lower bound of Pyro programs as terms to see and to steer."""
 
+from pyro_elbo.diagnosis import Diagnosis, Finding, active_units, diagnose
 from pyro_elbo.errors import PyroElboError
 from pyro_elbo.information import MutualInformation, Penalty, PenaltyContext, PenaltyTerm, TotalCorrelation
 from pyro_elbo.objectives import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
@@ -9,7 +10,7 @@ from pyro_elbo.representation import Audit, KLDecomposition, audit, kl_decomposi
 from pyro_elbo.schedules import Capacity, Constant, Cyclical, LinearWarmup, Schedule, SigmoidWarmup
 from pyro_elbo.sequences import scan
 from pyro_elbo.terms import Terms
-from pyro_elbo.training import SVI, FitResult, Summary, fit, load
+from pyro_elbo.training import SVI, FitResult, Summary, fit, load, watch
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,8 @@ __all__ = [
     "Capacity",
     "Constant",
     "Cyclical",
+    "Diagnosis",
+    "Finding",
     "FitResult",
     "KLDecomposition",
     "LinearWarmup",
@@ -37,7 +40,9 @@ __all__ = [
     "TraceIW_ELBO",
     "TraceMI_ELBO",
     "TraceTimestep_ELBO",
+    "active_units",
     "audit",
+    "diagnose",
     "fit",
     "kl_decomposition",
     "load",
@@ -47,4 +52,5 @@ __all__ = [
     "plot_tradeoff",
     "scan",
     "to_arviz",
+    "watch",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pyro_elbo.diagnosis import Finding, diagnose
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.representation import Audit, Estimate, Fairness, Readout
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 _COLORS = {"train": "#9aa5b1", "valid": "#1f5fa8"}
 _CURVES = ("#1f5fa8", "#d08c3f", "#4f8f5b", "#b3452c", "#7a5ea8", "#5f6b78")
 _REFERENCE: dict[str, Any] = {"color": "#5f6b78", "lw": 1.0, "ls": ":"}
+_SICK = "#b3452c"
 _MOST_TICKS = 8
 # Positions of a label beside its point: offset in points, horizontal and vertical alignment.
 _SIDES = (
@@ -27,6 +29,9 @@ _SIDES = (
 
 def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) -> "list[Axes]":
     """Plot training curves: the bound with its two parts, and the KL of every latent site beside its weight.
+
+    What :func:`diagnose` finds is named in the legends, those of single latents beside their KL; a vertical line marks
+    the first epoch.
 
     Args:
         history: ``history`` of a :class:`pyro_elbo.FitResult`: dimensions ``epoch`` and ``split``, nats per datum.
@@ -56,6 +61,8 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
         history.epoch, -history.distortion.sel(split="train"), color="#d08c3f", lw=1, ls=":", label="-distortion"
     )
     bound.set(xlabel="epoch", ylabel="nats per datum", title="evidence lower bound (β = 1)")
+    findings = [f for f in diagnose(history).findings if not f.is_harmless]
+    _mark(bound, [f for f in findings if f.site is None])
     bound.legend(frameon=False)
     for site in history.latent.values:
         kl.plot(history.epoch, history.kl.sel(split="train", latent=site), label=f"KL of {site}")
@@ -64,8 +71,18 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
     weight.plot(history.epoch, history.beta.mean("latent"), color="#b3452c", lw=1, ls="--")
     weight.set(ylim=(0, None))
     weight.set_ylabel("β", color="#b3452c")
+    _mark(kl, [f for f in findings if f.site is not None])
     kl.legend(frameon=False, loc="center right")
     return axes
+
+
+def _mark(axes: "Axes", findings: Sequence[Finding]) -> None:
+    """Name findings in the legend of a figure over epochs, with a line where each begins."""
+    for finding in findings:
+        if finding.since is None:
+            axes.plot([], [], " ", label=finding.title)
+        else:
+            axes.axvline(finding.since, color=_SICK, lw=1, ls=":", label=finding.title)
 
 
 def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes] | None" = None) -> "list[Axes]":

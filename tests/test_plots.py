@@ -128,6 +128,7 @@ def test_history_draws_the_bound_and_its_parts():
         {
             "elbo": (("epoch", "split"), curve),
             "distortion": (("epoch", "split"), -curve - 0.5),
+            "rate": (("epoch", "split"), np.full((3, 2), 0.5)),
             "kl": (("epoch", "split", "latent"), np.full((3, 2, 1), 0.5)),
             "beta": (("epoch", "latent"), np.ones((3, 1))),
         },

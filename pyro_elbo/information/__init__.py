@@ -8,7 +8,7 @@ Imports terms and below.
 
 from pyro_elbo.information.aggregate import AggregatePosterior, Mixture, in_blocks
 from pyro_elbo.information.critics import Critic
-from pyro_elbo.information.estimators import AttributeSource, PenaltyContext
+from pyro_elbo.information.estimators import AttributeSource, PenaltyContext, information_on_data
 from pyro_elbo.information.penalties import Estimator, MutualInformation, Penalty, TotalCorrelation
 from pyro_elbo.information.penalty_term import PenaltyTerm, critic_gradients
 
@@ -25,4 +25,5 @@ __all__ = [
     "TotalCorrelation",
     "critic_gradients",
     "in_blocks",
+    "information_on_data",
 ]

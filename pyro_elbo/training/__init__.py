@@ -10,5 +10,6 @@ from pyro_elbo.training.fit import fit
 from pyro_elbo.training.result import FitResult, load
 from pyro_elbo.training.summary import Summary
 from pyro_elbo.training.svi import SVI
+from pyro_elbo.training.watching import watch
 
-__all__ = ["FitResult", "SVI", "Summary", "fit", "load"]
+__all__ = ["FitResult", "SVI", "Summary", "fit", "load", "watch"]

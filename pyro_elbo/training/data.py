@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_elbo.errors import DataError
-from pyro_elbo.programs import Program, as_tensors, check_arguments, named_columns
+from pyro_elbo.programs import Program, as_tensors, check_arguments, named_columns, seeded
 
 Batch = Tensor | tuple | list | dict
 
@@ -183,18 +184,19 @@ def _join(batches: list[Any]) -> Any:
 
 def prepare_data(
     train: Any, valid: Any, batch_size: int | None, seed: int, model: Program, guide: Program
-) -> tuple[Loaders, Any]:
-    """Check the data of both splits; return their loaders and the first training batch."""
+) -> tuple[Loaders, dict[str, list[Any]]]:
+    """Check the data of both splits; return their loaders and the first two batches of each."""
     data = {split: _as_dataset(split, named_columns(x, model)) for split, x in (("train", train), ("valid", valid))}
     loaders = Loaders(data["train"], data["valid"], batch_size, seed)
-    first = {}
+    first: dict[str, list[Any]] = {}
     for split in (split for split, x in data.items() if x is not None):
-        first[split] = next(iter(loaders(split)), None)
-        if first[split] is None:
+        with seeded(seed):
+            first[split] = list(islice(loaders(split), 2))
+        if not first[split]:
             raise DataError(f"{split}: the loader yields nothing; expected at least one batch.")
         cure = "Pass a tensor for one argument, a tuple for several, or a dict for keyword arguments. "
-        check_arguments(f"{split}: a batch", {"model": model, "guide": guide}, *arguments(first[split]), cure)
-    return loaders, first["train"]
+        check_arguments(f"{split}: a batch", {"model": model, "guide": guide}, *arguments(first[split][0]), cure)
+    return loaders, first
 
 
 def _as_dataset(split: str, data: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 
 from pyro_elbo import errors
 from pyro_elbo.compile import Compile
+from pyro_elbo.diagnosis import Probe
 from pyro_elbo.errors import check_count
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, keeping_modes
@@ -24,7 +25,7 @@ from pyro_elbo.training.history import EpochRecord
 from pyro_elbo.training.options import Folder, Machine, MakeOptimizer, Options, Scheduler, Steps, Stopping
 from pyro_elbo.training.quiet import undisturbed
 from pyro_elbo.training.result import FitResult, Which
-from pyro_elbo.training.trained import Trained, checked_minibatches, first_run
+from pyro_elbo.training.trained import Trained, checked_minibatches, first_run, make_probe
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -100,7 +101,7 @@ def fit(
         logger: Lightning's loggers; they get every number of the history, and loss and ELBO of single steps.
         callbacks: Lightning's callbacks, beside those of the library. They can monitor ``valid_elbo`` and
             ``train_elbo``.
-        progress: show the progress bar.
+        progress: show the progress bar, and one line of the diagnosis at the end.
 
     Raises:
         ArgumentError: a schedule outlasts the training, arguments have a wrong type or value or exclude each other,
@@ -137,10 +138,15 @@ def fit(
         loaders, first = prepare_data(train, valid, batch_size, seed, model, guide)
         run = _prepare(loss(model, guide), loaders, first, options, scratch)
         run.train()
-        return run.result(loaders.as_arguments(first))
+        result = run.result(loaders.as_arguments(first["train"][0]))
+    if progress:
+        print(f"diagnosis: {result.diagnosis.summary}")
+    return result
 
 
-def _prepare(module: TermsModule, loaders: Loaders, first: Any, options: Options, scratch: str) -> "_Run":
+def _prepare(
+    module: TermsModule, loaders: Loaders, first: dict[str, list[Any]], options: Options, scratch: str
+) -> "_Run":
     """Find what is to be trained, and check all that can be checked, before anything is written."""
     from pyro_elbo.training import lightning as adapter
 
@@ -149,15 +155,18 @@ def _prepare(module: TermsModule, loaders: Loaders, first: Any, options: Options
     taken = 0 if place.resume else module.elbo.step
     stop.check_schedule(module.elbo, taken, -(-batches // steps.accumulate_grad_batches))
     pyro.set_rng_seed(seed)
-    trained, terms = first_run(module, *arguments(first))
-    loaders = checked_minibatches(module, terms, batches * machine.devices, loaders)
-    programs = adapter.LightningPrograms(trained, loaders, options)
+    trained, terms = first_run(module, *arguments(first["train"][0]))
+    checked = checked_minibatches(module, terms, batches * machine.devices, loaders)
+    if checked is not loaders:
+        loaders, first = checked, first | {"valid": list(checked("valid"))}
+    probe = make_probe(trained, terms, first, options.seed)
+    programs = adapter.LightningPrograms(trained, loaders, options, probe)
     optimizer = programs.configure_optimizers()["optimizer"]
     folder = place.prepared(scratch)
     files = folder if place.dir is not None or stop.restores or machine.devices > 1 else None
     trainer = adapter.make_trainer(files, options)
     start = check_resumable(folder / "last.ckpt", programs, optimizer, stop) if place.resume else None
-    return _Run(trained, programs, trainer, options, files, start)
+    return _Run(trained, programs, trainer, options, files, start, probe)
 
 
 @contextmanager
@@ -192,6 +201,7 @@ class _Run(NamedTuple):
     options: Options
     files: Path | None
     start: str | None
+    probe: Probe
 
     def train(self) -> None:
         """Train; the parameters end up in the programs, or in files of several processes."""
@@ -202,6 +212,8 @@ class _Run(NamedTuple):
         """Restore the best epoch where it is wanted, write the history, and return the result."""
         stop, module = self.options.stop, self.trained.module
         records, steps = self._outcome()
+        if not any(r.get("probe") for r in records if r["epoch"] == records[-1]["epoch"]):
+            histories.add_probe(records, self.probe())
         best, epochs = histories.best(records)["epoch"], len({r["epoch"] for r in records})
         holds, kept = self._restore(best == records[-1]["epoch"])
         history = histories.to_dataset(records, module.elbo.loss_units)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_elbo.diagnosis import ProbeRecord, probe_variables
+
 if TYPE_CHECKING:
     import xarray
 
@@ -60,7 +62,8 @@ def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -
     Variables: ``elbo``, ``distortion``, ``rate`` (epoch, split) and ``kl`` (epoch, split, latent) in nats per datum;
     ``loss`` (epoch, split) in ``loss_units``; ``beta`` (epoch, latent), the weight at the end of the epoch; with
     penalties, ``penalty`` (epoch, split, penalty_name), unweighted, and ``penalty_weight`` (epoch, penalty_name), λ at
-    the end of the epoch. Missing values of a split are NaN.
+    the end of the epoch. Missing values of a split are NaN. Epochs with a probe add the variables of
+    :func:`pyro_elbo.diagnosis.probe_variables`.
     """
     import numpy as np
     import xarray
@@ -93,7 +96,9 @@ def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -
         variables["penalty"] = (("epoch", "split", "penalty_name"), penalty, units)
         variables["penalty_weight"] = (("epoch", "penalty_name"), weight)
         coords["penalty_name"] = [name.removeprefix("penalty/") for name in names]
-    return xarray.Dataset(variables, coords=coords)
+    places = {(epochs.index(r["epoch"]), SPLITS.index(r["split"])): r["probe"] for r in records if r.get("probe")}
+    probed, probed_coords = probe_variables(places, shape, latents)
+    return xarray.Dataset(variables | probed, coords=coords | probed_coords)
 
 
 def save(history: "xarray.Dataset", path: Path) -> None:
@@ -101,3 +106,10 @@ def save(history: "xarray.Dataset", path: Path) -> None:
     temporary = path.with_suffix(".part")
     history.to_netcdf(temporary, engine="h5netcdf")
     os.replace(temporary, path)
+
+
+def add_probe(records: list[EpochRecord], found: Mapping[str, ProbeRecord]) -> None:
+    """Add what a probe has found to the records of the last epoch."""
+    for record in records[-len(SPLITS) :]:
+        if record["epoch"] == records[-1]["epoch"]:
+            record["probe"] = found.get(record["split"], {})

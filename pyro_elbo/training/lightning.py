@@ -9,19 +9,25 @@ from typing import Any
 import lightning
 import pyro
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pyro_elbo.compile import CompiledSVI, TorchUpdate
+from pyro_elbo.diagnosis import Probe, diagnose
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.data import Batch, Loaders, arguments, num_rows
-from pyro_elbo.training.history import EpochRecord, RunningMean, best
+from pyro_elbo.training.history import EpochRecord, RunningMean, add_probe, best, to_dataset
 from pyro_elbo.training.options import Options, as_list
 from pyro_elbo.training.trained import Trained
+
+# Steps between two probes, in Python and compiled: a probe takes as long as four steps in Python.
+PROBE_EVERY = {False: 200, True: 2000}
+WAITS = ("healthy", "unused units", "not converged", "warm-up too long")  # findings that only the end can tell
 
 
 class LightningPrograms(lightning.LightningModule):
@@ -35,7 +41,7 @@ class LightningPrograms(lightning.LightningModule):
     the same noise and does not advance the random stream of training.
     """
 
-    def __init__(self, trained: Trained, loaders: Loaders, options: Options) -> None:
+    def __init__(self, trained: Trained, loaders: Loaders, options: Options, probe: Probe) -> None:
         super().__init__()
         self.options, self.max_steps = options.steps, options.stop.max_steps
         self.automatic_optimization = not self.options.compile
@@ -46,6 +52,7 @@ class LightningPrograms(lightning.LightningModule):
         self.loaders, self.seed = loaders, options.seed
         self.progress, self.logs = options.progress, options.machine.logger is not None
         self.records: list[EpochRecord] = []
+        self.probe, self.probed_at = probe, 0
         self.mean = RunningMean()
         self.valid_mean = RunningMean()
 
@@ -174,18 +181,22 @@ class LightningPrograms(lightning.LightningModule):
         self._record("valid", self.valid_mean)
 
     def on_train_epoch_end(self) -> None:
-        """Record the training terms of the epoch."""
+        """Record the training terms of the epoch, and probe the programs where enough steps have passed."""
         self._record("train", self.mean)
+        steps = self.trainer.global_step
+        if self.current_epoch == 0 or steps - self.probed_at >= PROBE_EVERY[bool(self.options.compile)]:
+            add_probe(self.records, self.probe(lambda data: move_data_to_device(data, self.device)))
+            self.probed_at = steps
         if self.compiled is not None:
             self._move_schedulers("epoch")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the history to the checkpoint."""
-        checkpoint["history"] = self.records
+        """Add the history to the checkpoint, and the step of its last probe."""
+        checkpoint["history"], checkpoint["probed_at"] = self.records, self.probed_at
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the history from the checkpoint."""
-        self.records = list(checkpoint["history"])
+        self.records, self.probed_at = list(checkpoint["history"]), checkpoint.get("probed_at", 0)
 
     def _seed_loader(self) -> None:
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # current_epoch lags when a run resumes
@@ -226,6 +237,37 @@ class StopAfterWarmup(EarlyStopping):
         elbo: Any = pl_module.module.elbo
         if elbo.step >= elbo.settled:
             super().on_train_epoch_end(trainer, pl_module)
+
+
+class Watch(EarlyStopping):
+    """The callback of :func:`pyro_elbo.watch`: says once what stands in several probes, and stops if it is asked to."""
+
+    def __init__(self, stop: bool, patience: int) -> None:
+        super().__init__("train_elbo", check_on_train_epoch_end=True)
+        self.stops, self.probes = stop, patience
+        self.standing: dict[str, int] = {}
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Diagnose the epochs so far, if there was a probe after this one."""
+        records: Any = pl_module.records
+        if "probe" not in records[-1]:
+            return
+        found = {f.title.split(",")[0]: f for f in diagnose(to_dataset(records)).findings if f.name not in WAITS}
+        self.standing = {name: self.standing.get(name, 0) + 1 for name in found}
+        for name, finding in found.items():
+            if self.standing[name] == self.probes and trainer.is_global_zero:
+                bar = trainer.progress_bar_callback
+                (print if bar is None else bar.print)(finding)
+        if self.stops and any(count >= self.probes for count in self.standing.values()):
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {"standing": self.standing}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state."""
+        self.standing = dict(state_dict["standing"])
 
 
 class KeepBest(Checkpoint):

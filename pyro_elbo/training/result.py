@@ -3,11 +3,13 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from pyro_elbo.diagnosis import Diagnosis, diagnose
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
@@ -140,6 +142,11 @@ class FitResult:
         """Say how far the guide can be trusted: see :func:`pareto_k`."""
         args, kwargs = self._arguments(args, kwargs)
         return pareto_k(self.model, self.guide, *args, num_samples=num_samples, seed=self._seed(seed), **kwargs)
+
+    @cached_property
+    def diagnosis(self) -> Diagnosis:
+        """Whether training is done and healthy, and if not, why; print it: see :func:`diagnose`."""
+        return diagnose(self.history)
 
     def plot(self, axes: "list[Axes] | None" = None) -> "list[Axes]":
         """Plot the history: see :func:`plot_history`."""

@@ -1,14 +1,6 @@
-r"""A table of a fit's latent sites: how much information each carries, and how far its posterior can be trusted.
+"""A table of a fit's latent sites: how much information each carries, and how far its posterior can be trusted.
 
-A unit of a latent is active if its posterior mean moves with the data,
-
-.. math:: \mathrm{Var}_x\, E_q[z \mid x] > 0.01,
-
-the threshold of Burda et al. The variance of the mean of S draws contains 1/S of the variance within a posterior,
-which is subtracted. In a sequence the variance over sequences is averaged over time.
-
-References:
-    Burda, Grosse, Salakhutdinov (2016), Importance weighted autoencoders, arXiv:1509.00519.
+Units are active if their posterior mean moves with the data: see :mod:`pyro_elbo.diagnosis.activity`.
 """
 
 import math
@@ -17,6 +9,7 @@ from dataclasses import asdict, dataclass
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from pyro_elbo.diagnosis import ACTIVE, MAX_ROWS, are_local, spread_of_means
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import GuideError, WeightsError
 from pyro_elbo.posterior import Draws, ParetoK, judge, label_latents, sample_guide
@@ -27,9 +20,6 @@ from pyro_elbo.training.data import RunArguments, num_rows
 if TYPE_CHECKING:
     import pandas
     import xarray
-
-ACTIVE = 0.01
-MAX_ROWS = 250
 
 
 @dataclass(frozen=True)
@@ -140,7 +130,7 @@ def summarize(
     """
     data = RunArguments(args, dict(kwargs), batch, True)
     total = num_rows((*args, *kwargs.values()))
-    is_part = total > max(batch, MAX_ROWS) and _are_local(terms)
+    is_part = total > max(batch, MAX_ROWS) and are_local(terms)
     if is_part:
         args, kwargs = data.take([i * total // MAX_ROWS for i in range(MAX_ROWS)])
     drawn = sample_guide(model, guide, args, kwargs, num_samples, seed)
@@ -151,11 +141,6 @@ def summarize(
     sites = tuple(SiteSummary(n, x, x / terms.num_data, shared, *units[n]) for n, x in kl.items())
     elbo = terms.per_datum.elbo.item()
     return Summary(sites, elbo, terms.num_data, MAX_ROWS if is_part else terms.num_data, k, caution)
-
-
-def _are_local(terms: Terms) -> bool:
-    """Return whether every latent belongs to one row of the data."""
-    return terms.data_plate is not None and all(terms.data_plate in t.plates for t in terms.sites.values() if t.is_kl)
 
 
 def _try_pareto_k(drawn: Draws) -> tuple[ParetoK | None, str | None]:
@@ -175,21 +160,9 @@ def _kl_by_site(terms: Terms) -> dict[str, float]:
 
 
 def _count_active(name: str, terms: Terms, draws: "xarray.Dataset") -> tuple[int, int] | tuple[None, None]:
-    """Count the units whose posterior mean varies with the rows of the data, and all units."""
-    data, plates = terms.data_plate, [p.name for p in terms.plates[name]]
-    if data is None or data.name not in plates or name not in draws:
-        return None, None
-    values = draws[name]
-    rows = next((d for d in (data.name, f"{data.name}_dim") if d in values.dims), None)
-    if rows is None or values.sizes[rows] < 2:
-        return None, None
-    if f"{name}_counted" in draws.coords:
-        values = values.where(draws[f"{name}_counted"])
-    within = values.var("draw", ddof=1) / values.sizes["draw"]
-    spread = values.mean("draw").var(rows, ddof=1) - within.mean(rows)
-    if terms.sites[name].steps is not None:
-        spread = spread.mean(plates[-1])
-    return int((spread > ACTIVE).sum()), int(spread.size)
+    """Count the active units of a latent, and all of them."""
+    spread = spread_of_means(name, terms, draws)
+    return (None, None) if spread is None else (int((spread > ACTIVE).sum()), spread.numel())
 
 
 def _number(x: float, form: str) -> str:

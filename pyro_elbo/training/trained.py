@@ -7,11 +7,12 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_elbo.diagnosis import MAX_ROWS, Call, Probe, ProbeData, are_local
 from pyro_elbo.errors import DataError, GuideError
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Plate, collect_modules, collect_parameters
 from pyro_elbo.terms import Term, Terms
-from pyro_elbo.training.data import Loaders, arguments
+from pyro_elbo.training.data import Loaders, RunArguments, arguments, num_rows
 
 
 class Trained(nn.Module):
@@ -137,3 +138,29 @@ def _is_subsampled(terms: Terms) -> bool:
 def _is_shared(term: Term, data: Plate | None) -> bool:
     """Return True for the term of a site that is not repeated for every datum."""
     return term.is_kl if data is None else data not in term.plates
+
+
+def make_probe(trained: Trained, terms: Terms, first: Mapping[str, list[Any]], seed: int) -> Probe:
+    """Return the probe of a fit: of the first batches, or of a part of their rows where a row stands for itself.
+
+    Args:
+        trained: the programs and their parameters.
+        terms: the terms of the first training batch.
+        first: the first batches of each split.
+        seed: the seed of the fit.
+    """
+    plate = terms.data_plate
+    local = are_local(terms) and plate is not None and plate.size == num_rows(first["train"][0])
+
+    def rows(batch: Any) -> Call:
+        given = RunArguments(*arguments(batch), num_rows(batch), False)
+        if not local or given.rows <= MAX_ROWS:
+            return given.args, given.kwargs
+        return given.take([i * given.rows // MAX_ROWS for i in range(MAX_ROWS)])
+
+    batch, *more = first["train"]
+    other = more[0] if more and num_rows(more[0]) == num_rows(batch) else batch
+    valid = rows(first["valid"][0]) if "valid" in first else None
+    module = trained.module
+    data = ProbeData((rows(batch), rows(other)), valid)
+    return Probe(module.model, module.guide, module.elbo, list(trained.by_name.values()), data, seed)

@@ -1,0 +1,165 @@
+"""A training history as the rules read it: curves without gaps, their trend and their noise."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from pyro_elbo.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import xarray
+
+FEWEST = 6  # epochs that show a trend
+FINAL = 0.1  # of the epochs under the final weights: fewer are no training
+TOTALS = {"elbo", "distortion", "rate", "beta", "kl"}
+
+
+class Fall(NamedTuple):
+    """How far a curve ends below its best epoch.
+
+    Attributes:
+        since: the best epoch.
+        drop: nats from the best to the end, both averaged over neighbors.
+        share: the drop as a part of what was gained before it.
+        noise: standard deviation of the averages.
+    """
+
+    since: int
+    drop: float
+    share: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A figure over the epochs in which it is known."""
+
+    epochs: Int[np.ndarray, " epochs"]
+    values: Float[np.ndarray, " epochs"]
+
+    def __len__(self) -> int:
+        """The number of epochs."""
+        return len(self.values)
+
+    @property
+    def last(self) -> float | None:
+        """The last value."""
+        return float(self.values[-1]) if len(self) else None
+
+    @property
+    def window(self) -> int:
+        """Neighboring epochs that averages take: a tenth of all."""
+        return max(1, len(self) // 10)
+
+    @property
+    def smooth(self) -> "Curve":
+        """The curve averaged over neighboring epochs, each average at its middle epoch."""
+        w = self.window
+        middle = self.epochs[(w - 1) // 2 : len(self) - w // 2]
+        return Curve(middle, np.convolve(self.values, np.ones(w) / w, mode="valid"))
+
+    @property
+    def noise(self) -> float:
+        """The standard deviation of a value around the trend, from second differences, whose median ignores jumps."""
+        if len(self) < FEWEST:
+            return 0.0
+        return float(np.median(np.abs(np.diff(self.values, 2)))) / (0.6745 * 6**0.5)
+
+    @property
+    def fall(self) -> Fall:
+        """How far the curve ends below its best epoch."""
+        smooth = self.smooth
+        best = int(smooth.values.argmax())
+        drop = float(smooth.values[best] - smooth.values[-1])
+        gained = float(smooth.values[best] - smooth.values[: best + 1].min())
+        share = drop / gained if gained > 0 else float("inf") if drop > 0 else 0.0
+        return Fall(int(smooth.epochs[best]), drop, share, self.noise / self.window**0.5)
+
+    def change(self, since: int) -> float:
+        """The last average less that of the epoch nearest to ``since``."""
+        smooth = self.smooth
+        return float(smooth.values[-1] - smooth.values[np.abs(smooth.epochs - since).argmin()])
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A history with what the rules ask of it.
+
+    Attributes:
+        history: the Dataset.
+        settled: the epoch in which every weight took its final value.
+    """
+
+    history: "xarray.Dataset"
+    settled: int
+
+    @staticmethod
+    def of(history: Any) -> "Evidence":
+        """Read a history.
+
+        Raises:
+            ArgumentError: it is none.
+        """
+        dims, names = set(getattr(history, "dims", ())), set(getattr(history, "data_vars", ()))
+        if not {"epoch", "split", "latent"} <= dims or not names >= TOTALS:
+            raise ArgumentError(
+                f"diagnose: expected a history over epoch, split and latent with {sorted(TOTALS)}, got a "
+                f"{type(history).__name__}. Give the result of pe.fit, or its history."
+            )
+        if not history.sizes["epoch"]:
+            raise ArgumentError("diagnose: the history has no epochs. Give the history of a fit.")
+        beta, epochs = history.beta.values, history.epoch.values
+        moves = np.flatnonzero((np.diff(beta, axis=0) != 0).any(1)) if beta.size else np.empty(0, int)
+        first = moves[-1] + 1 if len(moves) else 0
+        return Evidence(history, int(epochs[first]))
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs."""
+        return self.history.sizes["epoch"]
+
+    @property
+    def shows_trends(self) -> bool:
+        """Whether there are enough epochs under the final weights; a schedule that ends with the fit is seen anyway."""
+        return self.epochs >= FEWEST and (self.moves_until_the_end or len(self.steady("elbo", self.judged)) >= FEWEST)
+
+    @property
+    def moves_until_the_end(self) -> bool:
+        """Whether a weight still moves in the last tenth of the epochs."""
+        epochs = self.history.epoch.values
+        return bool(self.settled > epochs[0] and (epochs > self.settled).sum() < FINAL * len(epochs))
+
+    @property
+    def latents(self) -> list[str]:
+        """The latent sites."""
+        return [str(name) for name in self.history.latent.values]
+
+    @property
+    def judged(self) -> str:
+        """The split that tells how good the fit is: validation if there is one."""
+        return "valid" if len(self.curve("elbo", "valid")) else "train"
+
+    def curve(self, name: str, split: str | None = None, **labels: str) -> Curve:
+        """Return a figure over all epochs in which it is known; without any where the history lacks it."""
+        if name not in self.history:
+            return Curve(np.empty(0, int), np.empty(0))
+        chosen: dict[Any, str | None] = {"split": split, **labels}
+        variable = self.history.variables[name]
+        places = [list(self.history.variables[d].values).index(chosen[d]) for d in variable.dims if d != "epoch"]
+        values = variable.values[(slice(None), *places)].astype(float)
+        known = np.isfinite(values)
+        return Curve(self.history.epoch.values[known], values[known])
+
+    def steady(self, name: str, split: str) -> Curve:
+        """Return a figure over the epochs under the final weights."""
+        curve = self.curve(name, split)
+        known = curve.epochs >= self.settled
+        return Curve(curve.epochs[known], curve.values[known])
+
+    def units(self, latent: str) -> list[str]:
+        """Return the names of a latent's units."""
+        if "kl_per_dim" not in self.history:
+            return []
+        return [str(u) for u in self.history.unit.values[self.history.unit_latent.values == latent]]

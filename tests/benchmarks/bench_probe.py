@@ -1,0 +1,55 @@
+"""What the probes of a fit cost: ``pe.fit`` with and without them, alternating.
+
+Run with ``python -m tests.benchmarks.bench_probe``. Medians of the times of whole fits, and of the ratios of neighbors.
+"""
+
+import statistics
+import time
+from unittest.mock import patch
+
+import torch
+
+from pyro_elbo.diagnosis import Probe
+from tests.benchmarks.diagnosis_runs import Recipe, Run
+
+FITS = {
+    "VAE of digits, 40 epochs of 12 steps": (Run("", "vae", 0, {}, Recipe()), False),
+    "VAE of 30 latents and 400 hidden, 40 epochs": (
+        Run("", "vae", 0, {"z_dim": 30, "hidden": 400, "encoder_hidden": 400}, Recipe()),
+        False,
+    ),
+    "regression, 300 epochs of one step": (Run("", "regression", 0, {}, Recipe(epochs=300, batch=None)), False),
+    "VRNN, 30 epochs of 3 steps": (Run("", "vrnn", 0, {}, Recipe(epochs=30)), False),
+    "VAE of digits, compiled, 400 epochs": (Run("", "vae", 0, {}, Recipe(epochs=400)), True),
+}
+
+
+def seconds(run: Run, compile: bool, probed: bool) -> float:
+    """Time one fit."""
+    start = time.perf_counter()
+    if probed:
+        run.fit(compile=compile)
+    else:
+        with patch.object(Probe, "__call__", lambda self, move=None: {}):
+            run.fit(compile=compile)
+    return time.perf_counter() - start
+
+
+def main(repeats: int = 7) -> None:
+    torch.set_num_threads(1)
+    print(f"{'one fit':48} {'seconds':>8} {'probed':>8} {'ratio':>7}")
+    for name, (run, compile) in FITS.items():
+        for probed in (True, False):
+            seconds(run, compile, probed)
+        pairs = []
+        for i in range(repeats):
+            order = (True, False) if i % 2 else (False, True)
+            times = {probed: seconds(run, compile, probed) for probed in order}
+            pairs.append((times[False], times[True]))
+        bare, probed = (statistics.median(x) for x in zip(*pairs, strict=True))
+        ratio = statistics.median(b / a for a, b in pairs)
+        print(f"{name:48} {bare:8.2f} {probed:8.2f} {ratio:7.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The labelled runs of ``bench_diagnosis``: what each is by construction, decided before it was trained.
+
+A row of ``TABLE`` says which mistake was built in and how. It is trained once to develop the rules on, and once with
+another seed and slightly other settings for the half that is looked at once; what is healthy, twice each.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+
+import pyro_elbo as pe
+from tests.benchmarks.diagnosis_programs import FAMILIES
+
+SEEDS = {"develop": (0, 1), "final": (100, 101)}  # the second for healthy runs alone, of which more are needed
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a program is trained.
+
+    Attributes:
+        lr, epochs, batch: of Adam.
+        decay: the learning rate of the last epoch over the first: a settled run ends small, a diverging one large.
+        beta: weight of the KL; ``"warm-up"`` rises until the last step.
+        free_bits, capacity: nats that each unit, or the whole latent, is made to carry.
+    """
+
+    lr: float = 5e-3
+    epochs: int = 40
+    batch: int | None = 100
+    decay: float = 0.02
+    beta: float | str = 1.0
+    free_bits: float = 0.0
+    capacity: float | None = None
+
+    def loss(self, steps: int) -> pe.TraceBeta_ELBO:
+        """Return the objective of a training of so many steps."""
+        if self.capacity is not None:
+            return pe.TraceBeta_ELBO(pe.Capacity(0.0, self.capacity, steps // 2))
+        beta = pe.LinearWarmup(0.0, 1.0, steps=steps) if isinstance(self.beta, str) else self.beta
+        return pe.TraceBeta_ELBO(beta, free_bits=self.free_bits)
+
+
+class Construction(NamedTuple):
+    """A mistake: its name, the programs, how they are made and trained, and what differs in the final half."""
+
+    label: str
+    family: str
+    sizes: dict[str, Any]
+    recipe: dict[str, Any]
+    final: dict[str, Any]
+
+
+class Run(NamedTuple):
+    """One run: a construction with a seed."""
+
+    label: str
+    family: str
+    seed: int
+    sizes: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        settings = {**self.sizes, **{k: v for k, v in vars(self.recipe).items() if v != getattr(Recipe, k)}}
+        return f"{self.family} {' '.join(f'{k}={v}' for k, v in settings.items())} seed={self.seed}"
+
+    def fit(self, **options: Any) -> pe.FitResult:
+        """Train it; ``options`` are further ones of ``pe.fit``."""
+        pyro.clear_param_store()
+        pyro.set_rng_seed(self.seed)
+        programs = FAMILIES[self.family](**self.sizes)
+        first = programs.train[0] if isinstance(programs.train, tuple) else programs.train
+        r = self.recipe
+        steps = r.epochs * -(-len(first) // (r.batch or len(first)))
+        return pe.fit(
+            *programs,
+            loss=r.loss(steps),
+            lr=r.lr,
+            scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, r.decay ** (1 / r.epochs)),
+            max_epochs=r.epochs,
+            batch_size=r.batch,
+            seed=self.seed,
+            progress=False,
+            **options,
+        )
+
+
+SETTLED = {"lr": 1e-2, "batch": 200, "epochs": 100}
+TABLE = [
+    # --- healthy: enough rows, a step size that ends small
+    Construction("healthy", "vae", {}, SETTLED, {"epochs": 90}),
+    Construction("healthy", "vae", {"source": "fashion"}, SETTLED, {"epochs": 90}),
+    Construction("healthy", "vae", {"told": "class", "z_dim": 3}, SETTLED, {"epochs": 90}),
+    Construction("healthy", "vae", {"scale": 0.3}, SETTLED, {"z_dim": 3}),
+    Construction("healthy", "factors", {"rows": 1200, "strength": 0.4, "encoder_hidden": 8}, {}, {"strength": 0.5}),
+    Construction("healthy", "regression", {}, {"lr": 0.05, "epochs": 300, "batch": None}, {"rows": 320}),
+    Construction("healthy", "vrnn", {}, {"epochs": 40, "lr": 2e-2}, {"z_dim": 2}),
+    Construction("healthy", "vrnn", {"source": "chorales"}, {"epochs": 40, "lr": 2e-2}, {"hidden": 12}),
+    # --- not converged: small or few steps
+    Construction("not converged", "vae", {}, {"lr": 2e-4, "epochs": 15, "decay": 1.0}, {"lr": 3e-4}),
+    Construction("not converged", "vae", {"told": "class"}, {"lr": 1e-3, "epochs": 8, "decay": 1.0}, {"epochs": 9}),
+    Construction(
+        "not converged", "regression", {}, {"lr": 5e-3, "epochs": 60, "batch": None, "decay": 1.0}, {"lr": 4e-3}
+    ),
+    Construction("not converged", "vrnn", {}, {"lr": 1e-3, "epochs": 10, "decay": 1.0}, {"source": "chorales"}),
+    # --- posterior collapse: nothing to say, or a decoder that needs nothing said
+    Construction("posterior collapse", "vae", {"scale": 3.0}, {}, {"scale": 2.5}),
+    Construction("posterior collapse", "vae", {"source": "coins"}, {}, {"z_dim": 6}),
+    Construction("posterior collapse", "vae", {"told": "copy", "hidden": 64, "scale": 0.5}, {}, {"hidden": 96}),
+    Construction("posterior collapse", "vrnn", {"source": "coins"}, {"epochs": 30, "lr": 1e-2}, {"z_dim": 2}),
+    # --- over-regularized: a weight of the KL beyond what the data pay
+    Construction("over-regularized", "vae", {}, {"beta": 40.0}, {"beta": 60.0}),
+    Construction("over-regularized", "vae", {"told": "class"}, {"beta": 20.0}, {"beta": 30.0}),
+    Construction(
+        "over-regularized", "regression", {}, {"beta": 30.0, "lr": 0.05, "epochs": 300, "batch": None}, {"beta": 50.0}
+    ),
+    Construction("over-regularized", "vrnn", {}, {"beta": 10.0, "epochs": 30, "lr": 1e-2}, {"beta": 15.0}),
+    # --- overfitting: few rows, many parameters
+    Construction(
+        "overfitting",
+        "vae",
+        {"rows": 80, "hidden": 256, "z_dim": 8},
+        {"batch": 40, "epochs": 150, "decay": 0.2},
+        {"rows": 100},
+    ),
+    Construction(
+        "overfitting",
+        "vae",
+        {"rows": 100, "hidden": 256, "told": "class"},
+        {"batch": 50, "epochs": 150, "decay": 0.2},
+        {"rows": 80},
+    ),
+    Construction(
+        "overfitting",
+        "vae",
+        {"rows": 80, "hidden": 256, "scale": 0.1, "z_dim": 8},
+        {"batch": 40, "epochs": 150, "decay": 0.2},
+        {"rows": 100},
+    ),
+    Construction(
+        "overfitting",
+        "vrnn",
+        {"rows": 40, "hidden": 48},
+        {"batch": 20, "epochs": 60, "lr": 2e-2, "decay": 0.2},
+        {"rows": 50},
+    ),
+    # --- KL shrinkage: an encoder of many parameters and few rows
+    Construction("KL shrinkage", "factors", {"rows": 60}, {"batch": 30, "epochs": 120, "decay": 0.2}, {"rows": 50}),
+    Construction(
+        "KL shrinkage",
+        "factors",
+        {"rows": 60, "x_dim": 100, "strength": 0.1},
+        {"batch": 30, "epochs": 120, "decay": 0.2},
+        {"x_dim": 90},
+    ),
+    Construction(
+        "KL shrinkage", "factors", {"rows": 100, "z_dim": 5}, {"batch": 50, "epochs": 120, "decay": 0.2}, {"rows": 80}
+    ),
+    Construction(
+        "KL shrinkage",
+        "factors",
+        {"rows": 60, "encoder_hidden": 512},
+        {"batch": 30, "epochs": 120, "decay": 0.2},
+        {"rows": 50},
+    ),
+    # --- a warm-up that lasts until the last step
+    Construction("warm-up too long", "vae", {}, {"beta": "warm-up"}, {"lr": 4e-3}),
+    Construction("warm-up too long", "vae", {"told": "class"}, {"beta": "warm-up"}, {"epochs": 30}),
+    Construction(
+        "warm-up too long",
+        "regression",
+        {},
+        {"beta": "warm-up", "lr": 0.05, "epochs": 200, "batch": None},
+        {"epochs": 150},
+    ),
+    Construction("warm-up too long", "vrnn", {}, {"beta": "warm-up", "epochs": 20, "lr": 1e-2}, {"z_dim": 2}),
+    # --- diverging: a step size that grows beyond what the bound bears
+    Construction("diverging", "vae", {}, {"decay": 300.0}, {"decay": 500.0}),
+    Construction("diverging", "vae", {"told": "class"}, {"decay": 500.0}, {"decay": 300.0}),
+    Construction(
+        "diverging", "regression", {}, {"lr": 0.05, "epochs": 200, "batch": None, "decay": 300.0}, {"decay": 500.0}
+    ),
+    Construction("diverging", "vrnn", {}, {"lr": 1e-2, "epochs": 30, "decay": 300.0}, {"decay": 500.0}),
+    # --- dead decoder: the latents are paid for, and the decoder does not hear them
+    Construction("dead decoder", "vae", {"deaf": True}, {"free_bits": 1.0}, {"free_bits": 0.5}),
+    Construction("dead decoder", "vae", {"deaf": True, "fixed_scale": 0.3}, {}, {"fixed_scale": 0.2}),
+    Construction("dead decoder", "vae", {"deaf": True, "told": "class"}, {"capacity": 5.0}, {"capacity": 8.0}),
+    Construction(
+        "dead decoder", "vrnn", {"deaf": True}, {"free_bits": 0.3, "epochs": 20, "lr": 1e-2}, {"free_bits": 0.5}
+    ),
+    # --- exploding KL: the rate grows far beyond what it saves
+    Construction("exploding KL", "vae", {"z_dim": 8}, {"beta": 1e-3, "decay": 1.0}, {"beta": 5e-4}),
+    Construction("exploding KL", "vae", {"told": "class"}, {"beta": 1e-3, "decay": 1.0}, {"beta": 5e-4}),
+    Construction("exploding KL", "vae", {}, {"capacity": 200.0, "decay": 1.0}, {"capacity": 300.0}),
+    Construction("exploding KL", "vrnn", {}, {"beta": 1e-3, "epochs": 40, "lr": 1e-2, "decay": 1.0}, {"beta": 5e-4}),
+    # --- noisy objective: gradients of a few rows, or of a score function
+    Construction(
+        "noisy objective",
+        "vae",
+        {"discrete": True, "z_dim": 30, "rows": 200},
+        {"batch": 10, "epochs": 30, "lr": 2e-2, "decay": 1.0},
+        {"z_dim": 40},
+    ),
+    Construction(
+        "noisy objective",
+        "vae",
+        {"discrete": True, "z_dim": 20, "told": "class", "rows": 200},
+        {"batch": 10, "epochs": 30, "lr": 2e-2, "decay": 1.0},
+        {"z_dim": 30},
+    ),
+    Construction(
+        "noisy objective",
+        "regression",
+        {"rows": 200},
+        {"batch": 2, "epochs": 12, "lr": 0.1, "decay": 1.0},
+        {"lr": 0.15},
+    ),
+    Construction(
+        "noisy objective", "vae", {"rows": 100}, {"batch": 1, "epochs": 15, "lr": 2e-2, "decay": 1.0}, {"lr": 3e-2}
+    ),
+]
+
+
+def runs(half: str) -> list[Run]:
+    """Return the runs of a half."""
+    found = []
+    for label, family, sizes, recipe, final in TABLE:
+        sizes, settings = dict(sizes), dict(recipe)
+        for name, value in (final if half == "final" else {}).items():
+            (settings if name in Recipe.__dataclass_fields__ else sizes)[name] = value
+        seeds = SEEDS[half] if label == "healthy" else SEEDS[half][:1]
+        found += [Run(label, family, seed, sizes, Recipe(**settings)) for seed in seeds]
+    return found

@@ -1,0 +1,112 @@
+"""The rules on hand-made histories: each finding where it was put, no other, and nothing guessed."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_elbo as pe
+from pyro_elbo.diagnosis import rules
+from pyro_elbo.errors import ArgumentError
+from tests.diagnosis.histories import CASES, EPOCHS, LATE, T, history
+
+diagnose = inspect.unwrap(pe.diagnose)  # without the tests' type checks
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_finding_is_found_alone(name):
+    found = pe.diagnose(history(**CASES[name]))
+    assert found.names == (name,)
+    assert found.is_healthy is (name == "healthy")
+    assert found.unsaid == ()
+    (finding,) = found.findings
+    text = str(found)
+    assert name in text
+    assert finding.seen
+    if name != "healthy":
+        assert finding.why
+        assert finding.cure
+        assert finding.evidence
+        assert all(np.isfinite(x) for x in finding.evidence.values())
+
+
+def test_every_rule_has_a_case():
+    assert len(rules.RULES) == len(CASES)  # the healthy case stands for "unused units"
+
+
+@pytest.mark.parametrize("name", ["diverging", "overfitting", "KL shrinkage", "exploding KL"])
+def test_the_epoch_of_a_fall_is_named(name):
+    (finding,) = pe.diagnose(history(**CASES[name])).findings
+    assert abs(finding.since - 20) <= 4
+    assert finding.evidence["drop"] == pytest.approx(LATE[-1], rel=0.25)
+
+
+def test_collapse_names_site_and_units():
+    (finding,) = pe.diagnose(history(**CASES["posterior collapse"])).findings
+    assert (finding.site, finding.units) == ("z", ("z[0]", "z[1]"))
+    assert "posterior collapse of 'z', since epoch 0" in str(pe.diagnose(history(**CASES["posterior collapse"])))
+
+
+def test_a_unit_that_is_not_needed_is_noted_and_harmless():
+    found = pe.diagnose(history(kl_per_dim=(4.0, 0.0)))
+    assert found.names == ("healthy", "unused units")
+    assert found.is_healthy is True
+    assert found.findings[1].units == ("z[1]",)
+
+
+def test_a_split_that_lacks_validation_says_so():
+    found = pe.diagnose(history(splits=("train",)))
+    assert found.names == ("healthy",)
+    assert found.unsaid == ("whether it overfits: there is no validation.",)
+
+
+def test_a_history_of_before_the_probes():
+    old = history().drop_dims("unit").drop_vars(["active_units", "own_distortion", "swapped_distortion"])
+    found = pe.diagnose(old.drop_vars(["gradient_norm", "gradient_noise"]))
+    assert found.names == ("healthy",)
+    assert any("collapse" in text for text in found.unsaid)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_few_epochs_show_nothing(epochs):
+    found = pe.diagnose(history(distortion=-3.0 * T).isel(epoch=slice(epochs)))
+    assert found.findings == ()
+    assert found.is_healthy is None
+    assert found.unsaid
+    assert found.summary == f"cannot be said from {epochs} epoch{'s' * (epochs > 1)}"
+
+
+def test_epochs_that_are_not_finite():
+    gone = history()
+    gone["elbo"][30:, 0] = np.nan
+    (finding,) = pe.diagnose(gone).findings
+    assert (finding.name, finding.since) == ("diverging", 30)
+    gone = history()
+    gone["elbo"][:] = np.nan
+    assert pe.diagnose(gone).names == ("diverging",)
+
+
+def test_noise_of_a_settled_fit_is_nothing():
+    for seed in range(20):
+        noise = np.random.default_rng(seed).normal(size=(2, EPOCHS))
+        assert pe.diagnose(history(distortion=tuple(0.3 * noise))).names == ("healthy",)
+
+
+@pytest.mark.parametrize("wrong", [{"elbo": [1.0]}, None, 3.0, torch.zeros(3)])
+def test_what_is_no_history_is_refused(wrong):
+    with pytest.raises(ArgumentError, match=r"expected a history over epoch, split and latent.*pe\.fit"):
+        diagnose(wrong)
+
+
+def test_an_empty_history_is_refused():
+    with pytest.raises(ArgumentError, match="no epochs"):
+        pe.diagnose(history().isel(epoch=slice(0)))
+
+
+def test_a_notebook_shows_what_print_shows():
+    found = pe.diagnose(history(**CASES["overfitting"]))
+    words = re.sub(r"<[^>]*>", " ", found._repr_html_())
+    assert found.findings[0].seen in words
+    assert "overfitting" in words

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 FEWEST = 6  # epochs that show a trend
 FINAL = 0.1  # of the epochs under the final weights: fewer are no training
+SURE = 4.0  # standard errors
+LOST = 0.1  # of what was gained: less is the noise of a fit that has settled
 TOTALS = {"elbo", "distortion", "rate", "beta", "kl"}
 
 
@@ -30,6 +32,11 @@ class Fall(NamedTuple):
     drop: float
     share: float
     noise: float
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the fall is more than noise, and worth a word."""
+        return self.drop > SURE * self.noise and self.share > LOST
 
 
 @dataclass(frozen=True)

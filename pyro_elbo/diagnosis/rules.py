@@ -1,10 +1,10 @@
 r"""The rules of a diagnosis: one function per finding, from the evidence of a history.
 
-Whether a fit goes wrong is read from the bound at β = 1, and why from its two parts. A bound that falls again has been
-lost to distortion or to rate, on the training data too or on validation alone:
+Whether a fit goes wrong is read from the bound at β = 1, and why from its two parts. What is lost, is lost to
+distortion or to rate: by the training data after their best epoch, or by new rows beside the training data.
 
 =================  =======================  ===========================
-lost to ...        training falls           only validation falls
+lost to ...        training falls           validation falls or lags
 =================  =======================  ===========================
 distortion         diverging                overfitting
 rate               exploding KL             KL shrinkage
@@ -18,28 +18,35 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pyro_elbo.diagnosis.evidence import FEWEST, Curve, Evidence
+from pyro_elbo.diagnosis.evidence import FEWEST, SURE, Curve, Evidence
 from pyro_elbo.diagnosis.findings import Diagnosis, Finding, FindingName
 
 if TYPE_CHECKING:
     import xarray
 
-LOST = 0.1  # of what was gained: less is the noise of a fit that has settled
-SURE = 4.0  # standard errors
-LEFT = 0.05  # of what was gained: less is left to gain
+BEHIND = 0.15  # of what was gained after the first tenth: new rows are always explained a little worse
+WIDENED = 0.25  # of the gap, since a quarter of training: less is the difference of the two samples
+LEFT = 0.05  # of what was gained: as much may be left to gain
+LONGEST = 0.9  # the largest ratio of the gains of two quarters from which the rest is extrapolated
 DEAD = 0.02  # nats per datum: a unit with less carries nothing
-USED = 0.1  # of the KL: an exchange of rows that costs less shows that the decoder does not look at them
+PAID = 0.1  # nats per datum: latents with more are paid for
+STILL = 0.25  # of the rate, since half of training: a KL that changes more is on its way
+USED = 0.03  # of the KL: an exchange of rows that costs less shows that the decoder does not look at them
 HEAVY = 1.5  # a weight above it is chosen, not an accident of a schedule
-ROUGH = 10.0  # noise of the gradient over its norm, at every probe
+LIGHT = 0.5  # so is one below it
+FAR = 5.0  # times the information that a batch shows, at most log B: a rate beyond it is not information
+ROUGH = 3.0  # noise of the gradient over its norm, at half of the probes
+WANDERS = 0.07  # of what was gained: the standard deviation of the bound from epoch to epoch
+MOST = 1000.0  # more cannot be told from two batches
 Rule = Callable[[Evidence], Iterator[Finding]]
 
 
 def diagnose(history: "xarray.Dataset | Any") -> Diagnosis:
     """Say from its history whether a fit is done and healthy, and if not, why.
 
-    The findings, the most important one first: ``diverging``, ``warm-up too long``, ``exploding KL``, ``dead decoder``,
-    ``over-regularized``, ``posterior collapse``, ``noisy objective``, ``KL shrinkage``, ``overfitting``, ``not
-    converged``; or ``healthy``. ``unused units`` of a latent need no cure. Each carries its evidence in nats per datum.
+    The findings, the most important one first: ``diverging``, ``warm-up too long``, ``noisy objective``,
+    ``dead decoder``, ``exploding KL``, ``over-regularized``, ``posterior collapse``, ``KL shrinkage``,
+    ``overfitting``, ``not converged``; or ``healthy``. ``unused units`` of a latent need no cure. Each carries its evidence in nats per datum.
     What the history does not show is said to be unknown: ``unsaid``.
 
     Args:
@@ -109,22 +116,42 @@ def diverging(evidence: Evidence) -> Iterator[Finding]:
             since=since,
         )
         return
-    yield from _fallen(evidence, "train", "distortion", _DIVERGING)
+    yield from _fallen(evidence, "distortion", _DIVERGING)
 
 
 def exploding_kl(evidence: Evidence) -> Iterator[Finding]:
-    """Find a training bound that falls because the rate grows."""
-    yield from _fallen(evidence, "train", "rate", _EXPLODING)
+    """Find a rate that costs more than it saves: a training bound that falls by it, or a weight far below 1."""
+    fallen = list(_fallen(evidence, "rate", _EXPLODING))
+    yield from fallen or _unpaid(evidence)
+
+
+def _unpaid(evidence: Evidence) -> Iterator[Finding]:
+    """Find latents whose weight is far below 1, and whose KL is far above the information that a batch shows."""
+    split = evidence.judged
+    for latent in evidence.latents:
+        beta, kl = (evidence.curve("beta", latent=latent).last, evidence.curve("kl", split, latent=latent).last)
+        known = evidence.curve("information", split, latent=latent, side="lower").last
+        if beta is None or kl is None or known is None or beta >= LIGHT or kl <= FAR * known:
+            continue
+        yield Finding(
+            "exploding KL",
+            f"the KL is {kl:.3g} nats per datum, where a batch shows {known:.3g} nats of information; its weight is "
+            f"β = {beta:.3g}: a nat of it saves {beta:.3g} nats of distortion.",
+            _EXPLODING.why,
+            _EXPLODING.cure,
+            site=latent,
+            evidence={"kl": kl, "information": known, "beta": beta},
+        )
 
 
 def overfitting(evidence: Evidence) -> Iterator[Finding]:
-    """Find a validation bound that falls and is lost to distortion."""
-    yield from _fallen(evidence, "valid", "distortion", _OVERFITTING)
+    """Find new rows that are explained worse than the training data."""
+    yield from _lagging(evidence, "distortion", _OVERFITTING)
 
 
 def kl_shrinkage(evidence: Evidence) -> Iterator[Finding]:
-    """Find a validation bound that falls because the rate of new data grows beyond that of the training data."""
-    yield from _fallen(evidence, "valid", "rate", _SHRINKAGE)
+    """Find new rows whose KL is larger than that of the training data."""
+    yield from _lagging(evidence, "rate", _SHRINKAGE)
 
 
 class _Words(NamedTuple):
@@ -156,25 +183,43 @@ _SHRINKAGE = _Words(
 )
 
 
-def _fallen(evidence: Evidence, split: str, part: str, words: _Words) -> Iterator[Finding]:
-    """Find a bound that has fallen since its best epoch, more than half of it lost to one of its two parts."""
-    elbo = evidence.steady("elbo", split)
-    if len(elbo) < FEWEST:
-        return
-    fall = elbo.fall
-    if fall.drop <= SURE * fall.noise or fall.share <= LOST:
-        return
-    lost = evidence.steady(part, split).change(fall.since)
-    if lost <= fall.drop / 2:
+def _fallen(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
+    """Find a training bound that has fallen since its best epoch, more than half of it lost to one of its two parts."""
+    fall = evidence.curve("elbo", "train").fall
+    lost = evidence.curve(part, "train").change(fall.since)
+    if not fall.is_sure or lost <= fall.drop / 2:
         return
     yield Finding(
         words.name,
-        f"the {split} bound has lost {fall.drop:.3g} nats per datum since epoch {fall.since}, {fall.share:.0%} of what "
-        f"it had gained; the {part} grew by {lost:.3g}.",
+        f"the training bound has lost {fall.drop:.3g} nats per datum since epoch {fall.since}, {fall.share:.0%} of its "
+        f"gain; the {part} grew by {lost:.3g}.",
         words.why,
         words.cure,
         since=fall.since,
         evidence={"drop": fall.drop, "share": fall.share, part: lost},
+    )
+
+
+def _lagging(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
+    """Find a validation bound that falls, or stays behind that of training, mostly by one of its two parts."""
+    if evidence.judged != "valid":
+        return
+    train, valid = (evidence.steady("elbo", split).smooth for split in ("train", "valid"))
+    fall, gap = evidence.steady("elbo", "valid").fall, Curve(train.epochs, train.values - valid.values)
+    behind, most = gap.values[-1], BEHIND * float(np.ptp(valid.values[len(valid) // 10 :]))
+    lags = behind > most and behind - gap.values[len(gap) // 4] > WIDENED * behind
+    of_part = (evidence.steady(part, "valid").smooth.values - evidence.steady(part, "train").smooth.values)[-1]
+    if not (fall.is_sure or lags) or behind <= 0 or of_part <= behind / 2:
+        return
+    fell = f"; it has lost {fall.drop:.3g} since epoch {fall.since}" if fall.is_sure else ""
+    yield Finding(
+        words.name,
+        f"the validation bound is {behind:.3g} nats per datum below that of training, of which the {part} makes "
+        f"{of_part:.3g}{fell}.",
+        words.why,
+        words.cure,
+        since=fall.since if fall.is_sure else _since(Curve(gap.epochs, -gap.values), -most),
+        evidence={"gap": float(behind), part: float(of_part), "drop": fall.drop},
     )
 
 
@@ -203,7 +248,7 @@ def dead_decoder(evidence: Evidence) -> Iterator[Finding]:
     local = [n for n in evidence.latents if evidence.units(n)]
     kl = sum(evidence.curve("kl", split, latent=n).last or 0.0 for n in local)
     cost = other.values - own.values
-    if kl < 5 * DEAD or cost[-1] >= USED * kl:
+    if kl < PAID or cost[-1] >= USED * kl or abs(_trend(evidence.curve("rate", split))) > STILL:
         return
     yield Finding(
         "dead decoder",
@@ -214,6 +259,12 @@ def dead_decoder(evidence: Evidence) -> Iterator[Finding]:
         since=_since(Curve(own.epochs, cost), USED * kl),
         evidence={"exchange": float(cost[-1]), "kl": float(kl)},
     )
+
+
+def _trend(curve: Curve) -> float:
+    """Return the change of a curve since half of its epochs, as a part of its last value."""
+    last = curve.values[-1]
+    return float((last - curve.values[len(curve) // 2]) / last)
 
 
 def _since(curve: Curve, below: float) -> int:
@@ -301,9 +352,9 @@ def noisy_objective(evidence: Evidence) -> Iterator[Finding]:
     elbo = evidence.steady("elbo", evidence.judged)
     if not len(norm) or len(elbo) < FEWEST:
         return
-    rough = float(np.median(noise.values / np.maximum(norm.values, 1e-12 + noise.values / 1e3)))
+    rough = float(np.median(noise.values / np.maximum(norm.values, noise.values / MOST)))
     gained = float(np.ptp(elbo.smooth.values))
-    if rough < ROUGH or elbo.noise < LOST * gained:
+    if rough < ROUGH or elbo.noise < WANDERS * gained:
         return
     yield Finding(
         "noisy objective",
@@ -322,32 +373,32 @@ def not_converged(evidence: Evidence) -> Iterator[Finding]:
     elbo = evidence.steady("elbo", split)
     if len(elbo) < FEWEST:
         return
-    third = len(elbo) // 3
-    earlier, later = (float(elbo.values[-k * third :][:third].mean()) for k in (2, 1))
-    start = float(elbo.values[:third].mean())
-    gain, before = later - earlier, earlier - start
-    noise = elbo.noise * (2 / third) ** 0.5
+    quarter = len(elbo) // 4
+    first, second, third = (float(elbo.values[-k * quarter :][:quarter].mean()) for k in (3, 2, 1))
+    before, gain = second - first, third - second
+    ratio = min(gain / before, LONGEST) if before > 0 else LONGEST
+    left = gain * ratio / (1 - ratio)
     whole = float(np.ptp(elbo.smooth.values))
-    if gain <= SURE * noise or gain <= LEFT * whole:
+    if gain <= SURE * elbo.noise * (2 / quarter) ** 0.5 or left <= LEFT * whole:
         return
     yield Finding(
         "not converged",
-        f"the {split} bound gained {gain:.3g} nats per datum in the last third of training, after {before:.3g} in the "
-        "third before.",
+        f"the {split} bound gained {before:.3g}, then {gain:.3g} nats per datum in the last two quarters of training: "
+        f"at this pace, about {left:.3g} are left.",
         "training ended on the way: more epochs would give a better bound.",
         "raise max_epochs, or the learning rate; patience=10 ends training when the bound has settled.",
-        evidence={"gain": gain, "gain before": before},
+        evidence={"gain before": before, "gain": gain, "left": left},
     )
 
 
 RULES: tuple[tuple[Rule, tuple[FindingName, ...]], ...] = (
     (diverging, ()),
     (warm_up_too_long, ("diverging",)),
-    (exploding_kl, ("diverging",)),
-    (dead_decoder, ("diverging",)),
-    (over_regularized, ("diverging", "dead decoder")),
-    (posterior_collapse, ("diverging", "dead decoder", "over-regularized")),
-    (noisy_objective, ("diverging", "exploding KL")),
+    (noisy_objective, ("diverging",)),
+    (dead_decoder, ("diverging", "noisy objective")),
+    (exploding_kl, ("diverging", "noisy objective", "dead decoder")),
+    (over_regularized, ("diverging", "noisy objective", "dead decoder")),
+    (posterior_collapse, ("diverging", "noisy objective", "dead decoder", "over-regularized")),
     (kl_shrinkage, ("diverging", "exploding KL", "noisy objective")),
     (overfitting, ("diverging", "exploding KL", "noisy objective", "KL shrinkage")),
     (not_converged, ("diverging", "exploding KL", "noisy objective", "KL shrinkage", "overfitting")),

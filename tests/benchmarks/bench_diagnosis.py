@@ -35,7 +35,8 @@ def history_of(run: Run, cache: Path) -> xarray.Dataset:
         cache.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         history = run.fit().history.assign_attrs(run=run.name, seconds=time.perf_counter() - start)
-        history.to_netcdf(path, engine="h5netcdf")
+        history.to_netcdf(path.with_suffix(".part"), engine="h5netcdf")
+        path.with_suffix(".part").rename(path)
     with xarray.open_dataset(path, engine="h5netcdf") as history:
         return history.load()
 
@@ -69,7 +70,11 @@ def main(half: str, cache: Path, explain: bool) -> None:
     torch.set_num_threads(1)
     verdicts = []
     for run in runs(half):
-        verdicts.append(judge(run, cache))
+        try:
+            verdicts.append(judge(run, cache))
+        except Exception as error:
+            print("FAILED", run.name, type(error), str(error)[:300], flush=True)
+            continue
         right = verdicts[-1].found == run.label
         print(
             f"{'   ' if right else ' X '}{run.label:20} {', '.join(verdicts[-1].diagnosis.names):40} {run.name}",

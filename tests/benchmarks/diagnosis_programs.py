@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
-from models.vrnn import VRNN
+from models.vrnn import VRNN, MarkovVRNN
 
 COUNT = 16  # of the largest pixel
 VALID = 300
@@ -38,6 +38,7 @@ class VAE(nn.Module):
         deaf: the decoder does not hear z.
         fixed_scale: scale of the guide, not learned.
         discrete: z is binary, with a score-function gradient.
+        prior_from: columns from which a network of 256 units learns the prior, which encoder and decoder are not told.
     """
 
     def __init__(
@@ -52,38 +53,51 @@ class VAE(nn.Module):
         deaf: bool = False,
         fixed_scale: float | None = None,
         discrete: bool = False,
+        prior_from: int = 0,
     ) -> None:
         super().__init__()
+        self.prior_net = mlp(prior_from, 256, 2 * z_dim) if prior_from else None
         self.z_dim, self.scale, self.deaf, self.fixed_scale, self.discrete = z_dim, scale, deaf, fixed_scale, discrete
         outputs = z_dim if discrete else 2 * z_dim
-        self.encoder = nn.Sequential(
-            nn.Linear(x_dim + told, encoder_hidden), nn.Softplus(), nn.Linear(encoder_hidden, outputs)
-        )
-        self.decoder = nn.Sequential(nn.Linear(z_dim + told, hidden), nn.Softplus(), nn.Linear(hidden, x_dim))
+        self.encoder = mlp(x_dim + told, encoder_hidden, outputs)
+        self.decoder = mlp(z_dim + told, hidden, x_dim)
 
     def model(self, x: Tensor, c: Tensor | None = None) -> None:
         pyro.module("vae", self)
         with pyro.plate("data", len(x)):
-            prior = (
-                dist.Bernoulli(x.new_full((self.z_dim,), 0.5))
-                if self.discrete
-                else dist.Normal(x.new_zeros(self.z_dim), 1.0)
-            )
-            z = pyro.sample("z", prior.to_event(1))
-            out = self.decoder(with_columns(0.0 * z if self.deaf else z, c))
+            z = pyro.sample("z", self.prior(x, c).to_event(1))
+            out = self.decoder(self.beside(0.0 * z if self.deaf else z, c))
             likelihood = dist.Binomial(COUNT, logits=out) if self.scale is None else dist.Normal(out, self.scale)
             pyro.sample("x", likelihood.to_event(1), obs=x)
 
     def guide(self, x: Tensor, c: Tensor | None = None) -> None:
         pyro.module("vae", self)
-        out = self.encoder(with_columns(x / COUNT if self.scale is None else x, c))
+        out = self.encoder(self.beside(x / COUNT if self.scale is None else x, c))
         with pyro.plate("data", len(x)):
-            if self.discrete:
-                pyro.sample("z", dist.Bernoulli(logits=out).to_event(1))
-                return
-            loc, raw = out.chunk(2, -1)
-            spread = softplus(raw) + 1e-4 if self.fixed_scale is None else torch.full_like(raw, self.fixed_scale)
-            pyro.sample("z", dist.Normal(loc, spread).to_event(1))
+            pyro.sample("z", (dist.Bernoulli(logits=out) if self.discrete else self.normal(out)).to_event(1))
+
+    def prior(self, x: Tensor, c: Tensor | None) -> Any:
+        if self.prior_net is not None:
+            return self.normal(self.prior_net(c))
+        return (
+            dist.Bernoulli(x.new_full((self.z_dim,), 0.5))
+            if self.discrete
+            else dist.Normal(x.new_zeros(self.z_dim), 1.0)
+        )
+
+    def normal(self, out: Tensor) -> dist.Normal:
+        loc, raw = out.chunk(2, -1)
+        return dist.Normal(
+            loc, softplus(raw) + 1e-3 if self.fixed_scale is None else torch.full_like(raw, self.fixed_scale)
+        )
+
+    def beside(self, x: Tensor, c: Tensor | None) -> Tensor:
+        """Append what encoder and decoder are told."""
+        return x if c is None or self.prior_net is not None else torch.cat([x, c.expand(*x.shape[:-1], -1)], -1)
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.Softplus(), nn.Linear(hidden, outputs))
 
 
 class Known(nn.Module):
@@ -95,10 +109,6 @@ class Known(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return z @ self.loadings
-
-
-def with_columns(x: Tensor, c: Tensor | None) -> Tensor:
-    return x if c is None else torch.cat([x, c.expand(*x.shape[:-1], -1)], -1)
 
 
 @cache
@@ -117,26 +127,37 @@ def images(source: str) -> tuple[Tensor, Tensor]:
 def autoencoder(
     rows: int = 1200, source: str = "digits", told: str | None = None, scale: float | None = None, **sizes: Any
 ) -> Programs:
-    """An autoencoder of images, or of coin flips; told its class (a conditional VAE), or a noisy copy of the image."""
+    """An autoencoder of images, or of coin flips.
+
+    Encoder and decoder are told nothing, the image's class (a conditional VAE) or a copy of it; with ``"noise"`` the
+    prior alone is, columns that say nothing of the image.
+    """
     x, y = images("digits" if source == "coins" else source)
     if source == "coins":
         x = torch.distributions.Binomial(COUNT, torch.full((64,), 0.4)).sample((len(x),))
     x = x if scale is None else x / COUNT
-    columns = {None: None, "class": one_hot(y, 10).float(), "copy": x / (COUNT if scale is None else 1)}[told]
-    vae = VAE(64, told=0 if columns is None else columns.shape[1], scale=scale, **sizes)
-    data = (x,) if columns is None else (x, columns)
+    columns = {
+        "class": one_hot(y, 10).float(),
+        "copy": x / (COUNT if scale is None else 1),
+        "noise": torch.randn(len(x), 30),
+    }
+    c = None if told is None else columns[told]
+    role = {} if c is None else {"prior_from" if told == "noise" else "told": c.shape[1]}
+    vae = VAE(64, scale=scale, **role, **sizes)
+    data = (x,) if c is None else (x, c)
     return Programs(vae.model, vae.guide, tuple(d[:rows] for d in data), tuple(d[-VALID:] for d in data))
 
 
 def factors(
-    rows: int = 60, x_dim: int = 60, z_dim: int = 3, strength: float = 0.12, encoder_hidden: int = 256
+    rows: int = 1200, x_dim: int = 60, z_dim: int = 3, strength: float = 0.4, noise: int = 0, encoder_hidden: int = 8
 ) -> Programs:
-    """Factor analysis with the true decoder, not learned, and an encoder of many parameters."""
+    """Factor analysis with the true decoder, not learned; the prior is learned from so many columns of noise."""
     loadings = torch.randn(z_dim, x_dim) * strength
     x = torch.randn(rows + VALID, z_dim) @ loadings + torch.randn(rows + VALID, x_dim)
-    vae = VAE(x_dim, z_dim=z_dim, scale=1.0, encoder_hidden=encoder_hidden)
+    vae = VAE(x_dim, z_dim=z_dim, scale=1.0, encoder_hidden=encoder_hidden, prior_from=noise)
     vae.decoder = Known(loadings)
-    return Programs(vae.model, vae.guide, x[:rows], x[rows:])
+    data = (x, torch.randn(rows + VALID, noise)) if noise else (x,)
+    return Programs(vae.model, vae.guide, tuple(d[:rows] for d in data), tuple(d[rows:] for d in data))
 
 
 def regression(rows: int = 240, groups: int = 8) -> Programs:
@@ -167,20 +188,33 @@ def regression(rows: int = 240, groups: int = 8) -> Programs:
         return dist.Normal(pyro.param(f"{name} loc", torch.zeros(shape)), scale)
 
     intercepts, slopes = 3 + torch.randn(groups), -2 + torch.randn(groups)
-    return Programs(model, guide, simulate(rows), simulate(VALID))
+    return Programs(model, guide, simulate(rows), simulate(rows // 2))
 
 
 def sequences(
-    rows: int = 300, source: str = "digits", z_dim: int = 3, hidden: int = 16, deaf: bool = False
+    rows: int = 300, source: str = "digits", z_dim: int = 3, hidden: int = 16, markov: bool = False, deaf: bool = False
 ) -> Programs:
-    """A recurrent autoencoder of binary frames: the rows of digits, chorales, or coin flips."""
+    """A recurrent autoencoder of binary frames: the rows of digits, chorales, or coin flips.
+
+    In the Markov form the decoder sees z alone; otherwise also a state that knows all earlier frames.
+    """
     x = frames(source)
-    vrnn = VRNN(x.shape[-1], z_dim, hidden)
+    vrnn = (MarkovVRNN if markov else VRNN)(x.shape[-1], z_dim, hidden)
     vrnn.start_from(x[:rows].flatten(0, 1))
     if deaf:
-        for p in vrnn.features_z.parameters():
-            torch.nn.init.zeros_(p).requires_grad_(False)
+        vrnn.features_z = Silence(hidden)
     return Programs(vrnn.model, vrnn.guide, x[:rows], x[-VALID // 2 :])
+
+
+class Silence(nn.Module):
+    """Features that do not depend on z."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.new_zeros(*z.shape[:-1], self.features)
 
 
 @cache

@@ -88,6 +88,8 @@ class Run(NamedTuple):
         )
 
 
+MEMORY = {"batch": 50, "epochs": 120, "lr": 1e-2, "decay": 0.2}
+FEW = {"batch": 4, "epochs": 20, "lr": 3e-2, "decay": 1.0}
 SETTLED = {"lr": 1e-2, "batch": 200, "epochs": 100}
 TABLE = [
     # --- healthy: enough rows, a step size that ends small
@@ -95,29 +97,33 @@ TABLE = [
     Construction("healthy", "vae", {"source": "fashion"}, SETTLED, {"epochs": 90}),
     Construction("healthy", "vae", {"told": "class", "z_dim": 3}, SETTLED, {"epochs": 90}),
     Construction("healthy", "vae", {"scale": 0.3}, SETTLED, {"z_dim": 3}),
-    Construction("healthy", "factors", {"rows": 1200, "strength": 0.4, "encoder_hidden": 8}, {}, {"strength": 0.5}),
+    Construction("healthy", "factors", {}, {}, {"strength": 0.5}),
     Construction("healthy", "regression", {}, {"lr": 0.05, "epochs": 300, "batch": None}, {"rows": 320}),
-    Construction("healthy", "vrnn", {}, {"epochs": 40, "lr": 2e-2}, {"z_dim": 2}),
-    Construction("healthy", "vrnn", {"source": "chorales"}, {"epochs": 40, "lr": 2e-2}, {"hidden": 12}),
+    Construction("healthy", "vrnn", {"markov": True}, {"epochs": 30, "lr": 2e-2}, {"hidden": 20}),
+    Construction("healthy", "vrnn", {"markov": True, "source": "chorales"}, {"epochs": 30, "lr": 2e-2}, {"hidden": 20}),
     # --- not converged: small or few steps
     Construction("not converged", "vae", {}, {"lr": 2e-4, "epochs": 15, "decay": 1.0}, {"lr": 3e-4}),
     Construction("not converged", "vae", {"told": "class"}, {"lr": 1e-3, "epochs": 8, "decay": 1.0}, {"epochs": 9}),
     Construction(
         "not converged", "regression", {}, {"lr": 5e-3, "epochs": 60, "batch": None, "decay": 1.0}, {"lr": 4e-3}
     ),
-    Construction("not converged", "vrnn", {}, {"lr": 1e-3, "epochs": 10, "decay": 1.0}, {"source": "chorales"}),
+    Construction(
+        "not converged", "vrnn", {"markov": True}, {"lr": 1e-3, "epochs": 8, "decay": 1.0}, {"source": "chorales"}
+    ),
     # --- posterior collapse: nothing to say, or a decoder that needs nothing said
     Construction("posterior collapse", "vae", {"scale": 3.0}, {}, {"scale": 2.5}),
     Construction("posterior collapse", "vae", {"source": "coins"}, {}, {"z_dim": 6}),
     Construction("posterior collapse", "vae", {"told": "copy", "hidden": 64, "scale": 0.5}, {}, {"hidden": 96}),
-    Construction("posterior collapse", "vrnn", {"source": "coins"}, {"epochs": 30, "lr": 1e-2}, {"z_dim": 2}),
+    Construction("posterior collapse", "vrnn", {}, {"epochs": 20, "lr": 2e-2}, {"source": "coins"}),
     # --- over-regularized: a weight of the KL beyond what the data pay
     Construction("over-regularized", "vae", {}, {"beta": 40.0}, {"beta": 60.0}),
     Construction("over-regularized", "vae", {"told": "class"}, {"beta": 20.0}, {"beta": 30.0}),
     Construction(
         "over-regularized", "regression", {}, {"beta": 30.0, "lr": 0.05, "epochs": 300, "batch": None}, {"beta": 50.0}
     ),
-    Construction("over-regularized", "vrnn", {}, {"beta": 10.0, "epochs": 30, "lr": 1e-2}, {"beta": 15.0}),
+    Construction(
+        "over-regularized", "vrnn", {"markov": True}, {"beta": 10.0, "epochs": 20, "lr": 2e-2}, {"beta": 15.0}
+    ),
     # --- overfitting: few rows, many parameters
     Construction(
         "overfitting",
@@ -143,28 +149,16 @@ TABLE = [
     Construction(
         "overfitting",
         "vrnn",
-        {"rows": 40, "hidden": 48},
-        {"batch": 20, "epochs": 60, "lr": 2e-2, "decay": 0.2},
+        {"rows": 40, "hidden": 48, "markov": True},
+        {"batch": 20, "epochs": 40, "lr": 2e-2, "decay": 0.2},
         {"rows": 50},
     ),
-    # --- KL shrinkage: an encoder of many parameters and few rows
-    Construction("KL shrinkage", "factors", {"rows": 60}, {"batch": 30, "epochs": 120, "decay": 0.2}, {"rows": 50}),
+    # --- KL shrinkage: few rows, and a prior that learns them by heart from columns of noise
+    Construction("KL shrinkage", "factors", {"rows": 60, "noise": 30}, MEMORY, {"rows": 80}),
+    Construction("KL shrinkage", "factors", {"rows": 100, "noise": 40, "z_dim": 5}, MEMORY, {"noise": 30}),
+    Construction("KL shrinkage", "vae", {"rows": 300, "told": "noise", "hidden": 16}, MEMORY, {"rows": 250}),
     Construction(
-        "KL shrinkage",
-        "factors",
-        {"rows": 60, "x_dim": 100, "strength": 0.1},
-        {"batch": 30, "epochs": 120, "decay": 0.2},
-        {"x_dim": 90},
-    ),
-    Construction(
-        "KL shrinkage", "factors", {"rows": 100, "z_dim": 5}, {"batch": 50, "epochs": 120, "decay": 0.2}, {"rows": 80}
-    ),
-    Construction(
-        "KL shrinkage",
-        "factors",
-        {"rows": 60, "encoder_hidden": 512},
-        {"batch": 30, "epochs": 120, "decay": 0.2},
-        {"rows": 50},
+        "KL shrinkage", "vae", {"rows": 300, "told": "noise", "source": "fashion", "hidden": 16}, MEMORY, {"rows": 250}
     ),
     # --- a warm-up that lasts until the last step
     Construction("warm-up too long", "vae", {}, {"beta": "warm-up"}, {"lr": 4e-3}),
@@ -176,51 +170,37 @@ TABLE = [
         {"beta": "warm-up", "lr": 0.05, "epochs": 200, "batch": None},
         {"epochs": 150},
     ),
-    Construction("warm-up too long", "vrnn", {}, {"beta": "warm-up", "epochs": 20, "lr": 1e-2}, {"z_dim": 2}),
+    Construction(
+        "warm-up too long", "vrnn", {"markov": True}, {"beta": "warm-up", "epochs": 12, "lr": 1e-2}, {"z_dim": 2}
+    ),
     # --- diverging: a step size that grows beyond what the bound bears
     Construction("diverging", "vae", {}, {"decay": 300.0}, {"decay": 500.0}),
     Construction("diverging", "vae", {"told": "class"}, {"decay": 500.0}, {"decay": 300.0}),
     Construction(
-        "diverging", "regression", {}, {"lr": 0.05, "epochs": 200, "batch": None, "decay": 300.0}, {"decay": 500.0}
+        "diverging", "regression", {}, {"lr": 0.05, "epochs": 200, "batch": None, "decay": 100.0}, {"decay": 80.0}
     ),
-    Construction("diverging", "vrnn", {}, {"lr": 1e-2, "epochs": 30, "decay": 300.0}, {"decay": 500.0}),
+    Construction("diverging", "vrnn", {"markov": True}, {"lr": 1e-2, "epochs": 20, "decay": 300.0}, {"decay": 500.0}),
     # --- dead decoder: the latents are paid for, and the decoder does not hear them
     Construction("dead decoder", "vae", {"deaf": True}, {"free_bits": 1.0}, {"free_bits": 0.5}),
     Construction("dead decoder", "vae", {"deaf": True, "fixed_scale": 0.3}, {}, {"fixed_scale": 0.2}),
     Construction("dead decoder", "vae", {"deaf": True, "told": "class"}, {"capacity": 5.0}, {"capacity": 8.0}),
     Construction(
-        "dead decoder", "vrnn", {"deaf": True}, {"free_bits": 0.3, "epochs": 20, "lr": 1e-2}, {"free_bits": 0.5}
+        "dead decoder", "vrnn", {"deaf": True}, {"free_bits": 0.3, "epochs": 12, "lr": 1e-2}, {"free_bits": 0.5}
     ),
     # --- exploding KL: the rate grows far beyond what it saves
     Construction("exploding KL", "vae", {"z_dim": 8}, {"beta": 1e-3, "decay": 1.0}, {"beta": 5e-4}),
     Construction("exploding KL", "vae", {"told": "class"}, {"beta": 1e-3, "decay": 1.0}, {"beta": 5e-4}),
     Construction("exploding KL", "vae", {}, {"capacity": 200.0, "decay": 1.0}, {"capacity": 300.0}),
-    Construction("exploding KL", "vrnn", {}, {"beta": 1e-3, "epochs": 40, "lr": 1e-2, "decay": 1.0}, {"beta": 5e-4}),
-    # --- noisy objective: gradients of a few rows, or of a score function
     Construction(
-        "noisy objective",
-        "vae",
-        {"discrete": True, "z_dim": 30, "rows": 200},
-        {"batch": 10, "epochs": 30, "lr": 2e-2, "decay": 1.0},
-        {"z_dim": 40},
+        "exploding KL", "vrnn", {"markov": True}, {"beta": 1e-3, "epochs": 25, "lr": 2e-2, "decay": 1.0}, {"beta": 5e-4}
     ),
+    # --- noisy objective: gradients of a score function, or of single rows at a large step
+    Construction("noisy objective", "vae", {"discrete": True, "z_dim": 30, "rows": 100}, FEW, {"z_dim": 40}),
     Construction(
-        "noisy objective",
-        "vae",
-        {"discrete": True, "z_dim": 20, "told": "class", "rows": 200},
-        {"batch": 10, "epochs": 30, "lr": 2e-2, "decay": 1.0},
-        {"z_dim": 30},
+        "noisy objective", "vae", {"discrete": True, "told": "class", "z_dim": 20, "rows": 100}, FEW, {"z_dim": 30}
     ),
-    Construction(
-        "noisy objective",
-        "regression",
-        {"rows": 200},
-        {"batch": 2, "epochs": 12, "lr": 0.1, "decay": 1.0},
-        {"lr": 0.15},
-    ),
-    Construction(
-        "noisy objective", "vae", {"rows": 100}, {"batch": 1, "epochs": 15, "lr": 2e-2, "decay": 1.0}, {"lr": 3e-2}
-    ),
+    Construction("noisy objective", "regression", {"rows": 200}, {**FEW, "lr": 0.3, "epochs": 12}, {"lr": 0.4}),
+    Construction("noisy objective", "vae", {"rows": 100}, {**FEW, "batch": 2, "epochs": 12}, {"lr": 4e-2}),
 ]
 
 

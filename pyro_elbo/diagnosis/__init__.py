@@ -2,7 +2,7 @@
 
 Takes a training history, or programs and data; gives ``Diagnosis``, a tuple of ``Finding``, and active units.
 ``probe`` measures what the bound alone does not show, ``activity`` counts units that move with the data, ``evidence``
-reads a history, ``rules`` judges it, a function per finding, ``findings`` holds the words.
+reads a history, ``rules`` judges it, a function per finding (``trends``, ``latents``), ``findings`` holds the words.
 Imports objectives and below.
 """
 

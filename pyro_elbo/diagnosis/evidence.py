@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 FEWEST = 6  # epochs that show a trend
 FINAL = 0.1  # of the epochs under the final weights: fewer are no training
-SURE = 4.0  # standard errors
-LOST = 0.1  # of what was gained: less is the noise of a fit that has settled
+SURE = 5.0  # standard errors, where the best of many epochs is compared
+LOST = 0.05  # of what was gained: less is the noise of a fit that has settled
 TOTALS = {"elbo", "distortion", "rate", "beta", "kl"}
 
 
@@ -24,7 +24,7 @@ class Fall(NamedTuple):
     Attributes:
         since: the best epoch.
         drop: nats from the best to the end, both averaged over neighbors.
-        share: the drop as a part of what was gained before it.
+        share: the drop as a part of what was gained before it, after the first tenth of the epochs.
         noise: standard deviation of the averages.
     """
 
@@ -68,6 +68,12 @@ class Curve:
         return Curve(middle, np.convolve(self.values, np.ones(w) / w, mode="valid"))
 
     @property
+    def at_the_end(self) -> "Curve":
+        """The curve at the end of each epoch, for one of means over epochs, as those of training are."""
+        following = np.append(self.values[1:], self.values[-1:])
+        return Curve(self.epochs, (self.values + following) / 2)
+
+    @property
     def noise(self) -> float:
         """The standard deviation of a value around the trend, from second differences, whose median ignores jumps."""
         if len(self) < FEWEST:
@@ -80,9 +86,14 @@ class Curve:
         smooth = self.smooth
         best = int(smooth.values.argmax())
         drop = float(smooth.values[best] - smooth.values[-1])
-        gained = float(smooth.values[best] - smooth.values[: best + 1].min())
+        gained = float(smooth.values[best] - smooth.values[min(best, len(smooth) // 10) : best + 1].min())
         share = drop / gained if gained > 0 else float("inf") if drop > 0 else 0.0
         return Fall(int(smooth.epochs[best]), drop, share, self.noise / self.window**0.5)
+
+    def below_since(self, number: float) -> int:
+        """Return the first epoch from which the curve stays below a number until the end."""
+        above = np.flatnonzero(self.values >= number)
+        return int(self.epochs[above[-1] + 1 if len(above) else 0])
 
     def change(self, since: int) -> float:
         """The last average less that of the epoch nearest to ``since``."""

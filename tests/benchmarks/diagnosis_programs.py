@@ -194,7 +194,7 @@ def regression(rows: int = 240, groups: int = 8) -> Programs:
 def sequences(
     rows: int = 300, source: str = "digits", z_dim: int = 3, hidden: int = 16, markov: bool = False, deaf: bool = False
 ) -> Programs:
-    """A recurrent autoencoder of binary frames: the rows of digits, chorales, or coin flips.
+    """A recurrent autoencoder of binary frames: the rows of digits, chorales, simulated patterns, or coin flips.
 
     In the Markov form the decoder sees z alone; otherwise also a state that knows all earlier frames.
     """
@@ -226,8 +226,15 @@ def frames(source: str) -> Tensor:
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         parts = [keys[s + i : s + i + 8] for s, n in zip(starts, lengths, strict=True) for i in range(0, n - 8, 16)]
         return torch.tensor(np.stack(parts)[:500, :, 20:80]).float()
+    generator = torch.Generator().manual_seed(0)
     if source == "coins":
-        return torch.bernoulli(torch.full((500, 8, 8), 0.3), generator=torch.Generator().manual_seed(0))
+        return torch.bernoulli(torch.full((500, 8, 8), 0.3), generator=generator)
+    if source == "patterns":  # a frame is one of three patterns, as the one before it or drawn anew
+        patterns = torch.bernoulli(torch.full((3, 20), 0.5), generator=generator)
+        drawn, anew = torch.randint(3, (500, 8), generator=generator), torch.rand(500, 8, generator=generator) < 0.5
+        for t in range(1, 8):
+            drawn[:, t] = torch.where(anew[:, t], drawn[:, t], drawn[:, t - 1])
+        return (patterns[drawn] - (torch.rand(500, 8, 20, generator=generator) < 0.03).float()).abs()
     return (images("digits")[0] > COUNT / 2).float().reshape(-1, 8, 8)
 
 

@@ -1,0 +1,190 @@
+r"""What the curves of a fit show: a bound that falls, lags, wanders, or still rises.
+
+Whether a fit goes wrong is read from the bound at β = 1, and why from its two parts. What is lost, is lost to
+distortion or to rate: by the training data after their best epoch, or by new rows beside the training data.
+
+=================  =======================  ===========================
+lost to ...        training falls           validation falls or lags
+=================  =======================  ===========================
+distortion         diverging                overfitting
+rate               exploding KL             KL shrinkage
+=================  =======================  ===========================
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from pyro_elbo.diagnosis.evidence import FEWEST, Curve, Evidence
+from pyro_elbo.diagnosis.findings import Finding, FindingName
+
+BEHIND = 0.15  # of what was gained after the first tenth: new rows are always explained a little worse
+WIDENED = 0.25  # of the gap, since a quarter of training: less is the difference of the two samples
+RISING = 3.0  # standard errors of the gain of a quarter
+LEFT = 0.05  # of what was gained: as much may be left to gain
+LONGEST = 0.9  # the largest ratio of the gains of two quarters from which the rest is extrapolated
+ROUGH = 3.0  # noise of the gradient over its norm, at half of the probes
+WANDERS = 0.07  # of what was gained: the standard deviation of the bound from epoch to epoch
+MOST = 1000.0  # more cannot be told from two batches
+
+
+def diverging(evidence: Evidence) -> Iterator[Finding]:
+    """Find NaN, or a training bound that falls and is lost to distortion."""
+    values = evidence.history.elbo.sel(split="train").values
+    if len(gone := np.flatnonzero(~np.isfinite(values))):
+        since = int(evidence.history.epoch.values[gone[0]])
+        yield Finding(
+            "diverging",
+            f"the training bound is not a finite number from epoch {since} on.",
+            "the parameters are lost: every figure of the fit is meaningless.",
+            "lower the learning rate, clip gradients (grad_clip=10.0), and look for data outside the support.",
+            since=since,
+        )
+        return
+    yield from _fallen(evidence, "distortion", _DIVERGING)
+
+
+def exploding_kl(evidence: Evidence) -> Iterator[Finding]:
+    """Find a training bound that falls because the rate grows."""
+    yield from _fallen(evidence, "rate", _EXPLODING)
+
+
+def overfitting(evidence: Evidence) -> Iterator[Finding]:
+    """Find new rows that are explained worse than the training data."""
+    yield from _lagging(evidence, "distortion", _OVERFITTING)
+
+
+def kl_shrinkage(evidence: Evidence) -> Iterator[Finding]:
+    """Find new rows whose KL is larger than that of the training data."""
+    yield from _lagging(evidence, "rate", _SHRINKAGE)
+
+
+class _Words(NamedTuple):
+    name: FindingName
+    why: str
+    cure: str
+
+
+_DIVERGING = _Words(
+    "diverging",
+    "steps overshoot: the parameters are worse than those of earlier epochs.",
+    "lower the learning rate (a third, a tenth), clip gradients (grad_clip=10.0), or restore_best=True.",
+)
+_EXPLODING = _Words(
+    "exploding KL",
+    "the guide leaves the prior faster than the likelihood gains by it: draws of the prior do not look like the data.",
+    "keep β at 1 (not far below), bound the scale of the guide and of the likelihood from below, lower the learning "
+    "rate.",
+)
+_OVERFITTING = _Words(
+    "overfitting",
+    "the programs learn the training rows by heart: new rows are explained worse with every epoch.",
+    "stop early (patience=10 restores the best epoch), use more data, a smaller decoder, dropout or weight decay.",
+)
+_SHRINKAGE = _Words(
+    "KL shrinkage",
+    "the guide suits the training rows alone: the KL of new rows is larger, although the model explains them as well.",
+    "regularize the encoder: weight decay or dropout there, noise on its input; a smaller encoder; patience=10.",
+)
+
+
+def _fallen(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
+    """Find a training bound that has fallen since its best epoch, more than half of it lost to one of its two parts."""
+    fall = evidence.curve("elbo", "train").fall
+    lost = evidence.curve(part, "train").change(fall.since)
+    if not fall.is_sure or lost <= fall.drop / 2:
+        return
+    yield Finding(
+        words.name,
+        f"the training bound has lost {fall.drop:.3g} nats per datum since epoch {fall.since}, {fall.share:.0%} of its "
+        f"gain; the {part} grew by {lost:.3g}.",
+        words.why,
+        words.cure,
+        since=fall.since,
+        evidence={"drop": fall.drop, "share": fall.share, part: lost},
+    )
+
+
+def _lagging(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
+    """Find a validation bound that falls, or stays behind that of training, mostly by one of its two parts."""
+    if evidence.judged != "valid":
+        return
+    train, valid = evidence.steady("elbo", "train").at_the_end.smooth, evidence.steady("elbo", "valid").smooth
+    fall, gap = evidence.steady("elbo", "valid").fall, Curve(train.epochs, train.values - valid.values)
+    behind, most = gap.values[-1], BEHIND * float(np.ptp(valid.values[len(valid) // 10 :]))
+    lags = behind > most and behind - gap.values[len(gap) // 4] > WIDENED * behind
+    of_part = (evidence.steady(part, "valid").smooth.values - evidence.steady(part, "train").smooth.values)[-1]
+    if not (fall.is_sure or lags) or behind <= 0 or of_part <= behind / 2:
+        return
+    fell = f"; it has lost {fall.drop:.3g} since epoch {fall.since}" if fall.is_sure else ""
+    yield Finding(
+        words.name,
+        f"the validation bound is {behind:.3g} nats per datum below that of training, of which the {part} makes "
+        f"{of_part:.3g}{fell}.",
+        words.why,
+        words.cure,
+        since=fall.since if fall.is_sure else Curve(gap.epochs, -gap.values).below_since(-most),
+        evidence={"gap": float(behind), part: float(of_part), "drop": fall.drop},
+    )
+
+
+def warm_up_too_long(evidence: Evidence) -> Iterator[Finding]:
+    """Find weights that move until the end."""
+    if not evidence.moves_until_the_end:
+        return
+    epochs, beta = evidence.history.epoch.values, evidence.history.beta.mean("latent").values
+    yield Finding(
+        "warm-up too long",
+        f"the weight β still moved in epoch {evidence.settled} of {epochs[-1]}, from {beta[0]:.3g} to {beta[-1]:.3g}.",
+        "the programs were trained for smaller weights than the one that they end with: their bound is not at its "
+        "optimum.",
+        "shorten the schedule to a third of training, or train three times as long.",
+        since=int(epochs[0]),
+        evidence={"first epoch of the final weight": float(evidence.settled), "beta": float(beta[-1])},
+    )
+
+
+def noisy_objective(evidence: Evidence) -> Iterator[Finding]:
+    """Find a gradient whose noise dwarfs it at every probe, while the bound wanders."""
+    norm, noise = evidence.curve("gradient_norm"), evidence.curve("gradient_noise")
+    elbo = evidence.steady("elbo", evidence.judged)
+    if not len(norm) or len(elbo) < FEWEST:
+        return
+    rough = float(np.median(noise.values / np.maximum(norm.values, noise.values / MOST)))
+    gained = float(np.ptp(elbo.smooth.values))
+    if rough < ROUGH or elbo.noise < WANDERS * gained:
+        return
+    yield Finding(
+        "noisy objective",
+        f"the gradient's standard deviation is {rough:.0f} times its norm; the bound varies by {elbo.noise:.3g} nats "
+        f"per datum from epoch to epoch, beside {gained:.3g} gained.",
+        "steps go in random directions: more of them do not help.",
+        "more rows per batch, num_particles, a lower learning rate; reparameterized latents in place of a "
+        "score-function gradient.",
+        evidence={"noise over norm": rough, "noise of the bound": elbo.noise},
+    )
+
+
+def not_converged(evidence: Evidence) -> Iterator[Finding]:
+    """Find a bound that still rises."""
+    split = evidence.judged
+    elbo = evidence.steady("elbo", split)
+    if len(elbo) < FEWEST:
+        return
+    quarter = len(elbo) // 4
+    first, second, third = (float(elbo.values[-k * quarter :][:quarter].mean()) for k in (3, 2, 1))
+    before, gain = second - first, third - second
+    ratio = min(gain / before, LONGEST) if before > 0 else LONGEST
+    left = gain * ratio / (1 - ratio)
+    whole = float(np.ptp(elbo.smooth.values))
+    if gain <= RISING * elbo.noise * (2 / quarter) ** 0.5 or left <= LEFT * whole:
+        return
+    yield Finding(
+        "not converged",
+        f"the {split} bound gained {before:.3g}, then {gain:.3g} nats per datum in the last two quarters of training: "
+        f"at this pace, about {left:.3g} are left.",
+        "training ended on the way: more epochs would give a better bound.",
+        "raise max_epochs, or the learning rate; patience=10 ends training when the bound has settled.",
+        evidence={"gain before": before, "gain": gain, "left": left},
+    )

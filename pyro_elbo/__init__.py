@@ -1,6 +1,6 @@
 """The evidence lower bound of Pyro programs as terms to see and to steer."""
 
-from pyro_elbo.diagnosis import Diagnosis, Finding, active_units, diagnose
+from pyro_elbo.diagnosis import Diagnosis, Finding, SplitComparison, active_units, compare_splits, diagnose
 from pyro_elbo.errors import PyroElboError
 from pyro_elbo.information import MutualInformation, Penalty, PenaltyContext, PenaltyTerm, TotalCorrelation
 from pyro_elbo.objectives import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
@@ -33,6 +33,7 @@ __all__ = [
     "PyroElboError",
     "Schedule",
     "SigmoidWarmup",
+    "SplitComparison",
     "Summary",
     "Terms",
     "TotalCorrelation",
@@ -42,6 +43,7 @@ __all__ = [
     "TraceTimestep_ELBO",
     "active_units",
     "audit",
+    "compare_splits",
     "diagnose",
     "fit",
     "kl_decomposition",

@@ -1,6 +1,7 @@
 """Diagnosis of training: what the bound and its terms say about a fit, in words, with the evidence beside it.
 
-Takes a training history, or programs and data; gives ``Diagnosis``, a tuple of ``Finding``, and active units.
+Takes a training history, programs and data, or terms; gives ``Diagnosis``, a tuple of ``Finding``, active units, and
+the comparison of two splits (``splits``, from terms by row in ``rows``).
 ``probe`` measures what the bound alone does not show, ``activity`` counts units that move with the data, ``evidence``
 reads a history, ``rules`` judges it, a function per finding (``trends``, ``latents``), ``findings`` holds the words.
 Imports objectives and below.
@@ -11,18 +12,22 @@ from pyro_elbo.diagnosis.findings import Diagnosis, Finding
 from pyro_elbo.diagnosis.probe import MAX_ROWS, Call, Probe, ProbeData, ProbeRecord, are_local
 from pyro_elbo.diagnosis.recorded import probe_variables
 from pyro_elbo.diagnosis.rules import diagnose
+from pyro_elbo.diagnosis.splits import Gap, SplitComparison, compare_splits
 
 __all__ = [
     "ACTIVE",
     "Call",
     "Diagnosis",
     "Finding",
+    "Gap",
     "MAX_ROWS",
     "Probe",
     "ProbeData",
     "ProbeRecord",
+    "SplitComparison",
     "active_units",
     "are_local",
+    "compare_splits",
     "diagnose",
     "probe_variables",
     "spread_of_means",

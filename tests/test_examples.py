@@ -7,7 +7,15 @@ import torch
 import xarray
 
 import examples.posteriordb as reference
-from examples import fair_representation, quickstart, svi_script, vrnn_digits, vrnn_music
+from examples import (
+    fair_representation,
+    generalization,
+    quickstart,
+    svi_script,
+    training_pathologies,
+    vrnn_digits,
+    vrnn_music,
+)
 from models.posteriordb import POSTERIORS
 
 pytestmark = pytest.mark.slow
@@ -29,6 +37,30 @@ def test_quickstart(tmp_path, capsys):
 def test_svi_script(capsys):
     svi_script.main()
     assert "KL in nats" in capsys.readouterr().out
+
+
+def test_generalization(tmp_path, capsys):
+    generalization.main(tmp_path, smoke_test=True)
+    assert "claim: KL shrinkage explains" in capsys.readouterr().out
+    assert (tmp_path / "generalization.png").stat().st_size > 10_000
+
+
+def test_training_pathologies(tmp_path, capsys):
+    training_pathologies.main(tmp_path, smoke_test=True)
+    assert "claim: 2 of 2 pathologies are named" in capsys.readouterr().out
+    assert (tmp_path / "training_pathologies.png").stat().st_size > 10_000
+
+
+@pytest.mark.thorough
+def test_every_pathology_is_named_and_cured(tmp_path, capsys):
+    training_pathologies.main(tmp_path)
+    assert "claim: 9 of 9 pathologies are named" in capsys.readouterr().out
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_weight_decay_cures_kl_shrinkage_from_every_seed(seed, tmp_path):
+    generalization.main(tmp_path, seed=seed)
 
 
 def test_vrnn_digits(tmp_path, capsys):

@@ -59,6 +59,8 @@ class Gap:
 class SplitComparison:
     """The gap of the bound between training and validation rows, by part; print it for a table and its reading.
 
+    Every part is a record of ``train``, ``valid``, ``gap`` and ``standard_error``, in nats per row.
+
     Attributes:
         elbo, distortion, rate: the bound of a row and its two parts: ``elbo.gap = distortion.gap + rate.gap``.
         log_likelihood: the share of every observed site.

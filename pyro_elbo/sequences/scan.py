@@ -51,8 +51,8 @@ def scan(
             steps the step program sees the sequence's last valid frame.
         length: the number of steps if ``xs`` is None.
         horizon: the number of steps to forecast after the end of ``xs``. They get None in place of each tensor of
-            x_t, and an observed site (``obs=x_t``) is drawn. With ``lengths``, the forecast of each sequence starts at its own
-            end, and its steps are the last ``horizon`` ones of the outs for all sequences.
+            x_t, and an observed site (``obs=x_t``) is drawn. With ``lengths``, the forecast of each sequence starts at
+            its own end, and its steps are the last ``horizon`` ones of the outs for all sequences.
         reverse: run from the last step to the first.
         dim: the time dimension of ``xs`` and of the outputs.
         name: the name of the time dimension in ``to_dataset()`` and in ArviZ.

@@ -155,12 +155,17 @@ class FitResult:
     def summary(self, *args: Any, num_samples: int = 4000, seed: int | None = None, **kwargs: Any) -> Summary:
         """Return a table of the latent sites: KL in nats, k-hat, active units; see :class:`Summary`.
 
+        The bound and the KLs are means of 25 evaluations; k-hat and active units take ``num_samples`` draws, which is
+        slow where the programs do not vectorize over draws.
         Where every latent belongs to one row and training took minibatches, k-hat and active units are those of 250
         rows, spread evenly over the data.
         """
         args, kwargs = self._arguments(args, kwargs)
-        terms = self.terms(*args, seed=seed, **kwargs)
-        return summarize(self.model, self.guide, terms, args, kwargs, self.data.rows, num_samples, self._seed(seed))
+
+        def evaluate(seed: int) -> Terms:
+            return self.terms(*args, seed=seed, **kwargs)
+
+        return summarize(self.model, self.guide, evaluate, args, kwargs, self.data.rows, num_samples, self._seed(seed))
 
     def save(self, path: str | os.PathLike, which: Which | None = None, *, data: bool = True) -> None:
         """Write the result to one file, which :func:`load` reads back with the same model and guide.

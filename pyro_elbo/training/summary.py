@@ -4,8 +4,9 @@ Units are active if their posterior mean moves with the data: see :mod:`pyro_elb
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
+EVALUATIONS = 25
+
 
 @dataclass(frozen=True)
 class SiteSummary:
@@ -28,8 +31,8 @@ class SiteSummary:
 
     Attributes:
         site: its name.
-        kl: KL(q ‖ p) of all data, nats; NaN for latents that the guide draws together with others (their KL stands at
-            the guide's auxiliary site).
+        kl: KL(q ‖ p) of all data, nats, the mean of 25 evaluations; NaN for latents that the guide draws together with
+            others (their KL stands at the guide's auxiliary site).
         kl_per_datum: the same, divided by the rows of the data.
         pareto_k: k-hat of the importance weights, which all latents share (the worst row's where latents are local);
             NaN where the weights have none.
@@ -51,7 +54,8 @@ class Summary:
 
     Attributes:
         sites: a record per latent site.
-        elbo: the bound at β = 1, nats per datum.
+        elbo: the bound at β = 1, nats per datum, the mean of 25 evaluations.
+        standard_error: of ``elbo``.
         num_data: rows of the data.
         num_rows: the rows that k-hat and active units are from.
         pareto_k: the importance weights in full; None where they are not those of a posterior.
@@ -60,6 +64,7 @@ class Summary:
 
     sites: tuple[SiteSummary, ...]
     elbo: float
+    standard_error: float
     num_data: int
     num_rows: int
     pareto_k: ParetoK | None
@@ -86,7 +91,7 @@ class Summary:
 
     @property
     def _title(self) -> str:
-        return f"Latents of {self.num_data} data; elbo {self.elbo:.4f} nats per datum"
+        return f"Latents of {self.num_data} data; elbo {self.elbo:.4f} ± {self.standard_error:.4f} nats per datum"
 
     @property
     def _rows(self) -> list[tuple[str, str, str, str, str]]:
@@ -113,7 +118,7 @@ _HEADER = ("", "KL (nats)", "per datum", "k-hat", "active")
 def summarize(
     model: Program,
     guide: Program,
-    terms: Terms,
+    evaluate: Callable[[int], Terms],
     args: tuple,
     kwargs: Mapping[str, Any],
     batch: int,
@@ -123,12 +128,12 @@ def summarize(
     """Return the summary of the terms of data, and of draws for them: see :class:`Summary`.
 
     Args:
-        terms: the terms of all data.
+        evaluate: returns the terms of all data at the draws of a seed.
         args, kwargs: the data.
         batch: the rows that the programs were trained on at once; fewer than the data mean that they take a part.
         num_samples: draws of the guide.
     """
-    data = RunArguments(args, dict(kwargs), batch, True)
+    data, terms = RunArguments(args, dict(kwargs), batch, True), evaluate(seed)
     total = num_rows((*args, *kwargs.values()))
     is_part = total > max(batch, MAX_ROWS) and are_local(terms)
     if is_part:
@@ -137,10 +142,13 @@ def summarize(
     k, caution = _try_pareto_k(drawn)
     draws = label_latents(drawn)
     shared = math.nan if k is None else float(k)
-    kl, units = _kl_by_site(terms), {name: _count_active(name, terms, draws) for name in terms.kl}
+    found = [_figures(terms), *(_figures(evaluate(seed + i)) for i in range(1, EVALUATIONS))]
+    kl = _kl_by_site(terms, [kl for _, kl in found])
+    units = {name: _count_active(name, terms, draws) for name in kl}
     sites = tuple(SiteSummary(n, x, x / terms.num_data, shared, *units[n]) for n, x in kl.items())
-    elbo = terms.per_datum.elbo.item()
-    return Summary(sites, elbo, terms.num_data, MAX_ROWS if is_part else terms.num_data, k, caution)
+    elbo = [x for x, _ in found]
+    error = stdev(elbo) / EVALUATIONS**0.5
+    return Summary(sites, fmean(elbo), error, terms.num_data, MAX_ROWS if is_part else terms.num_data, k, caution)
 
 
 def _try_pareto_k(drawn: Draws) -> tuple[ParetoK | None, str | None]:
@@ -150,9 +158,14 @@ def _try_pareto_k(drawn: Draws) -> tuple[ParetoK | None, str | None]:
         return None, f"No k-hat: {error}"
 
 
-def _kl_by_site(terms: Terms) -> dict[str, float]:
-    """Return the KL of each site; of sites that the guide draws together, all of it at the first auxiliary one."""
-    kl = {name: x.item() for name, x in terms.kl_total.items()}
+def _figures(terms: Terms) -> tuple[float, dict[str, float]]:
+    """Return the bound per datum and the KL of each site."""
+    return terms.per_datum.elbo.item(), {name: x.item() for name, x in terms.kl_total.items()}
+
+
+def _kl_by_site(terms: Terms, found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean KL of each site; of sites that the guide draws together, all at the first auxiliary one."""
+    kl = {name: fmean(x[name] for x in found) for name in terms.kl}
     joint = [name for name in kl if terms.sites[name].joint]
     total = math.fsum(kl[name] for name in joint)
     first = next((name for name in joint if terms.sites[name].kind == "auxiliary"), None)

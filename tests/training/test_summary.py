@@ -75,7 +75,9 @@ def test_the_summary_of_global_joint_and_point_guides(exact):
     result = pe.fit(two, AutoMultivariateNormal(two), X, batch_size=None, **QUIET)
     table = result.summary().to_dataframe()
     assert table.kl[["a", "b"]].isna().all()
-    assert table.kl["_AutoMultivariateNormal_latent"] == pytest.approx(result.terms().rate.item(), rel=1e-5)
+    assert table.kl["_AutoMultivariateNormal_latent"] == pytest.approx(
+        np.mean([result.terms(seed=seed).rate.item() for seed in range(25)]), rel=1e-5
+    )
     pyro.clear_param_store()
     points = pe.fit(two, AutoDelta(two), X, batch_size=None, **QUIET).summary()
     assert points.pareto_k is None

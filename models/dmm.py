@@ -6,15 +6,21 @@
 
 The summary s_t is the state of a recurrent network that ran over x_{t:T} backward (smoothing) or over x_{1:t} forward
 (filtering). In residual form, which learns faster where z must be remembered, the mean is that of p(z_t | z_{t-1})
-plus a function of c. Krishnan, Shalit, Sontag (2017), Structured inference networks for nonlinear state space models,
+plus a function of c. Two options make q richer: a flow of z_t, and summaries that are optimized for each sequence
+(semi-amortized inference).
+Krishnan, Shalit, Sontag (2017), Structured inference networks for nonlinear state space models,
 arXiv:1609.09869.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import pyro
+import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
+from pyro.distributions.transforms import ConditionalAffineCoupling, Permute
+from pyro.nn import ConditionalDenseNN
 from torch import Tensor, nn
 
 from models.cells import GRU, MLP, SequenceModel, bernoulli, gaussian, summaries
@@ -36,7 +42,7 @@ class Transition(nn.Module):
         nn.init.zeros_(self.linear.bias)
         nn.init.constant_(self.gate.last.bias, -1.0)
 
-    def forward(self, z: Float[Tensor, "... z_dim"]) -> pyro.distributions.Independent:
+    def forward(self, z: Float[Tensor, "... z_dim"]) -> dist.Independent:
         """Return the distribution of the next z."""
         gate, proposal = torch.sigmoid(self.gate(z)), self.proposal(z)
         return gaussian((1 - gate) * self.linear(z) + gate * proposal, self.scale(torch.relu(proposal)))
@@ -54,6 +60,30 @@ class Combiner(nn.Module):
         return self.output(0.5 * (torch.tanh(self.state(z)) + seen)).chunk(2, -1)
 
 
+class Flow(nn.Module):
+    """Affine couplings that turn a Gaussian z into one whose dimensions depend on one another, given a summary of x.
+
+    Each coupling shifts and scales half of the dimensions by a function of the other half, then the order is reversed.
+    The last layers start at zero, so that an untrained flow changes nothing. Dinh, Sohl-Dickstein, Bengio (2017),
+    Density estimation using Real NVP, arXiv:1605.08803.
+    """
+
+    def __init__(self, z_dim: int, rnn: int, hidden: int, pairs: int) -> None:
+        super().__init__()
+        kept = z_dim // 2
+        networks = [ConditionalDenseNN(kept, rnn, [hidden], [z_dim - kept] * 2) for _ in range(2 * pairs)]
+        for network in networks:
+            nn.init.zeros_(network.layers[-1].weight)
+            nn.init.zeros_(network.layers[-1].bias)
+        self.couplings = nn.ModuleList(ConditionalAffineCoupling(kept, network) for network in networks)
+        self.reverse = Permute(torch.arange(z_dim).flip(0))
+
+    def forward(self, q: dist.Independent, seen: Float[Tensor, "... rnn"]) -> dist.TransformedDistribution:
+        """Return the distribution of the transformed z."""
+        transforms = [part for coupling in self.couplings for part in (coupling.condition(seen), self.reverse)]
+        return dist.TransformedDistribution(q, transforms)
+
+
 class DMM(SequenceModel):
     """The deep Markov model of Krishnan, Shalit and Sontag.
 
@@ -61,10 +91,12 @@ class DMM(SequenceModel):
         x_dim: features of a frame.
         z_dim: latent dimensions of a frame.
         emission: width of the emitter's two hidden layers.
-        transition: width of the transition's hidden layers.
+        transition: width of the transition's hidden layers, and of the flow's.
         rnn: width of the guide's recurrence.
-        posterior: which of :meth:`smoothing` and :meth:`filtering` the guide is.
+        posterior: whether the guide is smoothing, q(z_t | z_{t-1}, x_{t:T}), which can be the posterior, since given
+            z_{t-1} earlier frames say nothing of z_t; or filtering, q(z_t | z_{t-1}, x_{1:t}).
         residual: whether the guide states how far its mean is from the transition's.
+        flow: pairs of couplings in the :class:`Flow` of the guide's z_t; 0 leaves it Gaussian.
         dropout: share of the features of x, and of its summaries, that the guide does not see while training.
     """
 
@@ -78,6 +110,7 @@ class DMM(SequenceModel):
         *,
         posterior: Posterior = "smoothing",
         residual: bool = False,
+        flow: int = 0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(x_dim, z_dim)
@@ -87,6 +120,7 @@ class DMM(SequenceModel):
         self.residual = residual
         self.transition, self.emitter = Transition(z_dim, transition), MLP(z_dim, emission, x_dim, layers=2)
         self.cell, self.combiner = GRU(x_dim, rnn), Combiner(z_dim, rnn)
+        self.flow = Flow(z_dim, rnn, transition, flow) if flow else None
         self.dropout, self.start = nn.Dropout(dropout), nn.Parameter(torch.zeros(z_dim))
 
     @property
@@ -99,15 +133,30 @@ class DMM(SequenceModel):
         return self.scan(self.model_step, self.start.expand(len(x), -1), x, lengths, horizon)
 
     def guide(self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None) -> None:
-        (self.smoothing if self.posterior == "smoothing" else self.filtering)(x, lengths)
+        self.infer(self.summarize(x, lengths), lengths)
 
-    def smoothing(self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None) -> None:
-        """q(z_t | z_{t-1}, x_{t:T}), which can be the posterior: given z_{t-1}, earlier frames say nothing of z_t."""
-        self._infer(x, lengths, reverse=True)
+    def summarize(
+        self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n time rnn"]:
+        """Return the summary s_t of every frame, the states of the recurrent network."""
+        return self.dropout(summaries(self.cell, self.dropout(x), lengths, reverse=self.posterior == "smoothing"))
 
-    def filtering(self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None) -> None:
-        """q(z_t | z_{t-1}, x_{1:t})."""
-        self._infer(x, lengths, reverse=False)
+    def infer(self, seen: Float[Tensor, "n time rnn"], lengths: Int[Tensor, " n"] | None = None) -> None:
+        """Draw z given the summary of every frame."""
+        self.scan(self.guide_step, self.start.expand(len(seen), -1), seen, lengths)
+
+    def semi_amortized(
+        self, x: Float[Tensor, "n time x_dim"], lengths: Int[Tensor, " n"] | None = None
+    ) -> Callable[..., None]:
+        """Return a guide of x whose summaries are parameters of their own, started where the network puts them.
+
+        A network that has seen few sequences errs on others. Trained alone, with the model held fixed, the parameters
+        (``"summaries"`` in Pyro's store, shape (n, time, rnn)) undo that, and the bound stays one on log p(x) of the
+        same model. Kim, Wiseman, Miller, Sontag, Rush (2018), Semi-amortized variational autoencoders, arXiv:1802.02550.
+        """
+        with torch.no_grad():
+            start = self.summarize(x, lengths)
+        return lambda x, lengths=None: self.infer(pyro.param("summaries", start), lengths)
 
     def model_step(self, z: Tensor, x_t: Tensor | None) -> tuple[Tensor, Tensor]:
         """Draw z_t given z_{t-1}, and x_t unless it is given."""
@@ -119,8 +168,5 @@ class DMM(SequenceModel):
         loc, raw_scale = self.combiner(z, seen)
         if self.residual:
             loc = self.transition(z).mean + loc
-        return pyro.sample("z", gaussian(loc, raw_scale)), None
-
-    def _infer(self, x: Tensor, lengths: Tensor | None, *, reverse: bool) -> None:
-        seen = self.dropout(summaries(self.cell, self.dropout(x), lengths, reverse=reverse))
-        self.scan(self.guide_step, self.start.expand(len(x), -1), seen, lengths)
+        q = gaussian(loc, raw_scale)
+        return pyro.sample("z", q if self.flow is None else self.flow(q, seen)), None

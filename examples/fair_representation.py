@@ -6,8 +6,8 @@ reveal far more, as the end of the output shows.
 
 Without ``--data`` a simulator draws Gaussian columns. Their linear encoders have a known I(z; s), which the script
 prints beside the estimate. With ``--data adult.npz``, s is sex and y an income above 50 000 $. Run with
-``python -m examples.fair_representation``; the plot of the trade-off is saved to ``runs/fair_representation/``. Needs
-``pip install 'pyro-elbo[plot,probe]'``.
+``python -m examples.fair_representation``; the plot of the trade-off and the posterior at the λ of the claims (ArviZ) are
+saved to ``runs/fair_representation/``. Needs ``pip install 'pyro-elbo[plot,probe]'``.
 """
 
 import argparse
@@ -115,26 +115,26 @@ class Problem:
     simulator: Simulator | None = None
 
 
-def load(data: Path | None, seed: int, quick: bool) -> Problem:
+def load(data: Path | None, seed: int, smoke_test: bool) -> Problem:
     """Return the problem of the simulator, or of Adult."""
     if data is None:
         simulator = Simulator()
         train, test = simulator.draw(4000, seed), simulator.draw(4000, seed + 1)
-        weights, epochs = ((0.0, FAIR), 20) if quick else ((0.0, 10.0, 30.0, FAIR, 300.0), 30)
+        weights, epochs = ((0.0, FAIR), 20) if smoke_test else ((0.0, 10.0, 30.0, FAIR, 300.0), 30)
         return Problem(train, test, {}, ("s", "y"), (), 2, 30.0, weights, epochs, simulator)
     train, test, groups = load_adult(data)
-    weights, epochs = ((0.0, FAIR), 2) if quick else ((0.0, 10.0, 30.0, 60.0, FAIR, 200.0), 30)
+    weights, epochs = ((0.0, FAIR), 2) if smoke_test else ((0.0, 10.0, 30.0, 60.0, FAIR, 200.0), 30)
     return Problem(train, test, groups, ("sex", "income"), (100,), 8, 60.0, weights, epochs)
 
 
-def train(problem: Problem, weight: float, seed: int, compile: bool) -> FairVAE:
+def train(problem: Problem, weight: float, seed: int, compile: bool) -> tuple[FairVAE, pe.FitResult]:
     """Fit a model with λ = ``weight``."""
     pyro.clear_param_store()
     torch.manual_seed(seed)  # for the initial weights; pe.fit has its own seed
     numeric = problem.train.x.shape[1] - sum(problem.groups.values())
     options = {"hidden": problem.hidden, "z_dim": problem.z_dim, "target_weight": problem.target_weight}
     vae = FairVAE(numeric, problem.groups, **options, size=len(problem.train.x))
-    pe.fit(
+    result = pe.fit(
         vae.model,
         vae.guide,
         tuple(problem.train),
@@ -146,7 +146,8 @@ def train(problem: Problem, weight: float, seed: int, compile: bool) -> FairVAE:
         compile=compile,
         progress=False,
     )
-    return vae
+    vae.size = None  # the rows of later calls are all there are
+    return vae, result
 
 
 @torch.no_grad()
@@ -178,6 +179,13 @@ def report(weight: float, known: float | None, bracket: tuple[float, float], fou
     )
 
 
+def export(vae: FairVAE, result: pe.FitResult, some: Table, path: Path) -> None:
+    """Write the posterior of some rows for ArviZ, without y, whose weight makes the objective no bound."""
+    names = {"z": ["latent"]}
+    data = pe.to_arviz(vae.model, vae.guide, some.x, some.s, num_samples=100, dims=names, history=result)
+    data.to_netcdf(str(path))
+
+
 def check(audits: dict[float, Audit], brackets: dict[float, tuple[float, float]], known: dict[float, float]) -> None:
     """Check the claims of the script."""
     free, fair = (audits[weight] for weight in (0.0, FAIR))
@@ -197,8 +205,9 @@ def check(audits: dict[float, Audit], brackets: dict[float, tuple[float, float]]
     assert fair.y.best.accuracy.value >= least, f"z must keep {fair.y.name}: accuracy of at least {least:.3f}"
 
 
-def main(data: Path | None, out: Path, *, seed: int = 0, quick: bool = False) -> None:
-    problem = load(data, seed, quick)
+def main(data: Path | None, out: Path, *, seed: int = 0, smoke_test: bool = False) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    problem = load(data, seed, smoke_test)
     audits: dict[float, Audit] = {}
     brackets: dict[float, tuple[float, float]] = {}
     known: dict[float, float] = {}
@@ -208,10 +217,11 @@ def main(data: Path | None, out: Path, *, seed: int = 0, quick: bool = False) ->
         f"{'parity':>9}{'odds':>9}"
     )
     for weight in problem.weights:
-        vae = train(problem, weight, seed, compile=data is not None and not quick)
+        vae, result = train(problem, weight, seed, compile=data is not None and not smoke_test)
         audits[weight], brackets[weight] = judge(vae, problem), estimate(vae, problem.test, seed)
         if weight == FAIR:
             leaky = judge(vae, problem, means=True)
+            export(vae, result, problem.test.rows(torch.arange(100)), out / "posterior.nc")
         if problem.simulator is not None:
             known[weight] = problem.simulator.information(vae)
         report(weight, known.get(weight), brackets[weight], audits[weight])
@@ -220,11 +230,10 @@ def main(data: Path | None, out: Path, *, seed: int = 0, quick: bool = False) ->
     print(f"\nλ = {FAIR:g}: {audits[FAIR]}")
     print(f"\nThe same from means, which the penalty does not cover: {leaky!r}")
 
-    out.mkdir(parents=True, exist_ok=True)
     axes = plot_tradeoff({"aggregate": audits})
     axes[0].figure.savefig(out / "fair_representation.png", dpi=120)
     plt.close(axes[0].figure)
-    print(f"\nwritten to {out}/: fair_representation.png")
+    print(f"\nwritten to {out}/: fair_representation.png, posterior.nc")
     check(audits, brackets, known)
 
 
@@ -233,6 +242,6 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, help="UCI's Adult, adult.npz")
     parser.add_argument("--out", type=Path, default=Path("runs/fair_representation"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="two λ and few epochs")
+    parser.add_argument("--smoke-test", action="store_true", help="two λ and few epochs")
     args = parser.parse_args()
-    main(args.data, args.out, seed=args.seed, quick=args.quick)
+    main(args.data, args.out, seed=args.seed, smoke_test=args.smoke_test)

@@ -64,16 +64,31 @@ def test_weight_decay_cures_kl_shrinkage_from_every_seed(seed, tmp_path):
 
 
 def test_vrnn_digits(tmp_path, capsys):
-    vrnn_digits.main(tmp_path, quick=True)
+    vrnn_digits.main(None, tmp_path, smoke_test=True)
     printed = capsys.readouterr().out
     assert all(f"  row {t} " in printed for t in range(8))
     assert (tmp_path / "vrnn_digits.png").stat().st_size > 5_000
+    z = az.from_netcdf(str(tmp_path / "posterior.nc"))["posterior"]["z"]
+    assert dict(z.sizes) == {"chain": 1, "draw": 100, "sequences": 50, "time": 8, "z_dim_0": 4}
+
+
+@pytest.mark.thorough
+def test_vrnn_digits_on_a_tenth_of_fashion_mnist(data_dir, tmp_path, capsys):
+    vrnn_digits.main(data_dir / "fashion_mnist_20k.npz", tmp_path, smoke_test=True)
+    assert "earlier rows save " in capsys.readouterr().out
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(1, 20))
+@pytest.mark.parametrize("example", [vrnn_digits, vrnn_music, fair_representation], ids=lambda module: module.__name__)
+def test_every_seed_meets_the_claim(example, seed, tmp_path):
+    example.main(None, tmp_path, seed=seed, smoke_test=True)
 
 
 def test_vrnn_music_on_its_embedded_simulator(tmp_path, capsys):
     import mido
 
-    vrnn_music.main(None, tmp_path, quick=True)
+    vrnn_music.main(None, tmp_path, smoke_test=True)
     assert "nats per frame: bound " in capsys.readouterr().out
     assert (tmp_path / "vrnn_music.png").stat().st_size > 10_000
     assert any(message.type == "note_on" for message in mido.MidiFile(tmp_path / "generated.mid"))
@@ -83,16 +98,19 @@ def test_vrnn_music_on_its_embedded_simulator(tmp_path, capsys):
 
 
 def test_fair_representation_on_its_embedded_simulator(tmp_path, capsys):
-    fair_representation.main(None, tmp_path, quick=True)
+    fair_representation.main(None, tmp_path, smoke_test=True)
     printed = capsys.readouterr().out
     assert "λ = 100: Audit of 4000 rows" in printed
     assert "The same from means" in printed
     assert (tmp_path / "fair_representation.png").stat().st_size > 10_000
+    data = az.from_netcdf(str(tmp_path / "posterior.nc"))
+    assert data["posterior"]["z"].dims == ("chain", "draw", "data", "latent")
+    assert np.isfinite(data["training"]["elbo"].sel(split="train")).all()
 
 
 @pytest.mark.thorough
 def test_fair_representation_on_adult(data_dir, tmp_path, capsys):
-    fair_representation.main(data_dir / "adult.npz", tmp_path, quick=True)
+    fair_representation.main(data_dir / "adult.npz", tmp_path, smoke_test=True)
     assert "λ = 100: Audit of 16281 rows" in capsys.readouterr().out
 
 

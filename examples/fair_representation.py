@@ -6,8 +6,8 @@ reveal far more, as the end of the output shows.
 
 Without ``--data`` a simulator draws Gaussian columns. Their linear encoders have a known I(z; s), which the script
 prints beside the estimate. With ``--data adult.npz``, s is sex and y an income above 50 000 $. Run with
-``python -m examples.fair_representation``; the plot of the trade-off and the posterior at the λ of the claims (ArviZ) are
-saved to ``runs/fair_representation/``. Needs ``pip install 'pyro-elbo[plot,probe]'``.
+``python -m examples.fair_representation``; the plot of the trade-off and the posterior at the λ of the claims (ArviZ)
+are saved to ``runs/fair_representation/``. Needs ``pip install 'pyro-elbo[plot,probe]'``.
 """
 
 import argparse

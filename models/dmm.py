@@ -152,7 +152,8 @@ class DMM(SequenceModel):
 
         A network that has seen few sequences errs on others. Trained alone, with the model held fixed, the parameters
         (``"summaries"`` in Pyro's store, shape (n, time, rnn)) undo that, and the bound stays one on log p(x) of the
-        same model. Kim, Wiseman, Miller, Sontag, Rush (2018), Semi-amortized variational autoencoders, arXiv:1802.02550.
+        same model. Kim, Wiseman, Miller, Sontag, Rush (2018), Semi-amortized variational autoencoders,
+        arXiv:1802.02550.
         """
         with torch.no_grad():
             start = self.summarize(x, lengths)

@@ -78,13 +78,6 @@ def test_vrnn_digits_on_a_tenth_of_fashion_mnist(data_dir, tmp_path, capsys):
     assert "earlier rows save " in capsys.readouterr().out
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("seed", range(1, 20))
-@pytest.mark.parametrize("example", [vrnn_digits, vrnn_music, fair_representation], ids=lambda module: module.__name__)
-def test_every_seed_meets_the_claim(example, seed, tmp_path):
-    example.main(None, tmp_path, seed=seed, smoke_test=True)
-
-
 def test_vrnn_music_on_its_embedded_simulator(tmp_path, capsys):
     import mido
 

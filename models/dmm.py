@@ -6,21 +6,16 @@
 
 The summary s_t is the state of a recurrent network that ran over x_{t:T} backward (smoothing) or over x_{1:t} forward
 (filtering). In residual form, which learns faster where z must be remembered, the mean is that of p(z_t | z_{t-1})
-plus a function of c. Two options make q richer: a flow of z_t, and summaries that are optimized for each sequence
-(semi-amortized inference).
-Krishnan, Shalit, Sontag (2017), Structured inference networks for nonlinear state space models,
-arXiv:1609.09869.
+plus a function of c. In semi-amortized inference s_t is optimized for each sequence instead. Krishnan, Shalit, Sontag
+(2017), Structured inference networks for nonlinear state space models, arXiv:1609.09869.
 """
 
 from collections.abc import Callable
 from typing import Literal, get_args
 
 import pyro
-import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
-from pyro.distributions.transforms import ConditionalAffineCoupling, Permute
-from pyro.nn import ConditionalDenseNN
 from torch import Tensor, nn
 
 from models.cells import GRU, MLP, SequenceModel, bernoulli, gaussian, summaries
@@ -42,7 +37,7 @@ class Transition(nn.Module):
         nn.init.zeros_(self.linear.bias)
         nn.init.constant_(self.gate.last.bias, -1.0)
 
-    def forward(self, z: Float[Tensor, "... z_dim"]) -> dist.Independent:
+    def forward(self, z: Float[Tensor, "... z_dim"]) -> pyro.distributions.Independent:
         """Return the distribution of the next z."""
         gate, proposal = torch.sigmoid(self.gate(z)), self.proposal(z)
         return gaussian((1 - gate) * self.linear(z) + gate * proposal, self.scale(torch.relu(proposal)))
@@ -60,30 +55,6 @@ class Combiner(nn.Module):
         return self.output(0.5 * (torch.tanh(self.state(z)) + seen)).chunk(2, -1)
 
 
-class Flow(nn.Module):
-    """Affine couplings that turn a Gaussian z into one whose dimensions depend on one another, given a summary of x.
-
-    Each coupling shifts and scales half of the dimensions by a function of the other half, then the order is reversed.
-    The last layers start at zero, so that an untrained flow changes nothing. Dinh, Sohl-Dickstein, Bengio (2017),
-    Density estimation using Real NVP, arXiv:1605.08803.
-    """
-
-    def __init__(self, z_dim: int, rnn: int, hidden: int, pairs: int) -> None:
-        super().__init__()
-        kept = z_dim // 2
-        networks = [ConditionalDenseNN(kept, rnn, [hidden], [z_dim - kept] * 2) for _ in range(2 * pairs)]
-        for network in networks:
-            nn.init.zeros_(network.layers[-1].weight)
-            nn.init.zeros_(network.layers[-1].bias)
-        self.couplings = nn.ModuleList(ConditionalAffineCoupling(kept, network) for network in networks)
-        self.reverse = Permute(torch.arange(z_dim).flip(0))
-
-    def forward(self, q: dist.Independent, seen: Float[Tensor, "... rnn"]) -> dist.TransformedDistribution:
-        """Return the distribution of the transformed z."""
-        transforms = [part for coupling in self.couplings for part in (coupling.condition(seen), self.reverse)]
-        return dist.TransformedDistribution(q, transforms)
-
-
 class DMM(SequenceModel):
     """The deep Markov model of Krishnan, Shalit and Sontag.
 
@@ -91,12 +62,11 @@ class DMM(SequenceModel):
         x_dim: features of a frame.
         z_dim: latent dimensions of a frame.
         emission: width of the emitter's two hidden layers.
-        transition: width of the transition's hidden layers, and of the flow's.
+        transition: width of the transition's hidden layers.
         rnn: width of the guide's recurrence.
         posterior: whether the guide is smoothing, q(z_t | z_{t-1}, x_{t:T}), which can be the posterior, since given
             z_{t-1} earlier frames say nothing of z_t; or filtering, q(z_t | z_{t-1}, x_{1:t}).
         residual: whether the guide states how far its mean is from the transition's.
-        flow: pairs of couplings in the :class:`Flow` of the guide's z_t; 0 leaves it Gaussian.
         dropout: share of the features of x, and of its summaries, that the guide does not see while training.
     """
 
@@ -110,7 +80,6 @@ class DMM(SequenceModel):
         *,
         posterior: Posterior = "smoothing",
         residual: bool = False,
-        flow: int = 0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(x_dim, z_dim)
@@ -120,7 +89,6 @@ class DMM(SequenceModel):
         self.residual = residual
         self.transition, self.emitter = Transition(z_dim, transition), MLP(z_dim, emission, x_dim, layers=2)
         self.cell, self.combiner = GRU(x_dim, rnn), Combiner(z_dim, rnn)
-        self.flow = Flow(z_dim, rnn, transition, flow) if flow else None
         self.dropout, self.start = nn.Dropout(dropout), nn.Parameter(torch.zeros(z_dim))
 
     @property
@@ -152,12 +120,17 @@ class DMM(SequenceModel):
 
         A network that has seen few sequences errs on others. Trained alone, with the model held fixed, the parameters
         (``"summaries"`` in Pyro's store, shape (n, time, rnn)) undo that, and the bound stays one on log p(x) of the
-        same model. Kim, Wiseman, Miller, Sontag, Rush (2018), Semi-amortized variational autoencoders,
-        arXiv:1802.02550.
+        same model. Clear the store, or scope it, before the guide of other sequences. Kim, Wiseman, Miller, Sontag,
+        Rush (2018), Semi-amortized variational autoencoders, arXiv:1802.02550.
         """
         with torch.no_grad():
-            start = self.summarize(x, lengths)
-        return lambda x, lengths=None: self.infer(pyro.param("summaries", start), lengths)
+            own = nn.Parameter(self.summarize(x, lengths).contiguous())  # others would be copied by the store
+
+        def guide(x: Tensor, lengths: Tensor | None = None) -> None:
+            pyro.param("summaries", own)
+            self.infer(own, lengths)
+
+        return guide
 
     def model_step(self, z: Tensor, x_t: Tensor | None) -> tuple[Tensor, Tensor]:
         """Draw z_t given z_{t-1}, and x_t unless it is given."""
@@ -169,5 +142,4 @@ class DMM(SequenceModel):
         loc, raw_scale = self.combiner(z, seen)
         if self.residual:
             loc = self.transition(z).mean + loc
-        q = gaussian(loc, raw_scale)
-        return pyro.sample("z", q if self.flow is None else self.flow(q, seen)), None
+        return pyro.sample("z", gaussian(loc, raw_scale)), None

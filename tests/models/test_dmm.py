@@ -3,13 +3,15 @@
 import pyro
 import pytest
 import torch
-from pyro import poutine
 
 import pyro_elbo as pe
 from models.dmm import DMM
+from pyro_elbo.errors import ArgumentError
 from tests.models import laws
 from tests.models.laws import normal, observe, split, states
 from tests.support.compiled import _interpreted, assert_same  # noqa: F401  (fixtures work by name)
+
+POSTERIORS = ["smoothing", "filtering"]
 
 
 def make(posterior="smoothing", **options):
@@ -39,30 +41,29 @@ def loops(m):
                 combined = (torch.tanh(m.combiner.state(z)) + seen) / 2
                 mean, raw = split(m.combiner.output(combined))
                 mean = mean + transition(m, z).mean if m.residual else mean
-                q = normal(mean, raw)
-                z = pyro.sample(f"z_{t}", q if m.flow is None else m.flow(q, seen))
+                z = pyro.sample(f"z_{t}", normal(mean, raw))
 
     return laws.Loops(model, guide)
 
 
 @pytest.mark.parametrize("particles", laws.PARTICLES)
 @pytest.mark.parametrize("objective", laws.OBJECTIVES)
-@pytest.mark.parametrize("options", [{}, {"posterior": "filtering"}, {"residual": True, "flow": 1}], ids=str)
-def test_equals_the_loops_in_value_and_gradient(options, objective, particles):
-    module = make(**options)
+@pytest.mark.parametrize(("posterior", "residual"), [("smoothing", False), ("filtering", False), ("smoothing", True)])
+def test_equals_the_loops_in_value_and_gradient(posterior, residual, objective, particles):
+    module = make(posterior, residual=residual)
     laws.assert_equals_loops(module, loops(module), objective, particles)
 
 
 @pytest.mark.parametrize("particles", ["one", "vectorized"])
 @pytest.mark.parametrize("kl", ["auto", "sampled"])
-@pytest.mark.parametrize("options", [{}, {"posterior": "filtering", "flow": 1}], ids=str)
-def test_ragged_batch_is_the_sum_of_its_sequences(options, kl, particles):
-    laws.assert_ragged_equals_singles(make(**options), kl, particles)
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_ragged_batch_is_the_sum_of_its_sequences(posterior, kl, particles):
+    laws.assert_ragged_equals_singles(make(posterior), kl, particles)
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.5, "flow": 1}], ids=str)
-def test_padding_is_ignored(options):
-    laws.assert_padding_is_ignored(make(**options))
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_padding_is_ignored(dropout):
+    laws.assert_padding_is_ignored(make(dropout=dropout))
 
 
 def test_terms_over_time_add_up():
@@ -107,61 +108,8 @@ def test_starts_from_frequencies():
     laws.assert_starts_from_frequencies(make())
 
 
-def by_hand(m, z, x):
-    """log q(z | x) of a guide with a flow: each coupling undone, last one first, on the way to the Gaussian."""
-    last, total = m.start.expand(len(x), -1), torch.zeros(len(x))
-    for z_t, seen in zip(z.unbind(1), m.summarize(x).unbind(1), strict=True):
-        mean, raw = split(m.combiner.output((torch.tanh(m.combiner.state(last)) + seen) / 2))
-        y = z_t
-        for coupling in reversed(m.flow.couplings):
-            y = y.flip(-1)
-            kept, moved = split(y)
-            shift, log_scale = coupling.nn(kept, context=seen)
-            y, total = torch.cat([kept, (moved - shift) / log_scale.exp()], -1), total - log_scale.sum(-1)
-        last, total = z_t, total + normal(mean, raw).log_prob(y)
-    return total
-
-
-@pytest.mark.parametrize("flow", [1, 2])
-def test_bound_with_a_flow_is_that_of_its_change_of_variables(flow):
-    module, x = make(flow=flow), laws.frames()
-    with torch.no_grad():
-        pyro.set_rng_seed(3)
-        terms = pe.TraceTimestep_ELBO().terms(module.model, module.guide, x)
-        pyro.set_rng_seed(3)
-        seen = poutine.trace(module.guide).get_trace(x)
-        joint = poutine.trace(poutine.replay(module.model, trace=seen)).get_trace(x).log_prob_sum()
-        expected = joint - by_hand(module, seen.nodes["z"]["value"], x).sum()
-    torch.testing.assert_close(terms.elbo, expected, rtol=1e-10, atol=1e-10)
-    assert terms.is_analytic == {"z": False}
-
-
-def test_an_untrained_flow_changes_nothing():
-    x, bounds = laws.frames(), []
-    torch.manual_seed(0)
-    flowing = DMM(laws.X, laws.Z, flow=1).double()
-    plain = DMM(laws.X, laws.Z).double()
-    plain.load_state_dict(flowing.state_dict(), strict=False)
-    for module in (flowing, plain):
-        pyro.set_rng_seed(3)
-        bounds.append(pe.TraceTimestep_ELBO(kl="sampled").terms(module.model, module.guide, x).elbo.detach())
-    torch.testing.assert_close(*bounds, rtol=1e-10, atol=0)
-
-
-@pytest.mark.thorough
-def test_compiled_steps_with_a_flow_equal_uncompiled_ones(interpreted):
-    x = laws.frames()
-
-    def scenario(svi_of):
-        module = make(flow=1, residual=True)
-        svi = svi_of(module.model, module.guide, torch.optim.Adam(module.parameters(), 0.01), pe.TraceTimestep_ELBO())
-        return [svi.step(x, laws.LENGTHS) for _ in range(4)], module.state_dict()
-
-    assert_same(scenario)
-
-
 def test_semi_amortized_guide_starts_at_the_network_and_leaves_the_model_alone():
-    module, x, bounds = make().eval().requires_grad_(False), laws.ragged(), []
+    module, x = make().eval().requires_grad_(False), laws.ragged()
     before = {name: p.clone() for name, p in module.state_dict().items()}
     guide = module.semi_amortized(x, laws.LENGTHS)
     objective = pe.TraceTimestep_ELBO(**laws.VECTORIZED | {"num_particles": 1000})
@@ -171,10 +119,35 @@ def test_semi_amortized_guide_starts_at_the_network_and_leaves_the_model_alone()
         with torch.no_grad():
             return objective.terms(module.model, q, x, laws.LENGTHS).elbo.item()
 
-    bounds = [bound(module.guide), bound(guide)]
+    start = bound(module.guide)
+    assert bound(guide) == start
     svi = pe.SVI(module.model, guide, pyro.optim.Adam({"lr": 0.05}), pe.TraceTimestep_ELBO())
     svi.run(50, x, laws.LENGTHS, progress=False)
-    assert bounds[0] == bounds[1]
-    assert bound(guide) > bounds[0] + 0.5  # nats of ten frames; a thousand draws tell them to 0.1
+    assert bound(guide) > start + 0.5  # nats of ten frames; a thousand draws tell them to 0.1
     assert all(torch.equal(p, before[name]) for name, p in module.state_dict().items())
     assert set(pyro.get_param_store().keys()) == {"summaries"}
+
+
+@pytest.mark.thorough
+def test_compiled_steps_of_a_semi_amortized_guide_equal_uncompiled_ones(interpreted):
+    module, x = make().eval().requires_grad_(False), laws.ragged(0.0)
+
+    def scenario(svi_of):
+        guide = module.semi_amortized(x, laws.LENGTHS)
+        svi = svi_of(module.model, guide, pyro.optim.Adam({"lr": 0.05}), pe.TraceTimestep_ELBO())
+        return [svi.step(x, laws.LENGTHS) for _ in range(4)], pyro.param("summaries").detach()
+
+    assert_same(scenario)
+
+
+def test_two_semi_amortized_guides_cannot_share_a_store():
+    module = make().eval().requires_grad_(False)
+    first, second = (
+        pe.SVI(module.model, module.semi_amortized(x), pyro.optim.Adam({"lr": 0.05}), pe.TraceTimestep_ELBO())
+        for x in (laws.frames(), laws.frames(seed=2))
+    )
+    first.step(laws.frames())
+    with pytest.raises(ArgumentError, match="summaries"):
+        second.step(laws.frames(seed=2))
+    pyro.clear_param_store()
+    second.step(laws.frames(seed=2))

@@ -29,7 +29,7 @@ FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 
 
 class Images(NamedTuple):
-    """Labelled images as counts from 0 to ``total``, one row an image."""
+    """Labeled images as counts from 0 to ``total``, one row an image."""
 
     x: Float[Tensor, "n pixels"]
     c: Int[Tensor, " n"]
@@ -185,7 +185,7 @@ def main(data: Path | None, out: Path, *, seed: int = 0, smoke_test: bool = Fals
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="labelled images, such as fashion_mnist_20k.npz")
+    parser.add_argument("--data", type=Path, help="labeled images, such as fashion_mnist_20k.npz")
     parser.add_argument("--out", type=Path, default=Path("runs/conditional_vae"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke-test", action="store_true", help="few epochs, and a claim to match")

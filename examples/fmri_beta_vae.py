@@ -8,7 +8,7 @@ the cosines of the exact optimum beside those after training, and walks along z_
 ``--data haxby2001_slice.npz`` (x: volumes x voxels, condition, run) takes one slice of a subject who saw blocks of
 faces, houses and six other categories in twelve runs. A trial is the mean of a block, and runs take the place of
 subjects. The best cosine of a column with the contrast of faces and houses is judged by the same figure for blocks
-relabelled within their runs. Haxby et al. (2001), Distributed and overlapping representations of faces and objects in
+relabeled within their runs. Haxby et al. (2001), Distributed and overlapping representations of faces and objects in
 ventral temporal cortex, Science. Run with ``python -m examples.fmri_beta_vae``; figure and posterior are saved to
 ``runs/fmri_beta_vae/``.
 """

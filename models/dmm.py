@@ -26,7 +26,7 @@ Posterior = Literal["smoothing", "filtering"]
 class Transition(nn.Module):
     """p(z_t | z_{t-1}): a gate chooses, for each dimension, between a linear and a nonlinear mean.
 
-    The linear map starts as the identity and the gate in favour of it, so that an untrained model remembers.
+    The linear map starts as the identity and the gate in favor of it, so that an untrained model remembers.
     """
 
     def __init__(self, z_dim: int, hidden: int) -> None:

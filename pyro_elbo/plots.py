@@ -231,7 +231,7 @@ def _plot_accuracies(axes: "Axes", lines: Mapping[str, Sequence[_Point]]) -> Non
     axes.axvline(first.s.majority, **_REFERENCE)
     axes.axhline(first.y.majority, **_REFERENCE)
     axes.set(
-        xlabel=f"accuracy of {first.s.name}", ylabel=f"accuracy of {first.y.name}", title="trade-off, labelled by λ"
+        xlabel=f"accuracy of {first.s.name}", ylabel=f"accuracy of {first.y.name}", title="trade-off, labeled by λ"
     )
     axes.margins(0.12)
     axes.legend(frameon=False)

@@ -91,7 +91,7 @@ def test_no_text_covers_another(names):
         assert not a.overlaps(b), f"{first} covers {second}"
 
 
-def test_points_are_labelled_by_weight():
+def test_points_are_labeled_by_weight():
     both = plot_tradeoff({"aggregate": tradeoff(1.0)})[3]
     labels = {text.get_text(): text.xy for text in both.texts}
     assert {"0", "1", "3"} <= set(labels)

@@ -1,4 +1,4 @@
-"""The probes of a fit as labelled arrays: one entry per epoch and split, NaN where no probe was taken."""
+"""The probes of a fit as labeled arrays: one entry per epoch and split, NaN where no probe was taken."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

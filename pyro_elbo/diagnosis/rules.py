@@ -1,7 +1,7 @@
 r"""The rules of a diagnosis: one function per finding, from the evidence of a history.
 
 The rules are in ``trends``, what the curves show, and in ``latents``, what the probes show of the latents. Their
-thresholds are those of the labelled runs in ``docs/diagnosis.md``.
+thresholds are those of the labeled runs in ``docs/diagnosis.md``.
 """
 
 from collections.abc import Callable, Iterator

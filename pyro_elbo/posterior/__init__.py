@@ -1,7 +1,7 @@
 """Draws from the fitted guide, their importance weights, and the export to ArviZ.
 
 Takes model, guide and data; gives ``Draws`` with log p and log q, Pareto-smoothed weights, k-hat, leave-one-out,
-draws and predictions as labelled arrays, and ArviZ's groups.
+draws and predictions as labeled arrays, and ArviZ's groups.
 Imports terms and below.
 """
 

@@ -1,4 +1,4 @@
-"""Turn arrays of draws into xarray Datasets: dimensions named after plates, time and events, rows labelled."""
+"""Turn arrays of draws into xarray Datasets: dimensions named after plates, time and events, rows labeled."""
 
 import inspect
 from collections.abc import Mapping, Sequence

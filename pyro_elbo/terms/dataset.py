@@ -1,4 +1,4 @@
-"""Terms -> labelled arrays."""
+"""Terms -> labeled arrays."""
 
 from typing import TYPE_CHECKING
 

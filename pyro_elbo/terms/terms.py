@@ -191,7 +191,7 @@ class Terms:
         return num_data(self.sites)
 
     def to_dataset(self, per_datum: bool = False) -> "xarray.Dataset":
-        """All terms as labelled arrays: dimensions are named after the plates.
+        """All terms as labeled arrays: dimensions are named after the plates.
 
         Variables: ``elbo``, ``objective``, ``rate``, ``distortion`` (scalars, totals in nats),
         ``log_likelihood_<site>``, ``kl_<site>`` (per plate) and ``kl_per_dim_<site>`` (with ``<site>_dim_0`` ...), in

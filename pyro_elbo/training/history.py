@@ -1,4 +1,4 @@
-"""The training history: one record per epoch and split, and a labelled Dataset of all records.
+"""The training history: one record per epoch and split, and a labeled Dataset of all records.
 
 Records are plain dictionaries of numbers, so a checkpoint can hold them and be read without running code.
 """

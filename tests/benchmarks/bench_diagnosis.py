@@ -1,4 +1,4 @@
-"""The diagnosis of labelled runs: what each finding is worth.
+"""The diagnosis of labeled runs: what each finding is worth.
 
 Run with ``python -m tests.benchmarks.bench_diagnosis develop --cache FOLDER``. The mistakes are built in
 (``diagnosis_runs``). The rules were developed on the half ``develop``; ``final`` was run once, at the end. Histories

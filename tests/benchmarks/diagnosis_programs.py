@@ -1,4 +1,4 @@
-"""Programs and data for the labelled runs of ``bench_diagnosis``: small enough to train in seconds."""
+"""Programs and data for the labeled runs of ``bench_diagnosis``: small enough to train in seconds."""
 
 import os
 from functools import cache

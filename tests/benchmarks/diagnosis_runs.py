@@ -1,4 +1,4 @@
-"""The labelled runs of ``bench_diagnosis``: what each is by construction, decided before it was trained.
+"""The labeled runs of ``bench_diagnosis``: what each is by construction, decided before it was trained.
 
 A row of ``TABLE`` says which mistake was built in and how. It is trained once to develop the rules on, and once with
 another seed and slightly other settings for the half that is looked at once; what is healthy, twice each.

@@ -1,4 +1,4 @@
-"""Trace one step of a scan, with its gradient, as a graph whose inputs and outputs are labelled."""
+"""Trace one step of a scan, with its gradient, as a graph whose inputs and outputs are labeled."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,10 +1,15 @@
-"""Draw the figure of the schedules for the docs: ``python docs/figures.py`` writes ``docs/images/schedules.png``."""
+"""Draw figures for the docs: ``python -m docs.figures`` writes them to ``docs/images``."""
 
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import pyro
+from pyro.infer.autoguide import AutoNormal, init_to_value
 
 import pyro_elbo as pe
+from examples.posteriordb import SCHOOLS, SCHOOLS_DATA
+from models.posteriordb import POSTERIORS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -20,7 +25,7 @@ SCHEDULES = {
 COLORS = ("#5f6b78", "#1f5fa8", "#4f8f5b", "#d08c3f", "#b3452c")
 
 
-def main(path: Path) -> None:
+def draw_schedules(path: Path) -> None:
     """Draw every schedule up to some steps after it has settled, each in a panel of its own."""
     figure, axes = plt.subplots(2, 3, figsize=(9, 4.6), layout="constrained")
     steps = range(STEPS * 5 // 4 + 1)
@@ -37,5 +42,35 @@ def main(path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_convergence(path: Path) -> None:
+    """Converge eight schools, and draw what every window of iterates said, at its last step."""
+    pyro.set_rng_seed(0)
+    posterior = POSTERIORS[SCHOOLS]
+    start = init_to_value(values=posterior.init(*SCHOOLS_DATA), fallback=None)
+    guide = AutoNormal(posterior.model, init_loc_fn=start)
+    svi = pe.SVI(posterior.model, guide, pyro.optim.Adam({"lr": 0.1}), pe.TraceBeta_ELBO(), compile=True)
+    report = svi.converge(*SCHOOLS_DATA, accuracy=0.1, progress=False)
+    print(report)
+    windows, steps = report.windows, 1 + np.cumsum([w.steps for w in report.windows])
+    figure, (sizes, hats, distances) = plt.subplots(3, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    sizes.stairs([w.step_size for w in windows], [0, *steps], baseline=None, color=COLORS[1], lw=2)
+    sizes.set(yscale="log", ylabel="step size")
+    hats.plot(steps, [w.r_hat for w in windows], "o-", color=COLORS[2])
+    hats.axhline(1.1, color="#9aa5b1", lw=1, ls=":", label="stationary below")
+    hats.legend(frameon=False)
+    hats.set(ylabel="largest split R-hat")
+    for name, color in (("moved", COLORS[0]), ("error", COLORS[3]), ("distance", COLORS[4])):
+        shown = [(step, getattr(w, name)) for step, w in zip(steps, windows, strict=True) if getattr(w, name) > 0]
+        distances.plot(*zip(*shown, strict=True), "o-", color=color, label=name)
+    distances.axhline(report.accuracy, color="#9aa5b1", lw=1, ls=":", label="accuracy asked for")
+    distances.set(yscale="log", ylabel="√ symmetrized KL", xlabel="steps")
+    distances.legend(frameon=False)
+    for ax in (sizes, hats, distances):
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
-    main(Path(__file__).parent / "images" / "schedules.png")
+    images = Path(__file__).parent / "images"
+    draw_schedules(images / "schedules.png")
+    draw_convergence(images / "convergence.png")

@@ -10,7 +10,7 @@ from pyro_elbo.representation import Audit, KLDecomposition, audit, kl_decomposi
 from pyro_elbo.schedules import Capacity, Constant, Cyclical, LinearWarmup, Schedule, SigmoidWarmup
 from pyro_elbo.sequences import scan
 from pyro_elbo.terms import Terms
-from pyro_elbo.training import SVI, FitResult, Summary, fit, load, watch
+from pyro_elbo.training import SVI, ConvergenceReport, FitResult, Summary, fit, load, watch
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "Audit",
     "Capacity",
     "Constant",
+    "ConvergenceReport",
     "Cyclical",
     "Diagnosis",
     "Finding",

@@ -1,7 +1,7 @@
 """Draws from the fitted guide, their importance weights, and the export to ArviZ.
 
 Takes model, guide and data; gives ``Draws`` with log p and log q, Pareto-smoothed weights, k-hat, leave-one-out,
-draws and predictions as labeled arrays, and ArviZ's groups.
+draws and predictions as labeled arrays, ArviZ's groups, and the KL between a guide before and after it moved.
 Imports terms and below.
 """
 
@@ -9,5 +9,17 @@ from pyro_elbo.posterior.arviz import to_arviz
 from pyro_elbo.posterior.draws import Draws
 from pyro_elbo.posterior.importance import ParetoK, judge, loo, pareto_k
 from pyro_elbo.posterior.predict import label_latents, predict_data, sample_guide
+from pyro_elbo.posterior.symmetrized_kl import SymmetrizedKL
 
-__all__ = ["Draws", "ParetoK", "judge", "label_latents", "loo", "pareto_k", "predict_data", "sample_guide", "to_arviz"]
+__all__ = [
+    "Draws",
+    "ParetoK",
+    "SymmetrizedKL",
+    "judge",
+    "label_latents",
+    "loo",
+    "pareto_k",
+    "predict_data",
+    "sample_guide",
+    "to_arviz",
+]

@@ -1,6 +1,8 @@
 """A drop-in for :class:`pyro.infer.SVI` whose steps can run as one compiled graph."""
 
 import inspect
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
 from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss
+from pyro_elbo.training.converge import Convergence, check_limits, repeat
+from pyro_elbo.training.convergence import ConvergenceReport, Window
 
 CHUNK = 1000  # steps between two looks at the progress bar
 
@@ -119,6 +123,81 @@ class SVI:
                 bar.update(len(part))
                 bar.set_postfix(elbo=f"{values[:, names.index('elbo')].mean():.4g}")
         return torch.from_numpy(losses)
+
+    def converge(
+        self,
+        *args: Any,
+        batches: Iterable | None = None,
+        accuracy: float = 0.1,
+        max_steps: int = 100_000,
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> ConvergenceReport:
+        r"""Train until the averaged parameters are close to the optimum, and say whether they are.
+
+        Steps are taken at the optimizer's learning rate until the iterates are stationary: the halves of a window of
+        them agree, by the split R-hat of the parameters. Their average is far closer to the optimum than the last of
+        them. Then the learning rate is halved, and so on, until the distance from the optimum, predicted from how far
+        the averages moved, is at most ``accuracy``. The averages are left in the parameters; the optimizer gets its
+        learning rate back.
+
+        A learning rate for which the objective becomes infinite or worse than at the start is lowered by itself. Start
+        with a large one, such as 0.05 or 0.1 for Adam: a large step size finds the region of the optimum, small ones
+        the optimum.
+
+        Args:
+            args, kwargs: arguments of the programs, the same for every step.
+            batches: an iterable of minibatches instead, such as a DataLoader, iterated again and again. A batch is a
+                tensor, a tuple of arguments, or a dict of keyword arguments.
+            accuracy: the distance from the optimum, as the root of the symmetrized KL between guides: 0.1 stands for
+                a mean that is off by a tenth of a posterior standard deviation. Latents of single rows of the data
+                count by the row that is farthest off.
+            max_steps: the most steps.
+            progress: show a bar with step size, R-hat and distance.
+
+        Raises:
+            ArgumentError: ``accuracy`` is not positive, ``max_steps`` is too small, the learning rate decays,
+                or two runs of the programs from the same seed differ.
+            DataError: ``batches`` yields nothing, or data do not fit the programs.
+            GuideError: the guide has no density.
+            CompileError, NonFiniteError, SiteError: as for :meth:`step`.
+
+        Example:
+            >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
+            >>> def model(x):
+            ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("data", len(x)):
+            ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> guide = pyro.infer.autoguide.AutoNormal(model)
+            >>> svi = pe.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pe.TraceBeta_ELBO())
+            >>> report = svi.converge(torch.tensor([0.8, 1.2, 1.0]))  # doctest: +SKIP
+            >>> report.converged  # doctest: +SKIP
+            True
+
+        References:
+            Dhaka, Catalina, Andersen, Magnusson, Huggins, Vehtari (2020), Robust, accurate stochastic optimization for
+            variational inference, arXiv:2009.00666; Welandawe, Andersen, Vehtari, Huggins (2024), A framework for
+            improving the reliability of black-box variational inference, JMLR 25:219, arXiv:2203.15945.
+        """
+        check_limits(self.loss, accuracy, max_steps)
+        if batches is not None and (args or kwargs):
+            raise ArgumentError("Pass the data of every step as arguments, or batches=..., not both.")
+        data = repeat(batches) if batches is not None else itertools.repeat(self._arguments(args, kwargs))
+        with tqdm(total=max_steps, disable=not progress, unit=" steps") as bar:
+
+            def take(steps: int) -> np.ndarray:
+                """Take steps on the same data at once, on batches one by one."""
+                counts = [steps] if batches is None else [1] * steps
+                parts = [self._train(*next(data), count) for count in counts]
+                bar.update(steps)
+                return np.concatenate([values[:, names.index("elbo")] for names, values in parts])
+
+            def show(window: Window) -> None:
+                bar.set_postfix(step_size=window.step_size, r_hat=window.r_hat, distance=window.distance)
+
+            optimizers = self._steps.update.optimizers
+            run = Convergence(self.model, self.guide, self.loss, next(data), take, optimizers, max_steps)
+            return run.run(accuracy, show)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss in nats without taking a step, with modules in evaluation mode; schedules do not advance."""

@@ -1,0 +1,441 @@
+"""Training to a stated distance from the optimum: the decisions on exact processes, then real programs."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoNormal
+
+import pyro_elbo as pe
+from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError
+from pyro_elbo.posterior import SymmetrizedKL
+from pyro_elbo.training import converge
+from pyro_elbo.training.converge import Convergence, Plan
+from pyro_elbo.training.iterates import Iterates
+from pyro_elbo.training.stationarity import is_level, is_worse, predict_distance, split_r_hat
+from tests.support.compiled import X, _as_captured, _graphs, adam, guide, model  # noqa: F401
+
+MEAN, SPREAD = X.sum().item() / 5, 5**-0.5  # the posterior of the model of tests.support.compiled
+
+
+# --- decisions on arrays ----------------------------------------------------------------------------------------
+
+
+def ar1(rho, n, columns, rng):
+    """A stationary process of variance 1 with autocorrelation rho."""
+    noise, x = rng.normal(size=(n, columns)), rng.normal(size=columns)
+    return np.stack([x := rho * x + (1 - rho**2) ** 0.5 * e for e in noise])
+
+
+def test_r_hat_is_the_formula_of_two_halves():
+    window = np.array([[0.0], [2.0], [5.0], [9.0]])  # means 1 and 7, variances 2 and 8
+    assert split_r_hat(window) == pytest.approx(math.sqrt(1 / 2 + 18 / 5))
+    constant = np.full((4, 1), 0.1)
+    assert split_r_hat(constant) == 1.0
+    assert split_r_hat(np.hstack([window, constant])) == split_r_hat(window)
+    assert split_r_hat(np.array([[0.0], [0.0], [1.0], [1.0]])) == math.inf
+
+
+def test_r_hat_tells_stationary_from_drifting_iterates():
+    """Fifty parameters; of a hundred windows each, none is taken for the other kind."""
+    rng = np.random.default_rng(0)
+    noise = [ar1(0.2, 256, 50, rng) for _ in range(100)]
+    assert max(map(split_r_hat, noise)) < 1.1
+    trend = np.linspace(0, 3, 256)[:, None] * (np.arange(50) == 7)  # one parameter drifts by three standard deviations
+    assert min(split_r_hat(x + trend) for x in noise) > 1.1
+    assert min(split_r_hat(ar1(0.99, 128, 50, rng)) for _ in range(100)) > 1.1  # a hundred steps to forget the start
+
+
+@pytest.mark.parametrize("kappa", [0.5, 1.0])
+def test_distance_follows_the_power_law(kappa):
+    sizes = [0.1 * 0.5**i for i in range(1, 7)]
+    distances = [3 * size**kappa for size in sizes]
+    moves, exact = [d * (2**kappa - 1) for d in distances], [1e-6] * 6
+    found = predict_distance(sizes, moves, exact)
+    assert 0.95 * distances[-1] < found < 1.4 * distances[-1]
+    assert predict_distance(sizes[:1], moves[:1], exact[:1]) > 1.5 * moves[0]  # the order may still be low
+    assert predict_distance(sizes, [10 * m for m in moves], [1e-5] * 6) == pytest.approx(10 * found)
+
+
+def test_moves_by_noise_alone_predict_a_distance_below_the_noise():
+    sizes = [0.1 * 0.5**i for i in range(1, 7)]
+    assert predict_distance(sizes, [0.05] * 6, [0.05] * 6) < 0.05
+    assert predict_distance(sizes, [0.05] * 6, [1e-6] * 6) > 0.1  # moves that do not shrink have far to go
+
+
+def test_a_step_size_that_ends_below_its_start_is_too_large():
+    rng = np.random.default_rng(0)
+    assert not is_worse(rng.normal(size=1000), -1.0)
+    assert is_worse(rng.normal(size=1000) - 1e4, -1.0)
+    assert not is_worse(np.concatenate([np.full(500, -1e4), rng.normal(size=500)]), -1.0)  # it has recovered
+
+
+def test_a_bound_is_level_unless_it_rises_by_more_than_its_errors():
+    rng = np.random.default_rng(0)
+    noise = [ar1(0.9, 2048, 1, rng)[:, 0] for _ in range(100)]
+    assert np.mean([is_level(x) for x in noise]) > 0.9  # 2.5 % of the windows rise by two standard errors
+    assert not any(is_level(x + np.linspace(0, 4, 2048)) for x in noise)
+    assert is_level(noise[0] - np.linspace(0, 4, 2048))
+
+
+def test_plans():
+    plan = Plan(1.0, 8)
+    assert plan.after("drifts") == plan.after("weights move") == Plan(1.0, 16)
+    assert plan.after("stationary") == plan.after("level") == Plan(0.5, 16)
+    assert plan.after("too large") == Plan(0.25, 8)
+
+
+# --- the whole run on an exact process --------------------------------------------------------------------------
+
+
+class Process:
+    """Steps whose iterates are an Ornstein-Uhlenbeck process: of a gradient with noise, on a quadratic objective.
+
+    The location relaxes to ``optimum + bias * step size`` at the rate ``speed * step size``; its stationary variance is
+    proportional to the step size.
+    """
+
+    def __init__(self, optimum=1.0, bias=0.0, speed=1.0, lr=0.1, start=0.0, noise=0.1):
+        self.loc = pyro.param("loc", torch.tensor(start, dtype=torch.float64)).unconstrained()
+        self.optimizer = torch.optim.SGD([self.loc], lr=lr)
+        self.optimum, self.bias, self.speed, self.noise = optimum, bias, speed, noise
+
+    def optimizers(self, parameters):
+        return [self.optimizer]
+
+    def take(self, steps):
+        lr = self.optimizer.param_groups[0]["lr"]
+        target, kept = self.optimum + self.bias * lr, math.exp(-steps * self.speed * lr)
+        spread = self.noise * (lr * (1 - kept**2)) ** 0.5
+        with torch.no_grad():
+            self.loc.copy_(target + kept * (self.loc - target) + spread * torch.randn((), dtype=torch.float64))
+        return np.zeros(steps)
+
+    def run(self, accuracy=0.1, max_steps=100_000):
+        def unit_guide(x):
+            pyro.sample("z", dist.Normal(pyro.param("loc"), 1.0))
+
+        run = Convergence(model, unit_guide, pe.TraceBeta_ELBO(), ((X,), {}), self.take, self.optimizers, max_steps)
+        return run.run(accuracy, lambda window: None)
+
+
+class Shift:
+    """The exact distance between normal guides of unit variance."""
+
+    def __init__(self, *args):
+        pass
+
+    def __call__(self, first, second):
+        return (first - second).abs().item()
+
+
+@pytest.fixture
+def exact_distance(monkeypatch):
+    monkeypatch.setattr(converge, "SymmetrizedKL", Shift)
+
+
+def test_an_unbiased_process_converges_to_its_optimum():
+    process = Process()
+    report = process.run()
+    assert report.converged
+    assert abs(process.loc.item() - 1.0) < 0.1
+    assert process.optimizer.param_groups[0]["lr"] == 0.1
+    assert report.steps == 1 + sum(w.steps for w in report.windows) <= 100_000
+
+
+def test_a_biased_process_goes_on_until_the_predicted_bias_is_small(exact_distance):
+    """The distance is 20 γ: 2 at the first step size, and below 0.1 from γ = 0.1 / 32 on."""
+    process = Process(bias=20.0, noise=0.2)
+    report = process.run(max_steps=10**7)
+    assert report.converged
+    assert abs(process.loc.item() - 1.0) < 0.1
+    by_size = {w.step_size: w for w in report.windows if w.verdict == "stationary"}
+    assert min(by_size) <= 0.1 / 16
+    for size, window in list(by_size.items())[3:]:
+        assert 20 * size < window.distance < 2 * 20 * size
+
+
+def test_a_slow_process_is_called_unconverged():
+    """After 20 000 steps it has come a tenth of the way."""
+    report = Process(speed=5e-5, noise=0.01).run(max_steps=20_000)
+    assert not report.converged
+    assert math.isnan(report.distance)
+    assert "still drift" in report.reason
+
+
+@pytest.mark.thorough
+def test_false_claims_of_runs_that_are_stopped_early_are_rare(exact_distance):
+    """Of 100 processes with random speeds, biases and budgets, fewer than 5 claim an accuracy that they miss."""
+    rng, claims, false = np.random.default_rng(0), 0, 0
+    for seed in range(100):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        process = Process(bias=rng.uniform(0, 5), speed=10 ** rng.uniform(-2, 0), noise=rng.uniform(0.1, 1))
+        report = process.run(max_steps=int(10 ** rng.uniform(3.5, 5.5)))
+        claims += report.converged
+        false += report.converged and abs(process.loc.item() - 1.0) > 0.1
+    assert claims > 30
+    assert false < 5
+
+
+# --- distances between guides -------------------------------------------------------------------------------------
+
+
+def test_symmetrized_kl_of_a_shift_is_exact_and_of_a_scale_close():
+    def wide(x):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(torch.zeros(4), 1.0).to_event(1), obs=x)
+
+    auto = AutoNormal(wide, init_scale=0.5)
+    auto(X)
+    iterates = Iterates(auto.parameters())
+    state = torch.get_rng_state()
+    distance = SymmetrizedKL(wide, auto, (X,), {}, iterates.write)
+    start = iterates.read()
+    shift = start + torch.tensor([0.3, 0.4, 0.0, 0.0])
+    assert distance(start, shift) == pytest.approx(0.5 / 0.5, rel=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    wider = start.clone()
+    wider[2:] = 0.9
+    iterates.write(wider)
+    ratio = (auto.scales.z[0].item() / 0.5) ** 2
+    exact = math.sqrt(ratio + 1 / ratio - 2)  # of two latents, each half of it
+    assert exact * 0.95 < distance(start, wider) < exact * 1.2  # two standard errors on top
+    assert distance(start, start) == 0.0
+
+
+def test_symmetrized_kl_takes_the_row_that_moved_most():
+    def rows(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    auto = AutoNormal(rows, init_scale=0.5)
+    auto(X)
+    iterates = Iterates(auto.parameters())
+    start = iterates.read()
+    moved = start + torch.tensor([0.1, 0.2, 0.3, -0.1] + [0.0] * 4)
+    for _ in range(2):
+        distance = SymmetrizedKL(rows, auto, (X,), {}, iterates.write)
+        assert distance(start, moved) == pytest.approx(0.3 / 0.5, rel=1e-6)
+
+
+def test_symmetrized_kl_of_a_guide_that_does_not_vectorize():
+    def stubborn(x):
+        loc = pyro.param("loc", torch.zeros(()))
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        float(z.detach())  # one draw at a time
+
+    stubborn(X)
+    iterates = Iterates([pyro.param("loc").unconstrained()])
+    distance = SymmetrizedKL(model, stubborn, (X,), {}, iterates.write)
+    assert distance(torch.zeros(1), torch.full((1,), 0.3)) == pytest.approx(0.3, rel=1e-6)
+
+
+# --- parameters -------------------------------------------------------------------------------------------------
+
+
+def test_constrained_parameters_are_averaged_unconstrained():
+    """Of a positive parameter this is the geometric mean."""
+    pyro.param("scale", torch.tensor(2.0), constraint=constraints.positive)
+    iterates = Iterates([pyro.param("scale").unconstrained()])
+    low = iterates.read()
+    iterates.write(low + math.log(4))
+    assert pyro.param("scale").item() == pytest.approx(8.0)
+    iterates.write((low + iterates.read()) / 2)
+    assert pyro.param("scale").item() == pytest.approx(4.0)
+
+
+def test_many_parameters_are_watched_in_part_and_averaged_in_full():
+    iterates = Iterates([torch.zeros(100), torch.zeros(30, 40)])
+    assert iterates.watched(iterates.read()).shape == (256,)
+    x = torch.arange(1300.0)
+    iterates.write(x)
+    assert torch.equal(iterates.read(), x)
+
+
+# --- programs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Shorter windows: an uncompiled step takes most of a millisecond."""
+    for name, value in (("RECORDS", 32), ("THIN", 1), ("LEAST_STEPS", 60)):
+        monkeypatch.setattr(converge, name, value)
+
+
+def run(lr=0.1, seed=1, max_steps=3000, **options):
+    """Converge from an empty store; return the report and the guide's location and scale."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    svi = pe.SVI(model, guide, pyro.optim.Adam({"lr": lr}), pe.TraceBeta_ELBO(), **options)
+    report = svi.converge(X, accuracy=0.4, max_steps=max_steps, progress=False)
+    return report, pyro.param("loc").item(), pyro.param("scale").item()
+
+
+@pytest.mark.thorough
+def test_a_conjugate_model_converges_to_its_exact_posterior(brief):
+    report, loc, scale = run()
+    assert report.converged
+    assert report.distance <= 0.4
+    assert abs(loc - MEAN) < 0.4 * SPREAD
+    assert abs(math.log(scale / SPREAD)) < 0.4
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(5))
+def test_the_conjugate_model_to_a_tenth_in_machine_code(seed):
+    pyro.set_rng_seed(seed)
+    svi = pe.SVI(model, guide, adam(), pe.TraceBeta_ELBO(), compile=True)
+    report = svi.converge(X, progress=False)
+    assert report.converged
+    assert abs(pyro.param("loc").item() - MEAN) < 0.1 * SPREAD
+    assert abs(math.log(pyro.param("scale").item() / SPREAD)) < 0.1
+
+
+def test_seeds_repeat_a_run(brief):
+    first = run(max_steps=60)
+    assert run(max_steps=60) == first
+    assert run(max_steps=60, seed=2)[1:] != first[1:]
+
+
+def test_a_step_size_that_is_far_too_large_is_lowered(brief):
+    """The scale leaves the floating-point numbers, or the bound gets worse than at the start."""
+    report, loc, _ = run(lr=1e3, max_steps=400)
+    verdicts = [w.verdict for w in report.windows]
+    assert verdicts[:3] == ["too large"] * 3
+    assert verdicts[-1] != "too large"
+    assert abs(loc - MEAN) < SPREAD
+
+
+def test_a_program_without_finite_gradients_is_an_error(brief):
+    def broken(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("root", (z - z).sqrt() if torch.is_grad_enabled() else z * 0)
+
+    svi = pe.SVI(broken, guide, adam(), pe.TraceBeta_ELBO())
+    with pytest.raises(NonFiniteError, match="gradient"):
+        svi.converge(X, progress=False)
+    assert (pyro.param("loc").item(), pyro.param("scale").item()) == pytest.approx((0.1, 0.5))
+
+
+def test_compiled_steps_follow_the_step_size_without_a_new_graph(brief, interpreted, graphs):
+    report, _, _ = run(max_steps=160, compile=True)
+    assert len(graphs) == 1
+    assert len({w.step_size for w in report.windows}) > 1
+
+
+def test_averages_are_left_and_the_learning_rate_returns(brief):
+    optim = adam(lr=0.1)
+    svi = pe.SVI(model, guide, optim, pe.TraceBeta_ELBO())
+    report = svi.converge(X, accuracy=1e-6, max_steps=200, progress=False)
+    assert not report.converged
+    assert "max_steps came first" in str(report)
+    assert [o.param_groups[0]["lr"] for o in optim.optim_objs.values()] == [0.1, 0.1]
+    sizes = [w.step_size for w in report.windows]
+    assert sizes == sorted(sizes, reverse=True)
+    html = report._repr_html_()
+    assert "Not converged" in html
+    assert f"{report.windows[0].steps}" in str(report)
+
+
+def test_weights_that_move_are_waited_for(brief):
+    pyro.set_rng_seed(0)
+    loss = pe.TraceBeta_ELBO(pe.LinearWarmup(0.0, 1.0, steps=50))
+    svi = pe.SVI(model, guide, adam(), loss)
+    with pytest.raises(ArgumentError, match="max_steps must be at least 160"):
+        svi.converge(X, max_steps=159, progress=False)
+    report = svi.converge(X, max_steps=200, progress=False)
+    assert [w.verdict for w in report.windows][:2] == ["weights move"] * 2
+    assert "weights move" not in [w.verdict for w in report.windows[2:]]
+
+
+def test_minibatches_are_taken_one_after_the_other(brief):
+    """Both halves of the data, scaled to all of them, have the posterior of all."""
+
+    def half(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4, subsample=x):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    seen = []
+
+    def watching(x):
+        seen.append(tuple(x.tolist()))
+        guide(x)
+
+    svi = pe.SVI(half, watching, adam(), pe.TraceBeta_ELBO())
+    report = svi.converge(batches=[X[:2], (X[2:],)], accuracy=1e-6, max_steps=200, progress=False)
+    first, second = tuple(X[:2].tolist()), tuple(X[2:].tolist())
+    assert seen.count(second) == (report.steps + 1) // 2  # checks and distances are on the first batch
+    assert seen.count(first) > report.steps // 2
+    assert abs(pyro.param("loc").item() - MEAN) < SPREAD
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+def forgetful(values):
+    """A model that takes its data from a list, once."""
+
+    def program(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=values.pop())
+
+    return program
+
+
+def point_guide(x):
+    pyro.sample("z", dist.Delta(pyro.param("loc", lambda: torch.tensor(0.1))))
+
+
+BAD = {
+    "accuracy 0": ({}, {"accuracy": 0}, ArgumentError, "accuracy must be positive"),
+    "accuracy negative": ({}, {"accuracy": -0.1}, ArgumentError, "accuracy must be a finite number"),
+    "max_steps": ({}, {"max_steps": 3000}, ArgumentError, "max_steps must be at least 3073, got 3000"),
+    "data used up": ({"model": forgetful([*X[:2]])}, {}, ArgumentError, "once on the same data, and then no more"),
+    "data change": ({"model": forgetful([*X] * 9)}, {}, ArgumentError, "Two runs of the programs on the same data"),
+    "point": ({"guide": point_guide}, {}, GuideError, "KL between guides.*point estimate in 'z'"),
+    "decay": ({"optim": pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.9})}, {}, ArgumentError, "without decay"),
+    "generator": ({}, {"batches": (x for x in [X])}, ArgumentError, "batches must be an iterable that starts again"),
+    "no batch": ({}, {"batches": []}, DataError, "the loader yields nothing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_anything_changes(case):
+    parts, options, error, match = BAD[case]
+    parts = {"model": model, "guide": guide, "optim": adam()} | parts
+    svi = pe.SVI(**parts, loss=pe.TraceBeta_ELBO())
+    args = () if "batches" in options else (X,)
+    with pytest.raises(error, match=match):
+        svi.converge(*args, progress=False, **options)
+    for name, p in pyro.get_param_store().items():
+        assert p.item() == pytest.approx({"loc": 0.1, "scale": 0.5}[name])
+
+
+def test_data_are_arguments_or_batches():
+    svi = pe.SVI(model, guide, adam(), pe.TraceBeta_ELBO())
+    with pytest.raises(ArgumentError, match="not both"):
+        svi.converge(X, batches=[X])
+
+
+def test_a_guide_without_latents_or_parameters_has_nothing_to_converge():
+    def fixed(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ArgumentError, match="nothing to train"):
+        pe.SVI(model, fixed, adam(), pe.TraceBeta_ELBO()).converge(X)
+
+    def likelihood(x):
+        pyro.sample("x", dist.Normal(pyro.param("mean", torch.zeros(())), 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    def empty(x):
+        pass
+
+    with pytest.raises(GuideError, match="draws no latent"):
+        pe.SVI(likelihood, empty, adam(), pe.TraceBeta_ELBO()).converge(X)

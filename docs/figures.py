@@ -5,11 +5,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pyro
+import torch
 from pyro.infer.autoguide import AutoNormal, init_to_value
+from sklearn.datasets import load_digits
 
 import pyro_elbo as pe
 from examples.posteriordb import SCHOOLS, SCHOOLS_DATA
 from models.posteriordb import POSTERIORS
+from models.vae import VAEGuide, VAEModel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -70,7 +73,23 @@ def draw_convergence(path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_diagnosis(path: Path) -> None:
+    """Fit 80 images with many parameters, print the diagnosis, and draw the history with what is found."""
+    torch.manual_seed(0)
+    images = torch.tensor(load_digits().data, dtype=torch.float32)
+    images = images[torch.randperm(len(images))]
+    sizes = {"z_dim": 8, "hidden": 256}
+    result = pe.fit(
+        VAEModel(**sizes), VAEGuide(**sizes), images[:80], images[-300:], lr=5e-3, batch_size=40, max_epochs=150
+    )
+    print(result.diagnosis)
+    axes = result.plot()
+    axes[0].set_ylim(-260, -80)
+    axes[0].figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
     images = Path(__file__).parent / "images"
     draw_schedules(images / "schedules.png")
     draw_convergence(images / "convergence.png")
+    draw_diagnosis(images / "diagnosis.png")

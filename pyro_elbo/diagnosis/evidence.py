@@ -176,6 +176,11 @@ class Evidence:
         known = curve.epochs >= self.settled
         return Curve(curve.epochs[known], curve.values[known])
 
+    def weight(self, latent: str) -> float | None:
+        """Return the last weight of a latent's KL; None for one that is drawn to a target instead (Capacity)."""
+        targets = np.atleast_1d(self.history.beta.attrs.get("targets", [])).tolist()  # a file returns one name alone
+        return None if latent in targets else self.curve("beta", latent=latent).last
+
     def units(self, latent: str) -> list[str]:
         """Return the names of a latent's units."""
         if "kl_per_dim" not in self.history:

@@ -40,7 +40,7 @@ def unpaid_rate(evidence: Evidence) -> Iterator[Finding]:
     """Find latents whose weight is far below 1, and whose KL is far above the information that a batch shows."""
     split = evidence.judged
     for latent in evidence.latents:
-        beta, kl = (evidence.curve("beta", latent=latent).last, evidence.curve("kl", split, latent=latent).last)
+        beta, kl = evidence.weight(latent), evidence.curve("kl", split, latent=latent).last
         known = evidence.curve("information", split, latent=latent, side="lower").last
         if beta is None or kl is None or known is None or beta >= LIGHT or kl <= FAR * known:
             continue
@@ -59,8 +59,8 @@ def over_regularized(evidence: Evidence) -> Iterator[Finding]:
     """Find latents whose weight is what keeps them from carrying more."""
     split = evidence.judged
     for latent in evidence.latents:
-        beta = evidence.curve("beta", latent=latent).last or 0.0
-        if beta <= HEAVY:
+        beta = evidence.weight(latent)
+        if beta is None or beta <= HEAVY:
             continue
         units, (dead, since) = evidence.units(latent), _dead_units(evidence, latent, split)
         if units and 2 * len(dead) < len(units):

@@ -151,7 +151,8 @@ def noisy_objective(evidence: Evidence) -> Iterator[Finding]:
     elbo = evidence.steady("elbo", evidence.judged)
     if not len(norm) or len(elbo) < FEWEST:
         return
-    rough = float(np.median(noise.values / np.maximum(norm.values, noise.values / MOST)))
+    least = np.maximum(norm.values, noise.values / MOST)
+    rough = float(np.median(noise.values / np.where(least > 0, least, 1.0)))
     gained = float(np.ptp(elbo.smooth.values))
     if rough < ROUGH or elbo.noise < WANDERS * gained:
         return

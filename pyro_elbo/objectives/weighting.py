@@ -64,6 +64,10 @@ class KLWeighting:
         values = {n: w(step) if isinstance(w, Schedule) else w for n, w in weights.items()}
         return {name: float(torch.as_tensor(w).mean()) for name, w in values.items()}
 
+    def is_target(self, name: str) -> bool:
+        """Return whether the β of a site is the target of its KL in nats, that of a Capacity."""
+        return isinstance(self._of(name), Capacity)
+
     @property
     def schedules(self) -> tuple[Schedule, ...]:
         """The different schedules among the weights."""

@@ -60,8 +60,9 @@ def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -
     """Return the records as a Dataset over ``epoch``, ``split`` and ``latent``.
 
     Variables: ``elbo``, ``distortion``, ``rate`` (epoch, split) and ``kl`` (epoch, split, latent) in nats per datum;
-    ``loss`` (epoch, split) in ``loss_units``; ``beta`` (epoch, latent), the weight at the end of the epoch; with
-    penalties, ``penalty`` (epoch, split, penalty_name), unweighted, and ``penalty_weight`` (epoch, penalty_name), λ at
+    ``loss`` (epoch, split) in ``loss_units``; ``beta`` (epoch, latent), the weight at the end of the epoch (the target
+    in nats of the latents that its attribute ``targets`` names, those under a Capacity); with penalties,
+    ``penalty`` (epoch, split, penalty_name), unweighted, and ``penalty_weight`` (epoch, penalty_name), λ at
     the end of the epoch. Missing values of a split are NaN. Epochs with a probe add the variables of
     :func:`pyro_elbo.diagnosis.probe_variables`.
     """
@@ -84,7 +85,8 @@ def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -
     variables: dict[str, Any] = {name: (("epoch", "split"), values, units) for name, values in totals.items()}
     variables["loss"] = (("epoch", "split"), totals["loss"], {"units": loss_units})
     variables["kl"] = (("epoch", "split", "latent"), kl, units)
-    variables["beta"] = (("epoch", "latent"), beta)
+    targets = list(dict.fromkeys(name for r in records for name in r.get("targets", ())))
+    variables["beta"] = (("epoch", "latent"), beta, {"targets": targets} if targets else {})
     coords: dict[str, Any] = {"epoch": epochs, "split": list(SPLITS), "latent": latents}
     names = list(dict.fromkeys(n for r in records for n in r["values"] if n.startswith("penalty/")))
     if names:

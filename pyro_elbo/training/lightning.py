@@ -218,7 +218,8 @@ class LightningPrograms(lightning.LightningModule):
         weights = {p.name: float(p.weight(elbo.step) if callable(p.weight) else p.weight) for p in elbo.penalties}
         settled = elbo.step >= elbo.settled
         record = {"epoch": self.current_epoch, "split": split, "values": values, "beta": beta, "settled": settled}
-        self.records.append(record | {"penalty_weight": weights})
+        targets = [name for name in beta if elbo.weighting.is_target(name)]
+        self.records.append(record | {"penalty_weight": weights, "targets": targets})
         self.log(f"{split}_elbo", values["elbo"], prog_bar=split == "valid", batch_size=1)
         if self.logs:
             others = {name: x for name, x in values.items() if name != "elbo"}

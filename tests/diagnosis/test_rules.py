@@ -2,13 +2,14 @@
 
 import inspect
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 import pyro_elbo as pe
-from pyro_elbo.diagnosis import rules
+from pyro_elbo.diagnosis.findings import FindingName
 from pyro_elbo.errors import ArgumentError
 from tests.diagnosis.histories import CASES, EPOCHS, LATE, T, history
 
@@ -32,8 +33,24 @@ def test_each_finding_is_found_alone(name):
         assert all(np.isfinite(x) for x in finding.evidence.values())
 
 
-def test_every_rule_has_a_case():
-    assert len(rules.RULES) == len(CASES)  # the healthy case stands for "unused units"
+def test_every_finding_has_a_case():
+    assert {*CASES, "unused units"} == set(get_args(FindingName))
+
+
+def test_a_rate_far_above_the_information_under_a_small_weight():
+    seen = history(beta=0.1, rate=30.0)
+    lower = (("epoch", "split", "latent", "side"), np.full((EPOCHS, 2, 1, 1), 2.0))
+    found = pe.diagnose(seen.assign_coords(side=["lower"]).assign(information=lower))
+    assert found.names == ("exploding KL",)
+    assert found.findings[0].evidence == {"kl": pytest.approx(34, abs=0.1), "information": 2.0, "beta": 0.1}
+    assert pe.diagnose(history(beta=0.1, rate=30.0)).names == ("healthy",)
+
+
+def test_the_target_of_a_capacity_is_no_weight():
+    seen = history(beta=20.0, kl_per_dim=(0.5, 0.0), exchange=2.0)
+    assert pe.diagnose(seen).names[0] == "over-regularized"
+    seen["beta"].attrs["targets"] = "z"  # a list of one name, as a file returns it
+    assert pe.diagnose(seen).names[0] == "healthy"
 
 
 @pytest.mark.parametrize("name", ["diverging", "overfitting", "KL shrinkage", "exploding KL"])

@@ -15,6 +15,7 @@ FEWEST = 6  # epochs that show a trend
 FINAL = 0.1  # of the epochs under the final weights: fewer are no training
 SURE = 5.0  # standard errors, where the best of many epochs is compared
 LOST = 0.05  # of what was gained: less is the noise of a fit that has settled
+SPLITS = {"train": "training", "valid": "validation"}
 TOTALS = {"elbo", "distortion", "rate", "beta", "kl"}
 
 

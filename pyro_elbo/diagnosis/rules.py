@@ -7,7 +7,7 @@ thresholds are those of the labeled runs in ``docs/diagnosis.md``.
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pyro_elbo.diagnosis.evidence import FEWEST, Evidence
+from pyro_elbo.diagnosis.evidence import FEWEST, SPLITS, Evidence
 from pyro_elbo.diagnosis.findings import Diagnosis, Finding, FindingName
 from pyro_elbo.diagnosis.latents import dead_decoder, over_regularized, posterior_collapse, unpaid_rate, unused_units
 from pyro_elbo.diagnosis.trends import (
@@ -75,7 +75,9 @@ def _healthy(evidence: Evidence) -> Finding:
     split = evidence.judged
     elbo = evidence.curve("elbo", split).last
     return Finding(
-        "healthy", f"the {split} bound has settled at {elbo:.4g} nats per datum.", evidence={"elbo": elbo or 0.0}
+        "healthy",
+        f"the {SPLITS[split]} bound has settled at {elbo:.4g} nats per datum.",
+        evidence={"elbo": elbo or 0.0},
     )
 
 

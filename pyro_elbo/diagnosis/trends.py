@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyro_elbo.diagnosis.evidence import FEWEST, Curve, Evidence
+from pyro_elbo.diagnosis.evidence import FEWEST, SPLITS, Curve, Evidence
 from pyro_elbo.diagnosis.findings import Finding, FindingName
 
 BEHIND = 0.15  # of what was gained after the first tenth: new rows are always explained a little worse
@@ -183,7 +183,7 @@ def not_converged(evidence: Evidence) -> Iterator[Finding]:
         return
     yield Finding(
         "not converged",
-        f"the {split} bound gained {before:.3g}, then {gain:.3g} nats per datum in the last two quarters of training: "
+        f"the {SPLITS[split]} bound gained {before:.3g}, then {gain:.3g} nats per datum in the last two quarters: "
         f"at this pace, about {left:.3g} are left.",
         "training ended on the way: more epochs would give a better bound.",
         "raise max_epochs, or the learning rate; patience=10 ends training when the bound has settled.",

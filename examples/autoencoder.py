@@ -257,10 +257,16 @@ def main(out: Path, *, seeds: int = 5, smoke_test: bool = False) -> None:
 
 
 def check(differences: dict[str, tuple[float, float]], found: list[dict[str, dict[str, float]]]) -> None:
-    """Check that every difference has the sign of the claim, 0 outside of its interval (of two seeds: the sign)."""
+    """Check that every difference has the sign of the claim, with 0 outside of its interval.
+
+    Two seeds and few epochs must show the signs alone, and no difference between midpoints.
+    """
+    full = len(found) > 2
     better = ("distortion", "elbo", "samples, certainty", "midpoints, certainty")  # the VAE's figure is the larger one
     for figure, (mean, half) in differences.items():
-        sign, half = 1 if figure in better else -1, half if len(found) > 2 else 0.0
+        if "midpoints" in figure and not full:
+            continue
+        sign, half = 1 if figure in better else -1, half if full else 0.0
         assert sign * mean > half, (
             f"{figure}: expected a {'positive' if sign > 0 else 'negative'} difference, got {mean:.2f} ± {half:.2f}"
         )

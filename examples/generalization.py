@@ -53,7 +53,7 @@ def fit(data: Simulated, decay: float, epochs: int, seed: int) -> Fitted:
     pyro.clear_param_store()
     torch.manual_seed(seed)  # for the initial weights; pe.fit has its own seed
     vae, splits = CovariateVAE(), [(data.x[rows], data.c[rows]) for rows in (slice(TRAINED), slice(TRAINED, None))]
-    settings = {"batch_size": 50, "max_epochs": epochs, "seed": seed, "progress": False}
+    settings = {"batch_size": 25, "max_epochs": epochs, "seed": seed, "progress": False}
     result = pe.fit(vae.model, vae.guide, *splits, optimizer=optimizer(vae, decay), **settings)
     pyro.set_rng_seed(seed)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def draw(fits: dict[str, Fitted], exact: float, path: Path) -> None:
 
 
 def main(out: Path, *, seed: int = 0, smoke_test: bool = False) -> None:
-    data, epochs = simulate(TRAINED + HELD_OUT, seed=seed), 60 if smoke_test else 120
+    data, epochs = simulate(TRAINED + HELD_OUT, seed=seed), 30 if smoke_test else 60
     exact = data.log_evidence[TRAINED:].mean().item()
     fits = {name: fit(data, decay, epochs, seed) for name, decay in (("no decay", 0.0), ("weight decay", DECAY))}
     for name, fitted in fits.items():

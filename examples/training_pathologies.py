@@ -54,7 +54,8 @@ class ImageVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.z_dim = z_dim
-        self.log_noise = None if noise is None else nn.Parameter(torch.full((64,), math.log(noise)), learned)
+        fixed = None if noise is None else torch.full((64,), math.log(noise))
+        self.log_noise = nn.Parameter(fixed) if learned else fixed
         self.encoder = layers(64, hidden, 2 * z_dim)
         self.decoder = layers(z_dim, hidden, 64)
         if deaf:
@@ -226,9 +227,9 @@ CASES = (
     ),
     Case(
         "noisy objective",
-        "two rows a step at a learning rate of 0.1",
+        "four rows a step at a learning rate of 0.1",
         "all rows a step, and a rate that falls",
-        partial(on_regression, batch_size=2, epochs=8, decay=1.0),
+        partial(on_regression, batch_size=4, epochs=8, decay=1.0),
         partial(on_regression, batch_size=400, epochs=50, decay=0.02),
     ),
 )
@@ -268,7 +269,9 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
 
     columns = min(len(outcomes), 3)
     lines = -(-len(outcomes) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.3 * columns, 2.9 * lines), layout="constrained")
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.3 * columns, 2.9 * lines), layout="constrained", squeeze=False
+    )
     for ax, outcome in zip(axes.flat, outcomes, strict=True):
         curves = {}
         for name, trained, color in (("before", outcome.before, SICK), ("after", outcome.after, CURED)):
@@ -278,7 +281,7 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
         top, bottom = (end([end(values) for values in curves.values()]) for end in (max, min))
         usual = top - min(np.median(values) for values in curves.values())
         ax.set_ylim(max(bottom - 0.1 * (top - bottom), top - 2.5 * usual), top + 0.1 * usual)
-        ax.set(title=f"{outcome.case.name}\n{outcome.case.cure}", xlabel="epoch", ylabel="ELBO, nats per row")
+        ax.set(title=f"{outcome.case.name}\nafter: {outcome.case.cure}", xlabel="epoch", ylabel="ELBO, nats per row")
         ax.legend(fontsize=8, loc="lower right")
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=90)
@@ -286,7 +289,7 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
 
 
 def main(out: Path, *, smoke_test: bool = False) -> None:
-    chosen = [case for case in CASES if not smoke_test or case.name in ("not converged", "posterior collapse")]
+    chosen = [case for case in CASES if not smoke_test or case.name == "noisy objective"]
     outcomes = [run(case) for case in chosen]
 
     out.mkdir(parents=True, exist_ok=True)
@@ -301,7 +304,7 @@ def main(out: Path, *, smoke_test: bool = False) -> None:
         assert outcome.gain > 0, f"{name}: the cure must raise the validation bound, gains {outcome.gain:.2f}"
     least = min(outcome.gain for outcome in outcomes)
     print(
-        f"claim: {len(outcomes)} of {len(outcomes)} pathologies are named and found healthy once cured; every cure "
+        f"claim: {len(outcomes)} of {len(chosen)} pathologies are named and found healthy once cured; every cure "
         f"raises the validation bound, by {least:.1f} nats per row at least"
     )
 
@@ -309,6 +312,6 @@ def main(out: Path, *, smoke_test: bool = False) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/training_pathologies"))
-    parser.add_argument("--smoke-test", action="store_true", help="two pathologies")
+    parser.add_argument("--smoke-test", action="store_true", help="the noisy objective alone")
     args = parser.parse_args()
     main(args.out, smoke_test=args.smoke_test)

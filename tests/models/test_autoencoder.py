@@ -119,6 +119,20 @@ def test_training_is_repeatable_and_lowers_the_reconstruction_error():
 
 
 @pytest.mark.slow
+def test_example_measures_and_draws_both_models(tmp_path):
+    fits = example.fit(0, epochs=1)
+    rows = example.measure(fits, 0)
+    differences = example.report([rows, rows])
+    assert list(rows) == ["width 0.01", "best width", "VAE"]
+    for figure, (mean, half) in differences.items():
+        assert mean == pytest.approx(rows["VAE"][figure] - rows["best width"][figure])
+        assert half == 0.0
+    example.draw(fits, tmp_path / "autoencoder.png")
+    assert (tmp_path / "autoencoder.png").stat().st_size > 20_000
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_example(tmp_path, capsys):
     example.main(tmp_path, smoke_test=True)
     assert "claim: over 2 seeds the autoencoder's distortion is" in capsys.readouterr().out

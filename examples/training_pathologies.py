@@ -227,9 +227,9 @@ CASES = (
     ),
     Case(
         "noisy objective",
-        "four rows a step at a learning rate of 0.1",
+        "two rows a step at a learning rate of 0.1",
         "all rows a step, and a rate that falls",
-        partial(on_regression, batch_size=4, epochs=8, decay=1.0),
+        partial(on_regression, batch_size=2, epochs=8, decay=1.0),
         partial(on_regression, batch_size=400, epochs=50, decay=0.02),
     ),
 )

@@ -39,16 +39,35 @@ def test_svi_script(capsys):
     assert "KL in nats" in capsys.readouterr().out
 
 
-def test_generalization(tmp_path, capsys):
-    generalization.main(tmp_path, smoke_test=True)
-    assert "claim: KL shrinkage explains" in capsys.readouterr().out
+def test_generalization_compares_and_draws(tmp_path):
+    data = generalization.simulate(200)
+    fits = {name: generalization.fit(data, 0.0, epochs=2, seed=0) for name in generalization.COLORS}
+    assert fits["no decay"].comparison.rows == (100, 100)
+    generalization.draw(fits, -20.0, tmp_path / "generalization.png")
     assert (tmp_path / "generalization.png").stat().st_size > 10_000
 
 
+@pytest.mark.thorough
+def test_generalization(tmp_path, capsys):
+    generalization.main(tmp_path, smoke_test=True)
+    assert "claim: KL shrinkage explains" in capsys.readouterr().out
+
+
+def test_training_pathologies_print_and_draw(tmp_path, capsys):
+    trained = training_pathologies.on_digits(epochs=2)
+    outcome = training_pathologies.run(
+        training_pathologies.CASES[0]._replace(sick=lambda: trained, cured=lambda: trained)
+    )
+    assert "not converged: few and small steps\nDiagnosis of 2 epochs" in capsys.readouterr().out
+    assert outcome.gain == 0.0
+    training_pathologies.draw([outcome], tmp_path / "pathologies.png")
+    assert (tmp_path / "pathologies.png").stat().st_size > 5_000
+
+
+@pytest.mark.thorough
 def test_training_pathologies(tmp_path, capsys):
     training_pathologies.main(tmp_path, smoke_test=True)
     assert "claim: 1 of 1 pathologies are named" in capsys.readouterr().out
-    assert (tmp_path / "training_pathologies.png").stat().st_size > 10_000
 
 
 @pytest.mark.thorough

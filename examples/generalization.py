@@ -96,8 +96,10 @@ def draw(fits: dict[str, Fitted], exact: float, path: Path) -> None:
     units.set_xticks(range(4), fits["no decay"].comparison.kl_per_dim["z"])
     units.set(ylabel="KL, nats per row", title="KL of every latent dimension")
     units.set_ylim(top=5 * units.get_ylim()[1])
-    for ax, place in ((curves, "lower right"), (parts, "upper center"), (units, "upper center")):
-        ax.legend(fontsize=8, loc=place)
+    curves.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.1, 0.0))
+    for ax in (parts, units):
+        ax.legend(fontsize=8, loc="upper center")
+    for ax in (curves, parts, units):
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
     plt.close(figure)

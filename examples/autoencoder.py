@@ -274,7 +274,8 @@ def check(differences: dict[str, tuple[float, float]], found: list[dict[str, dic
     print(
         f"claim: over {len(found)} seeds the autoencoder's distortion is {differences['distortion'][0]:.1f} nats lower "
         f"and its rate {rate:.1f} times as large, its ELBO {differences['elbo'][0]:.1f} ± {differences['elbo'][1]:.1f} "
-        "nats lower; its samples and midpoints lie farther from real digits and are read with less certainty"
+        f"nats lower; its {'samples and midpoints' if full else 'samples'} lie farther from real digits and are read "
+        "with less certainty"
     )
 
 

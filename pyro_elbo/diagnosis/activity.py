@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_elbo.errors import check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.posterior import label_latents, sample_guide
-from pyro_elbo.programs import Program, check_options, seeded
+from pyro_elbo.programs import Program, check_options, program_arguments, seeded
 from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def active_units(
     """
     check_options(model, kwargs)
     check_count("num_samples", num_samples, least=2)
+    args, kwargs = program_arguments(model, args, kwargs)
     with torch.no_grad(), seeded(seed):
         terms = TraceBeta_ELBO().terms(model, guide, *args, **kwargs)
     draws = label_latents(sample_guide(model, guide, args, kwargs, num_samples, seed))

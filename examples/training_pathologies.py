@@ -182,7 +182,7 @@ CASES = (
     Case(
         "not converged",
         "few and small steps",
-        "more and larger ones",
+        "more and larger steps",
         partial(on_digits, lr=2e-4, epochs=15, decay=1.0),
         healthy,
     ),
@@ -204,19 +204,23 @@ CASES = (
     Case(
         "KL shrinkage",
         "a network of the prior that learns 100 rows by heart",
-        "weight decay of that network",
+        "weight decay of the prior network",
         partial(on_covariates, 0.0),
         partial(on_covariates, DECAY),
     ),
     Case(
         "warm-up too long",
         "β rises until the last step",
-        "β rises for a third of them",
+        "β rises for a third of the steps",
         partial(warming, 600),
         partial(warming, 200),
     ),
     Case(
-        "diverging", "a learning rate that grows 300-fold", "one that falls", partial(on_digits, decay=300.0), healthy
+        "diverging",
+        "a learning rate that grows 300-fold",
+        "a learning rate that falls",
+        partial(on_digits, decay=300.0),
+        healthy,
     ),
     Case(
         "dead decoder",

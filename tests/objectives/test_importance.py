@@ -635,9 +635,11 @@ def test_what_cannot_be_filtered(name):
 
 
 def test_a_filter_has_several_particles_and_no_weights():
-    for options in ({"num_particles": 1}, {"num_particles": 4, "beta": 0.5}, {"num_particles": 4, "free_bits": 0.1}):
-        with pytest.raises(ArgumentError, match="num_particles >= 2"):
-            pe.TraceTimestep_ELBO(bound="filtering", **options)
+    with pytest.raises(ArgumentError, match="num_particles >= 2, got 1"):
+        pe.TraceTimestep_ELBO(bound="filtering", num_particles=1)
+    for options in ({"beta": 0.5}, {"free_bits": 0.1}):
+        with pytest.raises(ArgumentError, match="neither beta nor free_bits"):
+            pe.TraceTimestep_ELBO(bound="filtering", num_particles=4, **options)
 
 
 def test_a_failed_filter_leaves_no_trace():

@@ -10,6 +10,7 @@ import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.errors import ArgumentError, DataError, NonFiniteError
 from pyro_elbo.programs.rng import mix_seed
+from tests.support.unprobed import _unprobed  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,7 @@ def test_two_processes_train_one_model(tmp_path):
     assert all(torch.equal(saved[f"module.model.{n}"], p) for n, p in model.named_parameters())
 
 
-def test_ranks_draw_their_own_noise_and_share_parameters(tmp_path):
+def test_ranks_draw_their_own_noise_and_share_parameters(unprobed, tmp_path):
     """Each rank writes down its first draw and its parameter after training."""
 
     def model(x):

@@ -11,6 +11,7 @@ from torch import nn
 
 import pyro_elbo as pe
 from tests.support.compiled import _double, _interpreted  # noqa: F401  (fixtures)
+from tests.support.unprobed import _unprobed  # noqa: F401  (a fixture)
 
 X = torch.linspace(-2.0, 3.0, 96, dtype=torch.float64).reshape(32, 3).sin() * 3 + 2
 QUIET = {"batch_size": 16, "lr": 0.01, "progress": False}
@@ -84,7 +85,7 @@ KINDS = {
 
 @pytest.mark.parametrize("valid", [None, X[:7]], ids=["without validation", "with validation"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_batch_norm_counts_the_training_batches_alone(kind, valid):
+def test_batch_norm_counts_the_training_batches_alone(unprobed, kind, valid):
     vae = VAE()
     pe.fit(*KINDS[kind](vae), X, valid, max_epochs=3, **QUIET)
     assert vae.seen == 6

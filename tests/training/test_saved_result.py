@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.errors import ArgumentError, CheckpointError
+from tests.support.unprobed import _unprobed  # noqa: F401  (a fixture)
 from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 
 QUIET = {"progress": False}
@@ -135,7 +136,7 @@ def fit_far(maximize=True, **options):
 
 
 @pytest.mark.parametrize("options", [{"restore_best": True}, {"patience": 5}, {"dir": "run"}])
-def test_both_epochs_are_kept_and_one_is_restored(options, tmp_path, monkeypatch):
+def test_both_epochs_are_kept_and_one_is_restored(unprobed, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     epochs, result = fit_far(**options)
     restores = "dir" not in options

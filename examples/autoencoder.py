@@ -208,7 +208,7 @@ def draw_plane(ax: "matplotlib.axes.Axes", fits: Fits) -> None:
         color = COLORS.get(name, COLORS["autoencoder"])
         ax.plot(row["rate"], row["distortion"], "o", color=color)
         ax.axline((0, -row["elbo"]), slope=-1, color=color, lw=0.7, ls=":")
-        label, offset = f"{name}: ELBO {row['elbo']:.0f}", (-45, -22) if name == "VAE" else (8, 8)
+        label, offset = f"{name}: ELBO {row['elbo']:.0f}", (-36, -28) if name == "VAE" else (8, 8)
         ax.annotate(label, (row["rate"], row["distortion"]), offset, textcoords="offset points")
     ax.set(xlim=(0, 1.1 * curve[0]["rate"]), ylim=(0.7 * curve[0]["distortion"], 2.5 * curve[0]["distortion"]))
     ax.set(xlabel="rate, nats per test image", ylabel="distortion, nats per test image")

@@ -78,6 +78,11 @@ class RunArguments(NamedTuple):
         """Return some rows."""
         return _map(_rows(indices), self.args), _map(_rows(indices), self.kwargs)
 
+    def spread(self, count: int) -> tuple[tuple, dict[str, Any]]:
+        """Return so many rows, spread evenly over the data."""
+        total = num_rows((*self.args, *self.kwargs.values()))
+        return self.take([i * total // count for i in range(count)])
+
     def batch(self) -> tuple[tuple, dict[str, Any]]:
         """Return as many rows as a training batch has."""
         return self.take(range(self.rows))

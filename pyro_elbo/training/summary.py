@@ -137,7 +137,7 @@ def summarize(
     total = num_rows((*args, *kwargs.values()))
     is_part = total > max(batch, MAX_ROWS) and are_local(terms)
     if is_part:
-        args, kwargs = data.take([i * total // MAX_ROWS for i in range(MAX_ROWS)])
+        args, kwargs = data.spread(MAX_ROWS)
     drawn = sample_guide(model, guide, args, kwargs, num_samples, seed)
     k, caution = _try_pareto_k(drawn)
     draws = label_latents(drawn)

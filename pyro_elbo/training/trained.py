@@ -156,7 +156,7 @@ def make_probe(trained: Trained, terms: Terms, first: Mapping[str, list[Any]], s
         given = RunArguments(*arguments(batch), num_rows(batch), False)
         if not local or given.rows <= MAX_ROWS:
             return given.args, given.kwargs
-        return given.take([i * given.rows // MAX_ROWS for i in range(MAX_ROWS)])
+        return given.spread(MAX_ROWS)
 
     batch, *more = first["train"]
     other = more[0] if more and num_rows(more[0]) == num_rows(batch) else batch

@@ -225,16 +225,17 @@ def _check_frozen(frozen: Sequence[Tensor], written: Sequence[Tensor]) -> None:
 
 def optimize(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:
     """Fold constants and remove common subexpressions, as AOTAutograd does before Inductor."""
-    _remove_repetition(module)
+    remove_repetition(module)
     batch_scalars(module.graph)
     FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
-    _remove_repetition(module)
+    remove_repetition(module)
     joint_graph_passes(module, mode, on_cpu=all(x.device.type == "cpu" for x in fakes))
     module.recompile()
     return module
 
 
-def _remove_repetition(module: fx.GraphModule) -> None:
+def remove_repetition(module: fx.GraphModule) -> None:
+    """Remove common subexpressions."""
     targets = {node.target for node in module.graph.nodes if isinstance(node.target, OpOverload)}
     draws = {op for op in targets if torch.Tag.nondeterministic_seeded in op.tags}
     if all(op.overloadpacket in rand_ops for op in draws):  # of others, two with equal arguments would become one

@@ -10,19 +10,17 @@ from torch.func import functionalize
 
 from pyro_elbo.compile._torch import (
     DisableTorchFunction,
-    fx_graph_cse,
     make_fx,
-    rand_ops,
     unset_fake_temporarily,
 )
-from pyro_elbo.compile.capture import lift, remove_identities
+from pyro_elbo.compile.capture import lift, remove_identities, remove_repetition
 from pyro_elbo.compile.noise import (
     RANDOM,
     location_scale,
     write_out_bernoulli,
     write_out_categorical,
 )
-from pyro_elbo.compile.scan.partition import StepGraph, is_random, split_products
+from pyro_elbo.compile.scan.partition import StepGraph, split_products
 from pyro_elbo.compile.scan.paths import as_leaves, leaves_of
 from pyro_elbo.errors import CompileError
 
@@ -41,9 +39,7 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[f
         module = make_fx(functionalize(raw, remove="mutations"))(*everything)
     remove_identities(module.graph)
     _clamp_slices(module.graph)
-    random = [n.target.overloadpacket for n in module.graph.nodes if is_random(n)]
-    if all(op in rand_ops for op in random):
-        module = fx.GraphModule(module, fx_graph_cse(module.graph))
+    remove_repetition(module)
     if any(n.target is aten.copy_.default for n in module.graph.nodes):
         raise CompileError(
             "A step of pe.scan changes a tensor in place that it did not create (a buffer, such as batch-norm "

@@ -113,6 +113,7 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
             f"{path} was written with another optimizer; options (expected, got): {options}. Pass the optimizer that "
             "wrote it, or another dir."
         )
+    _check_convergence(path, checkpoint.get("convergence"), programs.options.is_auto)
     for what, done, most in (
         ("epochs", checkpoint["epoch"] + 1, stop.max_epochs),
         ("steps", checkpoint["global_step"], stop.max_steps),
@@ -127,3 +128,17 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
             "Train again with dir=..., overwrite=True and a larger max_steps."
         )
     return str(path)
+
+
+def _check_convergence(path: Path, state: Mapping[str, Any] | None, is_auto: bool) -> None:
+    """Raise unless a run of ``lr="auto"`` is continued as such, and has not ended."""
+    if (state is not None) != is_auto:
+        raise CheckpointError(
+            f"{path} was written with{'out' if is_auto else ''} lr='auto', and is to be continued with"
+            f"{'' if is_auto else 'out'} it. Pass the lr that wrote it, or another dir."
+        )
+    if state is not None and state["due"] == 0:
+        raise ArgumentError(
+            f"{path} holds a run of lr='auto' that has ended. Train on from its averages, which the programs hold or "
+            "pe.load gives them: pe.fit(...) without resume, with a smaller accuracy or a larger max_epochs."
+        )

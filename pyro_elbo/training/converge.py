@@ -19,6 +19,8 @@ Every distance is the root of a symmetrized KL between guides (:mod:`pyro_elbo.p
 algorithm checks a Monte Carlo error per parameter of a Gaussian; the distance between halves says the same in the units
 of the result, for any guide, and also sees a slow drift that no single parameter shows.
 
+Somebody else takes the steps, :meth:`SVI.converge` or :func:`fit`: a run says how many are due and observes them.
+
 References:
     Dhaka, Catalina, Andersen, Magnusson, Huggins, Vehtari (2020), Robust, accurate stochastic optimization for
     variational inference, arXiv:2009.00666; Welandawe, Andersen, Vehtari, Huggins (2024), A framework for improving
@@ -26,42 +28,28 @@ References:
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_elbo.errors import (
-    ArgumentError,
-    DataError,
-    NonFiniteError,
-    check_count,
-    check_number,
-    describe,
-    first_sentence,
-)
+from pyro_elbo.errors import ArgumentError, NonFiniteError
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.posterior import SymmetrizedKL
-from pyro_elbo.programs import Parameters, Program, collect_parameters, seeded
+from pyro_elbo.programs import Parameters, Program
+from pyro_elbo.terms import Terms
+from pyro_elbo.training.comparable import RECORDS, THIN, Arguments, first_runs, trained_once
 from pyro_elbo.training.convergence import ConvergenceReport, Verdict, Window
-from pyro_elbo.training.data import arguments
-from pyro_elbo.training.iterates import Iterates, LearningRates, OptimizerState
+from pyro_elbo.training.iterates import Collected, Iterates, LearningRates, OptimizerState
 from pyro_elbo.training.stationarity import R_HAT, RATIO, is_level, is_worse, predict_distance, split_r_hat
 
-RECORDS = 128  # iterates in a window: two halves of 64 nearly independent ones pass for hundreds of parameters
-THIN = 8  # steps from one to the next in the first window
-LEAST_STEPS = 1 + 3 * RECORDS * THIN  # the first, and a window at each of two step sizes
 LONG = 16  # a window of this fraction of all steps is long: parameters need not rest if the bound does
 LEAST_FACTOR = RATIO**20  # of the first step size: below it, what is not finite is an error
-
-Arguments = tuple[tuple, dict[str, Any]]
-Take = Callable[[int], Float[np.ndarray, " steps"]]
-"""Takes steps and returns the bound at β = 1 of each, in nats."""
 
 
 @dataclass(frozen=True)
@@ -78,31 +66,55 @@ class Plan:
         return Plan(self.factor * RATIO if verdict in ("stationary", "level") else self.factor, 2 * self.thin)
 
 
-class Taken(NamedTuple):
-    """A window of iterates: those that are watched, the averages of its halves, and the bound of every step."""
+@dataclass(frozen=True)
+class Goal:
+    """When a run ends: at an ``accuracy``, or before more than ``max_steps``; ``limit`` says what those are."""
 
-    iterates: Float[np.ndarray, "iterates watched"]
-    halves: list[Float64[Tensor, " parameters"]]
-    bounds: Float[np.ndarray, " steps"]
+    accuracy: float
+    max_steps: int
+    limit: str = "max_steps"
 
-    @property
-    def average(self) -> Float64[Tensor, " parameters"]:
-        """The average of all iterates."""
-        return (self.halves[0] + self.halves[1]) / 2
+
+@dataclass
+class Progress:
+    """What a run has come to.
+
+    Attributes:
+        origin: where the present step size began; the average of the one before, if there is one.
+        latest: the newest average of half a window.
+        plan: of the next window, or of the one that is being taken.
+        averaged, certified: whether the origin is an average, and one of stationary iterates.
+        error: the Monte Carlo error of the origin.
+        moves: later step sizes, moves of the average, and their errors.
+        windows: those that were judged.
+    """
+
+    origin: Tensor
+    latest: Tensor
+    plan: Plan
+    averaged: bool = False
+    certified: bool = False
+    error: float = math.nan
+    moves: list[tuple[float, float, float]] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
 
 
 class Convergence:
-    """One run to convergence.
+    """One run to convergence. Whoever takes the steps reads ``due`` and passes at most so many of them to ``observe``.
 
     Args:
         model, guide, loss: what the steps train.
         data: arguments of the programs, to check them by and to compare guides at.
-        take: takes steps.
         optimizers: returns the optimizers of the parameters, once a step was taken.
-        max_steps: the most steps.
+        goal: when the run ends.
+        bound: returns the bound that is comparable with those of the steps.
+        show: sees every window that was judged.
+
+    Attributes:
+        due: the steps until the next iterate; 0 at the end.
 
     Raises:
-        ArgumentError: the programs do not give the same twice, or the optimizer does not suit.
+        ArgumentError: the programs do not give the same twice, or there is nothing to train.
         GuideError: the guide has no density.
         NonFiniteError: the first objective is not finite.
     """
@@ -113,184 +125,165 @@ class Convergence:
         guide: Program,
         loss: TraceBeta_ELBO,
         data: Arguments,
-        take: Take,
-        optimizers: Callable[[Parameters], list[Optimizer]],
-        max_steps: int,
+        optimizers: Callable[[Parameters], Sequence[Optimizer]],
+        goal: Goal,
+        bound: Callable[[Terms], Tensor] = lambda terms: terms.totals()["elbo"],
+        show: Callable[[Window], None] = lambda window: None,
     ) -> None:
-        self._loss, self._take, self._max_steps = loss, take, max_steps
-        parameters, self._start = _first_runs(model, guide, loss, *data)
-        self._iterates = Iterates(_trained(parameters))
+        self._loss, self._goal, self._show = loss, goal, show
+        parameters, self._start = first_runs(model, guide, loss, data, bound)
+        self._iterates = Iterates(trained_once(parameters))
         self._distance = SymmetrizedKL(model, guide, *data, self._iterates.write)
-        self._origin = self._latest = self._iterates.read()  # where the present step size began; the newest average
-        take(1)  # makes the optimizers of pyro.optim
-        self._optimizers = optimizers(parameters)
-        self._rates = self._learning_rates()
-        self._state = OptimizerState(self._optimizers)
-        self._averaged = self._certified = False  # whether the origin is an average, and of stationary iterates
-        self._error = math.nan  # of the newest average
-        self._moves: list[tuple[float, float, float]] = []  # later step sizes, moves of the average, and their errors
+        start = self._iterates.read()
+        self._progress, self._window = Progress(start, start, Plan(1.0, THIN)), Collected.none_of(start)
+        self._made, self._moving = lambda: optimizers(parameters), False
+        self._rates: LearningRates | None = None
+        self._pending: list[np.ndarray] = []  # bounds of the steps since the last iterate
+        self.due = 1  # makes the optimizers of pyro.optim
 
-    def run(self, accuracy: float, show: Callable[[Window], None]) -> ConvergenceReport:
-        """Train until the distance from the optimum is at most ``accuracy``; leave the averages in the parameters."""
-        plan, left, windows = Plan(1.0, THIN), self._max_steps - 1, []
-        try:
-            while 2 * (left // RECORDS) >= plan.thin and not (windows and windows[-1].distance <= accuracy):
-                windows.append(self._window(replace(plan, thin=min(plan.thin, left // RECORDS))))
-                show(windows[-1])
-                plan, left = plan.after(windows[-1].verdict), left - windows[-1].steps
-        finally:
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The windows that were judged."""
+        return tuple(self._progress.windows)
+
+    def report(self, limit: str | None = None) -> ConvergenceReport:
+        """Return what the run did; ``limit`` says what else has ended it."""
+        limit = self._goal.limit if limit is None else limit
+        return ConvergenceReport(self._goal.accuracy, self._goal.max_steps, self.windows, limit)
+
+    def observe(self, bounds: Float[np.ndarray, " steps"]) -> None:
+        """Note that steps were taken, at these bounds; judge the window once it is full."""
+        self._pending.append(bounds)
+        self.due -= len(bounds)
+        if self.due > 0:
+            return
+        taken, self._pending = np.concatenate(self._pending), []
+        if self._rates is None:
+            self._begin()
+            return
+        x = self._iterates.read()
+        self._window.add(x, self._iterates.watched(x), taken, RECORDS)
+        self.due = self._progress.plan.thin
+        if len(self._window.watched) == RECORDS:
+            self._end_window(self._judged())
+
+    def fail(self, error: NonFiniteError) -> None:
+        """Note that a step failed, and go back; raise the error if no step size helps."""
+        self._iterates.drop_gradients()
+        if self._rates is None:
+            raise error
+        self._go_back()
+        if self._progress.plan.factor <= LEAST_FACTOR:
+            raise error
+        self._pending = []
+        steps = self._progress.plan.thin * (len(self._window.watched) + 1)
+        self._end_window(Window(self._step_size, steps, "too large"))
+
+    def close(self) -> None:
+        """Give the optimizer its learning rate back."""
+        if self._rates is not None:
             self._rates.scale(1.0)
-        self._iterates.write(self._origin if self._averaged else self._latest)
-        return ConvergenceReport(accuracy, self._max_steps, tuple(windows))
 
-    def _window(self, plan: Plan) -> Window:
-        """Take a window of iterates and judge it; go on from its average, or back if the step size is too large."""
-        self._rates.scale(plan.factor)
-        size, moving = plan.factor * self._rates.largest, self._loss.step < self._loss.settled
+    def state(self) -> dict[str, Any]:
+        """Return everything that the run has come to, as tensors and plain values."""
+        rates, optimizer = (self._rates.rates, self._kept.kept) if self._rates else (None, None)
+        progress = vars(self._progress) | {
+            "plan": astuple(self._progress.plan),
+            "windows": [astuple(window) for window in self.windows],
+            "moves": list(self._progress.moves),
+        }
+        found = {"start": self._start, "due": self.due, "moving": self._moving, "rates": rates, "optimizer": optimizer}
+        pending = [torch.from_numpy(x) for x in self._pending]
+        return found | {"progress": progress, "window": self._window.state(), "pending": pending}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state; parameters and optimizers are those of then."""
+        progress = state["progress"]
+        values = {"plan": Plan(*progress["plan"]), "windows": [Window(*window) for window in progress["windows"]]}
+        self._progress, self._window = Progress(**progress | values), Collected.of(state["window"])
+        self._start, self.due, self._moving = state["start"], state["due"], state["moving"]
+        self._pending = [x.numpy() for x in state["pending"]]
+        if state["rates"] is not None:
+            optimizers = self._made()
+            self._rates = LearningRates(optimizers, state["rates"])
+            self._kept = OptimizerState(optimizers, state["optimizer"])
+
+    @property
+    def _step_size(self) -> float:
+        return self._progress.plan.factor * self._rates.largest if self._rates else math.nan
+
+    def _begin(self) -> None:
+        """Note the optimizers, which a pyro.optim optimizer makes in its first step."""
+        optimizers = self._made()
         try:
-            taken = self._iterate(plan.thin)
-        except NonFiniteError:
-            self._go_back()
-            if plan.factor <= LEAST_FACTOR:
-                raise
-            return Window(size, plan.thin * RECORDS, "too large")
-        self._latest = taken.halves[1]
-        window = Window(size, len(taken.bounds), "drifts", split_r_hat(taken.iterates), float(taken.bounds.mean()))
-        if moving:
+            self._rates = LearningRates(optimizers)
+        except ArgumentError:
+            self._iterates.write(self._progress.origin)
+            raise
+        self._kept = OptimizerState(optimizers)
+        self._plan_window()
+
+    def _plan_window(self) -> None:
+        """Set the step size of the next window, or end the run: leave the averages in the parameters."""
+        progress = self._progress
+        left = self._goal.max_steps - self.report().steps
+        reached = bool(progress.windows) and progress.windows[-1].distance <= self._goal.accuracy
+        if reached or 2 * (left // RECORDS) < progress.plan.thin:
+            self._iterates.write(progress.origin if progress.averaged else progress.latest)
+            self.due = 0
+            self.close()
+            return
+        progress.plan = replace(progress.plan, thin=min(progress.plan.thin, left // RECORDS))
+        assert self._rates is not None
+        self._rates.scale(progress.plan.factor)
+        self.due, self._moving = progress.plan.thin, self._loss.step < self._loss.settled
+        self._window = Collected.none_of(progress.origin)
+
+    def _end_window(self, window: Window) -> None:
+        self._progress.windows.append(window)
+        self._progress.plan = self._progress.plan.after(window.verdict)
+        self._show(window)
+        self._plan_window()
+
+    def _judged(self) -> Window:
+        """Judge a window; go on from its average, or back if the step size is too large."""
+        taken, bounds = self._window, np.concatenate(self._window.bounds)
+        iterates = np.stack(taken.watched)
+        self._progress.latest = taken.halves[1]
+        window = Window(self._step_size, len(bounds), "drifts", split_r_hat(iterates), float(bounds.mean()))
+        if self._moving:
             return replace(window, verdict="weights move")
-        if not self._averaged and is_worse(taken.bounds, self._start):
+        if not self._progress.averaged and is_worse(bounds, self._start):
             self._go_back()
             return replace(window, verdict="too large")
         if window.r_hat < R_HAT:
-            return replace(window, verdict="stationary", **self._average(size, taken))
-        if LONG * window.steps > self._max_steps and is_level(taken.bounds):
+            return replace(window, verdict="stationary", **self._average(taken))
+        if LONG * window.steps > self._goal.max_steps and is_level(bounds):
             self._go_on(taken.average)
-            self._certified = False
+            self._progress.certified = False
             return replace(window, verdict="level")
         return window
 
-    def _iterate(self, thin: int) -> Taken:
-        """Take a window of iterates, ``thin`` steps apart."""
-        halves = [torch.zeros_like(self._origin, dtype=torch.float64) for _ in range(2)]
-        iterates, bounds = [], []
-        for i in range(RECORDS):
-            bounds.append(self._take(thin))
-            x = self._iterates.read()
-            iterates.append(self._iterates.watched(x))
-            halves[2 * i // RECORDS].add_(x, alpha=2 / RECORDS)
-        return Taken(np.stack(iterates), halves, np.concatenate(bounds))
-
-    def _average(self, size: float, taken: Taken) -> dict[str, float]:
+    def _average(self, taken: Collected) -> dict[str, float]:
         """Go on from the average of stationary iterates, and return what is known of it."""
-        error = self._distance(*taken.halves) / 2
+        progress, error = self._progress, self._distance(*taken.halves) / 2
         found = {"error": error}
-        if self._certified:
-            found["moved"] = self._distance(self._origin, taken.average)
-            self._moves.append((size, found["moved"], math.hypot(error, self._error)))
-            found["distance"] = math.hypot(predict_distance(*zip(*self._moves, strict=True)), error)
+        if progress.certified:
+            found["moved"] = self._distance(progress.origin, taken.average)
+            progress.moves.append((self._step_size, found["moved"], math.hypot(error, progress.error)))
+            found["distance"] = math.hypot(predict_distance(*zip(*progress.moves, strict=True)), error)
         self._go_on(taken.average)
-        self._error, self._certified = error, True
+        progress.error, progress.certified = error, True
         return found
 
-    def _go_on(self, average: Float64[Tensor, " parameters"]) -> None:
+    def _go_on(self, average: Tensor) -> None:
         """Start the next step size from an average."""
-        self._origin, self._averaged = average, True
+        self._progress.origin, self._progress.averaged = average, True
         self._iterates.write(average)
-        self._state = OptimizerState(self._optimizers)
+        self._kept = OptimizerState(self._made())
 
     def _go_back(self) -> None:
         """Go back to where the present step size began; the next one is not ρ times a certified one."""
-        self._latest, self._certified = self._origin, False
-        self._iterates.write(self._origin)
-        self._state.restore()
-
-    def _learning_rates(self) -> LearningRates:
-        """Return the learning rates, which a pyro.optim optimizer has from its first step on."""
-        try:
-            return LearningRates(self._optimizers)
-        except ArgumentError:
-            self._iterates.write(self._origin)
-            raise
-
-
-def check_limits(loss: TraceBeta_ELBO, accuracy: Any, max_steps: Any) -> None:
-    """Raise ArgumentError for an accuracy or a number of steps that no run can keep to."""
-    check_number("accuracy", accuracy)
-    if accuracy == 0:
-        raise ArgumentError(
-            "accuracy must be positive, got 0: it is the distance from the optimum, in standard deviations of the "
-            "posterior, at which training stops. 0.1 is a good choice."
-        )
-    check_count("max_steps", max_steps)
-    least = LEAST_STEPS + 2 * max(0, loss.settled - loss.step)
-    if max_steps < least:
-        raise ArgumentError(
-            f"max_steps must be at least {least}, got {max_steps}: convergence shows in windows of iterates at two "
-            "step sizes or more, taken once no weight of the objective moves any more."
-        )
-
-
-def repeat(batches: Any) -> Iterator[Arguments]:
-    """Yield the batches of an iterable as arguments of the programs, again and again.
-
-    Raises:
-        ArgumentError: it cannot be iterated, or only once.
-        DataError: it yields nothing.
-    """
-    if not isinstance(batches, Iterable) or isinstance(batches, Iterator | Tensor):
-        raise ArgumentError(
-            "batches must be an iterable that starts again, such as a DataLoader or a list of batches, got "
-            f"{describe(batches)}. Pass data of a single batch as arguments: svi.converge(x)."
-        )
-    return _repeat(batches)
-
-
-def _repeat(batches: Iterable) -> Iterator[Arguments]:
-    while True:
-        batch = None
-        for batch in batches:
-            yield arguments(batch)
-        if batch is None:
-            raise DataError("batches: the loader yields nothing; expected at least one batch.")
-
-
-def _trained(parameters: Parameters) -> list[Tensor]:
-    """Return every parameter that is trained once; raise ArgumentError where there is none."""
-    trained = list({id(p): p for p in parameters.values() if p.requires_grad}.values())
-    if not trained:
-        raise ArgumentError("There is nothing to train: neither program has a parameter that requires a gradient.")
-    return trained
-
-
-def _first_runs(
-    model: Program, guide: Program, loss: TraceBeta_ELBO, args: tuple, kwargs: dict[str, Any]
-) -> tuple[Parameters, float]:
-    """Run the programs a few times; return their parameters and the lowest bound.
-
-    Raises:
-        ArgumentError: two runs from the same seed differ.
-    """
-
-    def bound(seed: int) -> float:
-        with torch.no_grad(), seeded(seed):
-            return loss.terms(model, guide, *args, **kwargs).elbo.item()
-
-    with collect_parameters() as parameters, torch.no_grad():
-        loss.terms(model, guide, *args, **kwargs)  # an AutoGuide makes its parameters now
-    try:
-        first, *bounds = [bound(seed) for seed in (0, *range(10))]
-    except NonFiniteError:
-        raise
-    except Exception as error:
-        what = f"The programs run once on the same data, and then no more: {first_sentence(error)}"
-        raise ArgumentError(f"{what} {_CURE}") from error
-    if not math.isclose(first, bounds[0], rel_tol=1e-4, abs_tol=1e-4):
-        what = "Two runs of the programs on the same data and from the same seed have ELBOs of"
-        raise ArgumentError(f"{what} {first:g} and {bounds[0]:g} nats. {_CURE}")
-    return parameters, min(bounds)
-
-
-_CURE = (
-    "Iterates of changing programs have no mean to converge to. Pass the data as arguments, or as batches=loader, "
-    "instead of taking them from a generator, a file or a counter inside the programs."
-)
+        self._progress.latest, self._progress.certified = self._progress.origin, False
+        self._iterates.write(self._progress.origin)
+        self._kept.restore()

@@ -23,7 +23,7 @@ class Window:
             wander; ``"drifts"``; ``"weights move"``, those of the objective, on their schedule; or ``"too large"``, the
             step size.
         r_hat: the largest split R-hat of the parameters.
-        elbo: the mean bound at β = 1 of the steps, in nats.
+        elbo: the mean bound at β = 1 of the steps, in nats; per datum in :func:`fit`.
         error: the Monte Carlo error of the average; this and the next two are roots of symmetrized KLs, and NaN
             without an average.
         moved: from the average at the step size before to this one.
@@ -42,11 +42,12 @@ class Window:
 
 @dataclass(frozen=True, repr=False)
 class ConvergenceReport:
-    """How :meth:`SVI.converge` came to its end. Print it to see a row per step size.
+    """How a run to convergence came to its end. Print it to see a row per step size.
 
     Attributes:
         accuracy, max_steps: what was asked for.
         windows: every window of iterates, in order.
+        limit: what has ended the run, unless it converged.
 
     Example:
         >>> windows = Window(0.1, 1024, "stationary", 1.01, -3.25, 0.05), Window(0.05, 2048, "drifts", 1.37, -3.21)
@@ -61,6 +62,7 @@ class ConvergenceReport:
     accuracy: float
     max_steps: int
     windows: tuple[Window, ...]
+    limit: str = "max_steps"
 
     @property
     def converged(self) -> bool:
@@ -72,6 +74,8 @@ class ConvergenceReport:
         """Why the run ended."""
         if self.converged:
             return f"The averages are {self.distance:.2g} from the optimum; accuracy {self.accuracy:g} was asked for."
+        if not self.windows:
+            return f"{self.limit} came first: not one window of iterates is complete."
         last = self.windows[-1]
         found = {
             "stationary": f"the iterates are stationary at step size {last.step_size:.4g}, but their average is "
@@ -81,7 +85,17 @@ class ConvergenceReport:
             "weights move": "the weights of the objective still moved",
             "too large": f"step size {last.step_size:.4g} is still too large",
         }
-        return f"max_steps came first: {found[last.verdict]}."
+        return f"{self.limit} came first: {found[last.verdict]}."
+
+    @property
+    def summary(self) -> str:
+        """How the run ended, its step sizes and the last R-hat, in one line."""
+        if not self.windows:
+            return self._title
+        sizes = [self.windows[i].step_size for i in (0, -1)]
+        return (
+            f"{self._title} Step sizes from {sizes[0]:.4g} to {sizes[1]:.4g}; last R-hat {self.windows[-1].r_hat:.2f}."
+        )
 
     @property
     def steps(self) -> int:

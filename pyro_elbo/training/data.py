@@ -1,6 +1,6 @@
 """Training data: datasets of rows, and a loader for each split and process."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -109,15 +109,20 @@ def _identity(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class Loaders:
-    """The data of both splits, and a loader of them for each process."""
+    """The data of both splits, and a loader of them for each process; an epoch may be several passes over them."""
 
     train: Any
     valid: Any
     batch_size: int | None
     seed: int
+    passes: int = 1
 
     def __call__(self, split: str, rank: int = 0, world: int = 1) -> Any:
         """Return the loader of a split, or an empty list if the split has no data."""
+        loader = self._pass(split, rank, world)
+        return _Passes(loader, self.passes) if split == "train" and self.passes > 1 else loader
+
+    def _pass(self, split: str, rank: int, world: int) -> Any:
         data = self.train if split == "train" else self.valid
         if data is None or isinstance(data, DataLoader):
             return data if data is not None else []
@@ -166,6 +171,27 @@ class Loaders:
                 f"valid: the model has latents that all rows share, so its bound needs all rows at once, but the "
                 f"batches of the DataLoader cannot be joined: {error}. Pass tensors, or one batch with all rows."
             ) from error
+
+
+class _Passes:
+    """Several passes over the batches of a loader, each in its own order, as one epoch."""
+
+    def __init__(self, loader: DataLoader, count: int) -> None:
+        self.loader, self.count, self.epoch = loader, count, 0
+        self.sampler = self  # Lightning tells the sampler the epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the orders of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count * len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for i in range(self.count):
+            if isinstance(self.loader.sampler, DistributedSampler):
+                self.loader.sampler.set_epoch(self.count * self.epoch + i)
+            yield from self.loader
 
 
 class _Whole(DataLoader):

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,9 +21,10 @@ from pyro_elbo.programs import Program, check_programs, keeping_modes
 from pyro_elbo.training import history as histories
 from pyro_elbo.training.checkpoint import check_resumable, load_checkpoint
 from pyro_elbo.training.checks import check_counts, check_loss
+from pyro_elbo.training.convergence import ConvergenceReport
 from pyro_elbo.training.data import Loaders, RunArguments, arguments, prepare_data
 from pyro_elbo.training.history import EpochRecord
-from pyro_elbo.training.options import Folder, Machine, MakeOptimizer, Options, Scheduler, Steps, Stopping
+from pyro_elbo.training.options import Folder, LearningRate, Machine, MakeOptimizer, Options, Scheduler, Steps, Stopping
 from pyro_elbo.training.quiet import undisturbed
 from pyro_elbo.training.result import FitResult, Which
 from pyro_elbo.training.trained import Trained, checked_minibatches, first_run, make_probe
@@ -39,10 +41,11 @@ def fit(
     valid: Any = None,
     *,
     loss: TraceBeta_ELBO | None = None,
-    lr: float = 1e-3,
+    lr: LearningRate = 1e-3,
+    accuracy: float | None = None,
     optimizer: MakeOptimizer | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None = None,
-    max_epochs: int = 50,
+    max_epochs: int | None = None,
     max_steps: int | None = None,
     batch_size: int | None = 128,
     accumulate_grad_batches: int = 1,
@@ -74,18 +77,23 @@ def fit(
             and pandas floats get torch's default dtype. Numbers in a tuple or dict are passed with every batch.
         valid: data of the same form, evaluated after every epoch with fixed noise.
         loss: the objective; ``TraceBeta_ELBO()`` if omitted.
-        lr: the learning rate of Adam; unused with ``optimizer``.
+        lr: the learning rate of Adam; unused with ``optimizer``. ``"auto"`` lowers it once the iterates are stationary,
+            from 0.05 or from those of ``optimizer``, averages them, and ends training at ``accuracy``, as
+            :meth:`SVI.converge` does. An epoch then takes at least 100 steps.
+        accuracy: with ``lr="auto"``, the distance from the optimum at which training ends, in standard deviations of
+            the posterior; 0.1 if omitted.
         optimizer: a function from parameters to a torch optimizer.
         scheduler: a function from the optimizer to a scheduler of ``torch.optim.lr_scheduler``, stepped after every
             epoch; or to Lightning's dictionary, ``{"scheduler": ..., "interval": "step"}``, stepped with the optimizer.
             ReduceLROnPlateau watches the validation ELBO (mode="max").
-        max_epochs, max_steps: the most epochs, and the most steps of the optimizer; the first that is reached counts.
+        max_epochs, max_steps: the most epochs (50 if omitted; with ``lr="auto"`` those of 100 000 steps), and the most
+            steps of the optimizer; the first that is reached counts.
         batch_size: rows per batch; None for all.
         accumulate_grad_batches: the batches whose gradients one step of the optimizer averages. Schedules of weights
             count steps.
         patience: stop after this many epochs without a better validation ELBO, counted after warm-up.
         restore_best: whether the parameters of the epoch with the best validation ELBO are restored; True with
-            ``patience`` if omitted, otherwise those of the last epoch stay.
+            ``patience`` if omitted (unless ``lr="auto"`` has converged), otherwise those of the last epoch stay.
         dir: folder for ``best.ckpt``, ``last.ckpt`` and ``history.nc``; it must not hold another run.
         resume: continue from ``dir/last.ckpt`` exactly as if training had not stopped (unless a DataLoader draws
             from its own generator). ``max_epochs`` and ``max_steps`` count from the start of training.
@@ -101,7 +109,7 @@ def fit(
         logger: Lightning's loggers; they get every number of the history, and loss and ELBO of single steps.
         callbacks: Lightning's callbacks, beside those of the library. They can monitor ``valid_elbo`` and
             ``train_elbo``.
-        progress: show the progress bar, and one line of the diagnosis at the end.
+        progress: show the progress bar, and at the end one line of the diagnosis, and of convergence.
 
     Raises:
         ArgumentError: a schedule outlasts the training, arguments have a wrong type or value or exclude each other,
@@ -130,9 +138,9 @@ def fit(
     check_loss(loss)
     check_count("seed", seed, least=0)
     check_counts({}, {"batch_size": batch_size})
-    steps = Steps(lr, optimizer, scheduler, accumulate_grad_batches, grad_clip, compile)
+    steps = Steps(lr, accuracy, optimizer, scheduler, accumulate_grad_batches, grad_clip, compile)
     stop = Stopping(max_epochs, max_steps, patience, restore_best, valid is not None)
-    machine = Machine(devices, accelerator, precision, logger, callbacks, compile)
+    machine = Machine(devices, accelerator, precision, logger, callbacks, compile, steps.is_auto)
     options = Options(steps, stop, machine, Folder(dir, resume, overwrite), seed, progress)
     with undisturbed(), tempfile.TemporaryDirectory() as scratch:
         loaders, first = prepare_data(train, valid, batch_size, seed, model, guide)
@@ -141,6 +149,8 @@ def fit(
         result = run.result(loaders.as_arguments(first["train"][0]))
     if progress:
         print(f"diagnosis: {result.diagnosis.summary}")
+        if result.convergence is not None:
+            print(f"convergence: {result.convergence.summary}")
     return result
 
 
@@ -150,23 +160,34 @@ def _prepare(
     """Find what is to be trained, and check all that can be checked, before anything is written."""
     from pyro_elbo.training import lightning as adapter
 
-    steps, stop, machine, place, seed, _ = options
+    machine, place, seed = options.machine, options.place, options.seed
     batches = -(-len(loaders("train")) // machine.devices)  # a process takes every devices-th row
-    taken = 0 if place.resume else module.elbo.step
-    stop.check_schedule(module.elbo, taken, -(-batches // steps.accumulate_grad_batches))
+    passes = options.steps.passes(batches)
+    options = _planned(module.elbo, passes * batches, options)
     pyro.set_rng_seed(seed)
     trained, terms = first_run(module, *arguments(first["train"][0]))
     checked = checked_minibatches(module, terms, batches * machine.devices, loaders)
     if checked is not loaders:
-        loaders, first = checked, first | {"valid": list(checked("valid"))}
+        first = first | {"valid": list(checked("valid"))}
+    loaders = replace(checked, passes=passes)
     probe = make_probe(trained, terms, first, options.seed)
     programs = adapter.LightningPrograms(trained, loaders, options, probe)
     optimizer = programs.configure_optimizers()["optimizer"]
     folder = place.prepared(scratch)
-    files = folder if place.dir is not None or stop.restores or machine.devices > 1 else None
+    files = folder if place.dir is not None or options.stop.restores or machine.devices > 1 else None
     trainer = adapter.make_trainer(files, options)
-    start = check_resumable(folder / "last.ckpt", programs, optimizer, stop) if place.resume else None
+    start = check_resumable(folder / "last.ckpt", programs, optimizer, options.stop) if place.resume else None
     return _Run(trained, programs, trainer, options, files, start, probe)
+
+
+def _planned(loss: TraceBeta_ELBO, batches: int, options: Options) -> Options:
+    """Return the options with a number of epochs, of so many batches each; check that they suffice."""
+    steps = -(-batches // options.steps.accumulate_grad_batches)
+    stop = options.stop.planned(steps, options.steps.is_auto)
+    stop.check_schedule(loss, 0 if options.place.resume else loss.step, steps)
+    if options.steps.is_auto:
+        stop.check_convergence(loss, steps)
+    return options._replace(stop=stop)
 
 
 @contextmanager
@@ -215,7 +236,9 @@ class _Run(NamedTuple):
         if not any(r.get("probe") for r in records if r["epoch"] == records[-1]["epoch"]):
             histories.add_probe(records, self.probe())
         best, epochs = histories.best(records)["epoch"], len({r["epoch"] for r in records})
-        holds, kept = self._restore(best == records[-1]["epoch"])
+        convergence = self._convergence()
+        averages = convergence is not None and convergence.converged and stop.restore_best is None
+        holds, kept = self._restore(best == records[-1]["epoch"], stop.restores and not averages)
         history = histories.to_dataset(records, module.elbo.loss_units)
         files = None if self.options.place.dir is None else self.files
         if files is not None:
@@ -226,12 +249,13 @@ class _Run(NamedTuple):
             module.elbo,
             history,
             best_epoch=best,
-            stopped_early=epochs < stop.max_epochs and steps != stop.max_steps,
+            stopped_early=epochs < stop.epochs and steps != stop.max_steps,
             best_path=files and files / "best.ckpt",
             last_path=files and files / "last.ckpt",
             seed=self.options.seed,
             data=data,
             holds=holds,
+            convergence=convergence,
             _trained=self.trained,
             _kept=kept,
         )
@@ -244,12 +268,17 @@ class _Run(NamedTuple):
         self.trained.load_state_dict(checkpoint["state_dict"])
         return checkpoint["history"], checkpoint["global_step"]
 
-    def _restore(self, best_is_last: bool) -> tuple[Which, dict[str, dict[str, Any]]]:
+    def _convergence(self) -> ConvergenceReport | None:
+        """Return the report of ``lr="auto"``; what ended a run that still had steps to take has stopped it early."""
+        run = self.programs.convergence
+        return None if run is None else run.report("early stopping" if run.due else None)
+
+    def _restore(self, best_is_last: bool, restores: bool) -> tuple[Which, dict[str, dict[str, Any]]]:
         """Restore the best epoch if it is wanted; return the epoch in use, and the parameters of the other one."""
         if self.files is None or best_is_last:
             return "last", {}
         best = load_checkpoint(self.files / "best.ckpt")["state_dict"]
-        if not self.options.stop.restores:
+        if not restores:
             return "last", {"best": best}
         elbo, last = self.trained.module.elbo, copy.deepcopy(dict(self.trained.state_dict()))
         steps = elbo.step

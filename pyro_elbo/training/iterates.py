@@ -1,10 +1,12 @@
 """What training moves, to be read, averaged and put back: parameters, the optimizer's state, and its learning rates."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -37,46 +39,108 @@ class Iterates:
         """Return the elements whose iterates are kept: all, or a random choice of many."""
         return x[self._watched].cpu().numpy()
 
+    def drop_gradients(self) -> None:
+        """Forget gradients: those of a step that failed would be added to the next ones."""
+        for p in self._parameters:
+            if p.grad is not None:
+                p.grad = torch.zeros_like(p.grad)
+
+
+@dataclass
+class Collected:
+    """A window of iterates: those that are watched, the averages of its halves, and the bound of every step."""
+
+    halves: Float64[Tensor, "2 parameters"]
+    watched: list[Float[np.ndarray, " watched"]] = field(default_factory=list)
+    bounds: list[Float[np.ndarray, " steps"]] = field(default_factory=list)
+
+    @staticmethod
+    def none_of(x: Float[Tensor, " parameters"]) -> "Collected":
+        """Return an empty window for vectors like ``x``."""
+        return Collected(torch.zeros(2, len(x), dtype=torch.float64, device=x.device))
+
+    def add(self, x: Tensor, watched: np.ndarray, bounds: np.ndarray, records: int) -> None:
+        """Add one of ``records`` iterates, and the bounds of the steps that led to it."""
+        self.halves[2 * len(self.watched) // records].add_(x, alpha=2 / records)
+        self.watched.append(watched)
+        self.bounds.append(bounds)
+
+    @property
+    def average(self) -> Float64[Tensor, " parameters"]:
+        """The average of all iterates."""
+        return self.halves.mean(0)
+
+    def state(self) -> dict[str, Any]:
+        """Return the window as tensors."""
+        kept = {"watched": self.watched, "bounds": self.bounds}
+        tensors = {name: [torch.from_numpy(x) for x in arrays] for name, arrays in kept.items()}
+        return {"halves": self.halves.clone()} | tensors
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> "Collected":
+        """Return the window of a state."""
+        return Collected(state["halves"], *([x.numpy() for x in state[name]] for name in ("watched", "bounds")))
+
 
 class OptimizerState:
     """A copy of the state of optimizers, to be restored in place.
 
-    Compiled steps move state to other tensors, so the copy names each by the dictionary that holds it.
+    Compiled steps move state to other tensors, so the copy names each by its parameter's place in the optimizer.
+
+    Args:
+        optimizers: the optimizers.
+        kept: a copy that was made before; one is made now if omitted.
     """
 
-    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
-        self._kept = [
-            (state, key, x.clone() if isinstance(x, Tensor) else x)
-            for optimizer in optimizers
-            for state in optimizer.state.values()
-            for key, x in state.items()
-        ]
+    def __init__(self, optimizers: Sequence[Optimizer], kept: list[dict[str, Any]] | None = None) -> None:
+        self._optimizers = optimizers
+        self.kept = [{key: _copy(x) for key, x in s.items()} for s in self._states()] if kept is None else kept
 
     def restore(self) -> None:
         """Restore the state."""
         with torch.no_grad():
-            for state, key, x in self._kept:
-                if isinstance(x, Tensor):
-                    state[key].copy_(x)
-                else:
-                    state[key] = x
+            for state, kept in zip(self._states(), self.kept, strict=True):
+                for key, x in kept.items():
+                    if isinstance(x, Tensor):
+                        state[key].copy_(x)
+                    else:
+                        state[key] = x
+
+    def _states(self) -> list[dict[str, Any]]:
+        """Return the dictionary of each parameter, in the order of the groups."""
+        return [
+            optimizer.state.get(p, {})
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
+
+
+def _copy(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 class LearningRates:
-    """The learning rates of all groups of some optimizers, moved together."""
+    """The learning rates of all groups of some optimizers, moved together.
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._groups = [(group, float(group["lr"])) for optimizer in optimizers for group in optimizer.param_groups]
-        self.largest = max(rate for _, rate in self._groups)
-        if self.largest <= 0 or any(group.get("lrd", 1.0) != 1.0 for group, _ in self._groups):
+    Args:
+        optimizers: the optimizers.
+        rates: the first learning rate of each group; those of now if omitted.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], rates: list[float] | None = None) -> None:
+        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.rates = [float(group["lr"]) for group in self._groups] if rates is None else rates
+        self.largest = max(self.rates)
+        if self.largest <= 0 or any(group.get("lrd", 1.0) != 1.0 for group in self._groups):
             raise ArgumentError(
-                f"The learning rate must be positive and constant, got {self.largest:g}: converge lowers it by itself. "
+                f"The learning rate must be positive and constant, got {self.largest:g}: it is lowered by itself. "
                 "Use an optimizer without decay, such as pyro.optim.Adam({'lr': 0.05})."
             )
 
     def scale(self, factor: float) -> None:
         """Set every learning rate to ``factor`` times what it was at first."""
-        for group, rate in self._groups:
+        for group, rate in zip(self._groups, self.rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(factor * rate)
             else:

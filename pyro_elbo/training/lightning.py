@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import pyro
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from pyro_elbo.compile import CompiledSVI, TorchUpdate
 from pyro_elbo.diagnosis import Probe, diagnose
-from pyro_elbo.errors import ArgumentError
-from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed
+from pyro_elbo.errors import ArgumentError, NonFiniteError
+from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed, seeded
 from pyro_elbo.terms import Terms
+from pyro_elbo.training.converge import Convergence, Goal
 from pyro_elbo.training.data import Batch, Loaders, arguments, num_rows
 from pyro_elbo.training.history import EpochRecord, RunningMean, add_probe, best, to_dataset
 from pyro_elbo.training.options import Options, as_list
@@ -43,9 +45,11 @@ class LightningPrograms(lightning.LightningModule):
 
     def __init__(self, trained: Trained, loaders: Loaders, options: Options, probe: Probe) -> None:
         super().__init__()
-        self.options, self.max_steps = options.steps, options.stop.max_steps
-        self.automatic_optimization = not self.options.compile
-        self.compiled: CompiledSVI | None = None
+        self.options, self.stop = options.steps, options.stop
+        self.automatic_optimization = not self.options.are_own
+        self.svi: CompiledSVI | None = None
+        self.convergence: Convergence | None = None
+        self.resumed: dict[str, Any] | None = None
         self.module, self.store, self.used = trained.module, trained.store, trained.used
         self.trained = trained.by_name
         self.held: set[int] = set()
@@ -87,19 +91,34 @@ class LightningPrograms(lightning.LightningModule):
             pyro.set_rng_seed(mix_seed(self.seed, self.current_epoch, self.global_rank))
 
     def on_fit_start(self) -> None:
-        """Prepare compiled steps once parameters and optimizer are on their device."""
+        """Prepare steps of our own once parameters and optimizer are on their device."""
         if not self.automatic_optimization:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             update = TorchUpdate(optimizer, self.options.grad_clip)
             programs = self.module.model, self.module.guide, self.module.elbo
             # draw the same noise as uncompiled steps, so that runs repeat and resume alike
             options: Any = {"compile": self.options.compile, "per_datum": True, "fallback_random": True}
-            self.compiled = CompiledSVI(*programs, update, **options)
+            self.svi = CompiledSVI(*programs, update, **options)
+
+    def on_train_start(self) -> None:
+        """Prepare the run to convergence once the optimizer is that of the checkpoint."""
+        if not self.options.is_auto:
+            return
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        steps = len(self.loaders("train"))
+        most = self.stop.most(steps)
+        goal = Goal(self.options.goal, most, "max_epochs" if most == self.stop.epochs * steps else "max_steps")
+        programs = self.module.model, self.module.guide, self.module.elbo
+        data = move_data_to_device(self.probe.data, self.device).train[0]
+        with seeded(self.seed):
+            self.convergence = Convergence(*programs, data, lambda _: [optimizer], goal, _elbo_per_datum)
+        if self.resumed is not None:
+            self.convergence.load(self.resumed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Return the loss per datum, or None after a compiled step, which has updated the parameters already."""
-        if self.compiled is not None:
-            self._show(self._compiled_step(batch))
+        """Return the loss per datum, or None after a step of our own, which has updated the parameters already."""
+        if self.svi is not None:
+            self._own_step(self.svi, batch)
             self._move_schedulers("step")
             return None
         with collect_parameters() as parameters:
@@ -117,20 +136,29 @@ class LightningPrograms(lightning.LightningModule):
         """Refuse a step along a gradient that is not finite."""
         check_gradients(self.trained)
 
-    def _compiled_step(self, batch: Batch) -> dict[str, Tensor]:
+    def _own_step(self, svi: CompiledSVI, batch: Batch) -> None:
         """Run the step inside the optimizer's closure; without gradients, the optimizer's own step changes nothing."""
         optimizer: Any = self.optimizers()
-        record: list[Any] = []
+        found: list[Any] = []
 
         def closure() -> None:
-            record.append(self.compiled.train(*arguments(batch)))
+            try:
+                found.append(svi.train(*arguments(batch)))
+            except NonFiniteError as error:
+                if self.convergence is None:
+                    raise
+                self.convergence.fail(error)
             optimizer.zero_grad()
 
         optimizer.step(closure=closure)
-        return self._count(record[0], batch, self.mean)
+        for record in found:
+            values = self._count(record, batch, self.mean)
+            self._show(values)
+            if self.convergence is not None:
+                self.convergence.observe(np.array([values["elbo"].item()]))
 
     def _move_schedulers(self, interval: str) -> None:
-        """Step the schedulers of the learning rate, as Lightning does except in compiled training."""
+        """Step the schedulers of the learning rate, as Lightning does unless the steps are ours."""
         count = self.trainer.global_step if interval == "step" else self.current_epoch + 1
         config: Any
         for config in self.trainer.lr_scheduler_configs:
@@ -151,7 +179,8 @@ class LightningPrograms(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Refuse modules whose parameters have a gradient but are unknown to Pyro, after the first batch."""
-        if self.trainer.global_step == self.max_steps:
+        ended = self.convergence is not None and self.convergence.due == 0
+        if self.trainer.global_step == self.stop.max_steps or ended:
             self.trainer.should_stop = True  # with its own max_steps, Lightning neither validates here nor resumes
         if batch_idx > 0:
             return
@@ -170,8 +199,8 @@ class LightningPrograms(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the terms of a validation batch to the mean of the epoch."""
-        if self.compiled is not None:
-            self._count(self.compiled.evaluate(*arguments(batch)), batch, self.valid_mean)
+        if self.svi is not None:
+            self._count(self.svi.evaluate(*arguments(batch)), batch, self.valid_mean)
         else:
             self._evaluate(batch, self.valid_mean)
 
@@ -187,16 +216,19 @@ class LightningPrograms(lightning.LightningModule):
         if self.current_epoch == 0 or steps - self.probed_at >= PROBE_EVERY[bool(self.options.compile)]:
             add_probe(self.records, self.probe(lambda data: move_data_to_device(data, self.device)))
             self.probed_at = steps
-        if self.compiled is not None:
+        if self.svi is not None:
             self._move_schedulers("epoch")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the history to the checkpoint, and the step of its last probe."""
+        """Add the history to the checkpoint, the step of its last probe, and how far the run to convergence is."""
         checkpoint["history"], checkpoint["probed_at"] = self.records, self.probed_at
+        if self.convergence is not None:
+            checkpoint["convergence"] = self.convergence.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the history from the checkpoint."""
         self.records, self.probed_at = list(checkpoint["history"]), checkpoint.get("probed_at", 0)
+        self.resumed = checkpoint.get("convergence")
 
     def _seed_loader(self) -> None:
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # current_epoch lags when a run resumes
@@ -225,6 +257,10 @@ class LightningPrograms(lightning.LightningModule):
             others = {name: x for name, x in values.items() if name != "elbo"}
             others |= {f"beta/{site}": x for site, x in beta.items()} if split == "train" else {}
             self.log_dict({f"{split}_{name}": x for name, x in others.items()}, batch_size=1)
+
+
+def _elbo_per_datum(terms: Terms) -> Tensor:
+    return terms.per_datum.totals()["elbo"]
 
 
 class StopAfterWarmup(EarlyStopping):
@@ -316,7 +352,7 @@ def make_trainer(folder: Path | None, options: Options) -> lightning.Trainer:
             min_epochs=0,
             accumulate_grad_batches=steps.accumulate_grad_batches,
             callbacks=callbacks,
-            gradient_clip_val=None if steps.compile else steps.grad_clip,  # a compiled step clips by itself
+            gradient_clip_val=None if steps.are_own else steps.grad_clip,  # a step of our own clips by itself
             logger=as_list(machine.logger),
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=options.progress,

@@ -3,9 +3,9 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from pyro_elbo.compile import Compile
 from pyro_elbo.errors import ArgumentError, CheckpointError, GuideError, check_number, describe
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip
+from pyro_elbo.training.comparable import check_accuracy, check_steps
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -23,6 +24,12 @@ RUN_FILES = ("best.ckpt", "last.ckpt", "history.nc")
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 Scheduler = Any  # a scheduler of torch, or Lightning's dictionary around one
+AUTO_LR = 0.05  # of Adam: far too large is found out, and lowered
+AUTO_EPOCH = 100  # steps of an epoch at least: fewer make histories of thousands of epochs
+AUTO_STEPS = 100_000
+AUTO_ACCURACY = 0.1
+MAX_EPOCHS = 50
+LearningRate = float | Literal["auto"]
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -30,7 +37,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 class Steps:
     """How the parameters move in one step."""
 
-    lr: float
+    lr: LearningRate
+    accuracy: float | None
     optimizer: MakeOptimizer | None
     scheduler: Callable[[torch.optim.Optimizer], Scheduler] | None
     accumulate_grad_batches: int
@@ -38,7 +46,7 @@ class Steps:
     compile: Compile
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr)
+        _check_lr(self.lr)
         check_grad_clip(self.grad_clip)
         check_compile(self.compile)
         check_counts({"accumulate_grad_batches": self.accumulate_grad_batches}, {})
@@ -48,6 +56,42 @@ class Steps:
             )
         _check_function("optimizer", self.optimizer, torch.optim.Optimizer, "from parameters to a torch optimizer")
         _check_function("scheduler", self.scheduler, _SCHEDULERS, "from the optimizer to a scheduler of torch")
+        self._check_auto()
+
+    def _check_auto(self) -> None:
+        """Raise ArgumentError for options that exclude ``lr="auto"``, or that need it."""
+        if not self.is_auto:
+            if self.accuracy is not None:
+                raise ArgumentError(
+                    "accuracy is the distance from the optimum at which lr='auto' ends training: pass lr='auto', or "
+                    "leave accuracy out."
+                )
+            return
+        if self.accuracy is not None:
+            check_accuracy(self.accuracy)
+        if self.scheduler is not None:
+            raise ArgumentError("lr='auto' lowers the learning rate by itself: leave scheduler out, or give a number.")
+        if self.accumulate_grad_batches > 1:
+            raise ArgumentError("accumulate_grad_batches: a step of lr='auto' is one batch. Raise batch_size.")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the learning rate is lowered, and training ended, by convergence."""
+        return self.lr == "auto"
+
+    @property
+    def are_own(self) -> bool:
+        """Whether the library takes the steps, instead of Lightning."""
+        return self.is_auto or bool(self.compile)
+
+    @property
+    def goal(self) -> float:
+        """The distance from the optimum at which ``lr="auto"`` ends training."""
+        return AUTO_ACCURACY if self.accuracy is None else self.accuracy
+
+    def passes(self, batches: int) -> int:
+        """Return the passes over so many batches that one epoch takes."""
+        return -(-AUTO_EPOCH // batches) if self.is_auto else 1
 
     def make(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         """Return the optimizer of the parameters that need a gradient.
@@ -62,7 +106,8 @@ class Steps:
             raise GuideError(
                 "Neither model nor guide has a parameter to train. Give the guide pyro.param's or modules."
             )
-        made = torch.optim.Adam(leaves, lr=self.lr) if self.optimizer is None else self.optimizer(leaves)
+        lr = AUTO_LR if isinstance(self.lr, str) else self.lr
+        made = torch.optim.Adam(leaves, lr=lr) if self.optimizer is None else self.optimizer(leaves)
         if not isinstance(made, torch.optim.Optimizer):
             raise ArgumentError(
                 "optimizer must be a function from parameters to a torch optimizer, such as torch.optim.Adam; "
@@ -103,6 +148,13 @@ class Steps:
         return ({"monitor": monitor} if plateau else {}) | {"interval": "epoch", "frequency": 1} | given
 
 
+def _check_lr(lr: Any) -> None:
+    if not isinstance(lr, str):
+        check_number("lr", lr)
+    elif lr != "auto":
+        raise ArgumentError(f'lr must be a finite number >= 0, or "auto", got {describe(lr)}.')
+
+
 _SCHEDULERS = (torch.optim.lr_scheduler.LRScheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
@@ -122,14 +174,15 @@ def _check_function(name: str, given: Any, made: Any, what: str) -> None:
 class Stopping:
     """When training ends, and which parameters it leaves."""
 
-    max_epochs: int
+    max_epochs: int | None
     max_steps: int | None
     patience: int | None
     restore_best: bool | None
     has_validation: bool
 
     def __post_init__(self) -> None:
-        check_counts({"max_epochs": self.max_epochs}, {"max_steps": self.max_steps, "patience": self.patience})
+        limits = {"max_epochs": self.max_epochs, "max_steps": self.max_steps, "patience": self.patience}
+        check_counts({}, limits)
         if not isinstance(self.restore_best, bool | None):
             raise ArgumentError(f"restore_best must be True, False or None, got {describe(self.restore_best)}.")
         for name in ("patience", "restore_best"):
@@ -141,9 +194,29 @@ class Stopping:
         """Whether the parameters of the best epoch are restored: with ``patience``, unless told otherwise."""
         return self.patience is not None if self.restore_best is None else self.restore_best
 
+    def planned(self, steps: int, is_auto: bool) -> "Stopping":
+        """Return this with a number of epochs, of so many steps each."""
+        epochs = -(-AUTO_STEPS // steps) if is_auto else MAX_EPOCHS
+        return replace(self, max_epochs=epochs if self.max_epochs is None else self.max_epochs)
+
+    @property
+    def epochs(self) -> int:
+        """The most epochs, once they are planned."""
+        assert self.max_epochs is not None
+        return self.max_epochs
+
+    def most(self, steps: int) -> int:
+        """Return the most steps of training, of so many steps an epoch."""
+        return min(self.epochs * steps, self.max_steps or self.epochs * steps)
+
+    def check_convergence(self, loss: TraceBeta_ELBO, steps: int) -> None:
+        """Raise ArgumentError if training, of so many steps an epoch, is too short to show convergence."""
+        limit = f"max_epochs={self.max_epochs}" if self.max_steps is None else f"max_steps={self.max_steps}"
+        check_steps(loss, self.most(steps), f"The steps of lr='auto' ({limit}, {steps} an epoch)")
+
     def check_schedule(self, loss: TraceBeta_ELBO, taken: int, steps: int) -> None:
         """Raise ArgumentError if training, of so many steps an epoch, ends before a schedule of the loss does."""
-        end = taken + min(self.max_epochs * steps, self.max_steps or self.max_epochs * steps)
+        end = taken + self.most(steps)
         if loss.settled > end:
             raise ArgumentError(
                 f"The schedule settles after {loss.settled} optimization steps, but {self.max_epochs} epochs of "
@@ -162,6 +235,7 @@ class Machine:
     logger: "Logger | Sequence[Logger] | None"
     callbacks: "Callback | Sequence[Callback] | None"
     compile: Compile
+    is_auto: bool
 
     def __post_init__(self) -> None:
         check_counts({"devices": self.devices}, {})
@@ -178,6 +252,11 @@ class Machine:
                 raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, got {describe(given)}.")
         if self.precision != "32-true" and self.compile:
             raise ArgumentError("precision: a compiled step has the dtypes of the programs. Use compile=False.")
+        if self.is_auto and (self.devices != 1 or self.precision != "32-true"):
+            raise ArgumentError(
+                "lr='auto' trains on one device, in the dtypes of the programs: leave out devices and "
+                "precision, or give lr a number."
+            )
         if self.compile and self.devices != 1:
             raise ArgumentError("compile=True trains on one device: set devices=1, or compile=False.")
         if self.devices > 1 and self.accelerator not in ("auto", "cpu"):

@@ -27,8 +27,9 @@ from pyro_elbo.programs import (
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.checkpoint import check_state, read_file, write_file
 from pyro_elbo.training.checks import check_loss
+from pyro_elbo.training.convergence import ConvergenceReport
 from pyro_elbo.training.data import RunArguments, arguments, num_rows
-from pyro_elbo.training.saved import decode_loss, encode_loss
+from pyro_elbo.training.saved import decode_loss, decode_report, encode_loss, encode_report
 from pyro_elbo.training.summary import Summary, summarize
 from pyro_elbo.training.trained import Trained, first_run
 
@@ -55,11 +56,13 @@ class FitResult:
         history: Dataset over ``epoch`` x ``split`` (x ``latent``), nats per datum.
         best_epoch: the epoch after warm-up with the highest validation ELBO at β = 1 (training ELBO without
             validation data).
-        stopped_early: True if training ended before ``max_epochs`` and ``max_steps``, as when patience runs out.
+        stopped_early: True if training ended before ``max_epochs`` and ``max_steps``, as when patience runs out, or
+            ``lr="auto"`` has converged.
         best_path, last_path: the checkpoints; None without ``dir``.
         seed: the seed of the fit.
         data: the training data as arguments of the programs; the first batch if they came from a Dataset or DataLoader.
         holds: which parameters the programs hold since training, those of the ``"best"`` or of the ``"last"`` epoch.
+        convergence: how ``lr="auto"`` came to its end; None without it.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
@@ -84,6 +87,7 @@ class FitResult:
     seed: int
     data: RunArguments
     holds: Which
+    convergence: ConvergenceReport | None
     _trained: Trained
     _kept: Mapping[str, Mapping[str, Any]]
 
@@ -196,6 +200,7 @@ class FitResult:
             "stopped_early": self.stopped_early,
             "seed": self.seed,
             "data": tuple(self.data) if data and self.data.is_plain() else None,
+            "convergence": None if self.convergence is None else encode_report(self.convergence),
         }
         write_file(content, _checked_path(path))
 
@@ -243,10 +248,12 @@ class FitResult:
         elbo = self.history.elbo.sel(epoch=epoch).dropna("split")
         figures = ", ".join(f"{split.item()} elbo {elbo.sel(split=split):.4f}" for split in elbo.split)
         stopped = ", stopped early" if self.stopped_early else ""
+        converged = [] if self.convergence is None else [self.convergence.summary]
         return [
             f"Fit of {program_name(self.model)} and {program_name(self.guide)}, {self.loss!r}",
             f"{self.history.sizes['epoch']} epochs{stopped}; best epoch {self.best_epoch}",
             f"parameters of epoch {epoch}: {figures} nats per datum",
+            *converged,
         ]
 
     def __repr__(self) -> str:
@@ -319,7 +326,9 @@ def load(
     trained.load_state_dict(saved["states"][holds])
     kept = {name: state for name, state in saved["states"].items() if name != holds}
     fixed = saved["best_epoch"], saved["stopped_early"], None, None, saved["seed"], data
-    return FitResult(model, guide, loss, _history_of(saved), *fixed, holds, trained, kept)
+    report = saved.get("convergence")
+    report = None if report is None else decode_report(report)
+    return FitResult(model, guide, loss, _history_of(saved), *fixed, holds, report, trained, kept)
 
 
 def _checked_path(path: Any) -> Path:

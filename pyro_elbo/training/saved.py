@@ -1,7 +1,7 @@
-"""Objectives as plain values, which a file can hold and give back without running code from it."""
+"""Objectives and reports as plain values, which a file can hold and give back without running code from it."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import astuple, fields
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_elbo import schedules
 from pyro_elbo.information import MutualInformation, TotalCorrelation
 from pyro_elbo.objectives import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
+from pyro_elbo.training.convergence import ConvergenceReport, Window
 
 OBJECTIVES = {cls.__name__: cls for cls in (TraceBeta_ELBO, TraceIW_ELBO, TraceTimestep_ELBO)}
 SCHEDULES = [x for x in vars(schedules).values() if isinstance(x, type) and issubclass(x, schedules.Schedule)]
@@ -34,6 +35,16 @@ def encode_loss(loss: TraceBeta_ELBO) -> dict[str, Any] | None:
 def decode_loss(plain: Mapping[str, Any]) -> TraceBeta_ELBO:
     """Return the objective that :func:`encode_loss` described."""
     return OBJECTIVES[plain["class"]](**{name: _decode(x) for name, x in plain["settings"].items()})
+
+
+def encode_report(report: ConvergenceReport) -> dict[str, Any]:
+    """Return a report as plain values."""
+    return vars(report) | {"windows": [astuple(window) for window in report.windows]}
+
+
+def decode_report(plain: Mapping[str, Any]) -> ConvergenceReport:
+    """Return the report that :func:`encode_report` described."""
+    return ConvergenceReport(**{**plain, "windows": tuple(Window(*window) for window in plain["windows"])})
 
 
 def _encode(x: Any) -> Any:

@@ -2,7 +2,8 @@
 
 import inspect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
-from pyro_elbo.errors import ArgumentError, check_count
+from pyro_elbo.errors import ArgumentError, NonFiniteError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
 from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss
-from pyro_elbo.training.converge import Convergence, check_limits, repeat
+from pyro_elbo.training.comparable import Arguments, check_limits, repeat
+from pyro_elbo.training.converge import Convergence, Goal
 from pyro_elbo.training.convergence import ConvergenceReport, Window
 
 CHUNK = 1000  # steps between two looks at the progress bar
@@ -185,19 +187,25 @@ class SVI:
         data = repeat(batches) if batches is not None else itertools.repeat(self._arguments(args, kwargs))
         with tqdm(total=max_steps, disable=not progress, unit=" steps") as bar:
 
-            def take(steps: int) -> np.ndarray:
-                """Take steps on the same data at once, on batches one by one."""
-                counts = [steps] if batches is None else [1] * steps
-                parts = [self._train(*next(data), count) for count in counts]
-                bar.update(steps)
-                return np.concatenate([values[:, names.index("elbo")] for names, values in parts])
-
             def show(window: Window) -> None:
                 bar.set_postfix(step_size=window.step_size, r_hat=window.r_hat, distance=window.distance)
 
-            optimizers = self._steps.update.optimizers
-            run = Convergence(self.model, self.guide, self.loss, next(data), take, optimizers, max_steps)
-            return run.run(accuracy, show)
+            made, goal = self._steps.update.optimizers, Goal(accuracy, max_steps)
+            run = Convergence(self.model, self.guide, self.loss, next(data), made, goal, show=show)
+            with closing(run):
+                while run.due:
+                    bar.update(run.due)
+                    try:
+                        run.observe(self._bounds(data, run.due, together=batches is None))
+                    except NonFiniteError as error:
+                        run.fail(error)
+            return run.report()
+
+    def _bounds(self, data: Iterator[Arguments], steps: int, together: bool) -> Float64[np.ndarray, " steps"]:
+        """Take steps, on the same data at once or on batches one by one, and return the ELBO of each."""
+        counts = [steps] if together else [1] * steps
+        parts = [self._train(*next(data), count) for count in counts]
+        return np.concatenate([values[:, names.index("elbo")] for names, values in parts])
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss in nats without taking a step, with modules in evaluation mode; schedules do not advance."""

@@ -13,8 +13,8 @@ from pyro.infer.autoguide import AutoNormal
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError
 from pyro_elbo.posterior import SymmetrizedKL
-from pyro_elbo.training import converge
-from pyro_elbo.training.converge import Convergence, Plan
+from pyro_elbo.training import comparable, converge
+from pyro_elbo.training.converge import Convergence, Goal, Plan
 from pyro_elbo.training.iterates import Iterates
 from pyro_elbo.training.stationarity import is_level, is_worse, predict_distance, split_r_hat
 from tests.support.compiled import X, _as_captured, _graphs, adam, guide, model  # noqa: F401
@@ -119,8 +119,11 @@ class Process:
         def unit_guide(x):
             pyro.sample("z", dist.Normal(pyro.param("loc"), 1.0))
 
-        run = Convergence(model, unit_guide, pe.TraceBeta_ELBO(), ((X,), {}), self.take, self.optimizers, max_steps)
-        return run.run(accuracy, lambda window: None)
+        goal = Goal(accuracy, max_steps)
+        run = Convergence(model, unit_guide, pe.TraceBeta_ELBO(), ((X,), {}), self.optimizers, goal)
+        while run.due:
+            run.observe(self.take(run.due))
+        return run.report()
 
 
 class Shift:
@@ -264,8 +267,8 @@ def test_many_parameters_are_watched_in_part_and_averaged_in_full():
 @pytest.fixture
 def brief(monkeypatch):
     """Shorter windows: an uncompiled step takes most of a millisecond."""
-    for name, value in (("RECORDS", 32), ("THIN", 1), ("LEAST_STEPS", 60)):
-        monkeypatch.setattr(converge, name, value)
+    for room, name, value in ((converge, "RECORDS", 32), (converge, "THIN", 1), (comparable, "LEAST_STEPS", 60)):
+        monkeypatch.setattr(room, name, value)
 
 
 def run(lr=0.1, seed=1, max_steps=3000, **options):

@@ -38,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_elbo.errors import ArgumentError, NonFiniteError
+from pyro_elbo.errors import ArgumentError, NonFiniteError, PyroElboError
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.posterior import SymmetrizedKL
 from pyro_elbo.programs import Parameters, Program
@@ -167,10 +167,14 @@ class Convergence:
         if len(self._window.watched) == RECORDS:
             self._end_window(self._judged())
 
-    def fail(self, error: NonFiniteError) -> None:
-        """Note that a step failed, and go back; raise the error if no step size helps."""
+    def fail(self, error: ValueError) -> None:
+        """Note that a step failed, and go back; raise the error if no step size helps.
+
+        Pyro raises a ValueError where parameters leave the domain of a distribution. Errors of this library other than
+        NonFiniteError tell of programs and data, and are raised.
+        """
         self._iterates.drop_gradients()
-        if self._rates is None:
+        if self._rates is None or (isinstance(error, PyroElboError) and not isinstance(error, NonFiniteError)):
             raise error
         self._go_back()
         if self._progress.plan.factor <= LEAST_FACTOR:

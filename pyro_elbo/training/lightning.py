@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_elbo.compile import CompiledSVI, TorchUpdate
 from pyro_elbo.diagnosis import Probe, diagnose
-from pyro_elbo.errors import ArgumentError, NonFiniteError
+from pyro_elbo.errors import ArgumentError
 from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed, seeded
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.converge import Convergence, Goal
@@ -144,7 +144,7 @@ class LightningPrograms(lightning.LightningModule):
         def closure() -> None:
             try:
                 found.append(svi.train(*arguments(batch)))
-            except NonFiniteError as error:
+            except ValueError as error:
                 if self.convergence is None:
                     raise
                 self.convergence.fail(error)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
-from pyro_elbo.errors import ArgumentError, NonFiniteError, check_count
+from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
 from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss
@@ -197,7 +197,7 @@ class SVI:
                     bar.update(run.due)
                     try:
                         run.observe(self._bounds(data, run.due, together=batches is None))
-                    except NonFiniteError as error:
+                    except ValueError as error:
                         run.fail(error)
             return run.report()
 

@@ -34,9 +34,8 @@ WRONG = {
     "no program": ({"guide": 3}, "guide must be a program.*got int"),
     "optimizer instance": ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, r"got a Adam instance.*lambda params"),
     "optimizer name": ({"optimizer": "adam"}, "must be a function.*'adam'"),
-    "max_epochs": ({"max_epochs": 2.5}, "max_epochs must be a whole number >= 1, got 2.5"),
-    "no max_epochs": ({"max_epochs": None}, "max_epochs must be a whole number >= 1, got None"),
-    "lr": ({"lr": "1e-3"}, r"lr must be a finite number >= 0, got '1e-3' \(str\)"),
+    "max_epochs": ({"max_epochs": 2.5}, "max_epochs, unless it is None, must be a whole number >= 1, got 2.5"),
+    "lr": ({"lr": "1e-3"}, r"lr must be a finite number >= 0, or .auto., got .1e-3. \(str\)"),
     "negative lr": ({"lr": -1.0}, "lr must be a finite number >= 0, got -1"),
     "batch_size": (
         {"batch_size": "auto"},

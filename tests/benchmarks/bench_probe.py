@@ -1,8 +1,10 @@
 """What the probes of a fit cost: ``pe.fit`` with and without them, alternating.
 
-Run with ``python -m tests.benchmarks.bench_probe``. Medians of the times of whole fits, and of the ratios of neighbors.
+Run with ``python -m tests.benchmarks.bench_probe [--only PART ...] [--repeats N]``. Medians of the times of whole fits,
+and of the ratios of neighbors, with the range of these.
 """
 
+import argparse
 import statistics
 import time
 from unittest.mock import patch
@@ -35,20 +37,27 @@ def seconds(run: Run, compile: bool, probed: bool) -> float:
     return time.perf_counter() - start
 
 
-def main(repeats: int = 7) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", help="parts of the names of fits")
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'one fit':48} {'seconds':>8} {'probed':>8} {'ratio':>7}")
+    print(f"{'one fit':48} {'seconds':>8} {'probed':>8} {'ratio':>7}  ratios from, to")
     for name, (run, compile) in FITS.items():
+        if options.only and not any(part in name for part in options.only):
+            continue
         for probed in (True, False):
             seconds(run, compile, probed)
         pairs = []
-        for i in range(repeats):
+        for i in range(options.repeats):
             order = (True, False) if i % 2 else (False, True)
             times = {probed: seconds(run, compile, probed) for probed in order}
             pairs.append((times[False], times[True]))
         bare, probed = (statistics.median(x) for x in zip(*pairs, strict=True))
-        ratio = statistics.median(b / a for a, b in pairs)
-        print(f"{name:48} {bare:8.2f} {probed:8.2f} {ratio:7.3f}", flush=True)
+        ratios = [b / a for a, b in pairs]
+        spread = f"{min(ratios):.3f}, {max(ratios):.3f}"
+        print(f"{name:48} {bare:8.2f} {probed:8.2f} {statistics.median(ratios):7.3f}  {spread}", flush=True)
 
 
 if __name__ == "__main__":

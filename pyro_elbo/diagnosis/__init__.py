@@ -9,7 +9,7 @@ Imports objectives and below.
 
 from pyro_elbo.diagnosis.activity import ACTIVE, active_units, spread_of_means
 from pyro_elbo.diagnosis.findings import Diagnosis, Finding
-from pyro_elbo.diagnosis.probe import MAX_ROWS, Call, Probe, ProbeData, ProbeRecord, are_local
+from pyro_elbo.diagnosis.probe import MAX_ROWS, Call, Probe, ProbeData, ProbeRecord, are_local, cost_in_steps
 from pyro_elbo.diagnosis.recorded import probe_variables
 from pyro_elbo.diagnosis.rules import diagnose
 from pyro_elbo.diagnosis.splits import Gap, SplitComparison, compare_splits
@@ -28,6 +28,7 @@ __all__ = [
     "active_units",
     "are_local",
     "compare_splits",
+    "cost_in_steps",
     "diagnose",
     "probe_variables",
     "spread_of_means",

@@ -48,6 +48,7 @@ class Probe:
         parameters: the tensors that are trained.
         data: the rows.
         seed: seed of the noise.
+        cost: training steps that a measurement takes; see :func:`cost_in_steps`.
     """
 
     model: Program
@@ -56,6 +57,7 @@ class Probe:
     parameters: Sequence[Tensor]
     data: ProbeData
     seed: int
+    cost: float = 4.0
 
     def __call__(self, move: Callable[[ProbeData], ProbeData] = lambda data: data) -> dict[str, ProbeRecord]:
         """Measure the programs as they are and return a record for each split; ``move`` brings rows to a device."""
@@ -116,6 +118,19 @@ def _if_possible(measure: Callable[..., Any], *args: Any) -> Any:
         return measure(*args)
     except Exception:  # a density at other rows' draws, a mean, values in eval mode: programs fail in many ways
         return {}
+
+
+def cost_in_steps(batch: int, train: int, valid: int, particles: int) -> float:
+    """Return the training steps that a probe takes, counted in rows that pass through both programs.
+
+    A step passes ``batch`` rows for each particle, and a backward pass counts twice. A probe passes the rows of both
+    splits twice, and twice more through the model alone; the gradients of two batches are those of two steps.
+
+    Example:
+        >>> cost_in_steps(100, 100, 100, 1), cost_in_steps(100, 100, 5000, 1)
+        (4.0, 53.0)
+    """
+    return (3 * (train + valid) + 6 * particles * train) / (3 * particles * batch)
 
 
 def are_local(terms: Terms) -> bool:

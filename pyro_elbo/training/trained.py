@@ -7,7 +7,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_elbo.diagnosis import MAX_ROWS, Call, Probe, ProbeData, are_local
+from pyro_elbo.diagnosis import MAX_ROWS, Call, Probe, ProbeData, are_local, cost_in_steps
 from pyro_elbo.errors import DataError, GuideError
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Plate, collect_modules, collect_parameters
@@ -163,4 +163,6 @@ def make_probe(trained: Trained, terms: Terms, first: Mapping[str, list[Any]], s
     valid = rows(first["valid"][0]) if "valid" in first else None
     module = trained.module
     data = ProbeData((rows(batch), rows(other)), valid)
-    return Probe(module.model, module.guide, module.elbo, list(trained.by_name.values()), data, seed)
+    probed = [0 if call is None else num_rows((*call[0], *call[1].values())) for call in (data.train[0], valid)]
+    cost = cost_in_steps(num_rows(batch), *probed, module.elbo.num_particles)
+    return Probe(module.model, module.guide, module.elbo, list(trained.by_name.values()), data, seed, cost)

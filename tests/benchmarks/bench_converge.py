@@ -30,7 +30,6 @@ import pyro_elbo as pe
 from models.posteriordb import POSTERIORS, Posterior, least_squares
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.posterior import sample_guide
-from tests.benchmarks.bench_svi import eight_schools
 
 GUIDES = {"AutoNormal": AutoNormal, "AutoMultivariateNormal": AutoMultivariateNormal}
 RATE, ACCURACY, ADAM_STEPS, ADAM_RATE, LONG_RATE, DRAWS = 0.05, 0.1, 4000, 0.01, 0.003, 4000
@@ -187,6 +186,8 @@ def early(chosen: list[Problem], kinds: list[str], runs: int, folder: Path, cach
 
 def cost(rounds: int) -> None:
     """Alternate `converge` and the same number of steps of `run`, and print the median of the ratios."""
+    from tests.benchmarks.bench_svi import eight_schools  # which imports JAX
+
     y, sigma = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12]), torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
     x = (torch.rand(128, 64) < 0.3).float()
     works = {

@@ -1,7 +1,8 @@
 """The diagnosis of labeled runs: what each finding is worth.
 
 Run with ``python -m tests.benchmarks.bench_diagnosis develop --cache FOLDER``. The mistakes are built in
-(``diagnosis_runs``). The rules were developed on the half ``develop``; ``final`` was run once, at the end. Histories
+(``diagnosis_runs``). The rules were developed on the half ``develop``. ``final`` was run once, at the end; ``fresh`` once
+after the thresholds of ``noisy objective`` had been changed, again on ``develop`` alone. Histories
 are kept in the folder, so that rules can be tried again without training. Prints each run with what was found, the
 confusion matrix, and the F1 of each finding.
 """
@@ -85,7 +86,7 @@ def main(half: str, cache: Path, explain: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("half", choices=["develop", "final"])
+    parser.add_argument("half", choices=["develop", "final", "fresh"])
     parser.add_argument("--cache", type=Path, default=Path("runs/diagnosis"))
     parser.add_argument("--explain", action="store_true", help="print the diagnosis of each run that was missed")
     options = parser.parse_args()

@@ -112,27 +112,32 @@ class Known(nn.Module):
 
 
 @cache
-def images(source: str) -> tuple[Tensor, Tensor]:
-    """Return images of 64 counts from 0 to 16, shuffled, and their classes."""
+def images(source: str, shuffle: int = 0) -> tuple[Tensor, Tensor]:
+    """Return images of 64 counts from 0 to 16, shuffled by a seed, and their classes."""
     if source == "digits":
         x, y = (torch.tensor(a) for a in (load_digits().data, load_digits().target))
     else:
         with np.load(Path(os.environ["PYRO_ELBO_DATA"]) / "fashion_mnist_20k.npz") as file:
             x, y = torch.tensor(file["x_train"][:1797].reshape(-1, 1, 28, 28)), torch.tensor(file["y_train"][:1797])
         x = torch.nn.functional.adaptive_avg_pool2d(x.float() / 255 * COUNT, 8).reshape(-1, 64)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(shuffle))
     return x[order].round().float(), y[order].long()
 
 
 def autoencoder(
-    rows: int = 1200, source: str = "digits", told: str | None = None, scale: float | None = None, **sizes: Any
+    rows: int = 1200,
+    source: str = "digits",
+    told: str | None = None,
+    scale: float | None = None,
+    shuffle: int = 0,
+    **sizes: Any,
 ) -> Programs:
     """An autoencoder of images, or of coin flips.
 
     Encoder and decoder are told nothing, the image's class (a conditional VAE) or a copy of it; with ``"noise"`` the
     prior alone is, columns that say nothing of the image.
     """
-    x, y = images("digits" if source == "coins" else source)
+    x, y = images("digits" if source == "coins" else source, shuffle)
     if source == "coins":
         x = torch.distributions.Binomial(COUNT, torch.full((64,), 0.4)).sample((len(x),))
     x = x if scale is None else x / COUNT
@@ -192,13 +197,19 @@ def regression(rows: int = 240, groups: int = 8) -> Programs:
 
 
 def sequences(
-    rows: int = 300, source: str = "digits", z_dim: int = 3, hidden: int = 16, markov: bool = False, deaf: bool = False
+    rows: int = 300,
+    source: str = "digits",
+    z_dim: int = 3,
+    hidden: int = 16,
+    markov: bool = False,
+    deaf: bool = False,
+    shuffle: int = 0,
 ) -> Programs:
     """A recurrent autoencoder of binary frames: the rows of digits, chorales, simulated patterns, or coin flips.
 
     In the Markov form the decoder sees z alone; otherwise also a state that knows all earlier frames.
     """
-    x = frames(source)
+    x = frames(source, shuffle)
     vrnn = (MarkovVRNN if markov else VRNN)(x.shape[-1], z_dim, hidden)
     vrnn.start_from(x[:rows].flatten(0, 1))
     if deaf:
@@ -218,15 +229,15 @@ class Silence(nn.Module):
 
 
 @cache
-def frames(source: str) -> Tensor:
-    """Return sequences of 8 binary frames."""
+def frames(source: str, shuffle: int = 0) -> Tensor:
+    """Return sequences of 8 binary frames, shuffled or drawn by a seed."""
     if source == "chorales":
         with np.load(Path(os.environ["PYRO_ELBO_DATA"]) / "jsb_chorales.npz") as file:
             keys, lengths = np.unpackbits(file["train_packed"], axis=1)[:, :88], file["train_lengths"]
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         parts = [keys[s + i : s + i + 8] for s, n in zip(starts, lengths, strict=True) for i in range(0, n - 8, 16)]
-        return torch.tensor(np.stack(parts)[:500, :, 20:80]).float()
-    generator = torch.Generator().manual_seed(0)
+        return torch.tensor(np.stack(parts)[500 * (shuffle > 0) :][:500, :, 20:80]).float()
+    generator = torch.Generator().manual_seed(shuffle)
     if source == "coins":
         return torch.bernoulli(torch.full((500, 8, 8), 0.3), generator=generator)
     if source == "patterns":  # a frame is one of three patterns, as the one before it or drawn anew
@@ -235,7 +246,7 @@ def frames(source: str) -> Tensor:
         for t in range(1, 8):
             drawn[:, t] = torch.where(anew[:, t], drawn[:, t], drawn[:, t - 1])
         return (patterns[drawn] - (torch.rand(500, 8, 20, generator=generator) < 0.03).float()).abs()
-    return (images("digits")[0] > COUNT / 2).float().reshape(-1, 8, 8)
+    return (images("digits", shuffle)[0] > COUNT / 2).float().reshape(-1, 8, 8)
 
 
 FAMILIES = {"vae": autoencoder, "factors": factors, "regression": regression, "vrnn": sequences}

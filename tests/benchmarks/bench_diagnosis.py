@@ -1,10 +1,10 @@
 """The diagnosis of labeled runs: what each finding is worth.
 
 Run with ``python -m tests.benchmarks.bench_diagnosis develop --cache FOLDER``. The mistakes are built in
-(``diagnosis_runs``). The rules were developed on the half ``develop``. ``final`` was run once, at the end; ``fresh`` once
-after the thresholds of ``noisy objective`` had been changed, again on ``develop`` alone. Histories
-are kept in the folder, so that rules can be tried again without training. Prints each run with what was found, the
-confusion matrix, and the F1 of each finding.
+(``diagnosis_runs``). The rules were developed on the half ``develop``. ``final`` was run once, at the end; ``fresh``
+once after the thresholds of ``noisy objective`` had been changed, again on ``develop`` alone. Histories are kept in the
+folder, so that rules can be tried again without training. Prints each run with what was found, the confusion matrix,
+and the F1 of each finding.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 A row of ``TABLE`` says which mistake was built in and how. It is trained once to develop the rules on, and once with
 another seed and slightly other settings for the half that is looked at once; what is healthy, twice each. The half
-``final`` was looked at before the rules were last changed. ``fresh`` was made then: new seeds, other rows of the data in
-another order, a tenth fewer of them, other widths, learning rates and epochs.
+``final`` was looked at before the rules were last changed. ``fresh`` was made then: new seeds, other rows of the data
+in another order, a tenth fewer of them, other widths, learning rates and epochs.
 """
 
 from dataclasses import dataclass

@@ -326,6 +326,33 @@ def test_a_program_without_finite_gradients_is_an_error(brief):
     assert (pyro.param("loc").item(), pyro.param("scale").item()) == pytest.approx((0.1, 0.5))
 
 
+def test_a_gradient_that_was_not_finite_is_forgotten(brief):
+    """The first step of this rate leaves the region where the gradient is finite; a smaller one does not."""
+
+    def bounded(x):
+        root = (3.0 - pyro.param("loc", lambda: torch.tensor(0.1))).clamp(min=0.0).sqrt()
+        pyro.factor("root", 0.0 * root)
+        model(x)
+
+    svi = pe.SVI(bounded, guide, adam(lr=10.0), pe.TraceBeta_ELBO())
+    report = svi.converge(X, accuracy=0.4, max_steps=400, progress=False)
+    verdicts = [w.verdict for w in report.windows]
+    assert verdicts[0] == "too large"
+    assert verdicts[-1] != "too large"
+    assert math.isfinite(pyro.param("loc").item())
+
+
+def test_parameters_that_leave_their_domain_lower_the_step_size(brief):
+    """A negative scale is a ValueError of Pyro, and one of the data stays an error."""
+
+    def loose(x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), pyro.param("raw", torch.tensor(0.5))))
+
+    report = pe.SVI(model, loose, adam(lr=10.0), pe.TraceBeta_ELBO()).converge(X, max_steps=400, progress=False)
+    assert report.windows[0].verdict == "too large"
+    assert pyro.param("raw").item() > 0
+
+
 def test_compiled_steps_follow_the_step_size_without_a_new_graph(brief, interpreted, graphs):
     report, _, _ = run(max_steps=160, compile=True)
     assert len(graphs) == 1

@@ -163,6 +163,6 @@ def make_probe(trained: Trained, terms: Terms, first: Mapping[str, list[Any]], s
     valid = rows(first["valid"][0]) if "valid" in first else None
     module = trained.module
     data = ProbeData((rows(batch), rows(other)), valid)
-    probed = [0 if call is None else num_rows((*call[0], *call[1].values())) for call in (data.train[0], valid)]
-    cost = cost_in_steps(num_rows(batch), *probed, module.elbo.num_particles)
+    train, others = (0 if x is None else num_rows((*x[0], *x[1].values())) for x in (data.train[0], valid))
+    cost = cost_in_steps(num_rows(batch), train, others, module.elbo.num_particles)
     return Probe(module.model, module.guide, module.elbo, list(trained.by_name.values()), data, seed, cost)

@@ -25,7 +25,7 @@ RISING = 3.0  # standard errors of the gain of a quarter
 LEFT = 0.05  # of what was gained: as much may be left to gain
 LONGEST = 0.9  # the largest ratio of the gains of two quarters from which the rest is extrapolated
 ROUGH = 2.0  # noise of the gradient over its norm, at half of the probes
-WANDERS = 0.03  # of what was gained: the standard deviation of the bound from epoch to epoch
+WANDERS = 0.05  # of what was gained: the standard deviation of the bound from epoch to epoch
 MOST = 1000.0  # more cannot be told from two batches
 
 

@@ -1,7 +1,8 @@
 """Training loops: single steps (``SVI``) or epochs on Lightning (``fit``), and the history of a fit.
 
 Takes programs and data; gives trained parameters and ``FitResult``, which draws, predicts, exports and saves.
-``SVI.converge`` is ``converge``: it judges ``iterates`` by ``stationarity`` and ends in a ``convergence`` report.
+``SVI.converge`` and ``fit(lr="auto")`` are ``converge``: it asks of programs what ``comparable`` checks, judges
+``iterates`` by ``stationarity`` and ends in a ``convergence`` report.
 ``options`` checks the arguments of ``fit``, ``trained`` finds what it trains, ``lightning`` adapts it to Lightning's
 Trainer (imported when ``fit`` is called), ``checkpoint`` reads and writes files.
 Imports plots and below.

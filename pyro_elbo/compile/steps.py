@@ -283,6 +283,7 @@ class CompiledSVI:
                 recorded = self._record(terms, loss)
             finite = torch.ones_like(alive)
             if step.plan.optimizers:
+                self.loss.keep_averages(terms)
                 critics = network_gradients(terms)
                 finite = trace_update(
                     self.update,

@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError, check_count, describe
 from pyro_elbo.information import Critic, Penalty, critic_gradients
-from pyro_elbo.objectives.score_function import surrogate
+from pyro_elbo.objectives.gradients import BoundKind, Gradient, check_gradient
+from pyro_elbo.objectives.score_function import moved_averages, surrogate
 from pyro_elbo.objectives.step_count import advance_after_backward
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
 from pyro_elbo.programs import (
@@ -35,6 +37,7 @@ from pyro_elbo.programs import (
     evaluating,
     find_plate_nesting,
     program_arguments,
+    trace_fixed,
     trace_pair,
 )
 from pyro_elbo.schedules import Schedule
@@ -61,6 +64,10 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         num_particles: draws per step, averaged.
         vectorize_particles: draw them in one run, inside a plate on the left of all others.
         max_plate_nesting: the number of batch dimensions that the plates use; found by a trial run if omitted.
+        gradient: the estimator of the gradient. ``"auto"``: pathwise, by the score function for draws without a path.
+            ``"stl"``: pathwise without the score of the guide, zero at the exact posterior. ``"rloo"``: rewards of
+            score functions less those of the other particles. ``"vargrad"``: that for all draws, without any path.
+            ``"stl"`` and ``"vargrad"`` take every KL at the draw.
         retain_graph: keep the autograd graph after ``loss_and_grads``.
         penalties: charges beside the KL, such as :class:`MutualInformation`; each needs a name of its own.
 
@@ -93,6 +100,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         vectorize_particles: bool = False,
         max_plate_nesting: float = math.inf,
         retain_graph: bool | None = None,
+        gradient: Gradient = "auto",
         penalties: Sequence[Penalty] = (),
         **unknown: Any,
     ) -> None:
@@ -108,9 +116,19 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self.max_plate_nesting = max_plate_nesting
         self.kl: KLForm = kl
         self.weighting = KLWeighting(beta, free_bits)
+        self.gradient: Gradient = gradient
+        self.estimator = check_gradient(gradient, self.bound_kind, num_particles, self.weighting.is_identity())
+        if self.estimator.samples:
+            self.kl = "sampled"
+        self.averages: dict[str, Tensor] = {}
         self.penalties = _check_penalties(penalties)
         self.critics: dict[str, Critic] = {}
         self.step = 0
+
+    @property
+    def bound_kind(self) -> BoundKind:
+        """Which bound the objective maximizes: this decides on the estimators of its gradient."""
+        return "elbo"
 
     def __call__(self, model: Any, guide: Any) -> "TermsModule":
         """Bind model and guide to a module whose forward is the loss (Pyro's ELBOModule, with terms)."""
@@ -170,14 +188,16 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
             The bound in nats, to be maximized: scaled to the full data, with the gradient of the estimator (that of
             the score function included, for terms that have a ``score``).
         """
-        return surrogate(sites, weighted, constant, particle_dim)
+        return surrogate(sites, weighted, constant, particle_dim, self.estimator.compares, self.averages)
 
     def _unpenalized(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         sites, particle_dim = self._sites(model, guide, args, kwargs)
         weighted, constant = self.weighting(sites, particle_dim, value)
-        return Terms(sites, particle_dim, self.bound(sites, weighted, constant, particle_dim))
+        bound = self.bound(sites, weighted, constant, particle_dim)
+        averages = moved_averages(sites, weighted, particle_dim, self.averages)
+        return Terms(sites, particle_dim, bound, averages=averages)
 
     def _penalize(self, terms: Terms, args: tuple, kwargs: dict[str, Any], value: ScheduleValue) -> Terms:
         found, objective = {}, terms.objective
@@ -214,7 +234,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that make an objective like this one, by name."""
-        names = ("num_particles", "vectorize_particles", "max_plate_nesting", "retain_graph", "penalties")
+        names = ("num_particles", "vectorize_particles", "max_plate_nesting", "retain_graph", "gradient", "penalties")
         weights = {"beta": self.weighting.beta, "kl": self.kl, "free_bits": self.weighting.free_bits}
         return weights | {name: getattr(self, name) for name in names}
 
@@ -248,14 +268,16 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         return self.weighting.at(step, sites)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact continuation needs beside parameters and optimizer: step count and critics."""
+        """Return what an exact continuation needs beside parameters and optimizer: step count, critics, averages."""
+        averages = {"averages": dict(self.averages)} if self.averages else {}
         critics = {"critics": {n: critic.state() for n, critic in self.critics.items()}} if self.critics else {}
-        return {"step": self.step} | critics
+        return {"step": self.step} | critics | averages
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that :meth:`state_dict` returned."""
         self.step = int(state["step"])
         self.critics = {n: Critic.restored(critic) for n, critic in state.get("critics", {}).items()}
+        self.averages = {n: x.clone() for n, x in state.get("averages", {}).items()}
 
     def advance(self) -> None:
         """Count one step of an optimizer and step the critics."""
@@ -266,11 +288,22 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def _sites(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Term], int | None]:
-        if self.vectorize_particles and self.num_particles > 1:
-            pair = self._vectorized(model, guide, args, kwargs)
-            return evaluate_terms(pair, self.kl), pair.particle_dim
+        programs, count = (model, guide, args, kwargs), self.num_particles
+        vectorized = self.vectorize_particles and count > 1
+        trace = partial(self._vectorized if vectorized else trace_pair, *programs)
         with SameRows():
-            runs = [trace_pair(model, guide, args, kwargs) for _ in range(self.num_particles)]
+            again = lambda pair: trace_fixed(pair, *programs, count)  # noqa: E731
+            runs = [self.estimator.run(trace, again) for _ in range(1 if vectorized else count)]
+        sites, particle_dim = self._terms_of([pair for pair, _ in runs])
+        fixed = [pair for _, pair in runs if pair is not None]
+        if fixed:
+            direct = self._terms_of(fixed)[0]
+            sites = {name: replace(t, direct=direct[name].nats) for name, t in sites.items()}
+        return sites, particle_dim
+
+    def _terms_of(self, runs: Sequence[TracePair]) -> tuple[dict[str, Term], int | None]:
+        if runs[0].particle_dim is not None:
+            return evaluate_terms(runs[0], self.kl), runs[0].particle_dim
         return stack_particles([evaluate_terms(run, self.kl) for run in runs])
 
     def _vectorized(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> TracePair:
@@ -304,9 +337,19 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         """
         if loss.requires_grad:
             advance_after_backward(loss, self)
+            self.keep_averages(terms)
             for critic, gradients in critic_gradients(terms):
                 critic.accept(gradients)
         return loss
+
+    def keep_averages(self, terms: Terms) -> None:
+        """Keep the decaying averages of rewards, in the tensors of earlier steps where they fit."""
+        for name, new in terms.averages.items():
+            kept = self.averages.get(name)
+            if kept is not None and kept.shape == new.shape:
+                kept.copy_(new)
+            else:
+                self.averages[name] = new.clone()
 
 
 class TermsModule(ELBOModule):

@@ -4,13 +4,15 @@ r"""Tighter bounds than the ELBO, from several particles.
     \log w_{nk} = \log p(x_n, z_{nk}) - \log q(z_{nk} \mid x_n)
 
 per row n of the plates that all sites share, scaled to the full data outside of the logarithm (inside it is no bound).
+The Rényi bound has :math:`\frac{1}{1 - \alpha} \log \frac1K \sum_k w_{nk}^{1 - \alpha}` in its place: :math:`L_K` at
+:math:`\alpha = 0`, the ELBO at :math:`\alpha = 1`.
 
 References:
+    Li, Turner (2016), Rényi divergence variational inference, arXiv:1602.02311;
     Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519; Mnih, Rezende (2016), arXiv:1602.06725 (the gradient of sites
     without pathwise gradient).
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -19,11 +21,18 @@ from torch import Tensor
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import log_mean_exp, masked
+from pyro_elbo.objectives.baselines import refuse_baselines
+from pyro_elbo.objectives.gradients import Gradient
 from pyro_elbo.terms import Term, scaled_sum
 
 
 def importance_weighted(
-    sites: Mapping[str, Term], weighted: Mapping[str, Tensor], constant: float | Tensor, particle_dim: int | None
+    sites: Mapping[str, Term],
+    weighted: Mapping[str, Tensor],
+    constant: float | Tensor,
+    particle_dim: int | None,
+    alpha: float = 0.0,
+    gradient: Gradient = "auto",
 ) -> Float[Tensor, ""]:
     """The importance-weighted bound, with its gradient.
 
@@ -32,6 +41,8 @@ def importance_weighted(
         weighted: the charge for each KL site, shaped like the term's nats.
         constant: nats subtracted once.
         particle_dim: the batch dimension of the particles, if any.
+        alpha: the order of the Rényi bound.
+        gradient: ``"auto"``, ``"dreg"`` (the terms have a ``direct``) or ``"rloo"``.
 
     Raises:
         SiteError: the data are subsampled, and a latent lies outside of their plate; or a site without pathwise
@@ -40,18 +51,46 @@ def importance_weighted(
     fixed = [t for t in sites.values() if t.kind == "constant"]  # in no row, and the same for all particles
     sites = {n: t for n, t in sites.items() if t.kind != "constant"}
     keep = _shared_dims(sites, particle_dim)
+    refuse_baselines(sites)
     if particle_dim is not None:
         weighted = {n: _with_score(sites[n], x) for n, x in weighted.items()}
     log_w = sum(_kept(-weighted[n] if t.is_kl else t.nats, keep) for n, t in sites.items())
     assert isinstance(log_w, Tensor)
-    bound = log_w if particle_dim is None else log_mean_exp(log_w, particle_dim)
+    bound = log_w if particle_dim is None else renyi(log_w, particle_dim, alpha)
+    if gradient == "dreg":
+        bound = _doubly_reparameterized(sites, log_w, bound, keep, particle_dim, alpha)
     scores = [_kept(t.score, keep) for t in sites.values() if t.score is not None]
     if scores:
-        score = sum(scores) * _signal(log_w, bound, particle_dim).detach()
+        signal = _gain_over_others if gradient == "rloo" else _signal
+        score = sum(scores) * signal(log_w, bound, particle_dim, alpha).detach()
         score = score if particle_dim is None else score.sum(particle_dim, keepdim=True)
         bound = bound + score - score.detach()
     total = (bound * shared_scale(sites)).sum() - constant
     return sum((scaled_sum(t, t.nats, particle_dim) for t in fixed), start=total)
+
+
+def renyi(log_w: Tensor, dim: int, alpha: float) -> Tensor:
+    """Return the Rényi bound of log weights over a dimension, kept with size one."""
+    if alpha == 1:
+        return log_w.mean(dim, keepdim=True)
+    return log_mean_exp((1 - alpha) * log_w, dim) / (1 - alpha)
+
+
+def _doubly_reparameterized(
+    sites: Mapping[str, Term], log_w: Tensor, bound: Tensor, keep: set[int], particle_dim: int | None, alpha: float
+) -> Tensor:
+    """Return the bound with the gradient ``dreg``: see :mod:`pyro_elbo.objectives.gradients`."""
+    if scored := [name for name, t in sites.items() if t.score is not None]:
+        raise SiteError(
+            f"The sites {scored} have no pathwise gradient, which gradient='dreg' needs of every draw. Use "
+            "gradient='rloo'."
+        )
+    direct = torch.as_tensor(sum(_kept(-t.direct if t.is_kl else t.direct, keep) for t in sites.values()))
+    scaled = (1 - alpha) * log_w.detach()
+    weights = torch.ones_like(scaled) if particle_dim is None else scaled.softmax(particle_dim)
+    parts = weights * direct + (alpha * weights + (1 - alpha) * weights.square()) * (log_w - direct)
+    parts = parts if particle_dim is None else parts.sum(particle_dim, keepdim=True)
+    return bound.detach() + parts - parts.detach()
 
 
 def _with_score(term: Term, charge: Tensor) -> Tensor:
@@ -74,7 +113,16 @@ def _with_score(term: Term, charge: Tensor) -> Tensor:
     return charge + log_q - log_q.detach()
 
 
-def _signal(log_w: Tensor, bound: Tensor, particle_dim: int | None) -> Tensor:
+def _gain_over_others(log_w: Tensor, bound: Tensor, particle_dim: int, alpha: float) -> Tensor:
+    """Return the gain in the bound over that of the other particles alone."""
+    count = log_w.shape[particle_dim]
+    pairs = log_w.movedim(particle_dim, -1).unsqueeze(-2).expand(*([-1] * (log_w.dim() - 1)), count, -1)
+    other = ~torch.eye(count, dtype=torch.bool, device=log_w.device)
+    others = pairs.masked_select(other).reshape(*pairs.shape[:-1], count - 1)
+    return bound - renyi(others, -1, alpha).squeeze(-1).movedim(-1, particle_dim)
+
+
+def _signal(log_w: Tensor, bound: Tensor, particle_dim: int | None, alpha: float) -> Tensor:
     """Return the gain in the bound over a particle whose log weight is the mean of the others'."""
     if particle_dim is None or log_w.shape[particle_dim] == 1:
         return bound
@@ -83,8 +131,7 @@ def _signal(log_w: Tensor, bound: Tensor, particle_dim: int | None) -> Tensor:
     eye = torch.eye(count, dtype=torch.bool, device=log_w.device)
     moved = log_w.movedim(particle_dim, -1)
     without = torch.where(eye, others.movedim(particle_dim, -1).unsqueeze(-1), moved.unsqueeze(-2))
-    baseline = (without.logsumexp(-1) - math.log(count)).movedim(-1, particle_dim)
-    return bound - baseline
+    return bound - renyi(without, -1, alpha).squeeze(-1).movedim(-1, particle_dim)
 
 
 def _shared_dims(sites: Mapping[str, Term], particle_dim: int | None) -> set[int]:

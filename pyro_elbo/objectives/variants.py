@@ -1,19 +1,19 @@
 """Named settings of the ELBO: importance-weighted, penalized, over time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.errors import ArgumentError, check_number
 from pyro_elbo.information import AttributeSource, Estimator, MutualInformation
 from pyro_elbo.objectives.elbo import TraceBeta_ELBO
+from pyro_elbo.objectives.gradients import BoundKind
 from pyro_elbo.objectives.importance import importance_weighted, shared_scale
-from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.weighting import Beta, ScheduleValue
-from pyro_elbo.programs import Program, trace_filtered
+from pyro_elbo.programs import Program, TracePair, trace_filtered
 from pyro_elbo.schedules import Schedule
 from pyro_elbo.terms import Normalize, SequenceBound, Term, Terms, divisor, evaluate_terms, join_numbered_sites
 
@@ -26,8 +26,17 @@ class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
     A bound on log p(x) that grows with K, with subsampling too. Latents outside of the data's plate make one weight of
     all rows, which needs the full data. ``terms.objective`` is the bound; ``terms.elbo`` stays the ELBO.
 
+    With ``alpha``, the Rényi bound, which falls from that bound (α = 0) to the ELBO (α = 1) and below:
+
+    .. math:: \sum_n s_n \frac{1}{1 - \alpha} \log \frac1K \sum_k
+        \left(\frac{p(x_n, z_{nk})}{q(z_{nk} \mid x_n)}\right)^{1 - \alpha}
+
     Args:
         num_particles: the number K of particles.
+        alpha: the order of the Rényi bound, 0 or more (below 0 its limit is no lower bound).
+        gradient: the estimator of the gradient. ``"auto"``: pathwise; draws without a path by the score function, whose
+            reward is the gain over the mean of the other particles. ``"dreg"``: doubly reparameterized, whose noise
+            falls as K grows. ``"rloo"``: the reward is the gain over the bound of the other particles alone.
         options: those of :class:`TraceBeta_ELBO`; β other than 1 gives an objective that is no bound on log p(x).
 
     Raises:
@@ -45,11 +54,24 @@ class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         1.5155
 
     References:
-        Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519.
+        Burda, Grosse, Salakhutdinov (2016), arXiv:1509.00519; Li, Turner (2016), arXiv:1602.02311; Tucker, Lawson, Gu,
+        Maddison (2019), arXiv:1810.04152.
     """
 
-    def __init__(self, num_particles: int = 2, *, beta: Beta = 1.0, **options: Any) -> None:
+    def __init__(self, num_particles: int = 2, *, alpha: float = 0.0, beta: Beta = 1.0, **options: Any) -> None:
+        check_number("alpha", alpha)
+        self.alpha = alpha
         super().__init__(beta, num_particles=num_particles, **_with_option(options, "importance", "kl", "sampled"))
+
+    @property
+    def bound_kind(self) -> BoundKind:
+        """The importance-weighted bound."""
+        return "importance"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make an objective like this one, by name."""
+        return super().settings | {"alpha": self.alpha}
 
     def bound(
         self,
@@ -59,7 +81,7 @@ class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         particle_dim: int | None,
     ) -> Float[Tensor, ""]:
         """Return the importance-weighted bound: see :meth:`TraceBeta_ELBO.bound`."""
-        return importance_weighted(sites, weighted, constant, particle_dim)
+        return importance_weighted(sites, weighted, constant, particle_dim, self.alpha, self.gradient)
 
 
 class TraceMI_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
@@ -158,7 +180,7 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         **options: Any,
     ) -> None:
         self.normalize: Normalize = normalize
-        self.bound_kind: SequenceBound = bound
+        self._bound_kind: SequenceBound = bound
         self.resample = resample
         for name, given, known in (("normalize", normalize, Normalize), ("bound", bound, SequenceBound)):
             if not isinstance(given, str) or given not in get_args(known):
@@ -174,6 +196,11 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
             raise ArgumentError(f"bound='filtering' needs num_particles >= 2, got {self.num_particles}.")
         if bound == "filtering" and not self.weighting.is_identity():
             raise ArgumentError("bound='filtering' is a bound at beta=1: it takes neither beta nor free_bits.")
+
+    @property
+    def bound_kind(self) -> BoundKind:
+        """The argument ``bound``."""
+        return self._bound_kind
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -211,8 +238,9 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         particle_dim: int | None,
     ) -> Float[Tensor, ""]:
         """Return the ELBO or the importance-weighted bound: see :meth:`TraceBeta_ELBO.bound`."""
-        reduce = importance_weighted if self.bound_kind == "importance" else surrogate
-        return reduce(sites, weighted, constant, particle_dim)
+        if self.bound_kind == "importance":
+            return importance_weighted(sites, weighted, constant, particle_dim, gradient=self.gradient)
+        return super().bound(sites, weighted, constant, particle_dim)
 
     def _filtered(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> Terms:
         nesting = self._nesting(model, guide, args, kwargs)
@@ -220,10 +248,8 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         sites = evaluate_terms(pair, "sampled")
         return Terms(sites, pair.particle_dim, log_evidence.sum() * shared_scale(sites))
 
-    def _sites(
-        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Term], int | None]:
-        sites, particle_dim = super()._sites(model, guide, args, kwargs)
+    def _terms_of(self, runs: Sequence[TracePair]) -> tuple[dict[str, Term], int | None]:
+        sites, particle_dim = super()._terms_of(runs)
         return join_numbered_sites(sites), particle_dim
 
 

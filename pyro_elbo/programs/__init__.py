@@ -14,7 +14,7 @@ from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluatin
 from pyro_elbo.programs.modules import collect_modules, program_name
 from pyro_elbo.programs.parameters import Parameters, check_gradients, check_initialized, collect_parameters
 from pyro_elbo.programs.rng import mix_seed, seeded
-from pyro_elbo.programs.sites import Plate, Site, fixed_sites, is_point, shared_plate, sort_by_dim
+from pyro_elbo.programs.sites import Baseline, Plate, Site, fixed_sites, is_point, shared_plate, sort_by_dim
 from pyro_elbo.programs.tracing import (
     Program,
     ResampleObserved,
@@ -24,8 +24,10 @@ from pyro_elbo.programs.tracing import (
     find_plate_nesting,
     read_data,
     trace_filtered,
+    trace_fixed,
     trace_pair,
     trace_program,
+    without_own_gradient,
 )
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "check_arguments",
     "named_columns",
     "program_arguments",
+    "Baseline",
     "Parameters",
     "Plate",
     "Program",
@@ -61,6 +64,8 @@ __all__ = [
     "program_name",
     "trace_pair",
     "trace_filtered",
+    "trace_fixed",
     "seeded",
     "trace_program",
+    "without_own_gradient",
 ]

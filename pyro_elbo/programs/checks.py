@@ -11,10 +11,12 @@ from pyro import poutine
 from pyro.distributions import Unit
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_elbo.assumptions import check_or_defer
 from pyro_elbo.errors import ArgumentError, GuideError, SiteError
-from pyro_elbo.programs.sites import Plate, Site, is_point, source_of
+from pyro_elbo.programs.sites import Baseline, Plate, Site, is_point, source_of
+from pyro_elbo.sequences import StackedDistribution
 
 
 def check_programs(model: Any, guide: Any) -> None:
@@ -96,16 +98,40 @@ def check_guide_site(site: Site, observed: bool, infer: Mapping[str, Any], in_mo
             "draw every site. Remove config_enumerate or infer={'enumerate': ...} to draw it, with the score-function "
             "gradient, or use pyro.infer.TraceEnum_ELBO."
         )
-    if infer.get("baseline"):
-        raise SiteError(
-            f"Site '{site.name}' has a baseline in infer={{'baseline': ...}}, which objectives here do not use. Remove "
-            "it, or use pyro.infer.TraceGraph_ELBO."
-        )
     if not observed and not in_model and site.role != "deterministic" and not infer.get("is_auxiliary"):
         raise SiteError(
             f"Site '{site.name}' is in the guide but not in the model. Sample it in the model too, or, if it is an "
             "auxiliary variable of the guide, mark it with infer={'is_auxiliary': True}."
         )
+
+
+_BASELINE = ("nn_baseline", "nn_baseline_input", "baseline_value", "use_decaying_avg_baseline", "baseline_beta")
+
+
+def read_baseline(name: str, fn: Distribution, infer: Mapping[str, Any]) -> Baseline | None:
+    """Return the baseline of a site of the guide, if it asks for one.
+
+    Raises:
+        SiteError: its options are unknown, exclude each other, or cannot be kept by a scan.
+    """
+    options = infer.get("baseline")
+    if not options:
+        return None
+    if unknown := sorted(options.keys() - set(_BASELINE)):
+        raise SiteError(f"Site '{name}': expected options of a baseline among {list(_BASELINE)}, got {unknown}.")
+    network, value = options.get("nn_baseline"), options.get("baseline_value")
+    if network is not None and value is not None:
+        raise SiteError(f"Site '{name}': nn_baseline and baseline_value both predict the reward: give one of them.")
+    if isinstance(fn, StackedDistribution) and (network is not None or value is not None):
+        raise SiteError(
+            f"Site '{name}' lies in a pe.scan, whose reward is one number for all steps: no network can predict it "
+            "step by step. Use use_decaying_avg_baseline, or gradient='rloo'."
+        )
+    decay = options.get("baseline_beta", 0.9)
+    if not 0 <= decay < 1:
+        raise SiteError(f"Site '{name}': baseline_beta must be at least 0 and below 1, got {decay!r}.")
+    decaying = bool(options.get("use_decaying_avg_baseline", False))
+    return Baseline(network, options.get("nn_baseline_input"), value, decaying, decay)
 
 
 def check_rows(plate: str, model: Tensor, guide: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import unmask
-from pyro_elbo.programs.checks import check_batch_shape, check_guide_site, check_wide
+from pyro_elbo.programs.checks import check_batch_shape, check_guide_site, check_wide, read_baseline
 from pyro_elbo.programs.data import observed_tensor
 from pyro_elbo.programs.explain import PARTICLE_PLATE
 from pyro_elbo.programs.sites import Plate, Site, SiteRole, is_point, shared_plate
@@ -68,7 +68,7 @@ def read_guide(trace: poutine.Trace, model: Mapping[str, Site]) -> dict[str, Sit
     for name, message in messages.items():
         site = _read_site(name, message, "latent" if name in model else "auxiliary", rows)
         check_guide_site(site, message["is_observed"], message["infer"], name in model)
-        sites[name] = site
+        sites[name] = replace(site, baseline=read_baseline(name, site.fn, message["infer"]))
     return sites
 
 

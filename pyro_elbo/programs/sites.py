@@ -16,11 +16,34 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyro_elbo.assumptions import defer_check, is_capturing
-from pyro_elbo.errors import NonFiniteError, SiteError, count_nonfinite, first_sentence
+from pyro_elbo.errors import GuideError, NonFiniteError, SiteError, count_nonfinite, first_sentence
 from pyro_elbo.masking import masked
 from pyro_elbo.sequences import StackedDistribution, fill_masked
 
 SiteRole = Literal["latent", "observed", "factor", "auxiliary", "deterministic", "constant"]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What ``infer={"baseline": {...}}`` asks to be subtracted from the reward of a site, as in Pyro's TraceGraph_ELBO.
+
+    Attributes:
+        network, input: a network and what it predicts the reward from; no gradient reaches the input.
+        value: a prediction that the guide has made itself.
+        decaying: subtract the decaying average of earlier rewards too.
+        decay: the share of the old average in the new one.
+    """
+
+    network: Callable[..., Tensor] | None
+    input: Any
+    value: Tensor | None
+    decaying: bool
+    decay: float
+
+    @property
+    def predicts(self) -> bool:
+        """Whether something is trained to predict the reward."""
+        return self.network is not None or self.value is not None
 
 
 class Plate(NamedTuple):
@@ -51,6 +74,10 @@ class Site:
             per batch dimension that no plate declares.
         scale: the factor on the log density (subsampling, ``poutine.scale``).
         mask: the entries that count; None if all do.
+        baseline: of a site of the guide, what is subtracted from the reward of its score function.
+        fixed: the same site of a run at the same draws, as constants: its log density has the gradient of the
+            distribution's own parameters alone, which log q then leaves out. None: the whole gradient.
+        scored: the draw is a constant: its gradient is that of the score function, whatever its distribution.
     """
 
     name: str
@@ -60,6 +87,9 @@ class Site:
     plates: tuple[Plate, ...]
     scale: float | Tensor
     mask: Tensor | bool | None
+    baseline: Baseline | None = None
+    fixed: "Site | None" = None
+    scored: bool = False
 
     @property
     def has_density(self) -> bool:
@@ -80,6 +110,9 @@ class Site:
 
     def score_parts(self) -> ScoreParts:
         """Return Pyro's three parts of the gradient estimator: unscaled, log density and entropy term masked."""
+        if self.scored:
+            log_prob = self._evaluate(self.fn.log_prob)
+            return ScoreParts(masked(log_prob, self.mask), log_prob, 0.0)
         return self._evaluate(self.fn.score_parts).scale_and_mask(1.0, self.mask)
 
     def stepwise(self) -> "Site":
@@ -96,11 +129,17 @@ class Site:
         size = fn.event_shape[0]
         plates = tuple(p._replace(dim=p.dim - 1) for p in self.plates) + (Plate(fn.run.time, -1, size, size),)
         value = fill_masked(fn.steps, self.value, mask) if self.role == "observed" else self.value
-        return replace(self, fn=fn.steps, value=value, plates=plates, scale=scale, mask=mask)
+        fixed = None if self.fixed is None else self.fixed.stepwise()
+        return replace(self, fn=fn.steps, value=value, plates=plates, scale=scale, mask=mask, fixed=fixed)
 
     def _evaluate(self, function: Callable[[Tensor], Any]) -> Any:
         try:
             return function(self.value)
+        except KeyError as error:
+            raise GuideError(
+                f"Site '{self.name}': {type(self.fn).__name__} has a density for its own draws only, since a transform "
+                "has no inverse. Use a transform with an inverse, or gradient='auto'."
+            ) from error
         except (ValueError, RuntimeError) as error:
             if is_capturing():
                 raise

@@ -1,7 +1,7 @@
 """Trace the model and the guide and return typed sites."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -9,7 +9,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_elbo.errors import SiteError
+from pyro_elbo.assumptions import is_capturing
+from pyro_elbo.errors import GuideError, SiteError
 from pyro_elbo.programs.checks import check_pair, check_rows, mask_unobserved
 from pyro_elbo.programs.explain import PARTICLE_PLATE, explain_failure
 from pyro_elbo.programs.messages import (
@@ -21,7 +22,7 @@ from pyro_elbo.programs.messages import (
     read_guide,
     read_model,
 )
-from pyro_elbo.programs.sites import Site
+from pyro_elbo.programs.sites import Site, is_point
 from pyro_elbo.sequences import Filter, StackedDistribution, filtering
 
 Program = Callable[..., Any]
@@ -68,6 +69,64 @@ def trace_pair(
     """
     both = _trace_both(model, guide, args, kwargs, num_particles, max_plate_nesting)
     return _pair(*both, -(max_plate_nesting + 1) if num_particles > 1 else None)
+
+
+def trace_fixed(
+    pair: TracePair,
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_particles: int = 1,
+) -> TracePair:
+    """Run both programs again at the draws of ``pair``, as constants, in the block of :class:`SameRows` of that run.
+
+    Sites that the guide gives as points are computed anew. All others count as ``scored``. Batch norm in train mode
+    sees the batch twice.
+
+    Raises:
+        GuideError: the programs draw random numbers outside of ``pyro.sample``, which would differ between both runs.
+    """
+    drawn = [s for s in pair.guide.values() if s.role in ("latent", "auxiliary") and not is_point(s.fn)]
+    nesting = 0 if pair.particle_dim is None else -pair.particle_dim - 1
+    before = None if is_capturing() else _random_states()
+    with FixedDraws({s.name: s.value.detach() for s in drawn}):
+        again = trace_pair(model, guide, args, kwargs, 1 if pair.particle_dim is None else num_particles, nesting)
+    if before is not None and not all(map(torch.equal, before, _random_states())):
+        raise GuideError(
+            "The programs draw random numbers outside of pyro.sample, such as dropout, so they cannot run twice at the "
+            "same draws, as this gradient needs. Draw them by pyro.sample(..., infer={'is_auxiliary': True}) in the "
+            "guide, put the modules into eval mode, or use gradient='auto'."
+        )
+    names = {s.name for s in drawn}
+    sites = {n: replace(s, scored=True) if n in names else s for n, s in again.guide.items()}
+    return replace(again, guide=sites)
+
+
+def without_own_gradient(pair: TracePair, fixed: TracePair) -> TracePair:
+    """Return a run whose log q loses the gradient of the guide's own parameters, which ``fixed`` has alone."""
+    sites = {
+        n: replace(s, fixed=fixed.guide[n]) if fixed.guide[n].scored and s.fn.has_rsample else s
+        for n, s in pair.guide.items()
+    }
+    return replace(pair, guide=sites)
+
+
+def _random_states() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return states + (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
+
+
+class FixedDraws(poutine.messenger.Messenger):
+    """Give sites these values, as draws and not as observations."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self._values and not msg["done"] and not msg["is_observed"]:
+            msg["value"], msg["done"] = self._values[msg["name"]], True
 
 
 def _pair(model: Traced, guide: Traced, particle_dim: int | None) -> TracePair:

@@ -154,11 +154,18 @@ def _log_q(q: Site) -> tuple[Tensor, Tensor | None]:
     """Return log q at the draw with its pathwise gradient, and the factor of the score-function estimator."""
     parts = q.score_parts()
     score = None if is_identically_zero(parts.score_function) else parts.score_function
+    if score is None and q.fixed is not None:
+        return _less_gradient(parts.log_prob, q.fixed.log_prob()), None
     if parts.entropy_term is parts.log_prob or score is None:
         return parts.log_prob, score
     if is_identically_zero(parts.entropy_term):
         return parts.log_prob.detach(), score
     return parts.entropy_term + (parts.log_prob - parts.entropy_term).detach(), score
+
+
+def _less_gradient(x: Tensor, other: Tensor) -> Tensor:
+    """Return ``x`` without the gradient of ``other``."""
+    return x - (other - other.detach())
 
 
 def _analytic_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor | None] | None:
@@ -203,8 +210,16 @@ def _factorizes(p: Site, q: Site) -> bool:
 
 
 def _sampled_per_dim(p: Site, q: Site) -> Tensor:
-    log_q, log_p = (_masked_event(univariate(s.fn).log_prob(s.value), s) for s in (q, p))
+    log_q, log_p = _log_prob_per_dim(q), _log_prob_per_dim(p)
+    if q.scored:
+        log_q = log_q.detach()
+    elif q.fixed is not None:
+        log_q = _less_gradient(log_q, _log_prob_per_dim(q.fixed))
     return log_q - log_p
+
+
+def _log_prob_per_dim(site: Site) -> Tensor:
+    return _masked_event(univariate(site.fn).log_prob(site.value), site)
 
 
 def _masked_event(x: Tensor, site: Site) -> Tensor:

@@ -54,6 +54,11 @@ def _join(name: str, loop: list[Term]) -> Term:
                 f"over time must be alike to be terms of one '{name}'. Mask what has ended (pyro.poutine.mask), use "
                 "pe.scan, or number only sites that are steps."
             )
+    if any(site.baseline is not None for t in loop for site in t.draws):
+        raise SiteError(
+            f"Site '{first.name}' has a baseline, but the sites of the loop become one term '{name}' with one reward. "
+            "Use gradient='rloo', or TraceBeta_ELBO, which keeps the sites apart."
+        )
     masks = [t.mask for t in loop]
     mask = None
     if any(isinstance(m, Tensor) or m is False for m in masks):

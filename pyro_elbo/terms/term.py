@@ -32,6 +32,8 @@ class Term:
             particle, unless particles are vectorized).
         joint: True for the auxiliary sites of the guide and the latents whose values they determine: only the sum of
             their terms is a KL.
+        direct: ``nats`` with the gradient of the model's own parameters alone, as if the draws and log q were
+            constants; None where no estimator of the gradient needs it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Term:
     steps: "Term | None" = None
     draws: tuple[Site, ...] = ()
     joint: bool = False
+    direct: Tensor | None = None
 
     @property
     def is_kl(self) -> bool:

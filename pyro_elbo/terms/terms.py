@@ -46,6 +46,7 @@ class Terms:
         objective: what training maximizes: the weighted bound, with the gradient of the estimator. Differentiate
             this one; the other numbers carry pathwise gradients only.
         penalties: the value of each penalty of the objective, by its name.
+        averages: the decaying averages of rewards after a step with these terms, by site with such a baseline.
         divisor: the number by which the objective is divided already (sequences, frames or steps); None for a total.
 
     Example:
@@ -71,6 +72,7 @@ class Terms:
     objective: Float[Tensor, ""]
     penalties: Mapping[str, PenaltyValue] = field(default_factory=dict)
     divisor: float | Tensor | None = None
+    averages: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """The bound and the share of every site, as totals and per datum, and the objective."""

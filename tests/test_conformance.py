@@ -182,6 +182,7 @@ class Objective:
         refuses: a part of the message with which it refuses a program, or None where it takes it.
         is_elbo: the objective is the ELBO less its penalties; otherwise a tighter bound, the ELBO for one particle.
         kl: the form of its KL terms.
+        least: the fewest particles that it takes.
         draws_as_elbo: the programs run as for the ELBO, so that both see the same draws; one particle suffices.
         compiled: a program that its compiled steps are tried on.
     """
@@ -193,6 +194,7 @@ class Objective:
     refuses: Callable[[Program], str | None] = lambda program: None
     is_elbo: bool = True
     kl: str = "auto"
+    least: int = 1
     draws_as_elbo: bool = True
     compiled: str = "local latents"
 
@@ -202,6 +204,15 @@ def row_weights(program):
     if program.name in ("subsampled plate", "AutoNormal, subsampled"):
         return "not all sites lie in it"
     return "differ in scale" if "scale in the" in program.name else None
+
+
+SCORED = {"Bernoulli", "mixture", "two plates, factor", "without pathwise gradient"}
+
+
+def pathwise_rows(program):
+    """DReG needs rows, and a path through every draw."""
+    scored = program.name in SCORED or "discrete" in program.name
+    return "no pathwise gradient" if scored else row_weights(program)
 
 
 def one_scan(program):
@@ -239,6 +250,14 @@ def importance_over_time(particles):
     return pe.TraceTimestep_ELBO(bound="importance", num_particles=particles)
 
 
+def elbo_by(gradient, make=pe.TraceBeta_ELBO):
+    return lambda k: make(gradient=gradient, num_particles=k)
+
+
+def importance_by(gradient, **options):
+    return lambda k: pe.TraceIW_ELBO(k, gradient=gradient, **options)
+
+
 def mean(log_weights):
     return log_weights.mean(0)
 
@@ -247,6 +266,12 @@ def log_mean(log_weights):
     return log_weights.logsumexp(0) - torch.tensor(float(len(log_weights))).log()
 
 
+def renyi(log_weights):
+    """Order 1/2: 2 log mean √w."""
+    return 2 * log_mean(log_weights / 2)
+
+
+SAMPLED = {"bound": mean, "kl": "sampled"}
 IW = {"bound": log_mean, "is_elbo": False, "kl": "sampled"}
 OBJECTIVES = [
     Objective("TraceBeta, auto", lambda k: pe.TraceBeta_ELBO(num_particles=k), mean),
@@ -255,6 +280,22 @@ OBJECTIVES = [
     Objective("TraceTimestep", lambda k: pe.TraceTimestep_ELBO(num_particles=k), mean, compiled="scan"),
     Objective("importance over time", importance_over_time, refuses=row_weights, compiled="scan", **IW),
     Objective("filtering", filtering, refuses=one_scan, draws_as_elbo=False, compiled="scan", **IW),
+    Objective("stl", elbo_by("stl"), **SAMPLED),
+    Objective("rloo", elbo_by("rloo"), mean, least=2, compiled="mixture"),
+    Objective("vargrad", elbo_by("vargrad"), least=2, **SAMPLED),
+    Objective("stl over time", elbo_by("stl", pe.TraceTimestep_ELBO), compiled="scan", **SAMPLED),
+    Objective("vargrad over time", elbo_by("vargrad", pe.TraceTimestep_ELBO), least=2, compiled="scan", **SAMPLED),
+    Objective("TraceIW, dreg", importance_by("dreg"), refuses=pathwise_rows, **IW),
+    Objective("TraceIW, rloo", importance_by("rloo"), refuses=row_weights, least=2, compiled="mixture", **IW),
+    Objective("Rényi", importance_by("auto", alpha=0.5), refuses=row_weights, **IW | {"bound": renyi}),
+    Objective("Rényi, rloo", importance_by("rloo", alpha=0.5), refuses=row_weights, least=2, **IW | {"bound": renyi}),
+    Objective(
+        "dreg over time",
+        lambda k: pe.TraceTimestep_ELBO(bound="importance", gradient="dreg", num_particles=k),
+        refuses=pathwise_rows,
+        compiled="scan",
+        **IW,
+    ),
     Objective("TraceMI", lambda k: pe.TraceMI_ELBO("z", weight=2.0, num_particles=k), mean, refuses=rows_of_z),
 ]
 ROWS = [pytest.param(o, p, id=f"{o.name}, {p.name}") for o in OBJECTIVES for p in PROGRAMS]
@@ -291,7 +332,7 @@ def test_an_objective_takes_a_program_or_says_why_not(objective, program):
         pytest.param(o, p, id=f"{o.name}, {p.name}")
         for o in OBJECTIVES
         for p in PROGRAMS
-        if o.draws_as_elbo and not o.is_elbo and o.refuses(p) is None
+        if o.draws_as_elbo and not o.is_elbo and o.least == 1 and o.refuses(p) is None
     ],
 )
 def test_one_particle_makes_every_bound_the_elbo(objective, program):
@@ -302,7 +343,7 @@ def test_one_particle_makes_every_bound_the_elbo(objective, program):
     expected, slopes = value_and_gradient(Trace_ELBO(), program.model, guide, program.args)
     assert value == pytest.approx(expected)
     sites = loss.terms(program.model, guide, *program.args).sites
-    if all(term.score is None for term in sites.values()):
+    if all(term.score is None for term in sites.values()) and loss.gradient == "auto":
         assert_same((value, gradient), (expected, slopes))
 
 
@@ -324,8 +365,15 @@ def exact_rows(bound, particles):
     return COPIES * sum((probability * value).sum() for probability, value in pairs)
 
 
-@pytest.mark.parametrize("particles", [1, 3])
-@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.refuses(DISCRETE) is None], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    ("objective", "particles"),
+    [
+        pytest.param(o, k, id=f"{o.name}, {k}")
+        for o in OBJECTIVES
+        for k in (1, 3)
+        if o.refuses(DISCRETE) is None and k >= o.least
+    ],
+)
 def test_value_and_gradient_equal_those_of_all_particles_summed_out(objective, particles):
     draws = gradients(objective.make(particles), row_model, copied_rows_guide, (X.repeat(COPIES),))
     expected = exact_rows(objective.bound, particles)
@@ -503,6 +551,32 @@ def test_value_and_gradient_equal_the_exact_bound(program, kl, beta):
     assert_gradient(draws, finite_differences(EXACT[program.name], beta))
     with torch.no_grad():
         assert_within_5_se(torch.tensor([-value for value, _ in draws]), EXACT[program.name](beta))
+
+
+PATHWISE = ("global normal", "mixture", "reversed order", "discrete and continuous")
+
+
+@pytest.mark.parametrize(
+    ("name", "gradient"),
+    [(name, "stl") for name in PATHWISE]
+    + [(name, "rloo") for name in EXACT if name not in ("global normal", "reversed order")]
+    + [(name, "vargrad") for name in EXACT],
+)
+def test_every_estimator_has_the_gradient_of_the_exact_bound(name, gradient):
+    program = next(p for p in PROGRAMS if p.name == name)
+    options = {"num_particles": 400, "vectorize_particles": True, "max_plate_nesting": 2}
+    loss = pe.TraceBeta_ELBO(0.5, gradient=gradient, **options)
+    draws = gradients(loss, program.model, program.guide(program.model), program.args)
+    assert_gradient(draws, finite_differences(EXACT[name], 0.5))
+
+
+@pytest.mark.parametrize("gradient", ["stl", "rloo", "vargrad"])
+def test_every_estimator_takes_a_beta_per_site_and_per_datum(gradient):
+    by_row = torch.tensor([0.0, 0.5, 2.0, 4.0])
+    options = {"num_particles": 400, "vectorize_particles": True, "max_plate_nesting": 1}
+    loss = pe.TraceBeta_ELBO({"m": 3.0, "k": by_row}, gradient=gradient, **options)
+    draws = gradients(loss, mixture_model, mixture_guide, (X,))
+    assert_gradient(draws, finite_differences(lambda beta: exact_mixture(by_row, 3.0), None))
 
 
 @pytest.mark.parametrize("kl", ["auto", "sampled"])

@@ -1,17 +1,17 @@
 r"""Estimators of the gradient of a bound, each one function; ``ESTIMATORS`` says which bounds it is unbiased for.
 
 Notation: :math:`z(\varphi, \varepsilon)` is a draw of the guide, :math:`w = p(x, z) / q_\varphi(z)`. The gradient of a
-term that is evaluated at draws has three parts: the *path* (through z), the *direct* gradient of the model's parameters,
-and the *score* :math:`\nabla_\varphi \log q_\varphi(z)` at fixed z. A second run of the programs, at the same draws as
-constants, has the last two alone, whatever latents the guide's distributions depend on: the difference of both runs is
-the path. In a guide :math:`q(z_1)\, q(z_2 \mid z_1)`, detaching the parameters of :math:`q(z_2 \mid z_1)` would cut the
-path through :math:`z_1` as well; subtracting the score of the second run does not.
+term at draws has three parts: the *path* (through z), the *direct* gradient of the model's parameters, and the *score*
+:math:`\nabla_\varphi \log q_\varphi(z)` at fixed z. A second run of the programs, at the same draws as constants, has
+the last two alone, whatever latents the guide's distributions depend on: the difference of both runs is the path. In a
+guide :math:`q(z_1)\, q(z_2 \mid z_1)`, detaching the parameters of :math:`q(z_2 \mid z_1)` would cut the path through
+:math:`z_1` as well; subtracting the score of the second run does not.
 
 ``stl`` (sticking the landing). Each site's score has mean zero given what was drawn before it, so that
 
 .. math:: \nabla_\varphi E[\log p - \beta \log q] = E[\text{path}(\log p - \beta \log q)],
 
-for any weights. Where q is the posterior, log w is a constant, its path vanishes at every draw, and so does the variance.
+for any weights. Where q is the posterior, log w is a constant and its path vanishes at every draw: no variance is left.
 The parameters of points (``Delta``) have no score, and keep their whole gradient.
 
 ``dreg`` (doubly reparameterized), for the bound :math:`L = \frac{1}{1 - \alpha} \log \frac1K \sum_k w_k^{1 - \alpha}`
@@ -22,8 +22,8 @@ the score does not vanish. Reparameterizing it again,
 .. math:: E[\tilde w_k\, \text{score}_k] = E[\nabla_{z_k} \tilde w_k \cdot dz_k / d\varphi]
     = (1 - \alpha)\, E[(\tilde w_k - \tilde w_k^2)\, \text{path}_k],
 
-leaves :math:`\sum_k \tilde w_k\, \text{direct}_k + (\alpha \tilde w_k + (1 - \alpha) \tilde w_k^2)\, \text{path}_k`. Rows
-are independent, so the identity holds row by row, and the scale of a subsample stays outside.
+leaves :math:`\sum_k \tilde w_k\, \text{direct}_k + (\alpha \tilde w_k + (1 - \alpha) \tilde w_k^2)\, \text{path}_k`.
+Rows are independent, so the identity holds row by row, and the scale of a subsample stays outside.
 
 ``rloo`` (leave-one-out). The reward of a draw without a pathwise gradient loses the mean reward of the other particles,
 on which the draw has no influence; for an importance-weighted bound, the bound of the others.
@@ -147,7 +147,7 @@ def check_gradient(gradient: Gradient, bound: BoundKind, num_particles: int, is_
         )
     if gradient == "dreg" and not is_identity:
         raise ArgumentError(
-            "gradient='dreg' reparameterizes log q inside log weights, where its weight must be one. Use beta=1 without "
-            "free_bits, or gradient='auto'."
+            "gradient='dreg' reparameterizes log q inside log weights, where its weight must be one. Use beta=1 "
+            "without free_bits, or gradient='auto'."
         )
     return estimator

@@ -116,9 +116,8 @@ def _with_score(term: Term, charge: Tensor) -> Tensor:
 def _gain_over_others(log_w: Tensor, bound: Tensor, particle_dim: int, alpha: float) -> Tensor:
     """Return the gain in the bound over that of the other particles alone."""
     count = log_w.shape[particle_dim]
-    pairs = log_w.movedim(particle_dim, -1).unsqueeze(-2).expand(*([-1] * (log_w.dim() - 1)), count, -1)
-    other = ~torch.eye(count, dtype=torch.bool, device=log_w.device)
-    others = pairs.masked_select(other).reshape(*pairs.shape[:-1], count - 1)
+    index = [[j for j in range(count) if j != k] for k in range(count)]
+    others = log_w.movedim(particle_dim, -1)[..., torch.tensor(index, device=log_w.device)]
     return bound - renyi(others, -1, alpha).squeeze(-1).movedim(-1, particle_dim)
 
 

@@ -57,9 +57,8 @@ def surrogate(
         baselines.of(term)
     for name, reward in _rewards(sites, signed).items():
         reward, loss = baselines.subtract_baseline(sites[name], reward, averages.get(name), particle_dim)
-        share = _mean_over(
-            particle_dim, sites[name].score * (leave_one_out(reward, particle_dim) if compares else reward)
-        )
+        reward = leave_one_out(reward, particle_dim) if compares else reward
+        share = _mean_over(particle_dim, sites[name].score * reward)
         part = share if loss is None else share - loss
         total = total + part - part.detach()
     return total
@@ -82,12 +81,14 @@ def _signed(sites: Mapping[str, Term], weighted: Mapping[str, Tensor]) -> dict[s
 
 def _rewards(sites: Mapping[str, Term], signed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the reward of each site without pathwise gradient, a constant."""
+    scored = {name: set(t.plates) for name, t in sites.items() if t.score is not None}
+    if not scored:
+        return {}
     by_plates: dict[frozenset[Plate], Tensor] = {}
     for name, x in signed.items():
         scale, plates = sites[name].scale, frozenset(sites[name].plates)
         scaled = x.detach() if is_one(scale) else (x * scale).detach()
         by_plates[plates] = by_plates[plates] + scaled if plates in by_plates else scaled
-    scored = {name: set(t.plates) for name, t in sites.items() if t.score is not None}
     return {
         name: torch.as_tensor(sum(_sum_out(x, plates - own) for plates, x in by_plates.items()))
         for name, own in scored.items()

@@ -36,7 +36,8 @@ def subtract_baseline(
         return reward, None
     value = reward.new_zeros(())
     if baseline.decaying and average is not None:
-        value = average
+        changed = _changed(average, reward if particle_dim is None else reward.mean(particle_dim))
+        value = average.mean(changed, keepdim=True) if changed else average
     if not baseline.predicts:
         return reward - value, None
     value = value + _predicted(term, reward, particle_dim)
@@ -79,11 +80,16 @@ def moved_average(term: Term, reward: Tensor, old: Tensor | None, particle_dim: 
     new = reward if particle_dim is None else reward.mean(particle_dim)
     shared = [p.dim for p in term.plates if p.size != p.full_size and new.dim() >= -p.dim]
     if old is not None:
-        changed = [d for d in range(-new.dim(), 0) if new.shape[d] != old.shape[d]]
+        changed = _changed(old, new)
         old = old.mean(changed, keepdim=True) if changed else old
         shared += changed
     new = new.mean(shared, keepdim=True) if shared else new
     return (1 - baseline.decay) * new + (0.0 if old is None else baseline.decay * old)
+
+
+def _changed(old: Tensor, new: Tensor) -> list[int]:
+    """Return the dimensions in which the average has another size than the rewards."""
+    return [d for d in range(-new.dim(), 0) if new.shape[d] != old.shape[d]]
 
 
 def _predicted(term: Term, reward: Tensor, particle_dim: int | None) -> Tensor:

@@ -13,6 +13,7 @@ from pyro.infer import TraceGraph_ELBO, autoguide
 from torch import nn
 
 import pyro_elbo as pe
+from pyro_elbo.errors import GuideError
 from tests.support.compiled import _interpreted, assert_same  # noqa: F401  (a fixture)
 
 X = torch.tensor([0.3, -1.2, 0.8, 1.9], dtype=torch.float64)
@@ -212,8 +213,9 @@ def auto_posterior(model, x):
     guide(x)
     covariance = torch.tensor([[2.0, 1.0], [1.0, 2.0]]) / 3
     guide.loc.data = x * torch.tensor([1.0, 2.0]) / 3
-    guide.scale = covariance.diagonal().sqrt()
-    guide.scale_tril = torch.linalg.cholesky(covariance) / covariance.diagonal().sqrt()[:, None]
+    factor = torch.linalg.cholesky(covariance)
+    guide.scale = factor.diagonal()
+    guide.scale_tril = factor / factor.diagonal()[:, None]
     return guide
 
 
@@ -272,7 +274,7 @@ def test_a_network_with_dropout_cannot_run_twice():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(drop(x), number("s", 1.0, True)))
 
-    with pytest.raises(pe.GuideError, match="outside of pyro.sample, such as dropout.*eval mode"):
+    with pytest.raises(GuideError, match="outside of pyro.sample, such as dropout.*eval mode"):
         gradient_of(pe.TraceBeta_ELBO(gradient="stl"), one_latent, guide, X)
     pe.TraceBeta_ELBO(gradient="stl").terms(one_latent, guide, X)  # in eval mode
 
@@ -280,10 +282,15 @@ def test_a_network_with_dropout_cannot_run_twice():
 # --- variance -------------------------------------------------------------------------------------------------------
 
 
+PIXELS = (torch.arange(40).reshape(4, 10) % 3 == 0).to(torch.float64)
+
+
 def bits_model(x):
+    """A sigmoid belief network: three bits, ten pixels."""
+    weights = (torch.arange(30.0).reshape(3, 10) % 7 - 3) / 2
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.4)).to_event(1))
-        pyro.sample("x", dist.Normal(z @ torch.tensor([2.0, -1.0, 0.5]), 0.5), obs=x)
+        pyro.sample("x", dist.Bernoulli(logits=z @ weights).to_event(1), obs=x)
 
 
 def bits_guide(x):
@@ -295,9 +302,11 @@ def bits_guide(x):
 @pytest.mark.parametrize("gradient", ["rloo", "vargrad"])
 def test_leave_one_out_lowers_the_variance_of_a_bernoulli_latent_three_times(gradient):
     options = {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 1}
-    pyro.poutine.trace(bits_guide).get_trace(X)
+    pyro.poutine.trace(bits_guide).get_trace(PIXELS)
     plain, other = (
-        samples(pe.TraceBeta_ELBO(gradient=g, **options), bits_model, bits_guide, X, runs=400)["logits"].var(0).sum()
+        samples(pe.TraceBeta_ELBO(gradient=g, **options), bits_model, bits_guide, PIXELS, runs=150)["logits"]
+        .var(0)
+        .sum()
         for g in ("auto", gradient)
     )
     assert plain / other > 3
@@ -371,22 +380,22 @@ def test_baselines_equal_those_of_tracegraph_on_the_same_draws(options):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_particles": 3}, {**PARTICLES, "num_particles": 3}])
-@pytest.mark.parametrize("gradient", ["auto", "rloo"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("gradient", "settings"),
+    [("auto", {}), ("auto", {"num_particles": 3}), ("rloo", {**PARTICLES, "num_particles": 3})],
+)
+@pytest.mark.parametrize("options", [OPTIONS["average"], OPTIONS["both"], OPTIONS["value"]])
 def test_baselines_leave_the_gradient_unbiased(options, gradient, settings):
-    if gradient == "rloo" and not settings:
-        return
     predictor_of_test.cache_clear()
     guide = baseline_guide(options)
     loss = pe.TraceBeta_ELBO(gradient=gradient, **settings)
     pyro.poutine.trace(guide).get_trace(X)
-    draws = samples(loss, bit_model, guide, X, runs=600)["logits"]
+    draws = samples(loss, bit_model, guide, X, runs=200)["logits"]
     logits = pyro.param("logits").detach().requires_grad_()
     q = dist.Bernoulli(logits=logits)
     joint = torch.stack([dist.Normal(s, 1.0).log_prob(X) for s in (-1.0, 1.0)])
     likelihood = (1 - q.probs) * joint[0] + q.probs * joint[1]
-    exact = (likelihood - dist.kl_divergence(q, dist.Bernoulli(torch.tensor(0.3)))).sum()
+    exact = (likelihood - torch.distributions.kl_divergence(q, dist.Bernoulli(torch.tensor(0.3)))).sum()
     (slope,) = torch.autograd.grad(exact, logits)
     assert ((draws.mean(0) - slope).abs() <= 5 * draws.std(0) / len(draws) ** 0.5).all()
 
@@ -394,16 +403,14 @@ def test_baselines_leave_the_gradient_unbiased(options, gradient, settings):
 def test_a_small_attentive_program_trains_its_baseline():
     """As in Pyro's example air: presence bits, a baseline that reads the data; it comes to predict the reward."""
     predictor_of_test.cache_clear()
-    guide = baseline_guide(networked)
     pyro.set_rng_seed(0)
     x = torch.linspace(-4, 4, 64)
-    svi = pe.SVI(bit_model, baseline_guide_of(x), pyro.optim.Adam({"lr": 0.02}), pe.TraceBeta_ELBO())
+    svi = pe.SVI(bit_model, baseline_guide_of(x), pyro.optim.Adam({"lr": 0.05}), pe.TraceBeta_ELBO())
     svi.run(400, x, progress=False)
     terms = pe.TraceBeta_ELBO(num_particles=50).terms(bit_model, baseline_guide_of(x), x)
     reward = terms.log_likelihood["x"] - terms.kl["z"]
     left = (reward - predictor_of_test()(x[:, None])).square().mean()
-    assert left < 0.2 * reward.var()
-    assert guide is not None
+    assert left < 0.5 * reward.var()
 
 
 def baseline_guide_of(x):

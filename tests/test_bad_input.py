@@ -450,6 +450,18 @@ def test_arguments_out_of_range(options, match, untyped):
         (lambda: pe.TraceIW_ELBO(4, kl="auto"), r"The importance bound needs kl='sampled', got 'auto'. Leave kl out"),
         (lambda: pe.TraceTimestep_ELBO(bound=3), r"bound must be one of .* got 3"),
         (lambda: pe.TraceTimestep_ELBO(resample="x"), r"resample must be between 0 and 1, got 'x'"),
+        (lambda: pe.TraceBeta_ELBO(gradient="reinforce"), r"gradient must be one of .* got 'reinforce'"),
+        (lambda: pe.TraceBeta_ELBO(gradient="dreg"), r"no weights over particles. Use gradient='stl'"),
+        (lambda: pe.TraceIW_ELBO(4, gradient="stl"), r"does not vanish under normalized weights. Use gradient='dreg'"),
+        (lambda: pe.TraceIW_ELBO(4, gradient="vargrad"), r"Use gradient='rloo'"),
+        (lambda: pe.TraceIW_ELBO(4, beta=0.5, gradient="dreg"), r"weight must be one. Use beta=1"),
+        (lambda: pe.TraceBeta_ELBO(gradient="rloo"), r"needs num_particles >= 2, got 1"),
+        (lambda: pe.TraceBeta_ELBO(gradient="vargrad"), r"needs num_particles >= 2, got 1"),
+        (
+            lambda: pe.TraceTimestep_ELBO(bound="filtering", num_particles=3, gradient="dreg"),
+            r"no gradient of the filtering bound.* Use gradient='auto'",
+        ),
+        (lambda: pe.TraceIW_ELBO(4, alpha=-1.0), r"alpha must be a finite number >= 0, got -1.0"),
         (
             lambda: pe.TraceTimestep_ELBO(bound="filtering", num_particles=3, vectorize_particles=False),
             r"The filtering bound needs vectorize_particles=True, got False",

@@ -633,9 +633,58 @@ def test_a_model_marked_for_enumeration_whose_site_the_guide_draws():
     same_as_pyro(config_enumerate(pair_model), pair_guide, X)
 
 
-def test_a_baseline_is_refused():
+def baseline_refused(options, loss, *parts):
     def guide(x):
-        pyro.sample("k", dist.Bernoulli(0.4), infer={"baseline": {"use_decaying_avg_baseline": True}})
+        pyro.sample("k", dist.Bernoulli(0.4), infer={"baseline": options})
 
-    with refuses(SiteError, "'k'", "baseline", "TraceGraph_ELBO"):
-        pe.TraceBeta_ELBO().terms(pair_model, guide, X)
+    with refuses(SiteError, "'k'", *parts):
+        loss.terms(pair_model, guide, X)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"use_decaying_average": True}, ("['use_decaying_average']", "use_decaying_avg_baseline")),
+        ({"nn_baseline": torch.nn.ReLU(), "baseline_value": torch.zeros(())}, ("give one of them",)),
+        ({"use_decaying_avg_baseline": True, "baseline_beta": 1.0}, ("baseline_beta", "1.0")),
+        ({"baseline_value": torch.zeros(4)}, ("shape (1,)", "(4,)")),
+    ],
+    ids=["unknown option", "two predictions", "decay of one", "shape"],
+)
+def test_a_baseline_that_cannot_be_meant_is_refused(options, parts):
+    baseline_refused(options, pe.TraceBeta_ELBO(), *parts)
+
+
+def test_a_baseline_has_no_use_in_an_importance_weighted_bound():
+    baseline_refused({"use_decaying_avg_baseline": True}, pe.TraceIW_ELBO(2), "Remove it")
+
+
+def test_a_baseline_has_no_use_beside_a_pathwise_gradient():
+    def guide(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0), infer={"baseline": {"use_decaying_avg_baseline": True}})
+
+    def model(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with refuses(SiteError, "'z'", "pathwise gradient", "Remove it"):
+        pe.TraceBeta_ELBO().terms(model, guide, X)
+
+
+def test_a_baseline_in_a_loop_over_time_or_a_scan():
+    options = {"nn_baseline": torch.nn.ReLU(), "nn_baseline_input": torch.zeros(())}
+
+    def program(infer):
+        def run(x):
+            for t in range(2):
+                pyro.sample(f"k_{t}", dist.Bernoulli(0.4), infer=infer)
+
+        return run
+
+    def scanned(infer):
+        return lambda x: pe.scan(lambda c, x_t: (pyro.sample("k", dist.Bernoulli(0.4), infer=infer), None), X[0], X)
+
+    infer = {"baseline": options}
+    with refuses(SiteError, "'k_0'", "baseline", "TraceBeta_ELBO"):
+        pe.TraceTimestep_ELBO().terms(program({}), program(infer), X)
+    with refuses(SiteError, "'k'", "pe.scan", "use_decaying_avg_baseline"):
+        pe.TraceBeta_ELBO().terms(scanned({}), scanned(infer), X)

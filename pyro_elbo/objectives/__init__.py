@@ -2,7 +2,7 @@
 
 Takes programs and data; gives ``Terms`` with the objective that training maximizes. ``elbo`` adapts to Pyro,
 ``variants`` names settings, ``weighting`` applies beta, ``importance`` is the importance-weighted bound,
-``score_function`` the gradient of sites without a pathwise one, ``step_count`` counts steps for the schedules.
+``score_function`` the gradient of sites without a pathwise one, ``gradients`` its estimators, ``baselines`` Pyro's, ``step_count`` counts steps for the schedules.
 Imports information, terms and below.
 """
 

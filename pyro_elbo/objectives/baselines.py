@@ -104,8 +104,8 @@ def _predicted(term: Term, reward: Tensor, particle_dim: int | None) -> Tensor:
     for x in predicted:
         if not _broadcasts(x.shape, shape):
             raise SiteError(
-                f"Site '{term.name}': expected a baseline of shape {tuple(shape)}, one number per row, got "
-                f"{tuple(x.shape)}. Squeeze the network's output, .squeeze(-1)."
+                f"Site '{term.name}': expected a baseline of shape {tuple(shape)}, got "
+                f"{tuple(x.shape)}. Give the network's output one number per row, as by .squeeze(-1)."
             )
     return torch.stack([x.expand(shape) for x in predicted]) if looped else predicted[0].expand(shape)
 

@@ -118,7 +118,7 @@ def read_baseline(name: str, fn: Distribution, infer: Mapping[str, Any]) -> Base
     if not options:
         return None
     if unknown := sorted(options.keys() - set(_BASELINE)):
-        raise SiteError(f"Site '{name}': expected options of a baseline among {list(_BASELINE)}, got {unknown}.")
+        raise SiteError(f"Site '{name}': a baseline has no options {unknown}. Use some of {list(_BASELINE)}.")
     network, value = options.get("nn_baseline"), options.get("baseline_value")
     if network is not None and value is not None:
         raise SiteError(f"Site '{name}': nn_baseline and baseline_value both predict the reward: give one of them.")
@@ -129,7 +129,7 @@ def read_baseline(name: str, fn: Distribution, infer: Mapping[str, Any]) -> Base
         )
     decay = options.get("baseline_beta", 0.9)
     if not 0 <= decay < 1:
-        raise SiteError(f"Site '{name}': baseline_beta must be at least 0 and below 1, got {decay!r}.")
+        raise SiteError(f"Site '{name}': expected a baseline_beta of 0 or more and below 1, got {decay!r}. Use 0.9.")
     decaying = bool(options.get("use_decaying_avg_baseline", False))
     return Baseline(network, options.get("nn_baseline_input"), value, decaying, decay)
 

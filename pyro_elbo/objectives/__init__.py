@@ -2,7 +2,8 @@
 
 Takes programs and data; gives ``Terms`` with the objective that training maximizes. ``elbo`` adapts to Pyro,
 ``variants`` names settings, ``weighting`` applies beta, ``importance`` is the importance-weighted bound,
-``score_function`` the gradient of sites without a pathwise one, ``gradients`` its estimators, ``baselines`` Pyro's, ``step_count`` counts steps for the schedules.
+``score_function`` the gradient of sites without a pathwise one, ``gradients`` the estimators, ``baselines`` what
+Pyro's ``infer={"baseline": ...}`` subtracts from rewards, ``step_count`` counts steps for the schedules.
 Imports information, terms and below.
 """
 

@@ -61,8 +61,8 @@ def importance_weighted(
         bound = _doubly_reparameterized(sites, log_w, bound, keep, particle_dim, alpha)
     scores = [_kept(t.score, keep) for t in sites.values() if t.score is not None]
     if scores:
-        signal = _gain_over_others if gradient == "rloo" else _signal
-        score = sum(scores) * signal(log_w, bound, particle_dim, alpha).detach()
+        gain = _gain_over_others if gradient == "rloo" else _signal
+        score = sum(scores) * gain(log_w, bound, particle_dim, alpha).detach()
         score = score if particle_dim is None else score.sum(particle_dim, keepdim=True)
         bound = bound + score - score.detach()
     total = (bound * shared_scale(sites)).sum() - constant
@@ -85,7 +85,8 @@ def _doubly_reparameterized(
             f"The sites {scored} have no pathwise gradient, which gradient='dreg' needs of every draw. Use "
             "gradient='rloo'."
         )
-    direct = torch.as_tensor(sum(_kept(-t.direct if t.is_kl else t.direct, keep) for t in sites.values()))
+    signed = [-t.direct if t.is_kl else t.direct for t in sites.values() if t.direct is not None]
+    direct = torch.as_tensor(sum(_kept(x, keep) for x in signed))
     scaled = (1 - alpha) * log_w.detach()
     weights = torch.ones_like(scaled) if particle_dim is None else scaled.softmax(particle_dim)
     parts = weights * direct + (alpha * weights + (1 - alpha) * weights.square()) * (log_w - direct)
@@ -113,8 +114,9 @@ def _with_score(term: Term, charge: Tensor) -> Tensor:
     return charge + log_q - log_q.detach()
 
 
-def _gain_over_others(log_w: Tensor, bound: Tensor, particle_dim: int, alpha: float) -> Tensor:
+def _gain_over_others(log_w: Tensor, bound: Tensor, particle_dim: int | None, alpha: float) -> Tensor:
     """Return the gain in the bound over that of the other particles alone."""
+    assert particle_dim is not None
     count = log_w.shape[particle_dim]
     index = [[j for j in range(count) if j != k] for k in range(count)]
     others = log_w.movedim(particle_dim, -1)[..., torch.tensor(index, device=log_w.device)]

@@ -56,9 +56,11 @@ def surrogate(
     for term in sites.values():
         baselines.of(term)
     for name, reward in _rewards(sites, signed).items():
+        score = sites[name].score
+        assert score is not None
         reward, loss = baselines.subtract_baseline(sites[name], reward, averages.get(name), particle_dim)
         reward = leave_one_out(reward, particle_dim) if compares else reward
-        share = _mean_over(particle_dim, sites[name].score * reward)
+        share = _mean_over(particle_dim, score * reward)
         part = share if loss is None else share - loss
         total = total + part - part.detach()
     return total

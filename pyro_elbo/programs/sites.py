@@ -112,7 +112,8 @@ class Site:
         """Return Pyro's three parts of the gradient estimator: unscaled, log density and entropy term masked."""
         if self.scored:
             log_prob = self._evaluate(self.fn.log_prob)
-            return ScoreParts(masked(log_prob, self.mask), log_prob, 0.0)
+            no_path: Any = 0.0
+            return ScoreParts(masked(log_prob, self.mask), log_prob, no_path)
         return self._evaluate(self.fn.score_parts).scale_and_mask(1.0, self.mask)
 
     def stepwise(self) -> "Site":

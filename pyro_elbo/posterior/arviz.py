@@ -24,8 +24,9 @@ from pyro_elbo.posterior.datasets import (
     stack_chains,
     without_slashes,
 )
-from pyro_elbo.posterior.draws import Arrays, Draws, draw
+from pyro_elbo.posterior.draws import Arrays, Draws, ProgramCall, draw
 from pyro_elbo.posterior.importance import resample
+from pyro_elbo.posterior.linear_response import respond
 from pyro_elbo.posterior.predict import Predictions, predict
 from pyro_elbo.posterior.psis import MIN_DRAWS
 from pyro_elbo.programs import (
@@ -50,6 +51,7 @@ class Options(NamedTuple):
     coords: Mapping[str, Sequence[Any]] = {}
     seed: int = 0
     dims: Mapping[str, Sequence[str]] = {}
+    covariance: str = "guide"
 
 
 def to_arviz(
@@ -64,6 +66,7 @@ def to_arviz(
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
+    covariance: str = "guide",
     **kwargs: Any,
 ) -> Any:
     r"""Export a fitted posterior with its log densities and importance weights to ArviZ.
@@ -87,6 +90,9 @@ def to_arviz(
         coords: labels of dimensions.
         dims: names of a site's event dimensions, in place of ``<site>_dim_0`` ...
         seed: seed of all draws.
+        covariance: ``"linear_response"`` draws from a Gaussian on the real line with the covariance of
+            :func:`linear_response` in place of the guide. Its density is exact, and so are ``lp_approx`` and all
+            weights. The attribute ``covariance`` of every group says so.
 
     Returns:
         ``arviz.InferenceData`` on ArviZ 0.x, ``xarray.DataTree`` on ArviZ 1 and later; densities in nats.
@@ -95,6 +101,7 @@ def to_arviz(
         ArgumentError: lists of different length, guides that share their parameters, ``coords`` or ``dims`` that do
             not fit.
         GuideError: a guide that has never run, or ``resample`` with a point estimate.
+        GuideError, SiteError, WeightsError: with ``covariance="linear_response"``, as from :func:`linear_response`.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
@@ -113,7 +120,7 @@ def to_arviz(
     models: Sequence[Any] = model if isinstance(model, list | tuple) else [model]
     for program in models:
         check_options(program, kwargs)
-    options = Options(num_samples, resample, predictive, prior, history, coords or {}, seed, dims or {})
+    options = Options(num_samples, resample, predictive, prior, history, coords or {}, seed, dims or {}, covariance)
     args, kwargs = program_arguments(models[0], args, kwargs)
     return to_container(build_groups(model, guide, args, kwargs, options))
 
@@ -132,11 +139,14 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
     """Build all groups as Datasets: see :func:`to_arviz`."""
     if options.resample not in (None, "psis"):
         raise ArgumentError(f"resample must be None or 'psis', got {options.resample!r}.")
+    if options.covariance not in ("guide", "linear_response"):
+        raise ArgumentError(f"covariance must be 'guide' or 'linear_response', got {options.covariance!r}.")
     chains = _restarts(model, guide)
     attributes: dict[str, Any] = {
         "inference_library": "pyro_elbo",
         "inference_library_version": _version(),
         "sampling": "variational",
+        "covariance": options.covariance,
     }
     parts: list[tuple[Draws, dict[str, tuple[Arrays, Plates]]]] = []
     owners: dict[int, int] = {}
@@ -145,6 +155,8 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
         with _own_parameters(chains, i):
             if len(chains) > 1:
                 _check_not_shared(q, args, kwargs, i, owners)
+            if options.covariance == "linear_response":
+                q = respond(ProgramCall(p, q, args, kwargs), seed=options.seed).guide
             rows = parts[0][0].rows if parts else None  # all chains speak of the same data
             drawn = draw(p, q, args, kwargs, options.num_samples, seed=options.seed + i, rows=rows)
             if drawn.weights_error is None and options.num_samples >= MIN_DRAWS:

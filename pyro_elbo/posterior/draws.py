@@ -132,7 +132,7 @@ class Draws:
         return psis(self.log_weight if local is None else local.T, self.eps)
 
 
-class _Frame(NamedTuple):
+class Frame(NamedTuple):
     """What all runs share: the sites of a single run, how their densities add up, and the plates' dimensions."""
 
     shapes: TracePair
@@ -171,7 +171,7 @@ def draw(
             programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
             data = read_data(*programs)
         shapes = trace_pair(*programs)
-        frame = _Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs))
+        frame = Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs))
         runs = _vectorized(programs, frame, num_samples, chunk_size)
         vectorized = runs is not None
         if runs is None:
@@ -179,7 +179,7 @@ def draw(
     return _concatenate(runs, frame, vectorized, data._replace(rows=rows))
 
 
-def _vectorized(programs: ProgramCall, frame: _Frame, num_samples: int, chunk_size: int) -> list[dict[str, Any]] | None:
+def _vectorized(programs: ProgramCall, frame: Frame, num_samples: int, chunk_size: int) -> list[dict[str, Any]] | None:
     """Draw in chunks inside a plate; return None where the programs do not vectorize.
 
     Some programs fail under a further plate, others silently mix the draws (``z.mean()``). Two draws of the first chunk
@@ -190,7 +190,7 @@ def _vectorized(programs: ProgramCall, frame: _Frame, num_samples: int, chunk_si
     sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
     try:
         pairs = [trace_pair(*programs, sizes[0], nesting)]
-        if sizes[0] > 1 and not all(_same_alone(programs, pairs[0], shapes, i, sizes[0], nesting) for i in (0, -1)):
+        if sizes[0] > 1 and not all(agrees_alone(programs, pairs[0], shapes, i, sizes[0], nesting) for i in (0, -1)):
             return None
         rest = (trace_pair(*programs, n, nesting) for n in sizes[1:])
         return [_collect(r, frame, n) for r, n in zip(itertools.chain(pairs, rest), sizes, strict=True)]
@@ -198,7 +198,7 @@ def _vectorized(programs: ProgramCall, frame: _Frame, num_samples: int, chunk_si
         return None
 
 
-def _same_alone(
+def agrees_alone(
     programs: ProgramCall, pair: TracePair, shapes: TracePair, index: int, count: int, nesting: int
 ) -> bool:
     """Return whether draw ``index`` of a vectorized run has the densities and deterministics of a run of its own."""
@@ -234,7 +234,7 @@ def _is_close(site: Site, alone: Site, index: int, count: int, nesting: int) -> 
     return all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in both)
 
 
-def _collect(pair: TracePair, frame: _Frame, count: int) -> dict[str, Any]:
+def _collect(pair: TracePair, frame: Frame, count: int) -> dict[str, Any]:
     """Collect values and densities of one run with ``count`` draws."""
 
     def value(site: Site, like: Site) -> Tensor:
@@ -262,7 +262,7 @@ def _collect(pair: TracePair, frame: _Frame, count: int) -> dict[str, Any]:
     return groups | densities | weighting.sums(pair, count, nesting)
 
 
-def _concatenate(runs: list[dict[str, Any]], frame: _Frame, vectorized: bool, data: RunData) -> Draws:
+def _concatenate(runs: list[dict[str, Any]], frame: Frame, vectorized: bool, data: RunData) -> Draws:
     shapes, weighting, nesting = frame
 
     def join(name: str) -> Arrays:

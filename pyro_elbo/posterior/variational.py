@@ -1,0 +1,148 @@
+"""The parameters of a guide, and the guides that linear response does not hold for."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_elbo.errors import GuideError, NonFiniteError, SiteError, WeightsError, count_nonfinite
+from pyro_elbo.posterior.draws import Arrays, Frame, ProgramCall
+from pyro_elbo.posterior.fixed_draws import FixedDraws, has_density
+from pyro_elbo.posterior.stationary import Point
+from pyro_elbo.posterior.weights import find_point_error, is_discrete, unconstrain
+from pyro_elbo.programs import collect_modules, sort_by_dim, trace_pair, trace_program
+from pyro_elbo.terms import Terms, evaluate_terms
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def find_leaves(programs: ProgramCall, frame: Frame) -> list[Tensor]:
+    """Return the tensors that move the guide's draws and densities, but for those that the model reads too.
+
+    Raises:
+        GuideError: there are none.
+    """
+    model, _, args, kwargs = programs
+    pair = trace_pair(*programs)
+    latents = {n: s.value.detach() for n, s in pair.model.items() if s.role == "latent"}
+    fixed = _reached(s.log_prob() for s in trace_program(model, args, kwargs, latents).values() if s.has_density)
+    moved = _reached(x for s in pair.guide.values() for x in (s.value, s.log_prob()))
+    leaves = [leaf for key, leaf in moved.items() if key not in fixed]
+    if not leaves:
+        raise GuideError(
+            f"The guide has no parameter of its own that moves {sorted(frame.shapes.guide)}, so that it cannot respond "
+            "to anything. Give it parameters (pyro.param, or an AutoGuide), and let them require gradients."
+        )
+    return leaves
+
+
+def _reached(outputs: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Return the leaves of autograd's graph that tensors depend on."""
+    outputs = list(outputs)
+    found = {id(x): x for x in outputs if x.requires_grad and x.is_leaf}
+    stack: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.name() == "torch::autograd::AccumulateGrad":
+            found[id(node.variable)] = node.variable
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return found
+
+
+def check_programs_respond(programs: ProgramCall, frame: Frame) -> None:
+    """Raise the error about latents, draws, rows or modules that rule linear response out.
+
+    Raises:
+        GuideError: the guide is a point estimate, draws without gradients, or uses batch norm.
+        SiteError: a latent is discrete, or has no map to the real line; or there is no latent.
+        WeightsError: a part of the rows, or different scales.
+    """
+    model, guide = frame.shapes.model, frame.shapes.guide
+    latents = [s for s in model.values() if s.role == "latent"]
+    if not latents:
+        raise SiteError("The model has no latent: there is no posterior. Sample a latent in model and guide.")
+    if discrete := [s.name for s in latents if is_discrete(s)]:
+        raise SiteError(
+            f"Latents {discrete} are discrete: means of the guide do not respond smoothly in them. Sum them out in the "
+            "likelihood (such as MixtureSameFamily)."
+        )
+    if unmapped := [s.name for s in latents if unconstrain(s) is None]:
+        raise SiteError(
+            f"No transform to the real line is known for latents {unmapped}. Choose a support that biject_to knows, "
+            "or transform a latent on the real line."
+        )
+    again = trace_pair(*programs).model
+    values = {s.name: torch.stack([s.value, again[s.name].value]) for s in latents}
+    if (error := find_point_error(values, frame.shapes)) is not None:
+        raise GuideError(f"Linear response needs a guide with a density for every latent. {error}") from error
+    if rough := [s.name for s in guide.values() if has_density(s) and not s.fn.has_rsample]:
+        raise GuideError(
+            f"The guide's draws at {rough} have no pathwise gradient. Use reparameterized distributions there, such "
+            "as Normal, or AutoNormal."
+        )
+    if frame.weighting.obstacle is not None:
+        raise WeightsError(
+            f"Linear response is that of the posterior given all data. {frame.weighting.obstacle}"
+        ) from frame.weighting.obstacle
+    with collect_modules(programs.guide) as used:
+        trace_pair(*programs)
+    if any(isinstance(part, NORMS) for module in used for part in module.modules()):
+        raise GuideError(
+            "The guide uses batch norm: it is trained with the statistics of batches and evaluated with others, so "
+            "that its parameters are at the optimum of neither. Use a guide without batch norm, such as AutoNormal."
+        )
+
+
+def check_finite(objective: FixedDraws, point: Point) -> None:
+    """Raise NonFiniteError where the objective is not finite, naming the site."""
+    if torch.isfinite(point.evaluated.nats).all():
+        return
+    pair = objective.trace()
+    Terms(evaluate_terms(pair, "sampled"), pair.particle_dim, point.loss).check_finite()
+    raise NonFiniteError(
+        f"log q - log p of the fixed draws: {count_nonfinite(point.evaluated.nats.detach())}. Look for data outside "
+        "the support and for a diverged parameter; train the guide first."
+    )
+
+
+def check_moves(latents: Arrays, jacobian: np.ndarray) -> None:
+    """Raise GuideError unless parameters move the mean of every element of every latent.
+
+    Args:
+        latents: draws on the real line.
+        jacobian: the gradient of the mean of each of their elements.
+    """
+    moved = np.split((jacobian != 0).any(1), np.cumsum([x[0].numel() for x in latents.values()])[:-1])
+    if still := [name for name, rows in zip(latents, moved, strict=True) if not rows.all()]:
+        raise GuideError(
+            f"No parameter of the guide moves the means of all elements of latents {still}. Give each a location "
+            "parameter that requires gradients, or fix the latent by pyro.poutine.condition."
+        )
+
+
+def check_rows(objective: FixedDraws, point: Point) -> None:
+    """Raise GuideError unless in each plate parameters move the rows of a latent one by one.
+
+    Linear response takes the guide's family for rich enough to follow a change of any posterior mean. Where all
+    parameters of a row are those of the others, as in an amortized guide, no mean of one row can move alone.
+    """
+    for name, x in point.evaluated.unconstrained.items():
+        for dim, plate in enumerate(sort_by_dim(objective.frame.shapes.model[name].plates), start=1):
+            if x.shape[dim] == 1:
+                continue
+            # averages of symmetric draws would cancel
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
+            first, last = (objective.gradient(x.select(dim, i), noise.select(dim, i)) != 0 for i in (0, -1))
+            if not (first & ~last).any():
+                raise GuideError(
+                    f"The rows of plate '{plate.name}' share all parameters of latent '{name}', as in an amortized "
+                    "guide: no parameter moves the mean of one row alone, so that the response would be that of a "
+                    "network's weights and not of the posterior. Use a guide with parameters for each row, such as "
+                    "AutoNormal."
+                )

@@ -68,7 +68,12 @@ class Point:
 
 
 class Hessian(ABC):
-    """The Hessian at a minimum, which may be flat only where no quantity of interest changes.
+    """The Hessian at a point, flat where parameters do not change the guide (rotations of a factor of a covariance).
+
+    Args:
+        point: the point.
+        strict: refuse a Hessian that is not that of a minimum. Away from one, directions that do not change the guide
+            may have negative curvature too.
 
     Attributes:
         iterations: the iterations of conjugate gradients; 0 where the Hessian is dense.
@@ -92,14 +97,14 @@ class Hessian(ABC):
 class Dense(Hessian):
     """The Hessian as a matrix."""
 
-    def __init__(self, point: Point) -> None:
+    def __init__(self, point: Point, strict: bool = True) -> None:
         matrix = point.products(np.eye(len(point.step)))
         values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
         tolerance = np.abs(values).max() * _rounding(point)
-        if values.min() < -tolerance:
+        if strict and values.min() < -tolerance:
             raise _saddle(values.min())
-        self._flat = vectors[:, values <= tolerance]
-        self._values, self._vectors = values[values > tolerance], vectors[:, values > tolerance]
+        flat = np.abs(values) <= tolerance
+        self._flat, self._vectors, self._values = vectors[:, flat], vectors[:, ~flat], values[~flat]
 
     def solve(self, rows: Rows) -> Rows:
         """Leave out the eigenvalues that are zero but for rounding."""
@@ -119,8 +124,8 @@ class Dense(Hessian):
 class Iterative(Hessian):
     """The Hessian by its products with vectors, inverted by conjugate gradients."""
 
-    def __init__(self, point: Point) -> None:
-        self._point = point
+    def __init__(self, point: Point, strict: bool = True) -> None:
+        self._point, self._strict = point, strict
         self._largest = 1.0  # curvature so far; that of a unit of a mean-field guide
 
     def solve(self, rows: Rows) -> Rows:
@@ -133,7 +138,7 @@ class Iterative(Hessian):
         solved = []
         for row in rows:
             x, failed = cg(operator, row, rtol=precision, maxiter=20 * size, callback=self._count)
-            if failed:
+            if failed and self._strict:
                 raise GuideError(
                     f"Conjugate gradients did not converge in {20 * size} iterations: the Hessian is nearly singular. "
                     'Use method="dense" to see why, or a guide with fewer parameters.'
@@ -146,7 +151,7 @@ class Iterative(Hessian):
         (product,) = self._point.products(vector[None])
         curvature = vector @ product / max(vector @ vector, 1e-300)
         self._largest = max(self._largest, curvature)
-        if curvature < -_rounding(self._point) * self._largest:
+        if self._strict and curvature < -_rounding(self._point) * self._largest:
             raise _saddle(curvature)
         return product
 
@@ -155,7 +160,7 @@ class Iterative(Hessian):
 
 
 def find_stationary(
-    objective: FixedDraws, invert: Callable[[Point], Hessian], start: Point
+    objective: FixedDraws, invert: Callable[[Point, bool], Hessian], start: Point
 ) -> tuple[Point, Hessian, float]:
     """Minimize the objective from ``start``; return the minimum, the Hessian there and the Newton decrement.
 
@@ -193,7 +198,7 @@ def find_stationary(
     return _polish(Point(objective, found.x), invert)
 
 
-def _polish(point: Point, invert: Callable[[Point], Hessian]) -> tuple[Point, Hessian, float]:
+def _polish(point: Point, invert: Callable[[Point, bool], Hessian]) -> tuple[Point, Hessian, float]:
     """Take Newton steps while they lower the decrement by more than a half."""
     newton, decrement = _newton(point, invert)
     for _ in range(POLISHING):
@@ -212,12 +217,12 @@ def _polish(point: Point, invert: Callable[[Point], Hessian]) -> tuple[Point, He
             "parameters for each latent."
         )
     point = Point(point.objective, point.step)  # the last step that was tried has moved the parameters on
-    return point, invert(point), decrement
+    return point, invert(point, True), decrement
 
 
-def _newton(point: Point, invert: Callable[[Point], Hessian]) -> tuple[Vector, float]:
+def _newton(point: Point, invert: Callable[[Point, bool], Hessian]) -> tuple[Vector, float]:
     """Return a Newton step and the decrement."""
-    step = -invert(point).solve(point.gradient[None])[0]
+    step = -invert(point, False).solve(point.gradient[None])[0]
     return step, math.sqrt(max(-(step @ point.gradient), 0.0))
 
 

@@ -1,5 +1,9 @@
-"""Draw figures for the docs: ``python -m docs.figures`` writes them to ``docs/images``."""
+"""Draw figures for the docs: ``python -m docs.figures`` writes them to ``docs/images``.
 
+The figure of linear response reads posteriordb's reference draws from the folder that PYRO_ELBO_DATA names.
+"""
+
+import os
 from pathlib import Path
 
 import matplotlib
@@ -88,8 +92,41 @@ def draw_diagnosis(path: Path) -> None:
     axes[0].figure.savefig(path, dpi=120)
 
 
+def draw_linear_response(path: Path) -> None:
+    """Draw the standard deviations of eight posteriors, by mean field and by linear response, over the reference's."""
+    folder = Path(os.environ["PYRO_ELBO_DATA"]) / "posteriordb"
+    figure, ax = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    left, ticks = 0, {}
+    for name, posterior in POSTERIORS.items():
+        args, (_, reference) = posterior.load(folder), posterior.reference(folder)
+        pyro.clear_param_store()
+        start = init_to_value(values=posterior.init(*args), fallback=None)
+        guide = AutoNormal(posterior.model, init_loc_fn=start)
+        guide(*args)
+        response = pe.linear_response(posterior.model, guide, *args)
+        where = left + np.arange(reference.shape[1])
+        for data, color, label in (
+            (response.guide_sd, COLORS[3], "mean-field guide"),
+            (response.sd, COLORS[1], "linear response"),
+        ):
+            sd = posterior.columns({s: torch.as_tensor(data[s].values)[None] for s in posterior.sites}).numpy()[0]
+            ax.plot(where, sd / reference.std(0), "o", ms=5, color=color, label="" if left else label)
+        ticks[name.split("-")[0]] = where.mean()
+        left = where[-1] + 3
+    ax.axhline(1.0, color="#9aa5b1", lw=1, zorder=0)
+    ax.set(
+        yscale="log", ylabel="sd / reference sd", yticks=[0.1, 0.2, 0.5, 1.0], yticklabels=["0.1", "0.2", "0.5", "1"]
+    )
+    ax.set_xticks(list(ticks.values()), ticks, rotation=20, ha="right")
+    ax.minorticks_off()
+    ax.legend(frameon=False, loc=(0.3, 0.08))
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
     images = Path(__file__).parent / "images"
     draw_schedules(images / "schedules.png")
     draw_convergence(images / "convergence.png")
     draw_diagnosis(images / "diagnosis.png")
+    draw_linear_response(images / "linear_response.png")

@@ -155,10 +155,16 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
         with _own_parameters(chains, i):
             if len(chains) > 1:
                 _check_not_shared(q, args, kwargs, i, owners)
-            if options.covariance == "linear_response":
-                q = respond(ProgramCall(p, q, args, kwargs), seed=options.seed).guide
             rows = parts[0][0].rows if parts else None  # all chains speak of the same data
-            drawn = draw(p, q, args, kwargs, options.num_samples, seed=options.seed + i, rows=rows)
+            drawn = draw(
+                p,
+                _drawn_from(p, q, args, kwargs, options),
+                args,
+                kwargs,
+                options.num_samples,
+                seed=options.seed + i,
+                rows=rows,
+            )
             if drawn.weights_error is None and options.num_samples >= MIN_DRAWS:
                 ks.append(float(drawn.smooth().pareto_k.max()))
             parts.append(_chain(p, drawn, args, kwargs, options, options.seed + i, attributes))
@@ -183,6 +189,14 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
     groups = without_slashes(label(groups, options.coords, row_labels(drawn, chains[0][0], args, kwargs)))
     history = getattr(options.history, "history", options.history)
     return groups | ({"training": history} if history is not None else {})
+
+
+def _drawn_from(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], options: Options) -> Program:
+    """Return what draws come from: the guide, or the Gaussian of its linear response."""
+    if options.covariance == "guide":
+        return guide
+    gaussian: Any = respond(ProgramCall(model, guide, args, kwargs), seed=options.seed).guide
+    return gaussian
 
 
 def _chain(

@@ -49,9 +49,9 @@ def _pass_on(site: Site, block: Tensor, shape: torch.Size) -> Tensor:
     batch = site.value.dim() - site.event_dim
     left = block.shape[:-1][: max(block.dim() - 1 - batch, 0)]  # particles lie on the left of all plates
     free = block.reshape((*left, *shape))
-    transform: Any = biject_to(site.fn.support)  # type: ignore[arg-type]
+    transform: Any = biject_to(site.fn.support)
     value = transform(free).to(site.value.dtype)
-    density = transform.inv.log_abs_det_jacobian(value, free)
+    density: Any = transform.inv.log_abs_det_jacobian(value, free)
     density = sum_rightmost(density, density.dim() - value.dim() + site.event_dim)
     with ExitStack() as stack:
         for plate in site.plates:

@@ -10,7 +10,7 @@ A Newton step would lower the objective by λ²/2 nats, and move no mean by more
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -132,8 +132,8 @@ class Iterative(Hessian):
         """Solve row by row."""
         from scipy.sparse.linalg import LinearOperator, cg
 
-        size = rows.shape[1]
-        operator = LinearOperator((size, size), matvec=self._product, dtype=rows.dtype)
+        size, make = rows.shape[1], cast(Any, LinearOperator)  # its type does not know matvec
+        operator = make((size, size), matvec=self._product, dtype=rows.dtype)
         precision = max(1e-10, 10 * self._point.objective.frame.weighting.eps)
         solved = []
         for row in rows:

@@ -384,3 +384,10 @@ def test_arguments(untyped):
             pe.linear_response(regression, guide, X, Y, **options)
     with refuses(ArgumentError, "num_samples="):
         pe.linear_response(regression, guide, X, Y, draws=7)
+
+
+def test_results_of_a_fit_pass_it_on():
+    guide = AutoNormal(regression)
+    result = pe.fit(regression, guide, (X, Y), batch_size=None, max_epochs=1, progress=False)
+    data = result.to_arviz(num_samples=50, prior=False, predictive=False, covariance="linear_response")
+    assert data["posterior"].attrs["covariance"] == "linear_response"

@@ -47,16 +47,16 @@ class Point:
     @property
     def gradient(self) -> Vector:
         """The gradient in nats a unit."""
-        return self.graph.detach().numpy()
+        return _check_derivatives(self.graph.detach().numpy())
 
     def products(self, rows: Rows) -> Rows:
         """Return the Hessian times each row.
 
         Raises:
-            GuideError: a draw of the guide cannot be differentiated twice.
+            GuideError: a draw of the guide cannot be differentiated twice, or a derivative is not finite.
         """
         try:
-            return torch.stack([self.objective.gradient(self.graph, row) for row in torch.as_tensor(rows)]).numpy()
+            products = [self.objective.gradient(self.graph, row) for row in torch.as_tensor(rows)]
         except (NotImplementedError, RuntimeError) as error:
             if "not implemented" not in str(error):
                 raise
@@ -65,6 +65,7 @@ class Point:
                 f"Linear response needs second derivatives of the guide's draws, and torch has none for one of {kinds} "
                 f"({error}). Use a guide that transforms normal draws, such as AutoNormal or dist.LogNormal."
             ) from error
+        return _check_derivatives(torch.stack(products).numpy())
 
 
 class Hessian(ABC):
@@ -224,6 +225,16 @@ def _newton(point: Point, invert: Callable[[Point, bool], Hessian]) -> tuple[Vec
     """Return a Newton step and the decrement."""
     step = -invert(point, False).solve(point.gradient[None])[0]
     return step, math.sqrt(max(-(step @ point.gradient), 0.0))
+
+
+def _check_derivatives(derivatives: np.ndarray) -> np.ndarray:
+    if np.isfinite(derivatives).all():
+        return derivatives
+    raise GuideError(
+        "A derivative of the objective is not finite on the way to the optimum. A guide without one grows until it "
+        "overflows: give every latent a proper prior. Or look for a root, norm or division at 0, and for a torch.where "
+        "whose other branch is not finite."
+    )
 
 
 def _rounding(point: Point) -> float:

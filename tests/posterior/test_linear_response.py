@@ -131,6 +131,24 @@ def test_functions_of_latents():
         response.draws()
 
 
+def test_many_parameters_are_left_to_conjugate_gradients():
+    """A shared mean m ~ N(0, 1), z_i ~ N(m, 1), x_i ~ N(z_i, 1): given 220 data, Var(m) = 1 / (1 + 220 / 2)."""
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.linspace(-1, 2, 220, dtype=torch.float64)
+    guide = started(AutoNormal(model), x)
+    response = pe.linear_response(model, guide, x, num_samples=64, functions=lambda z: {"m": z["m"]})
+    assert response.num_parameters == 442
+    assert response.iterations > 0
+    np.testing.assert_allclose(response.sd["m"], (1 + 220 / 2) ** -0.5, rtol=1e-7)
+    assert response.guide_sd["m"] < 0.9 * response.sd["m"]
+
+
 def test_draws_and_the_guide_have_the_covariance_of_linear_response():
     response = pe.linear_response(regression, mean_field, X, Y)
     count = 20_000
@@ -357,6 +375,19 @@ def test_posteriors_that_are_not_proper():
             pyro.sample(name, dist.Normal(pyro.param(f"{name}_loc", lambda: x.new_zeros(())), 1.0))
 
     with refuses(GuideError, "flat"):
+        pe.linear_response(model, guide, X[0, 0])
+
+
+def test_a_guide_that_grows_without_end():
+    def model(x):
+        a = pyro.sample("a", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.sample("x", dist.Normal(0 * a, 1.0), obs=x)
+
+    def guide(x):
+        scale = pyro.param("scale", lambda: x.new_ones(()), constraint=dist.constraints.positive)
+        pyro.sample("a", dist.Normal(pyro.param("loc", lambda: x.new_zeros(())), scale))
+
+    with refuses(GuideError, "optimum"):
         pe.linear_response(model, guide, X[0, 0])
 
 

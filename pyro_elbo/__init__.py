@@ -1,5 +1,6 @@
 """The evidence lower bound of Pyro programs as terms to see and to steer."""
 
+from pyro_elbo.calibration import Calibration, Verdict, simulation_based_calibration
 from pyro_elbo.diagnosis import Diagnosis, Finding, SplitComparison, active_units, compare_splits, diagnose
 from pyro_elbo.errors import PyroElboError
 from pyro_elbo.information import MutualInformation, Penalty, PenaltyContext, PenaltyTerm, TotalCorrelation
@@ -10,6 +11,7 @@ from pyro_elbo.representation import Audit, KLDecomposition, audit, kl_decomposi
 from pyro_elbo.schedules import Capacity, Constant, Cyclical, LinearWarmup, Schedule, SigmoidWarmup
 from pyro_elbo.sequences import scan
 from pyro_elbo.terms import Terms
+from pyro_elbo.tradeoff import RateDistortion, rate_distortion, sweep
 from pyro_elbo.training import SVI, ConvergenceReport, FitResult, Summary, fit, load, watch
 
 __version__ = "0.1.0"
@@ -17,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SVI",
     "Audit",
+    "Calibration",
     "Capacity",
     "Constant",
     "ConvergenceReport",
@@ -33,6 +36,7 @@ __all__ = [
     "PenaltyContext",
     "PenaltyTerm",
     "PyroElboError",
+    "RateDistortion",
     "Schedule",
     "SigmoidWarmup",
     "SplitComparison",
@@ -43,6 +47,7 @@ __all__ = [
     "TraceIW_ELBO",
     "TraceMI_ELBO",
     "TraceTimestep_ELBO",
+    "Verdict",
     "active_units",
     "audit",
     "compare_splits",
@@ -55,7 +60,10 @@ __all__ = [
     "pareto_k",
     "plot_history",
     "plot_tradeoff",
+    "rate_distortion",
     "scan",
+    "simulation_based_calibration",
+    "sweep",
     "to_arviz",
     "watch",
 ]

@@ -27,9 +27,10 @@ from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, watch
 from pyro_elbo.compile.reach import guard_of
 from pyro_elbo.compile.refusals import check_reachable, check_sites, explain_capture, refuse_side_effects
+from pyro_elbo.compile.start import Start
 from pyro_elbo.compile.traced_update import trace_update
 from pyro_elbo.compile.versions import check_version
-from pyro_elbo.errors import CompileError, NonFiniteError
+from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import (
     Parameters,
@@ -110,6 +111,7 @@ class CompiledSVI:
         self._known: dict[Key, list[_KnownStep]] = {}
         self._modules: list[nn.Module] = []
         self._misses = 0
+        self._start, self._first_step = Start(), loss.step
         if compile:
             with self._or_python():
                 check_version(CompiledSVI)
@@ -131,6 +133,19 @@ class CompiledSVI:
         """Return the loss and the totals, with modules in evaluation mode; change nothing."""
         with self._evaluating():
             return self._run("evaluate", args, kwargs, 1)
+
+    def reset(self) -> None:
+        """Begin again: parameters, optimizer and schedules as before the first step; graphs stay.
+
+        Raises:
+            ArgumentError: the optimizer does not start from zeros, or the objective trains a critic.
+        """
+        if self.loss.critics:
+            raise ArgumentError(
+                "reset: the objective's penalties train critics, which stay trained. Make a new pe.SVI."
+            )
+        self._start.restore(self.update.optimizers(self._start.parameters))
+        self.loss.step = self._first_step
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -214,6 +229,7 @@ class CompiledSVI:
             terms = self.loss.checked_terms(self.model, self.guide, args, kwargs)
             loss = self._loss(terms)
         if kind == "train" and loss.requires_grad:
+            self._start.note(parameters)
             self.loss.count_step(loss, terms).backward()
             check_own(parameters)
             check_gradients(parameters)

@@ -11,6 +11,7 @@ from pyro_elbo.diagnosis.activity import ACTIVE, active_units, spread_of_means
 from pyro_elbo.diagnosis.findings import Diagnosis, Finding
 from pyro_elbo.diagnosis.probe import MAX_ROWS, Call, Probe, ProbeData, ProbeRecord, are_local, cost_in_steps
 from pyro_elbo.diagnosis.recorded import probe_variables
+from pyro_elbo.diagnosis.rows import rows_of
 from pyro_elbo.diagnosis.rules import diagnose
 from pyro_elbo.diagnosis.splits import Gap, SplitComparison, compare_splits
 
@@ -31,5 +32,6 @@ __all__ = [
     "cost_in_steps",
     "diagnose",
     "probe_variables",
+    "rows_of",
     "spread_of_means",
 ]

@@ -55,7 +55,7 @@ def sample_guide(
 
 def label_latents(drawn: Draws) -> "xarray.Dataset":
     """Return the latents and deterministics of draws: dimensions ``draw``, plates, (time,) event."""
-    return _label(drawn.latents | drawn.deterministics, drawn.plates, drawn)
+    return label_arrays(drawn.latents | drawn.deterministics, drawn.plates, drawn.times)
 
 
 def predict_data(
@@ -92,7 +92,7 @@ def predict_data(
     arrays = {n: x for n, x in found.arrays.items() if n in drawn.observed}
     if not arrays:
         raise SiteError(f"There is nothing to predict: {found.skipped or 'the model observes no site'}.")
-    data = _label(arrays, found.plates, drawn)
+    data = label_arrays(arrays, found.plates, drawn.times)
     for name, steps in counted.items():
         if name in arrays:
             dims = data[name].dims[1 : 1 + steps.dim()]
@@ -136,8 +136,9 @@ def _counted_steps(
     return {n: count_data(s, drawn.nesting + 1) for n, s in steps.items() if isinstance(s.mask, Tensor)}
 
 
-def _label(arrays: Arrays, plates: Mapping[str, tuple[Plate, ...]], drawn: Draws) -> "xarray.Dataset":
-    names = Names(set(arrays), {}, drawn.times)
+def label_arrays(arrays: Arrays, plates: Mapping[str, tuple[Plate, ...]], times: Mapping[str, str]) -> "xarray.Dataset":
+    """Return arrays, whose first dimension is that of the draws, with names for all dimensions."""
+    names = Names(set(arrays), {}, times)
     groups = label({"draws": stack_chains([(arrays, plates)], names)}, {}, {})
     return without_slashes(groups)["draws"].isel(chain=0, drop=True, missing_dims="ignore")
 

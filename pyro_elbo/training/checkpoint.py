@@ -1,10 +1,6 @@
 """Checkpoints and saved states: read without running code, compared with the programs before they are loaded."""
 
-import os
-import tempfile
-import warnings
-import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,64 +8,11 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, CheckpointError
+from pyro_elbo.files import read_file
 
 CHECKPOINT_PARTS = frozenset(
     ("state_dict", "history", "optimizer_states", "loops", "epoch", "global_step", "pytorch-lightning_version")
 )
-
-
-def read_file(path: Path, parts: Collection[str], kind: str) -> dict[str, Any]:
-    """Read a dictionary of tensors and plain values without running any code in the file.
-
-    Args:
-        path: the file.
-        parts: the keys that it must have.
-        kind: what the file should be, a noun for the message.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds something else.
-    """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, expected a {kind}: name the file in it.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of damage that the exceptions below report
-            with zipfile.ZipFile(path) as archive:
-                if changed := archive.testzip():  # torch does not compare the checksums that it writes
-                    raise zipfile.BadZipFile(f"the checksum of {changed} is wrong")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: expected a {kind}.") from error
-    except Exception as error:  # the unpickler raises exceptions of any type on damaged bytes
-        raise CheckpointError(f"{path} is damaged or is no {kind}: {error}. Delete it, or use a copy.") from error
-    if not isinstance(content, dict) or not set(parts) <= content.keys():
-        missing = sorted(set(parts) - content.keys()) if isinstance(content, dict) else sorted(parts)
-        raise CheckpointError(f"{path} is no {kind}: it lacks {missing}. Delete it, or name another file.")
-    return content
-
-
-def write_file(content: Mapping[str, Any], path: Path) -> None:
-    """Write a dictionary of tensors and plain values: a reader sees the old file or the whole new one.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, expected the name of a file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(dict(content), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}. Choose another path.") from error
 
 
 def check_state(path: Path, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from pyro_elbo.diagnosis import Diagnosis, diagnose
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, check_count
+from pyro_elbo.files import read_file, write_file
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.plots import plot_history
 from pyro_elbo.posterior import ParetoK, label_latents, pareto_k, predict_data, sample_guide, to_arviz
@@ -25,7 +26,7 @@ from pyro_elbo.programs import (
     seeded,
 )
 from pyro_elbo.terms import Terms
-from pyro_elbo.training.checkpoint import check_state, read_file, write_file
+from pyro_elbo.training.checkpoint import check_state
 from pyro_elbo.training.checks import check_loss
 from pyro_elbo.training.convergence import ConvergenceReport
 from pyro_elbo.training.data import RunArguments, arguments, num_rows

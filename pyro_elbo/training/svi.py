@@ -207,6 +207,35 @@ class SVI:
         parts = [self._train(*next(data), count) for count in counts]
         return np.concatenate([values[:, names.index("elbo")] for names, values in parts])
 
+    def reset(self) -> None:
+        """Forget the training: parameters, optimizer and schedules become what they were before the first step.
+
+        Compiled graphs stay, so that data sets of one shape can be fitted one after the other with one compilation, as
+        in :func:`simulation_based_calibration`. Parameters that Pyro's store has lost come back to it. Learning rates,
+        and buffers of modules such as the averages of batch norm, are left as they are. Before the first step there is
+        nothing to forget.
+
+        Raises:
+            ArgumentError: the optimizer does not start from zeros, or a penalty trains a critic.
+
+        Example:
+            >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
+            >>> def model(x):
+            ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("data", len(x)):
+            ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> guide = pyro.infer.autoguide.AutoNormal(model)
+            >>> svi = pe.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pe.TraceBeta_ELBO())
+            >>> means = []
+            >>> for x in (torch.full((99,), 3.0), torch.full((99,), -3.0)):
+            ...     svi.reset()
+            ...     _ = svi.run(300, x, progress=False)
+            ...     means.append(round(guide.median()["z"].item()))
+            >>> means
+            [3, -3]
+        """
+        self._steps.reset()
+
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss in nats without taking a step, with modules in evaluation mode; schedules do not advance."""
         args, kwargs = self._arguments(args, kwargs)

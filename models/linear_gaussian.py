@@ -7,6 +7,7 @@ pseudo-inverse M⁻¹Wᵀ; log p(x) = log Normal(x; μ, WWᵀ + σ²I); a mean-f
 ½(Σ log M_ii - log|M|) nats per datum. Tipping, Bishop (1999), Probabilistic principal component analysis.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,6 +60,39 @@ class LinearGaussian:
     def mean_field_gap(self) -> Tensor:
         """½(Σ log M_ii - log|M|): nats per datum between log p(x) and the best diagonal guide."""
         return 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision))
+
+    def tempered(self, beta: float) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k k"]]:
+        """Return the encoder and the covariance of the best q for a weight β of the KL.
+
+        q_β(z | x) ∝ p(z) p(x | z)^(1/β) is the posterior at the noise βσ²: ridge regression with penalty βσ².
+        """
+        noise, k = beta * self.noise**2, self.weight.shape[1]
+        precision = self.weight.T @ self.weight + noise * torch.eye(k, dtype=self.weight.dtype)
+        return torch.linalg.solve(precision, self.weight.T), noise * torch.linalg.inv(precision)
+
+    def rate_distortion(self, beta: float, x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
+        """Return rate and distortion of q_β on these data, in closed form: nats per datum.
+
+        With q_β = Normal(A (x - μ), Σ): R = ½ (tr Σ + |A(x - μ)|² - k - log|Σ|) and
+        D = ½ d log 2πσ² + (|(I - WA)(x - μ)|² + tr WΣWᵀ) / 2σ², averaged over the data.
+        """
+        encoder, cov = self.tempered(beta)
+        centered = x - self.mean
+        loc = centered @ encoder.T
+        rate = (cov.trace() + loc.square().sum(1).mean() - len(cov) - torch.logdet(cov)) / 2
+        error = (centered - loc @ self.weight.T).square().sum(1).mean() + (self.weight @ cov @ self.weight.T).trace()
+        constant = x.shape[1] / 2 * math.log(2 * math.pi * self.noise**2)
+        return rate, constant + error / (2 * self.noise**2)
+
+    def tempered_guide(self, beta: float) -> Callable[[Tensor], Tensor]:
+        """Return q_β as a guide."""
+        encoder, cov = self.tempered(beta)
+
+        def guide(x: Float[Tensor, "n d"]) -> Tensor:
+            with pyro.plate("data", len(x)):
+                return pyro.sample("z", dist.MultivariateNormal((x - self.mean) @ encoder.T, cov))
+
+        return guide
 
     def log_evidence(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """Return log p(x_n) in nats."""

@@ -4,7 +4,7 @@ r"""Tests of one quantity's positions u = (r + v) / (L + 1), which are uniform o
 * bias: symmetry about ½, by Wilcoxon's signed ranks. Yao et al. (2018) test the same symmetry, which holds for
   variational posteriors that have the right centers and the wrong spread, by comparing the samples u and 1 - u. Those
   are not independent; signed ranks are exact;
-* spread: the mean of (u - ½)², which is 1/12 with variance 1/180.
+* spread: |2u - 1|, the distance from the center, is uniform too: Kolmogorov-Smirnov, exact.
 """
 
 from typing import NamedTuple
@@ -45,13 +45,13 @@ def judge(name: str, u: Float64[np.ndarray, " simulations"], level: float) -> Ve
     bins = int(np.clip(len(u) // 10, 4, 20))
     uniform = float(stats.chisquare(np.histogram(u, bins, (0.0, 1.0))[0]).pvalue)
     bias = float(stats.wilcoxon(u - 0.5).pvalue)
-    square = np.square(u - 0.5).mean()
-    spread = float(2 * stats.norm.sf(abs(square - 1 / 12) / np.sqrt(1 / 180 / len(u))))
+    distance = np.abs(2 * u - 1)
+    spread = float(stats.kstest(distance, "uniform").pvalue)
     found = []
     if bias < level:
         found.append("draws too low" if u.mean() > 0.5 else "draws too high")
     if spread < level:
-        found.append("too narrow" if square > 1 / 12 else "too wide")
+        found.append("too narrow" if distance.mean() > 0.5 else "too wide")
     if uniform < level and not found:
         found.append("not uniform")
     return Verdict(name, uniform, bias, spread, float(u.mean()), ", ".join(found) or "calibrated")

@@ -33,7 +33,7 @@ class RateDistortion:
     """The result of :func:`rate_distortion`: print it, plot it, take its hull.
 
     Attributes:
-        points: Dataset over ``beta``: ``rate``, ``distortion``, ``elbo``, and ``..._se``, standard errors; nats per datum.
+        points: Dataset over ``beta``: ``rate``, ``distortion``, ``elbo``, standard errors ``..._se``; nats a datum.
         entropy: the entropy of the data in nats per datum, if it is stated: no point lies below D + R = H.
     """
 

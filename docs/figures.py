@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from sklearn.datasets import load_digits
@@ -124,9 +125,34 @@ def draw_linear_response(path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def centered_schools(sigma: torch.Tensor, y: torch.Tensor) -> None:
+    """Eight schools as :doc:`calibration` shows them."""
+    mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfNormal(5.0))
+    with pyro.plate("school", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def draw_calibration(path: Path) -> None:
+    """Calibrate AutoNormal on the centered eight schools, and draw positions of the true values."""
+    guide = AutoNormal(centered_schools)
+    svi = pe.SVI(centered_schools, guide, pyro.optim.Adam({"lr": 0.05}), pe.TraceBeta_ELBO(), compile=True)
+
+    def fit(sigma: torch.Tensor, y: torch.Tensor) -> AutoNormal:
+        svi.reset()
+        svi.run(2000, sigma, y, progress=False)
+        return guide
+
+    arguments = SCHOOLS_DATA[0].float(), torch.zeros(8)
+    found = pe.simulation_based_calibration(centered_schools, fit, *arguments, num_workers=2)
+    print(found)
+    found.plot()[0].figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
     images = Path(__file__).parent / "images"
     draw_schedules(images / "schedules.png")
     draw_convergence(images / "convergence.png")
     draw_diagnosis(images / "diagnosis.png")
     draw_linear_response(images / "linear_response.png")
+    draw_calibration(images / "calibration.png")

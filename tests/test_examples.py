@@ -11,6 +11,7 @@ from examples import (
     fair_representation,
     generalization,
     quickstart,
+    rate_distortion,
     svi_script,
     training_pathologies,
     vrnn_digits,
@@ -45,6 +46,14 @@ def test_generalization_compares_and_draws(tmp_path):
     assert fits["no decay"].comparison.rows == (100, 100)
     generalization.draw(fits, -20.0, tmp_path / "generalization.png")
     assert (tmp_path / "generalization.png").stat().st_size > 10_000
+
+
+def test_rate_distortion(tmp_path, capsys):
+    rate_distortion.main(tmp_path, smoke_test=True)
+    assert "claim: all 9 points lie on the exact curve" in capsys.readouterr().out
+    assert (tmp_path / "rate_distortion.png").stat().st_size > 10_000
+    with xarray.open_dataset(tmp_path / "linear.nc", engine="h5netcdf") as points:
+        assert points.sizes["beta"] == 9
 
 
 @pytest.mark.thorough

@@ -66,3 +66,10 @@ def test_fitted_mean_field_gap_is_its_formula(problem):
     # 5 SE: a false alarm in two of a million; 1e-3 for the distance of the fit from its optimum.
     assert abs(gap - model.mean_field_gap) < 5 * bounds.std() / 10**0.5 + 1e-3
     assert model.mean_field_gap > 0.05
+
+
+def test_tempered_guide_at_one_is_the_exact_posterior(problem):
+    model, _ = problem
+    encoder, cov = model.tempered(1.0)
+    assert torch.allclose(encoder, model.encoder)
+    assert torch.allclose(cov, model.covariance)

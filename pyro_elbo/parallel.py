@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -34,16 +35,15 @@ SETTINGS = "settings.json"
 _ALIVE = 1.0  # seconds between two looks at whether the parent process lives
 
 
-class Work(Protocol):
+class Work(ABC):
     """What tasks do; with several processes each has its own copy."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  (most work needs nothing)
         """Run once in every process, before its first task."""
-        ...
 
+    @abstractmethod
     def __call__(self, name: str) -> Mapping[str, Any]:
         """Carry out a task and return tensors and plain values."""
-        ...
 
 
 class Folder:

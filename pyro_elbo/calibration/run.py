@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from pyro_elbo.calibration.ranks import ranks_of
 from pyro_elbo.calibration.result import Calibration
 from pyro_elbo.calibration.simulate import Simulator, make_simulator
 from pyro_elbo.errors import ArgumentError, NonFiniteError, check_count, check_number, describe, first_line
-from pyro_elbo.parallel import Finished, run_tasks
+from pyro_elbo.parallel import Finished, Work, run_tasks
 from pyro_elbo.posterior import label_arrays
 from pyro_elbo.programs import Program, check_options, mix_seed, program_arguments, program_name, seeded
 
@@ -128,7 +129,8 @@ def _name(number: int) -> str:
     return f"simulation-{number:06}"
 
 
-class _Simulations(NamedTuple):
+@dataclass(frozen=True)
+class _Simulations(Work):
     """The work of a simulation."""
 
     simulator: Simulator

@@ -176,13 +176,13 @@ def lower_hull(rate: np.ndarray, distortion: np.ndarray) -> tuple[int, ...]:
         (0, 2)
     """
     hull: list[int] = []
-    for i in np.lexsort((distortion, rate)):
+    for i in np.lexsort((distortion, rate)).tolist():
         while len(hull) > 1 and _turns_up(rate, distortion, hull[-2], hull[-1], i):
             hull.pop()
         if not hull or distortion[i] < distortion[hull[-1]]:
             if hull and rate[i] == rate[hull[-1]]:
                 hull.pop()
-            hull.append(int(i))
+            hull.append(i)
     return tuple(hull)
 
 

@@ -3,13 +3,14 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pyro_elbo.errors import ArgumentError, check_count, check_number, describe
-from pyro_elbo.parallel import run_tasks
+from pyro_elbo.parallel import Work, run_tasks
 from pyro_elbo.programs import mix_seed, seeded
 from pyro_elbo.tradeoff.points import Point, measure
 
@@ -73,7 +74,7 @@ def sweep(
         raise ArgumentError(f"fit must be a function from beta to a FitResult or Terms, got {describe(fit)}.")
     check_count("num_samples", num_samples)
     check_count("seed", seed, least=0)
-    values = _checked(betas)
+    values = _as_numbers(betas)
     work = _Sweep(fit, num_samples, seed)
     names = [f"beta-{beta!r}" for beta in values]
     settings = {"kind": "sweep", "num_samples": num_samples, "seed": seed}
@@ -92,7 +93,7 @@ def sweep(
     return to_dataset(values, [Point(**finished.results[name]) for name in names])
 
 
-def _checked(betas: Any) -> list[float]:
+def _as_numbers(betas: Any) -> list[float]:
     values = [betas] if isinstance(betas, Real) else list(betas)
     for beta in values:
         check_number("every one of betas", beta)
@@ -102,15 +103,13 @@ def _checked(betas: Any) -> list[float]:
     return values
 
 
-class _Sweep(NamedTuple):
+@dataclass(frozen=True)
+class _Sweep(Work):
     """The work of one β."""
 
     fit: Callable[[float], Any]
     num_samples: int
     seed: int
-
-    def prepare(self) -> None:
-        """Do nothing: fits share nothing."""
 
     def __call__(self, name: str) -> dict[str, float]:
         beta = float(name.removeprefix("beta-"))

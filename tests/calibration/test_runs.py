@@ -15,6 +15,7 @@ import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError, CheckpointError, GuideError, SiteError
 from tests.calibration.programs import AutoNormalFit, Y, exact, normal
 from tests.support.refusing import refusing
+from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 
 CURE = re.compile(r"\b(give|use|pass|return|choose|write|must be|put)\b", re.I)
 refuses = refusing(CURE)
@@ -241,11 +242,13 @@ def test_models_that_do_not_generate_their_data_are_refused(case):
     "options",
     [{"num_simulations": 19}, {"num_draws": 18}, {"num_workers": 0}, {"seed": -1}, {"false_alarm": 1.0}, {"dir": 3}],
 )
+@pytest.mark.usefixtures("untyped")
 def test_bad_options_are_refused(options):
     with pytest.raises(ArgumentError, match=next(iter(options))):
         calibrate(exact, **options)
 
 
+@pytest.mark.usefixtures("untyped")
 def test_a_fit_must_be_a_function():
     with refuses(ArgumentError, "fit must be a function"):
         calibrate("fit")

@@ -17,6 +17,7 @@ from models.variational_dropout import LogUniform
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, SiteError
 from pyro_elbo.tradeoff.curve import lower_hull
 from tests.support.refusing import refusing
+from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 
 BETAS = (0.25, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0, 8.0)
 MODEL, X = simulate(1000, d=4, k=2)
@@ -68,22 +69,23 @@ def test_the_closed_form_is_that_of_the_model():
 
 
 def test_points_of_the_best_guides():
-    """The rate is analytic, so exact; the distortion of one draw a row is within 4 SE of the closed form (6e-5)."""
+    """One draw a row: rates and distortions within 4 SE of the closed form (16 figures: false alarm 1e-3)."""
     curve = pe.rate_distortion({beta: terms(beta) for beta in reversed(BETAS)})
     assert curve.points.beta.values.tolist() == list(BETAS)
     for beta in BETAS:
         rate, distortion = (x.item() for x in MODEL.rate_distortion(beta, X))
         found = curve.points.sel(beta=beta)
-        assert np.isclose(found.rate, rate)
+        assert abs(found.rate - rate) < 4 * found.rate_se
         assert abs(found.distortion - distortion) < 4 * found.distortion_se
         assert np.isclose(found.elbo, -found.rate - found.distortion)
-        t = terms(beta).per_datum
-        assert np.isclose(found.rate, t.rate.item())
 
 
 def test_standard_errors_are_those_of_a_mean_over_rows():
-    point = pe.rate_distortion({1.0: terms(1.0)}).points.isel(beta=0)
-    kl = terms(1.0).kl["z"]
+    found = terms(1.0)
+    point = pe.rate_distortion({1.0: found}).points.isel(beta=0)
+    kl = found.kl["z"]
+    assert np.isclose(point.rate, found.per_datum.rate.item())
+    assert np.isclose(point.distortion, found.per_datum.distortion.item())
     assert np.isclose(point.rate_se, kl.std() / len(kl) ** 0.5)
 
 
@@ -224,6 +226,7 @@ def plateless(beta):
     return pe.TraceBeta_ELBO().terms(model, lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)), torch.tensor(0.0))
 
 
+@pytest.mark.usefixtures("untyped")
 def test_what_cannot_be_swept():
     for fit, betas, error, part in (
         (3, BETAS, ArgumentError, "fit must be"),
@@ -239,6 +242,7 @@ def test_what_cannot_be_swept():
             pe.sweep(fit, betas, **QUIET)
 
 
+@pytest.mark.usefixtures("untyped")
 def test_what_is_no_curve():
     for results, part in (({}, "no fits"), ([], "no fits"), (3, "3"), ({"a": terms(1.0)}, "beta"), ({1.0: 2}, "2")):
         with refuses(ArgumentError, part):

@@ -29,7 +29,7 @@ def plot_ecdf(
             ecdf = np.searchsorted(np.sort(u), points, side="right") / count
             inside = bool(((low <= ecdf) & (ecdf <= high)).all())
             ax.plot(points, ecdf - points, color=_LINE if inside else _OUTSIDE, lw=1.0)
-        ax.set(title=name, xlim=(0, 1), xlabel="position of the true value")
+        ax.set(title=name, xlim=(0, 1), xticks=(0, 0.5, 1), xlabel="position of the true value")
         ax.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("ECDF less the diagonal")
     return panels

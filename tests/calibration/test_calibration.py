@@ -25,12 +25,12 @@ from tests.calibration.programs import (
     shifted,
 )
 
-QUIET = {"progress": False}
+QUIET = {"progress": False, "num_simulations": 100}
 
 
 @pytest.fixture(scope="module", name="calibrated")
 def _calibrated():
-    return pe.simulation_based_calibration(normal, exact, Y, num_simulations=400, **QUIET)
+    return pe.simulation_based_calibration(normal, exact, Y, **QUIET | {"num_simulations": 300})
 
 
 def test_ranks_of_the_exact_posterior_are_uniform(calibrated):
@@ -75,7 +75,7 @@ def test_a_fit_that_ignores_the_data_shows_in_the_log_likelihood_alone():
 @pytest.mark.slow
 def test_auto_normal_is_not_calibrated_on_centered_eight_schools():
     fit = AutoNormalFit(centered_schools, 1500, compile=True)
-    found = pe.simulation_based_calibration(centered_schools, fit, SIGMA, torch.zeros(8), num_simulations=100, **QUIET)
+    found = pe.simulation_based_calibration(centered_schools, fit, SIGMA, torch.zeros(8), **QUIET)
     verdicts = {v.name: v for v in found.verdicts}
     assert verdicts["tau"].words != "calibrated", found
     assert found.ranks["theta"].dims == ("simulation", "school")
@@ -148,15 +148,15 @@ def test_results_datasets_and_dictionaries_are_draws_too(calibrated):
     assert found.is_calibrated
 
     def fitted(y):
-        return pe.fit(normal, exact(y), y, batch_size=None, max_epochs=1, **QUIET)
+        return pe.fit(normal, exact(y), y, batch_size=None, max_epochs=1, progress=False)
 
     with pytest.raises(pe.PyroElboError, match="20 of 20 simulations"):
-        pe.simulation_based_calibration(normal, fitted, Y, num_simulations=20, **QUIET)  # nothing to train
+        pe.simulation_based_calibration(normal, fitted, Y, **QUIET | {"num_simulations": 20})  # nothing to train
 
 
 def test_what_is_printed_drawn_and_exported(calibrated):
     text = repr(calibrated)
-    assert "Calibration over 400 simulations of 99 draws" in text
+    assert "Calibration over 300 simulations of 99 draws" in text
     assert "probability 0.05 at most" in text
     assert "<table>" in calibrated._repr_html_()
     panels = calibrated.plot()
@@ -165,5 +165,5 @@ def test_what_is_printed_drawn_and_exported(calibrated):
         calibrated.plot(panels[:2])
     data = calibrated.to_arviz()
     assert data["prior_sbc"]["mean"].dims == ("chain", "draw")
-    assert data["prior_sbc_ranks"]["mean"].sizes["draw"] == 400
+    assert data["prior_sbc_ranks"]["mean"].sizes["draw"] == 300
     assert az.__version__.startswith("1") or isinstance(data, az.InferenceData)

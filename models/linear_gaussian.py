@@ -111,11 +111,16 @@ class LinearGaussian:
         return guide
 
 
-def simulate(n: int, d: int = 6, k: int = 3, noise: float = 0.7, seed: int = 0) -> tuple[LinearGaussian, Tensor]:
-    """Draw parameters and n data in double precision."""
+def simulate(
+    n: int, d: int = 6, k: int = 3, noise: float = 0.7, seed: int = 0, orthogonal: bool = False
+) -> tuple[LinearGaussian, Tensor]:
+    """Draw parameters and n data in double precision; ``orthogonal`` columns of W make the posterior diagonal."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    model = LinearGaussian(normal(d, k), normal(d), noise)
+    weight, mean = normal(d, k), normal(d)
+    if orthogonal:
+        weight = torch.linalg.qr(weight).Q * torch.linspace(2.0, 1.0, k, dtype=weight.dtype)
+    model = LinearGaussian(weight, mean, noise)
     return model, normal(n, k) @ model.weight.T + model.mean + noise * normal(n, d)
 
 

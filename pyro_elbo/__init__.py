@@ -3,6 +3,15 @@
 from pyro_elbo.calibration import Calibration, Verdict, simulation_based_calibration
 from pyro_elbo.diagnosis import Diagnosis, Finding, SplitComparison, active_units, compare_splits, diagnose
 from pyro_elbo.errors import PyroElboError
+from pyro_elbo.evidence import (
+    CodeLength,
+    CodeLengthDifference,
+    EvidenceBracket,
+    LogEvidence,
+    bidirectional_evidence,
+    code_length,
+    log_evidence,
+)
 from pyro_elbo.information import MutualInformation, Penalty, PenaltyContext, PenaltyTerm, TotalCorrelation
 from pyro_elbo.objectives import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
 from pyro_elbo.plots import plot_history, plot_tradeoff
@@ -21,15 +30,19 @@ __all__ = [
     "Audit",
     "Calibration",
     "Capacity",
+    "CodeLength",
+    "CodeLengthDifference",
     "Constant",
     "ConvergenceReport",
     "Cyclical",
     "Diagnosis",
+    "EvidenceBracket",
     "Finding",
     "FitResult",
     "KLDecomposition",
     "LinearResponse",
     "LinearWarmup",
+    "LogEvidence",
     "MutualInformation",
     "ParetoK",
     "Penalty",
@@ -50,12 +63,15 @@ __all__ = [
     "Verdict",
     "active_units",
     "audit",
+    "bidirectional_evidence",
+    "code_length",
     "compare_splits",
     "diagnose",
     "fit",
     "kl_decomposition",
     "linear_response",
     "load",
+    "log_evidence",
     "loo",
     "pareto_k",
     "plot_history",

@@ -1,25 +1,30 @@
 """Draws from the fitted guide, their importance weights, and the export to ArviZ.
 
-Takes model, guide and data; gives ``Draws`` with log p and log q, Pareto-smoothed weights, k-hat, leave-one-out,
-draws and predictions as labeled arrays, ArviZ's groups, linear response, and the KL between a guide before and after
-it moved.
+Takes model, guide and data; gives ``Draws`` with log p and log q, all at once or in chunks, how densities add up
+(``Weighting``), Pareto-smoothed weights, k-hat, leave-one-out, draws and predictions as labeled arrays, ArviZ's groups,
+linear response, and the KL between a guide before and after it moved.
 Imports terms and below.
 """
 
 from pyro_elbo.posterior.arviz import to_arviz, to_container
-from pyro_elbo.posterior.draws import Draws
+from pyro_elbo.posterior.draws import Draws, draw_in_chunks
 from pyro_elbo.posterior.importance import ParetoK, judge, loo, pareto_k
 from pyro_elbo.posterior.layout import lead
 from pyro_elbo.posterior.linear_response import linear_response
 from pyro_elbo.posterior.predict import label_arrays, label_latents, predict_data, sample_guide
 from pyro_elbo.posterior.response import LinearResponse
 from pyro_elbo.posterior.symmetrized_kl import SymmetrizedKL
+from pyro_elbo.posterior.weights import Weighting, find_weighting, is_discrete, sum_plates
 
 __all__ = [
     "Draws",
     "LinearResponse",
     "ParetoK",
     "SymmetrizedKL",
+    "Weighting",
+    "draw_in_chunks",
+    "find_weighting",
+    "is_discrete",
     "judge",
     "label_arrays",
     "label_latents",
@@ -29,6 +34,7 @@ __all__ = [
     "pareto_k",
     "predict_data",
     "sample_guide",
+    "sum_plates",
     "to_arviz",
     "to_container",
 ]

@@ -5,7 +5,7 @@ dimension of the draws first, then the site's plates, then its event, as in one 
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -163,20 +163,53 @@ def draw(
         raise ArgumentError(f"num_samples must be at least 1, got {num_samples}.")
     check_programs(model, guide)
     check_initialized(guide)
-    programs = ProgramCall(model, guide, args, kwargs)
     with torch.no_grad(), seeded(seed), evaluating(model, guide):
-        data = read_data(*programs)
-        rows = data.rows if rows is None else rows
-        if rows:  # every draw sees the same rows: values per datum would otherwise belong to different data
-            programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
-            data = read_data(*programs)
-        shapes = trace_pair(*programs)
-        frame = Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs))
+        programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), rows)
         runs = _vectorized(programs, frame, num_samples, chunk_size)
         vectorized = runs is not None
         if runs is None:
-            runs = [_collect(trace_pair(*programs), frame, 1) for _ in range(num_samples)]
-    return _concatenate(runs, frame, vectorized, data._replace(rows=rows))
+            runs = _one_by_one(programs, frame, num_samples)
+    return _concatenate(runs, frame, vectorized, data)
+
+
+def draw_in_chunks(
+    model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], num_samples: int, max_elements: int
+) -> Iterator[Draws]:
+    """Yield draws as :func:`draw` makes them, few at a time: no array of a chunk has more than about ``max_elements``.
+
+    Consume the chunks inside of ``torch.no_grad()``, ``seeded`` and ``evaluating``, under which they are made. The
+    first one has at least two draws, so that it can tell a point estimate from a density.
+    """
+    programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), None)
+    largest = max((s.value.numel() for s in frame.shapes.model.values()), default=1)
+    size = min(num_samples, max(2, max_elements // max(largest, 1)))
+    runs = _vectorized(programs, frame, size, size)
+    vectorized = runs is not None
+    yield _concatenate(runs or _one_by_one(programs, frame, size), frame, vectorized, data)
+    for done in range(size, num_samples, size):
+        count = min(size, num_samples - done)
+        if vectorized:
+            runs = [_collect(trace_pair(*programs, count, frame.nesting), frame, count)]
+        else:
+            runs = _one_by_one(programs, frame, count)
+        yield _concatenate(runs, frame, vectorized, data)
+
+
+def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, Frame, RunData]:
+    """Fix the rows that random subsamples take, and return what all runs share."""
+    model, guide, args, kwargs = programs
+    data = read_data(*programs)
+    rows = data.rows if rows is None else rows
+    if rows:  # every draw sees the same rows: values per datum would otherwise belong to different data
+        programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
+        data = read_data(*programs)
+    shapes = trace_pair(*programs)
+    frame = Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs))
+    return programs, frame, data._replace(rows=rows)
+
+
+def _one_by_one(programs: ProgramCall, frame: Frame, count: int) -> list[dict[str, Any]]:
+    return [_collect(trace_pair(*programs), frame, 1) for _ in range(count)]
 
 
 def _vectorized(programs: ProgramCall, frame: Frame, num_samples: int, chunk_size: int) -> list[dict[str, Any]] | None:

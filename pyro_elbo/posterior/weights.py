@@ -39,23 +39,28 @@ class Weighting:
     def sums(self, pair: TracePair, count: int, nesting: int) -> dict[str, Tensor | None]:
         """Sum the log densities of ``count`` draws in float64, jointly and per row of the data plate."""
         p, q = [pair.model[n] for n in self.p], [pair.guide[n] for n in self.q]
-
-        def total(sites: list[Site], keep: Plate | None) -> Tensor:
-            result = torch.zeros(count, *([keep.size] if keep else []), dtype=torch.float64)
-            for s in sites:
-                scale = s.scale / self.factor * (keep.size / keep.full_size if keep else 1.0)
-                x = align(s.log_prob().double() * scale, count, nesting)
-                dims = [d for d in range(-nesting, 0) if keep is None or d != keep.dim]
-                result = result + (x.sum(dims) if dims else x)
-            return result
-
         row, fixed = self.plate if self.local else None, fixed_sites(pair.model.values())
         return {
-            "log_p": total(p, None),
-            "log_q": total(q, None),
-            "local_log_p": total([s for s in p if s.name not in fixed], row) if row else None,
-            "local_log_q": total(q, row) if row else None,
+            "log_p": self.total(p, None, count, nesting),
+            "log_q": self.total(q, None, count, nesting),
+            "local_log_p": self.total((s for s in p if s.name not in fixed), row, count, nesting) if row else None,
+            "local_log_q": self.total(q, row, count, nesting) if row else None,
         }
+
+    def total(self, sites: Iterable[Site], keep: Plate | None, count: int, nesting: int) -> Tensor:
+        """Sum log densities of ``count`` draws over sites, and over all their plates but ``keep``, in float64."""
+        result = torch.zeros(count, *([keep.size] if keep else []), dtype=torch.float64)
+        for s in sites:
+            scale = s.scale / self.factor * (keep.size / keep.full_size if keep else 1.0)
+            result = result + sum_plates(s.log_prob().double() * scale, keep, count, nesting)
+        return result
+
+
+def sum_plates(x: Tensor, keep: Plate | None, count: int, nesting: int) -> Tensor:
+    """Sum over all batch dimensions but that of the draws and that of the plate to keep."""
+    x = align(x, count, nesting)
+    dims = [d for d in range(-nesting, 0) if keep is None or d != keep.dim]
+    return x.sum(dims) if dims else x
 
 
 def align(x: Tensor, count: int, nesting: int) -> Tensor:

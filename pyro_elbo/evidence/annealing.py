@@ -1,7 +1,7 @@
 r"""Annealed importance sampling: from a start to the posterior in many small steps.
 
-.. math:: \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1}) \log r(u_{t-1}), \qquad u_t \sim T_{\beta_t}(\cdot \mid u_{t-1}),
-    \qquad E[w] = p(x)
+.. math:: \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1}) \log r(u_{t-1}), \qquad
+    u_t \sim T_{\beta_t}(\cdot \mid u_{t-1}), \qquad E[w] = p(x)
 
 T_β is Hamiltonian Monte Carlo that leaves f_β unchanged. A pilot run of other chains finds its step sizes, and places
 the temperatures at equal thermodynamic distance, :math:`d\beta \propto 1 / \sqrt{Var_\beta \log r}`. Both are fixed
@@ -9,13 +9,13 @@ afterwards: a walk that tuned itself would no longer be unbiased.
 
 References:
     Neal (2001), Annealed importance sampling, arXiv:physics/9803008; Gelman, Meng (1998), Simulating normalizing
-    constants, Statistical Science 13 (thermodynamic distance); Grosse, Maddison, Salakhutdinov (2013), Annealing between
-    distributions by averaging moments, NeurIPS.
+    constants, Statistical Science 13 (thermodynamic distance); Grosse, Maddison, Salakhutdinov (2013), Annealing
+    between distributions by averaging moments, NeurIPS.
 """
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float64
@@ -27,8 +27,6 @@ from pyro_elbo.evidence.bridge import Bridge, Call, build_bridge
 from pyro_elbo.evidence.hmc import PerChain, Point, Position, transition
 from pyro_elbo.evidence.result import LogEvidence, WeightSums
 from pyro_elbo.programs import Program
-
-Start = Literal["prior", "guide"]
 
 MAX_ELEMENTS = 2**22  # of the chains of a latent that walk together
 ACCEPTANCE = 0.75
@@ -42,7 +40,7 @@ class Annealing(NamedTuple):
 
     num_temperatures: int
     num_leapfrog: int
-    start: Start = "prior"
+    start: str = "prior"
 
     def check(self) -> None:
         """Raise ArgumentError for settings out of range."""

@@ -218,8 +218,8 @@ def _check_sites(terms: Terms, data: list[Term]) -> None:
     points = [n for n, t in terms.sites.items() if t.kind == "latent" and not t.joint and is_point(t.draws[0].fn)]
     if points := [n for n in points if not _has_source(terms.sites[n])]:
         raise GuideError(
-            f"The guide is a point estimate in {points} (Delta): no finite number of bits states a continuous value, so "
-            "that -ELBO is no code length. Use a guide with a density for every latent, e.g. AutoNormal."
+            f"The guide is a point estimate in {points} (Delta): no finite number of bits states a continuous value, "
+            "so that -ELBO is no code length. Use a guide with a density for every latent, e.g. AutoNormal."
         )
 
 
@@ -234,8 +234,8 @@ def _check_resolution(data: list[Term], resolution: float | None) -> None:
     if resolution is None:
         if continuous:
             raise ArgumentError(
-                f"The sites {continuous} have densities, and -ELBO / ln 2 is a code length for discrete data only. Give "
-                "resolution=..., the width to which each number is rounded."
+                f"The sites {continuous} have densities, and -ELBO / ln 2 is a code length for discrete data only. "
+                "Give resolution=..., the width to which each number is rounded."
             )
         return
     check_number("resolution", resolution)
@@ -243,8 +243,8 @@ def _check_resolution(data: list[Term], resolution: float | None) -> None:
         raise ArgumentError("resolution must be positive, got 0: a number stated exactly costs infinitely many bits.")
     if len(continuous) < len(data):
         raise ArgumentError(
-            f"The sites {[n for n, x in discrete.items() if x]} are discrete: they have no resolution. Leave it out, or "
-            "take the code lengths of discrete and continuous sites from terms of their own."
+            f"The sites {[n for n, x in discrete.items() if x]} are discrete: they have no resolution. Leave it out, "
+            "or take the code lengths of discrete and continuous sites from terms of their own."
         )
 
 

@@ -6,13 +6,13 @@ Annealing replaces the one step from q to the posterior by many small ones: see 
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from pyro_elbo.errors import ArgumentError, check_count, describe
-from pyro_elbo.evidence.annealing import Annealing, Start, anneal
+from pyro_elbo.evidence.annealing import Annealing, anneal
 from pyro_elbo.evidence.batches import check_rows, row_batches
 from pyro_elbo.evidence.result import LogEvidence, WeightSums, join_rows
 from pyro_elbo.posterior import draw_in_chunks
@@ -34,8 +34,8 @@ def log_evidence(
     guide: Program | None,
     *args: Any,
     num_samples: int | None = None,
-    method: Literal["importance", "ais"] = "importance",
-    start: Start = "prior",
+    method: str = "importance",
+    start: str = "prior",
     num_temperatures: int = 500,
     num_leapfrog: int = 10,
     batch_size: int | None = None,

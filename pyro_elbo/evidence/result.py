@@ -141,7 +141,8 @@ class WeightSums:
         Raises:
             WeightsError: all weights of a row are zero.
         """
-        assert self._first is not None and self._second is not None
+        assert self._first is not None
+        assert self._second is not None
         if bool((self._first == -torch.inf).any()):
             raise WeightsError(
                 f"None of {self.count} draws has a density under the model: the guide draws outside its support. "

@@ -1,0 +1,120 @@
+"""Code lengths against lengths computed by hand."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+
+import pyro_elbo as pe
+from models.linear_gaussian import simulate
+from pyro_elbo.errors import ArgumentError, GuideError, SiteError
+
+LOSS = pe.TraceBeta_ELBO()
+X = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+
+
+def coins(p):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Bernoulli(torch.tensor(p, dtype=torch.float64)).expand([3]).to_event(1), obs=x)
+
+    return LOSS.terms(model, lambda x: None, X)
+
+
+def biased(x):
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Bernoulli(p).expand([3]).to_event(1), obs=x)
+
+
+def test_discrete_data_cost_what_is_computed_by_hand():
+    length = pe.code_length(coins(0.25))  # a one costs 2 bits, a zero log2(4/3)
+    zero = math.log2(4 / 3)
+    by_hand = torch.tensor([4 + zero, 6.0, 2 + 2 * zero, 3 * zero], dtype=torch.float64)
+    assert torch.allclose(length.bits, by_hand)
+    assert abs(float(length) - by_hand.sum()) < 1e-9
+    assert abs(length.per_datum - by_hand.mean()) < 1e-9
+    assert length.num_dims == 12
+    assert abs(length.per_dim - by_hand.sum() / 12) < 1e-9
+    assert abs(length.standard_error - by_hand.std() / 2) < 1e-9
+    assert "per dimension" in repr(length)
+    assert "per dimension" in length._repr_html_()
+
+
+def test_latents_and_particles_are_in_the_length():
+    guide = AutoNormal(biased)
+    guide(X)
+    terms = pe.TraceBeta_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1).terms(biased, guide, X)
+    length = pe.code_length(terms)
+    assert abs(length.total + terms.elbo.item() / math.log(2)) < 1e-6
+    assert abs(length.bits.sum() - length.total) < 1e-6
+
+
+def test_a_density_has_a_length_at_a_resolution():
+    model, x = simulate(5, d=4, k=2)
+    terms = LOSS.terms(model, model.exact_guide(), x)
+    length = pe.code_length(terms, resolution=0.125)
+    assert abs(length.total - (-terms.elbo.item() / math.log(2) + 3 * 20)) < 1e-6
+    assert "at resolution 0.125" in repr(length)
+
+
+def test_masked_and_subsampled_rows_count_as_they_should():
+    def masked(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=torch.tensor([True, True, False, True])):
+            pyro.sample("x", dist.Bernoulli(0.5).expand([3]).to_event(1), obs=x)
+
+    length = pe.code_length(LOSS.terms(masked, lambda x: None, X))
+    assert (length.total, length.num_dims) == (9.0, 9.0)
+
+    def half(x):
+        with pyro.plate("data", 4, subsample_size=2) as rows:
+            pyro.sample("x", dist.Bernoulli(0.5).expand([3]).to_event(1), obs=x[rows])
+
+    part = pe.code_length(LOSS.terms(half, lambda x: None, X))
+    assert (part.total, part.num_data, part.num_dims, part.per_datum) == (12.0, 4, 12.0, 3.0)
+    with pytest.raises(ArgumentError, match=r"different data|subsampled"):
+        _ = part - part
+
+
+def test_the_standard_error_of_a_difference_is_that_of_paired_rows():
+    a, b = pe.code_length(coins(0.25)), pe.code_length(coins(0.5))
+    difference = a - b
+    assert abs(float(difference) - (a.total - b.total)) < 1e-9
+    assert abs(difference.standard_error - (a.bits - b.bits).std().item() / 2) < 1e-9
+    assert "first code is longer by" in repr(difference)
+    assert "no difference is shown" in repr(difference)
+    assert "first code is shorter by" in repr(pe.code_length(coins(0.5)) - pe.code_length(coins(0.05)))
+
+
+def test_what_has_no_code_is_refused():
+    model, x = simulate(5, d=4, k=2)
+    density = LOSS.terms(model, model.exact_guide(), x)
+    with pytest.raises(ArgumentError, match="have densities"):
+        pe.code_length(density)
+    for wrong in (0, -0.5):
+        with pytest.raises(ArgumentError, match="resolution must be"):
+            pe.code_length(density, resolution=wrong)
+    with pytest.raises(ArgumentError, match="are discrete"):
+        pe.code_length(coins(0.5), resolution=0.1)
+    with pytest.raises(ArgumentError, match="terms must be"):
+        pe.code_length(-12.0)
+    with pytest.raises(ArgumentError, match="different data"):
+        _ = pe.code_length(density, resolution=0.5) - pe.code_length(density, resolution=0.25)
+    point = AutoDelta(biased)
+    point(X)
+    with pytest.raises(GuideError, match="point estimate in \\['p'\\]"):
+        pe.code_length(LOSS.terms(biased, point, X))
+
+    def factor(x):
+        with pyro.plate("data", len(x)):
+            pyro.factor("f", x.sum(-1))
+            pyro.sample("x", dist.Bernoulli(0.5).expand([3]).to_event(1), obs=x)
+
+    with pytest.raises(SiteError, match="factors"):
+        pe.code_length(LOSS.terms(factor, lambda x: None, X))
+    with pytest.raises(SiteError, match="observes nothing"):
+        pe.code_length(LOSS.terms(lambda x: None, lambda x: None, X))

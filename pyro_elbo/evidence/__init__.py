@@ -7,8 +7,8 @@ Imports posterior and below.
 """
 
 from pyro_elbo.evidence.bidirectional import EvidenceBracket, bidirectional_evidence
-from pyro_elbo.evidence.code_length import CodeLength, CodeLengthDifference, code_length
-from pyro_elbo.evidence.log_evidence import log_evidence
+from pyro_elbo.evidence.codes import CodeLength, CodeLengthDifference, code_length
+from pyro_elbo.evidence.estimate import log_evidence
 from pyro_elbo.evidence.result import LogEvidence
 
 __all__ = [

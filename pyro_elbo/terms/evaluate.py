@@ -316,7 +316,8 @@ def _add_log_q(latent: Term, auxiliary: Term) -> Term:
     steps = latent.steps
     if steps is not None and auxiliary.steps is not None:
         steps = replace(steps, nats=steps.nats + auxiliary.steps.nats, score=auxiliary.steps.score)
-    return replace(latent, nats=latent.nats + auxiliary.nats, score=auxiliary.score, steps=steps)
+    nats = latent.nats + auxiliary.nats
+    return replace(latent, nats=nats, score=auxiliary.score, steps=steps, transformed=True)
 
 
 def _add_auxiliary(terms: dict[str, Term], auxiliary: Iterable[Term]) -> dict[str, Term]:

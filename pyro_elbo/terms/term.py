@@ -34,6 +34,7 @@ class Term:
             their terms is a KL.
         direct: ``nats`` with the gradient of the model's own parameters alone, as if the draws and log q were
             constants; None where no estimator of the gradient needs it.
+        transformed: True for a latent that the guide draws under another name, whose log q ``nats`` holds (AutoNormal).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Term:
     draws: tuple[Site, ...] = ()
     joint: bool = False
     direct: Tensor | None = None
+    transformed: bool = False
 
     @property
     def is_kl(self) -> bool:

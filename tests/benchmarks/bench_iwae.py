@@ -1,8 +1,8 @@
 """Held-out log p(x) of a VAE, IWAE-5 and IWAE-50, by importance sampling and by annealing side by side.
 
 Run with ``python -m tests.benchmarks.bench_iwae``: the digits of scikit-learn, counts from 0 to 16. ``--fashion`` takes
-a subset of Fashion-MNIST from PYRO_ELBO_DATA, binarized at one half. One latent layer, three seeds; figures are nats per
-image, mean over seeds and half the range.
+a subset of Fashion-MNIST from PYRO_ELBO_DATA, binarized at one half. One latent layer, three seeds; figures are nats
+per image, mean over seeds and half the range.
 """
 
 import argparse

@@ -215,17 +215,12 @@ def _check_sites(terms: Terms, data: list[Term]) -> None:
             f"The factors {factors} are no distributions of data, so that they have no code. Use pyro.sample with obs= "
             "for data."
         )
-    points = [n for n, t in terms.sites.items() if t.kind == "latent" and not t.joint and is_point(t.draws[0].fn)]
-    if points := [n for n in points if not _has_source(terms.sites[n])]:
+    drawn = [t for t in terms.sites.values() if t.kind == "latent" and not t.joint and not t.transformed]
+    if points := [t.name for t in drawn if is_point(t.draws[0].fn)]:
         raise GuideError(
             f"The guide is a point estimate in {points} (Delta): no finite number of bits states a continuous value, "
             "so that -ELBO is no code length. Use a guide with a density for every latent, e.g. AutoNormal."
         )
-
-
-def _has_source(term: Term) -> bool:
-    """Return whether the latent is a transformed draw, whose entropy is in its term (AutoNormal)."""
-    return len(term.draws) > 0 and not is_point(term.draws[-1].fn)
 
 
 def _check_resolution(data: list[Term], resolution: float | None) -> None:

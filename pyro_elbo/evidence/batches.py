@@ -31,8 +31,8 @@ def row_batches(args: tuple, kwargs: Mapping[str, Any], batch_size: int | None) 
     for start in range(0, sizes[0], batch_size):
         rows = slice(start, start + batch_size)
         part = [x[rows] if isinstance(x, Tensor) and x.dim() and len(x) == sizes[0] else x for x in leaves]
-        args, kwargs = pytree.tree_unflatten(part, spec)
-        yield args, kwargs, min(batch_size, sizes[0] - start)
+        some_args, some_kwargs = pytree.tree_unflatten(part, spec)
+        yield some_args, some_kwargs, min(batch_size, sizes[0] - start)
 
 
 def check_rows(plate: Plate | None, local: bool, expected: int | None) -> None:

@@ -177,3 +177,13 @@ def test_a_bad_fit_shows_in_k_hat(data_dir, monkeypatch):
     row = judged(data_dir, "nes1972-nes", "AutoMultivariateNormal")
     assert row.error > 0.3
     assert row.k > 0.7
+
+
+def test_bits_back_gives_the_digits_back(tmp_path, capsys):
+    pytest.importorskip("constriction")
+    from examples import bits_back
+
+    bits_back.main(tmp_path, smoke_test=True)
+    assert "given back bit for bit: True" in capsys.readouterr().out
+    assert (tmp_path / "bits_back.png").stat().st_size > 10_000
+    assert (tmp_path / "digits.ans").stat().st_size > 5_000

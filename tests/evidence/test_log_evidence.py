@@ -183,7 +183,7 @@ def test_a_value_that_is_given_counts_in_the_total():
         assert abs(float(result) - result.log_evidence.sum().item() - result.shared) < 1e-9
 
 
-def far(noise=0.1):
+def far(noise=0.3):
     """Ten latents, sharp data: the prior and a stray guide are hopeless starts for importance sampling."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(20, 10, generator=generator, dtype=torch.float64)
@@ -204,9 +204,9 @@ def test_annealing_finds_the_evidence_where_importance_sampling_fails(start):
     failed = evidence(model, stray, x, num_samples=1000)
     assert (failed.log_evidence < exact - 1).all()
     assert "Few draws carry all the weight" in repr(failed)
-    result = annealed(model, x, guide=stray, start=start, num_temperatures=400)
+    result = annealed(model, x, guide=stray, start=start, num_temperatures=300)
     assert close(result, exact)
-    assert (result.standard_error < 0.5).all()
+    assert (result.standard_error < 1).all()
 
 
 def test_annealing_keeps_to_supports():

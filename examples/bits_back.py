@@ -166,7 +166,9 @@ def main(out: Path, *, seed: int = 0, smoke_test: bool = False) -> None:
         f"bits: {excess:+.2%}; given back bit for bit: {exact}"
     )
     assert exact, "the images and the initial bits must come back"
-    assert abs(excess) < 0.01, f"the code must have the promised length within 1 %, got {excess:+.2%}"
+    # A model in its first epochs finds some counts next to impossible; the coder grants each a chance of 2^-24.
+    assert excess < 0.01, f"the code must not be longer than promised by 1 %, got {excess:+.2%}"
+    assert smoke_test or excess > -0.01, f"the code must have the promised length within 1 %, got {excess:+.2%}"
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ DIAGNOSTICS: dict[str, Callable[..., Any]] = {
     "pareto_k": partial(pe.pareto_k, num_samples=50),
     "to_arviz": partial(pe.to_arviz, num_samples=50),
     "kl_decomposition": pe.kl_decomposition,
+    "log_evidence": partial(pe.log_evidence, num_samples=50, progress=False),
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import pyro_elbo as pe
-from examples.bits_back import split
+from models.sequences import digits as load_digits
 from models.vae import VAEGuide, VAEModel
 
 PARTICLES = {"VAE": 1, "IWAE-5": 5, "IWAE-50": 50}
@@ -34,8 +34,9 @@ class Setting(NamedTuple):
 
 
 def digits(steps: int) -> Setting:
-    train, test = split(0)
-    return Setting(train, test[:50], {"z_dim": 8, "hidden": 128, "total": 16}, steps, 300)
+    x = load_digits().flatten(1)
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    return Setting(x[:1400], x[1400:1450], {"z_dim": 8, "hidden": 128, "total": 16}, steps, 300)
 
 
 def fashion(steps: int) -> Setting:

@@ -38,7 +38,7 @@ from pyro_elbo.programs import (
     trace_pair,
 )
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms import KLForm, Term, Terms, evaluate_terms, stack_particles
+from pyro_elbo.terms import KLForm, Term, Terms, WeightOf, evaluate_run, stack_particles
 
 _nesting_found: "WeakKeyDictionary[TraceBeta_ELBO, tuple[Program, Program, int]]" = WeakKeyDictionary()
 """The batch dimensions that a trial run found, with its programs: of the last programs of each objective."""
@@ -175,9 +175,12 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def _unpenalized(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
-        sites, particle_dim = self._sites(model, guide, args, kwargs)
-        weighted, constant = self.weighting(sites, particle_dim, value)
-        return Terms(sites, particle_dim, self.bound(sites, weighted, constant, particle_dim))
+        runs = self._runs(model, guide, args, kwargs)
+        sites, particle_dim = self._sites(runs)
+        weights = self.weighting.of_summed_out(sites, value)
+        charged = sites if weights is None else self._sites(runs, weights)[0]
+        weighted, constant = self.weighting(charged, particle_dim, value)
+        return Terms(sites, particle_dim, self.bound(charged, weighted, constant, particle_dim))
 
     def _penalize(self, terms: Terms, args: tuple, kwargs: dict[str, Any], value: ScheduleValue) -> Terms:
         found, objective = {}, terms.objective
@@ -263,15 +266,21 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         for critic in self.critics.values():
             critic.step()
 
-    def _sites(
-        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Term], int | None]:
+    def _runs(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> list[TracePair]:
         if self.vectorize_particles and self.num_particles > 1:
-            pair = self._vectorized(model, guide, args, kwargs)
-            return evaluate_terms(pair, self.kl), pair.particle_dim
+            return [self._vectorized(model, guide, args, kwargs)]
+        nesting = 0 if math.isinf(self.max_plate_nesting) else int(self.max_plate_nesting)
         with SameRows():
-            runs = [trace_pair(model, guide, args, kwargs) for _ in range(self.num_particles)]
-        return stack_particles([evaluate_terms(run, self.kl) for run in runs])
+            return [
+                trace_pair(model, guide, args, kwargs, max_plate_nesting=nesting) for _ in range(self.num_particles)
+            ]
+
+    def _sites(
+        self, runs: Sequence[TracePair], weight_of: WeightOf | None = None
+    ) -> tuple[dict[str, Term], int | None]:
+        """Return the terms of all particles; ``weight_of`` as in :func:`evaluate_run`."""
+        sites, particle_dim = stack_particles([evaluate_run(run, self.kl, weight_of) for run in runs])
+        return sites, particle_dim if len(runs) > 1 else runs[0].particle_dim
 
     def _vectorized(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> TracePair:
         for _ in range(2):

@@ -48,8 +48,9 @@ def _score_function(sites: Mapping[str, Term], signed: Mapping[str, Tensor], par
     """Return Σ reward · log q over the sites without pathwise gradient; the rewards are constants."""
     by_plates: dict[frozenset[Plate], Tensor] = {}
     for name, x in signed.items():
-        scale, plates = sites[name].scale, frozenset(sites[name].plates)
+        scale, plates = sites[name].scale, frozenset(sites[name].reward_plates)
         scaled = x.detach() if is_one(scale) else (x * scale).detach()
+        scaled = _sum_out(scaled, frozenset(sites[name].plates) - plates)
         by_plates[plates] = by_plates[plates] + scaled if plates in by_plates else scaled
     shares = []
     for term in sites.values():

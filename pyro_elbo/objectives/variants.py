@@ -1,6 +1,6 @@
 """Named settings of the ELBO: importance-weighted, penalized, over time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -13,9 +13,9 @@ from pyro_elbo.objectives.elbo import TraceBeta_ELBO
 from pyro_elbo.objectives.importance import importance_weighted, shared_scale
 from pyro_elbo.objectives.score_function import surrogate
 from pyro_elbo.objectives.weighting import Beta, ScheduleValue
-from pyro_elbo.programs import Program, trace_filtered
+from pyro_elbo.programs import Program, TracePair, trace_filtered
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms import Normalize, SequenceBound, Term, Terms, divisor, evaluate_terms, join_numbered_sites
+from pyro_elbo.terms import Normalize, SequenceBound, Term, Terms, WeightOf, divisor, evaluate_run, join_numbered_sites
 
 
 class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
@@ -217,13 +217,13 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
     def _filtered(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> Terms:
         nesting = self._nesting(model, guide, args, kwargs)
         pair, log_evidence = trace_filtered(model, guide, args, kwargs, self.num_particles, nesting, self.resample)
-        sites = evaluate_terms(pair, "sampled")
+        sites = evaluate_run(pair, "sampled")
         return Terms(sites, pair.particle_dim, log_evidence.sum() * shared_scale(sites))
 
     def _sites(
-        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
+        self, runs: Sequence[TracePair], weight_of: WeightOf | None = None
     ) -> tuple[dict[str, Term], int | None]:
-        sites, particle_dim = super()._sites(model, guide, args, kwargs)
+        sites, particle_dim = super()._sites(runs, weight_of)
         return join_numbered_sites(sites), particle_dim
 
 

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
@@ -51,6 +51,8 @@ class Site:
             per batch dimension that no plate declares.
         scale: the factor on the log density (subsampling, ``poutine.scale``).
         mask: the entries that count; None if all do.
+        variables: the enumerated site behind each batch dimension left of the plates that the density may have.
+        enum_dim: the batch dimension along which the value holds the whole support; None for one value.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Site:
     plates: tuple[Plate, ...]
     scale: float | Tensor
     mask: Tensor | bool | None
+    variables: Mapping[int, str] = field(default_factory=dict)
+    enum_dim: int | None = None
 
     @property
     def has_density(self) -> bool:
@@ -71,6 +75,16 @@ class Site:
     def event_dim(self) -> int:
         """The number of dimensions of one event, on the right of the value."""
         return len(self.fn.event_shape)
+
+    @property
+    def depends_on(self) -> set[str]:
+        """The enumerated sites over whose values the density extends, this one included."""
+        if not self.variables:
+            return set()
+        shapes = [self.fn.batch_shape, self.value.shape[: self.value.dim() - self.event_dim]]
+        shapes += [self.mask.shape] if isinstance(self.mask, Tensor) else []
+        own = () if self.enum_dim is None else (self.variables[self.enum_dim],)
+        return {v for d, v in self.variables.items() if any(len(s) >= -d and s[d] > 1 for s in shapes)}.union(own)
 
     def log_prob(self) -> Tensor:
         """Return the log density at the value in nats: masked, unscaled, batch dimensions aligned with the plates."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs.checks import check_pair, check_rows, mask_unobserved
+from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, enumerated_variables
 from pyro_elbo.programs.explain import PARTICLE_PLATE, explain_failure
 from pyro_elbo.programs.messages import (
     GivenRows,
@@ -42,6 +43,16 @@ class TracePair:
     particle_dim: int | None
     nesting: int
 
+    @property
+    def enumerates(self) -> bool:
+        """Whether some site has all the values of its support."""
+        return any(s.enum_dim is not None for s in (*self.model.values(), *self.guide.values()))
+
+    @property
+    def summed_out(self) -> list[str]:
+        """The latents of the model that have no site in the guide: their values are enumerated."""
+        return [n for n, s in self.model.items() if s.role == "latent" and n not in self.guide]
+
 
 class Traced(NamedTuple):
     """The trace of a program, and the sites that ``poutine.condition`` observes in it."""
@@ -71,8 +82,9 @@ def trace_pair(
 
 
 def _pair(model: Traced, guide: Traced, particle_dim: int | None) -> TracePair:
-    model_sites = read_model(model.trace, model.conditioned)
-    guide_sites = read_guide(guide.trace, model_sites)
+    variables = enumerated_variables(guide.trace, model.trace)
+    model_sites = read_model(model.trace, model.conditioned, variables=variables)
+    guide_sites = read_guide(guide.trace, model_sites, variables)
     check_pair(model_sites, guide_sites, enumerated_sites(model.trace))
     guide_sites = mask_unobserved(model_sites, guide_sites)
     return TracePair(model_sites, guide_sites, particle_dim, max(plate_nesting(t.trace) for t in (model, guide)))
@@ -242,9 +254,11 @@ def _trace_both(
             program(*args, **kwargs)
             model_trace, guide_trace = unwrapped.get_traces()
             return Traced(model_trace), Traced(guide_trace)
-    drawn = _trace(program, args, kwargs)
-    given = GivenRows()
-    replayed = _trace(poutine.replay(given(model), trace=drawn.trace), args, kwargs)
+    leftmost = -2 - max_plate_nesting if num_particles > 1 else -1 - max(max_plate_nesting, ROOM_FOR_PLATES)
+    in_guide = Enumerator(leftmost)
+    drawn = _trace(in_guide(program), args, kwargs)
+    given, in_model = GivenRows(), Enumerator(leftmost, in_guide, drawn.trace.nodes)
+    replayed = _trace(poutine.replay(in_model(given(model)), trace=drawn.trace), args, kwargs)
     nodes: dict[str, Any] = dict(drawn.trace.nodes)
     for plate, rows in given.rows.items():
         if plate in nodes:

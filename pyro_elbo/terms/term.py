@@ -32,6 +32,11 @@ class Term:
             particle, unless particles are vectorized).
         joint: True for the auxiliary sites of the guide and the latents whose values they determine: only the sum of
             their terms is a KL.
+        posterior: of a site that is summed out: the probabilities of its values given data and latents, on the right
+            of the batch dimensions; otherwise None.
+        independent: the plates whose rows are independent in this term, where they are not all its plates: the rows
+            of others are coupled by a site that is summed out.
+        expected: True for an expectation over sites that the guide enumerates.
     """
 
     name: str
@@ -47,6 +52,14 @@ class Term:
     steps: "Term | None" = None
     draws: tuple[Site, ...] = ()
     joint: bool = False
+    posterior: Tensor | None = None
+    independent: tuple[Plate, ...] | None = None
+    expected: bool = False
+
+    @property
+    def reward_plates(self) -> tuple[Plate, ...]:
+        """The plates by whose rows the term may be split among the draws that it rewards."""
+        return self.plates if self.independent is None else self.independent
 
     @property
     def is_kl(self) -> bool:

@@ -192,12 +192,18 @@ def _check_plate(site: Site, model: Plate, guide: Plate) -> None:
 def _check_shapes(model: Site, guide: Site) -> None:
     """Refuse events that differ, and a draw of the guide that the model would count several times."""
     expected, got = model.fn.event_shape, guide.fn.event_shape
-    p, q = model.fn.batch_shape, guide.fn.batch_shape
+    p, q = _without_variables(model), _without_variables(guide)
     if expected != got or (p != q and not _broadcasts_to(p, q)):
         raise SiteError(
             f"Site '{model.name}': the model expects batch shape {tuple(p)} and event shape {tuple(expected)}, the "
             f"guide gives {tuple(q)} and {tuple(got)}. Use the same plates and the same .to_event(n) in both."
         )
+
+
+def _without_variables(site: Site) -> torch.Size:
+    """Return the batch shape at one value of each enumerated site."""
+    shape = site.fn.batch_shape
+    return torch.Size(1 if d in site.variables else shape[d] for d in range(-len(shape), 0))
 
 
 def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 
 from pyro_elbo.errors import SiteError
@@ -80,6 +81,18 @@ def _check_support(msg: Any) -> None:
             f"Site '{name}' is marked for enumeration, but {type(fn).__name__} has no finite support. Remove the mark, "
             "and draw the site in the guide."
         )
+
+
+def separate_dimensions(trace: Trace) -> Trace:
+    """Copy a guide's trace for a replay, which would add the dimensions of the model to the guide's own records."""
+    copied = trace.copy()
+    nodes: dict[str, Any] = copied.nodes
+    for name, message in nodes.items():
+        if message["type"] == "sample":
+            infer = dict(message["infer"])
+            infer["_dim_to_id"] = dict(infer.get("_dim_to_id", {}))
+            nodes[name] = message | {"infer": infer}
+    return copied
 
 
 def enumerated_variables(*traces: Any) -> dict[int, tuple[str, int]]:

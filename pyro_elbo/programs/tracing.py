@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs.checks import check_pair, check_rows, mask_unobserved
-from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, enumerated_variables
+from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, enumerated_variables, separate_dimensions
 from pyro_elbo.programs.explain import PARTICLE_PLATE, explain_failure
 from pyro_elbo.programs.messages import (
     GivenRows,
@@ -258,7 +258,8 @@ def _trace_both(
     in_guide = Enumerator(leftmost)
     drawn = _trace(in_guide(program), args, kwargs)
     given, in_model = GivenRows(), Enumerator(leftmost, in_guide, drawn.trace.nodes)
-    replayed = _trace(poutine.replay(in_model(given(model)), trace=drawn.trace), args, kwargs)
+    values = separate_dimensions(drawn.trace) if in_guide.active else drawn.trace
+    replayed = _trace(poutine.replay(in_model(given(model)), trace=values), args, kwargs)
     nodes: dict[str, Any] = dict(drawn.trace.nodes)
     for plate, rows in given.rows.items():
         if plate in nodes:

@@ -177,7 +177,7 @@ class _EnumeratedRun:
         if wrong := [a for a in kept if self._is_row(a) and a not in plate_labels(site)]:
             raise SiteError(
                 f"Site '{site.name}' depends on {sorted(x.variables)}, which the guide enumerates in a plate "
-                f"(dimension {wrong[0].dim}) that '{site.name}' lies outside of: all its rows together have exponentially "
+                f"(dimension {wrong[0].dim}) that '{site.name}' lies outside of: all rows together have exponentially "
                 f"many values. Put '{site.name}' into the plate, or remove the mark so that the guide draws them."
             )
         possible = combine(lambda nats, w: torch.where(w > 0, nats, torch.zeros_like(nats)), x, weight)

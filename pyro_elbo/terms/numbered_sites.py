@@ -92,7 +92,7 @@ def _join(name: str, loop: list[Term]) -> Term:
 
 
 def _stack_posteriors(loop: list[Term]) -> Tensor | None:
-    """Return the posteriors of summed-out steps, time left of their values; None without, or if their supports differ."""
+    """Return the posteriors of summed-out steps, time left of their values; None unless all have one support."""
     found = [t.posterior for t in loop if t.posterior is not None]
     if len(found) < len(loop) or len({x.shape[-1] for x in found}) > 1:
         return None

@@ -94,7 +94,7 @@ def log_prior(site: Site) -> Labeled:
 
 
 def _log_support(site: Site) -> Tensor | None:
-    """Return 0 at the values of probabilities above 0, -inf at the others; None where logits or no ``probs`` are given."""
+    """Return 0 at the values of positive ``probs``, -inf at the others; None for a site that gives no ``probs``."""
     fn = site.fn
     categorical = fn._categorical if isinstance(fn, OneHotCategorical) else fn
     if "probs" not in categorical.__dict__:

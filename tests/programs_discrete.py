@@ -333,16 +333,16 @@ def coupled_draws(x):
         pyro.sample("x", dist.Normal(z, scale("s")), obs=x)
 
 
-def coupled_guide(x):
+def coupled_guide(x, family=NonreparameterizedNormal):
     with pyro.plate("data", len(x)):
-        pyro.sample("z", NonreparameterizedNormal(loc("q_m", 4), scale("q_s")))
+        pyro.sample("z", family(loc("q_m", 4), scale("q_s")))
 
 
-def scored_guide(x):
+def scored_guide(x, family=NonreparameterizedNormal):
     """Enumerates the class and draws the style for each without pathwise gradient."""
     with pyro.plate("data", len(x)):
         y = pyro.sample("y", dist.OneHotCategorical(simplex("q", 4, 3)))
-        pyro.sample("z", NonreparameterizedNormal((y * loc("q_m", 3)).sum(-1), scale("q_s")))
+        pyro.sample("z", family((y * loc("q_m", 3)).sum(-1), scale("q_s")))
 
 
 def row(name, model, guide=nothing, **more):
@@ -379,13 +379,13 @@ DISCRETE = [
     row("HMM 4", hmm4, args=(X2,)),
     row("mixed HMM", mixed_hmm, args=(X2,), nesting=2),
     row("second order", second_order),
-    row("coupled draws", coupled_draws, coupled_guide),
+    row("coupled draws", coupled_draws, coupled_guide, pyro_runs=False),
     both("guide: mixture", mixture, mixture_guide, args=(X[:3],)),
     both("guide: SS-VAE", ssvae, ssvae_guide, looped=False),
     both("guide: nested", nested, nested_guide, args=(X2[:2],), nesting=2),
     both("guide and model: chain", chain_in_rows, chain_guide, args=(X[:2],)),
     both("guide and model: global and local", global_and_local, global_guide, args=(X[:3],)),
-    both("guide: scored", ssvae, scored_guide, looped=False),
+    both("guide: scored", ssvae, scored_guide, looped=False, pyro_runs=False),
 ]
 
 

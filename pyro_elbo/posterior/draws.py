@@ -29,6 +29,7 @@ from pyro_elbo.programs import (
     RunData,
     Site,
     TracePair,
+    check_drawn,
     check_initialized,
     check_programs,
     evaluating,
@@ -171,6 +172,7 @@ def draw(
             programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
             data = read_data(*programs)
         shapes = trace_pair(*programs)
+        check_drawn(shapes.enumerated)
         frame = _Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs))
         runs = _vectorized(programs, frame, num_samples, chunk_size)
         vectorized = runs is not None

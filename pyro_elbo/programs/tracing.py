@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.programs.checks import check_pair, check_rows, mask_unobserved
+from pyro_elbo.programs.checks import check_drawn, check_pair, check_rows, mask_unobserved
 from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, enumerated_variables, separate_dimensions
 from pyro_elbo.programs.explain import PARTICLE_PLATE, explain_failure
 from pyro_elbo.programs.messages import (
@@ -44,9 +44,10 @@ class TracePair:
     nesting: int
 
     @property
-    def enumerates(self) -> bool:
-        """Whether some site has all the values of its support."""
-        return any(s.enum_dim is not None for s in (*self.model.values(), *self.guide.values()))
+    def enumerated(self) -> list[str]:
+        """The sites that have all the values of their support."""
+        sites = (*self.model.values(), *self.guide.values())
+        return list(dict.fromkeys(s.name for s in sites if s.enum_dim is not None))
 
     @property
     def summed_out(self) -> list[str]:
@@ -147,7 +148,11 @@ def trace_program(
         program = poutine.condition(program, data=dict(replay))
     traced = _trace(program, args, kwargs)
     given = replay or {}
-    return read_model(traced.trace, traced.conditioned - given.keys(), given)
+    sites = read_model(traced.trace, traced.conditioned - given.keys(), given)
+    if replay is not None:
+        marked = enumerated_sites(traced.trace) - given.keys()
+        check_drawn([n for n, s in sites.items() if s.role == "latent" and n in marked])
+    return sites
 
 
 def find_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> int:

@@ -56,7 +56,7 @@ def evaluate_run(run: TracePair, kl: KLForm, weight_of: WeightOf | None = None) 
         SiteError: the scales or plates of enumerated sites do not allow to sum them out.
         ArgumentError: sites that are summed out together have different weights.
     """
-    return _EnumeratedRun(run, kl).terms(weight_of) if run.enumerates else evaluate_terms(run, kl)
+    return _EnumeratedRun(run, kl).terms(weight_of) if run.enumerated else evaluate_terms(run, kl)
 
 
 @dataclass(frozen=True)

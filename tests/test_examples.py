@@ -8,6 +8,7 @@ import xarray
 
 import examples.posteriordb as reference
 from examples import (
+    em_mixture,
     fair_representation,
     generalization,
     quickstart,
@@ -168,3 +169,9 @@ def test_a_bad_fit_shows_in_k_hat(data_dir, monkeypatch):
     row = judged(data_dir, "nes1972-nes", "AutoMultivariateNormal")
     assert row.error > 0.3
     assert row.k > 0.7
+
+
+def test_em_mixture(tmp_path, capsys):
+    em_mixture.main(tmp_path, smoke_test=True)
+    assert "no step lowered a bound" in capsys.readouterr().out
+    assert (tmp_path / "em_mixture.png").stat().st_size > 10_000

@@ -86,7 +86,7 @@ def _check_support(msg: Any) -> None:
 def separate_dimensions(trace: Trace) -> Trace:
     """Copy a guide's trace for a replay, which would add the dimensions of the model to the guide's own records."""
     copied = trace.copy()
-    nodes: dict[str, Any] = copied.nodes
+    nodes: Any = copied.nodes
     for name, message in nodes.items():
         if message["type"] == "sample":
             infer = dict(message["infer"])
@@ -99,7 +99,8 @@ def enumerated_variables(*traces: Any) -> dict[int, tuple[str, int]]:
     """Return name and number of values of each enumerated variable, by its identifier."""
     found = {}
     for trace in traces:
-        for name, message in trace.nodes.items():
+        nodes: dict[str, Any] = dict(trace.nodes)
+        for name, message in nodes.items():
             dim = message["infer"].get("_enumerate_dim") if message["type"] == "sample" else None
             if dim is not None:
                 size = message["value"].shape[dim - len(message["fn"].event_shape)]

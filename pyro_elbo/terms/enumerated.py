@@ -186,7 +186,7 @@ class _EnumeratedRun:
 
 def _latent_part(p: Site, q: Site, exact: bool, changed: bool) -> _Part:
     """Return the part of a latent that the guide has too."""
-    variables = p.variables | q.variables
+    variables = {**p.variables, **q.variables}
     if exact and not changed and q.enum_dim is None and all(variables[d] == v for d, v in p.variables.items()):
         term = replace(latent_term(p, q, True), per_dim=None, draws=_single(q))
         return _split(term, label(term.nats, variables), None, term.score, q)

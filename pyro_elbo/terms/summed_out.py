@@ -19,6 +19,7 @@ References:
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def log_prior(site: Site) -> Labeled:
 
 def _log_support(site: Site) -> Tensor | None:
     """Return 0 at the values of positive ``probs``, -inf at the others; None for a site that gives no ``probs``."""
-    fn = site.fn
+    fn: Any = site.fn
     categorical = fn._categorical if isinstance(fn, OneHotCategorical) else fn
     if "probs" not in categorical.__dict__:
         return None

@@ -153,8 +153,8 @@ class Terms:
     @cached_property
     def posterior(self) -> dict[str, Tensor]:
         """Posterior probabilities of the values of each summed-out site given data and latents, shape plates + (K,)."""
-        found = {n: t for n, t in self.sites.items() if t.posterior is not None}
-        return {n: self._shaped(t, t.steps or t, (t.steps or t).posterior, 1) for n, t in found.items()}
+        terms = {n: (t, t.steps or t) for n, t in self.sites.items()}
+        return {n: self._shaped(t, s, s.posterior, 1) for n, (t, s) in terms.items() if s.posterior is not None}
 
     @cached_property
     def is_analytic(self) -> dict[str, bool]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_elbo.errors import ArgumentError, PyroElboError, SiteError
 from pyro_elbo.posterior.layout import count_data, drop_gaps, lead, lead_unconstrained, per_plate, with_gaps
 from pyro_elbo.posterior.psis import PSIS, psis
+from pyro_elbo.posterior.summed_out import draw_summed_out
 from pyro_elbo.posterior.weights import (
     Weighting,
     find_point_error,
@@ -29,7 +30,6 @@ from pyro_elbo.programs import (
     RunData,
     Site,
     TracePair,
-    check_drawn,
     check_initialized,
     check_programs,
     evaluating,
@@ -172,7 +172,9 @@ def draw(
             programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
             data = read_data(*programs)
         shapes = trace_pair(*programs)
-        check_drawn(shapes.enumerated)
+        if shapes.enumerated:
+            programs = programs._replace(guide=draw_summed_out(programs.model, programs.guide, shapes))
+            shapes = trace_pair(*programs)
         frame = _Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs))
         runs = _vectorized(programs, frame, num_samples, chunk_size)
         vectorized = runs is not None

@@ -8,6 +8,7 @@ Imports sequences and below.
 """
 
 from pyro_elbo.programs.checks import check_drawn, check_options, check_programs
+from pyro_elbo.programs.completion import complete_guide
 from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns, program_arguments
 from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
@@ -49,6 +50,7 @@ __all__ = [
     "collect_modules",
     "collect_parameters",
     "check_drawn",
+    "complete_guide",
     "check_gradients",
     "check_initialized",
     "check_options",

@@ -79,10 +79,11 @@ def trace_pair(
         NonFiniteError: a program failed and its arguments hold NaN or infinity.
     """
     both = _trace_both(model, guide, args, kwargs, num_particles, max_plate_nesting)
-    return _pair(*both, -(max_plate_nesting + 1) if num_particles > 1 else None)
+    return pair_traces(*both, -(max_plate_nesting + 1) if num_particles > 1 else None)
 
 
-def _pair(model: Traced, guide: Traced, particle_dim: int | None) -> TracePair:
+def pair_traces(model: Traced, guide: Traced, particle_dim: int | None) -> TracePair:
+    """Read the traces of both programs and check that they fit each other."""
     variables = enumerated_variables(guide.trace, model.trace)
     model_sites = read_model(model.trace, model.conditioned, variables=variables)
     guide_sites = read_guide(guide.trace, model_sites, variables)
@@ -116,7 +117,7 @@ def trace_filtered(
         traced = _trace(poutine.replay(model, trace=drawn), args, kwargs)
     if not particles.has_run:
         raise _outside_scan(read_model(traced.trace, traced.conditioned).values())
-    pair = _pair(traced, Traced(drawn), -(max_plate_nesting + 1))
+    pair = pair_traces(traced, Traced(drawn), -(max_plate_nesting + 1))
     both = (*pair.model.values(), *pair.guide.values())
     outside = [site for site in both if not isinstance(site.fn, StackedDistribution) and site.has_density]
     if any(site.role in ("latent", "auxiliary") for site in outside):

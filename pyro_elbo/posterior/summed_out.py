@@ -1,0 +1,54 @@
+r"""Draw the latents that a model sums out from their exact posterior.
+
+Given the guide's draws z, each summed-out site is drawn from p(k | x, z), given those before it. The weight of such a
+draw is that of the sum,
+
+.. math:: \frac{p(x, z, k)}{q(z)\, p(k \mid x, z)} = \frac{\sum_k p(x, z, k)}{q(z)}.
+"""
+
+import pyro.distributions as dist
+from torch.distributions import Bernoulli, Categorical, Distribution, OneHotCategorical
+
+from pyro_elbo.errors import SiteError
+from pyro_elbo.programs import Program, TracePair, complete_guide
+from pyro_elbo.terms import evaluate_run
+
+
+def draw_summed_out(model: Program, guide: Program, shapes: TracePair) -> Program:
+    """Return a guide that draws every latent of the model; the guide itself where it does already.
+
+    Args:
+        shapes: a run of both programs.
+
+    Raises:
+        SiteError: the guide enumerates a site itself.
+    """
+    if not shapes.enumerated:
+        return guide
+    if marked := [n for n in shapes.enumerated if n in shapes.guide]:
+        raise SiteError(
+            f"The guide enumerates {marked}: its draws would be all values at once. Remove the mark from the guide to "
+            "have them drawn."
+        )
+    return complete_guide(model, guide, _posterior)
+
+
+def _posterior(run: TracePair, name: str) -> Distribution:
+    """Return the posterior of a summed-out site as a distribution over its own support."""
+    term, site = evaluate_run(run, "sampled")[name], run.model[name]
+    probs, fn = term.posterior, site.fn
+    assert probs is not None
+    sizes = {p.dim: p.size for p in site.plates}
+    if run.particle_dim is not None and probs.dim() > -run.particle_dim:
+        sizes[run.particle_dim] = probs.shape[run.particle_dim - 1]
+    probs = probs.expand([sizes.get(d, 1) for d in range(min(sizes, default=0), 0)] + [probs.shape[-1]])
+    if isinstance(fn, Bernoulli):
+        return dist.Bernoulli(probs[..., 1].clamp(max=1.0))
+    if isinstance(fn, OneHotCategorical):
+        return dist.OneHotCategorical(probs)
+    if isinstance(fn, Categorical):
+        return dist.Categorical(probs)
+    raise SiteError(
+        f"Site '{name}' is summed out with a {type(fn).__name__}: draws are offered for Bernoulli, Categorical and "
+        "OneHotCategorical. Write the site as a Categorical over its support, or give it a place in the guide."
+    )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Distribution
@@ -76,17 +77,28 @@ def complete_guide(model: Program, guide: Program, posterior: Posterior) -> Prog
     return program
 
 
+def _as_draws(trace: poutine.Trace) -> poutine.Trace:
+    """Copy a guide's trace, with the values that handlers gave to its sites as if they were drawn."""
+    copied = separate_dimensions(trace)
+    nodes: Any = copied.nodes
+    for name, message in nodes.items():
+        given = message["type"] == "sample" and not isinstance(message["fn"], Unit)
+        if given and not message["infer"].get("_deterministic"):
+            nodes[name] = message | {"is_observed": False}
+    return copied
+
+
 def _trace_given(
     model: Program, drawn: poutine.Trace, args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[TracePair, dict[str, _Place]]:
     """Run the model with the values of a trace, its other marked sites enumerated."""
-    apart = _Apart()
+    apart, drawn = _Apart(), _as_draws(drawn)
     particles = apart.particles
     leftmost = -1 - ROOM_FOR_PLATES if particles is None else particles.dim - 1
     recorder = Recorder()
     with apart, torch.no_grad():
         enumerated = Enumerator(leftmost, given=drawn.nodes)(model)
-        recorder(poutine.replay(enumerated, trace=separate_dimensions(drawn)))(*args, **kwargs)
+        recorder(poutine.replay(enumerated, trace=drawn))(*args, **kwargs)
     pair = pair_traces(
         Traced(recorder.trace, recorder.conditioned), Traced(drawn), None if particles is None else particles.dim
     )

@@ -7,7 +7,7 @@ Pyro and torch, ``rng`` derives seeds.
 Imports sequences and below.
 """
 
-from pyro_elbo.programs.checks import check_drawn, check_options, check_programs
+from pyro_elbo.programs.checks import check_options, check_programs
 from pyro_elbo.programs.completion import complete_guide
 from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns, program_arguments
 from pyro_elbo.programs.explain import failed_line
@@ -49,7 +49,6 @@ __all__ = [
     "sort_by_dim",
     "collect_modules",
     "collect_parameters",
-    "check_drawn",
     "complete_guide",
     "check_gradients",
     "check_initialized",

@@ -123,16 +123,6 @@ def check_guide_site(site: Site, observed: bool, infer: Mapping[str, Any], in_mo
         )
 
 
-def check_drawn(enumerated: Collection[str]) -> None:
-    """Raise SiteError for sites that are enumerated where every latent needs one value per draw."""
-    if enumerated:
-        raise SiteError(
-            f"Sites {list(enumerated)} are summed out, so that there are no draws of them: draws, predictions, exports "
-            "and importance weights are not offered for such programs yet. Give these sites a place in the guide and "
-            "remove the mark infer={'enumerate': ...}; terms.posterior of an objective has their exact posterior."
-        )
-
-
 def check_rows(plate: str, model: Tensor, guide: Tensor) -> None:
     """Raise SiteError where model and guide take different rows of a plate: one would see the other's data."""
     if model is not guide and not (model.shape == guide.shape and check_or_defer((model == guide).all())):

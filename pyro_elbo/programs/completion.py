@@ -14,6 +14,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_elbo.masking import both
 from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, separate_dimensions
 from pyro_elbo.programs.explain import PARTICLE_PLATE
 from pyro_elbo.programs.messages import Recorder
@@ -51,6 +52,7 @@ class _InPlace(poutine.messenger.Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         msg["cond_indep_stack"] = self.place.frames + msg["cond_indep_stack"]
         msg["scale"] = self.place.scale * msg["scale"]
+        msg["mask"] = both(msg["mask"], self.place.mask)
 
 
 def complete_guide(model: Program, guide: Program, posterior: Posterior) -> Program:

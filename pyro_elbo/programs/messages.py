@@ -163,7 +163,8 @@ def _read_site(
         plates.append(Plate(f"{name}_rows_{i}", d, sizes[d], sizes[d]))
     behind = {d: variables[i] for d, i in message["infer"].get("_dim_to_id", {}).items() if i in variables}
     names, enum_dim = {d: v for d, (v, _) in behind.items()}, message["infer"].get("_enumerate_dim")
-    site = Site(name, role, fn, value, tuple(plates), message["scale"], mask, names, enum_dim)
+    marked = bool(message["infer"].get("enumerate"))
+    site = Site(name, role, fn, value, tuple(plates), message["scale"], mask, names, enum_dim, marked)
     sizes |= {d: size for d, (_, size) in behind.items()}
     if behind:
         check_entries(site, shape)

@@ -52,6 +52,7 @@ class Site:
         scale: the factor on the log density (subsampling, ``poutine.scale``).
         mask: the entries that count; None if all do.
         variables: the enumerated site behind each batch dimension left of the plates that the density may have.
+        marked: whether the program asks for enumeration of the site.
         enum_dim: the batch dimension along which the value holds the whole support; None for one value.
     """
 
@@ -64,6 +65,7 @@ class Site:
     mask: Tensor | bool | None
     variables: Mapping[int, str] = field(default_factory=dict)
     enum_dim: int | None = None
+    marked: bool = False
 
     @property
     def has_density(self) -> bool:

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.programs.checks import check_drawn, check_pair, check_rows, mask_unobserved
+from pyro_elbo.programs.checks import check_pair, check_rows, mask_unobserved
 from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, enumerated_variables, separate_dimensions
 from pyro_elbo.programs.explain import PARTICLE_PLATE, explain_failure
 from pyro_elbo.programs.messages import (
@@ -149,11 +149,7 @@ def trace_program(
         program = poutine.condition(program, data=dict(replay))
     traced = _trace(program, args, kwargs)
     given = replay or {}
-    sites = read_model(traced.trace, traced.conditioned - given.keys(), given)
-    if replay is not None:
-        marked = enumerated_sites(traced.trace) - given.keys()
-        check_drawn([n for n, s in sites.items() if s.role == "latent" and n in marked])
-    return sites
+    return read_model(traced.trace, traced.conditioned - given.keys(), given)
 
 
 def find_plate_nesting(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> int:

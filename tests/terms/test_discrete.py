@@ -351,10 +351,3 @@ def test_plates_beyond_the_room_for_them_are_refused():
     with refuses(SiteError, "'k'", "max_plate_nesting=8"):
         terms_of(model)
     assert torch.isfinite(terms_of(model, loss=pe.TraceBeta_ELBO(max_plate_nesting=8)).elbo)
-
-
-def test_draws_of_summed_out_sites_are_refused():
-    program = by_name["mixture VAE"]
-    for use in (pe.to_arviz, pe.pareto_k):
-        with refuses(SiteError, "'k'", "summed out", "guide", "terms.posterior"):
-            use(program.model, program.guide, *program.args, num_samples=20)

@@ -7,9 +7,11 @@ draw is that of the sum,
 """
 
 import pyro.distributions as dist
+import torch
 from torch.distributions import Bernoulli, Categorical, Distribution, OneHotCategorical
 
 from pyro_elbo.errors import SiteError
+from pyro_elbo.masking import masked
 from pyro_elbo.programs import Program, TracePair, complete_guide
 from pyro_elbo.terms import evaluate_run
 
@@ -38,6 +40,11 @@ def _posterior(run: TracePair, name: str) -> Distribution:
     term, site = evaluate_run(run, "sampled")[name], run.model[name]
     probs, fn = term.posterior, site.fn
     assert probs is not None
+    if site.mask is not None and masked(term.nats, ~torch.as_tensor(site.mask)).abs().max() > 1e-4:
+        raise SiteError(
+            f"Site '{name}' is masked in rows whose data depend on it: it is summed out there under its prior, which "
+            "the mask hides from the density of a draw. Give what depends on it the same mask."
+        )
     sizes = {p.dim: p.size for p in site.plates}
     if run.particle_dim is not None and probs.dim() > -run.particle_dim:
         sizes[run.particle_dim] = probs.shape[run.particle_dim - 1]

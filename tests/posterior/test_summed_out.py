@@ -78,3 +78,14 @@ def test_other_supports_cannot_be_drawn():
 
     with refuses(SiteError, "'k'", "Binomial", "Categorical"):
         pe.to_arviz(model, lambda x: None, torch.zeros(3), num_samples=20)
+
+
+def test_a_mask_on_the_latent_alone_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.mask(mask=torch.tensor([True, False, True])):
+                k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    with refuses(SiteError, "'k'", "masked", "same mask"):
+        pe.to_arviz(model, lambda x: None, torch.zeros(3), num_samples=20)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_elbo.errors import ArgumentError, PyroElboError, SiteError
 from pyro_elbo.posterior.layout import count_data, drop_gaps, lead, lead_unconstrained, per_plate, with_gaps
 from pyro_elbo.posterior.psis import PSIS, psis
-from pyro_elbo.posterior.summed_out import draw_summed_out
+from pyro_elbo.posterior.summed_out import RECORD, draw_summed_out
 from pyro_elbo.posterior.weights import (
     Weighting,
     find_point_error,
@@ -262,7 +262,9 @@ def _collect(pair: TracePair, frame: _Frame, count: int) -> dict[str, Any]:
             groups["deterministics"][name] = value(site, like)
         if site.has_density:
             group = "log_prior" if site.role in ("latent", "deterministic") else "log_likelihood"
-            densities[group][name] = per_plate(site.log_prob(), site.plates, count, nesting)
+            summed = pair.guide.get(RECORD + name)
+            log_p = site.log_prob() if summed is None else summed.value
+            densities[group][name] = per_plate(log_p, site.plates, count, nesting)
     return groups | densities | weighting.sums(pair, count, nesting)
 
 

@@ -8,12 +8,16 @@ draw is that of the sum,
 
 import pyro.distributions as dist
 import torch
+from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, OneHotCategorical
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import masked
 from pyro_elbo.programs import Program, TracePair, complete_guide
-from pyro_elbo.terms import evaluate_run
+from pyro_elbo.terms import connected, evaluate_run
+
+RECORD = "log likelihood of "
+"""The sites of a completed guide that hold the log likelihood of data without what is summed out."""
 
 
 def draw_summed_out(model: Program, guide: Program, shapes: TracePair) -> Program:
@@ -32,7 +36,19 @@ def draw_summed_out(model: Program, guide: Program, shapes: TracePair) -> Progra
             f"The guide enumerates {marked}: its draws would be all values at once. Remove the mark from the guide to "
             "have them drawn."
         )
-    return complete_guide(model, guide, _posterior)
+    return complete_guide(model, guide, _posterior, _log_likelihoods)
+
+
+def _log_likelihoods(run: TracePair) -> dict[str, Tensor]:
+    """Return log Σ_k p(k) p(x | k) per row of the data, for sites whose summed-out parents belong to their own rows."""
+    terms, model, found = evaluate_run(run, "sampled"), run.model, {}
+    depends_on = {n: s.depends_on.intersection(run.summed_out) for n, s in model.items()}
+    for names in connected({n: parents for n, parents in depends_on.items() if parents}):
+        summed, others = names.intersection(run.summed_out), names.difference(run.summed_out)
+        rows = {frozenset(model[n].plates) for n in names}
+        if len(rows) == len(others) == 1 and model[name := others.pop()].role == "observed":
+            found[RECORD + name] = terms[name].nats - sum(terms[n].nats for n in summed)
+    return found
 
 
 def _posterior(run: TracePair, name: str) -> Distribution:

@@ -21,6 +21,7 @@ from pyro_elbo.programs.messages import Recorder
 from pyro_elbo.programs.tracing import Program, Traced, TracePair, pair_traces
 
 Posterior = Callable[[TracePair, str], Distribution]
+Record = Callable[[TracePair], Mapping[str, Tensor]]
 
 
 class _Apart(poutine.messenger.Messenger):
@@ -55,7 +56,7 @@ class _InPlace(poutine.messenger.Messenger):
         msg["mask"] = both(msg["mask"], self.place.mask)
 
 
-def complete_guide(model: Program, guide: Program, posterior: Posterior) -> Program:
+def complete_guide(model: Program, guide: Program, posterior: Posterior, record: Record) -> Program:
     """Return a guide that also draws the sites that the model sums out, each given those before.
 
     Args:
@@ -63,18 +64,21 @@ def complete_guide(model: Program, guide: Program, posterior: Posterior) -> Prog
         guide: the guide; it marks none itself.
         posterior: the exact posterior of one of the sites of a run, given what is drawn, with the batch dimensions of
             the run.
+        record: values to keep as deterministic sites of the guide, from the run before anything is drawn.
     """
 
     def program(*args: Any, **kwargs: Any) -> Any:
         with poutine.trace() as drawn:
             result = guide(*args, **kwargs)
-            while True:
-                pair, places = _trace_given(model, drawn.trace, args, kwargs)
-                if not pair.summed_out:
-                    return result
+            pair, places = _trace_given(model, drawn.trace, args, kwargs)
+            for name, value in record(pair).items():
+                pyro.deterministic(name, value)
+            while pair.summed_out:
                 name = pair.summed_out[0]
                 with _InPlace(places[name]):
                     pyro.sample(name, posterior(pair, name))
+                pair, places = _trace_given(model, drawn.trace, args, kwargs)
+            return result
 
     return program
 

@@ -10,7 +10,7 @@ from pyro_elbo.terms.enumerated import evaluate_run
 from pyro_elbo.terms.evaluate import KLForm, univariate
 from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
 from pyro_elbo.terms.particles import stack_particles
-from pyro_elbo.terms.summed_out import WeightOf
+from pyro_elbo.terms.summed_out import WeightOf, connected
 from pyro_elbo.terms.term import Term, frames, is_one, num_data, scaled_sum
 from pyro_elbo.terms.terms import Terms
 
@@ -21,6 +21,7 @@ __all__ = [
     "Term",
     "Terms",
     "WeightOf",
+    "connected",
     "divisor",
     "evaluate_run",
     "frames",

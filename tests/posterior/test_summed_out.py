@@ -89,3 +89,15 @@ def test_a_mask_on_the_latent_alone_is_refused():
 
     with refuses(SiteError, "'k'", "masked", "same mask"):
         pe.to_arviz(model, lambda x: None, torch.zeros(3), num_samples=20)
+
+
+def test_leave_one_out_of_a_mixture_is_its_log_density():
+    """All parameters are fixed: the other rows say nothing, so that elpd is log p(x_n) = log Σ_k p(k) p(x_n | k)."""
+    program = by_name["mixture"]
+    (x,) = program.args
+    data = pe.to_arviz(program.model, program.guide, x, num_samples=200)
+    weights, means, widths = (pyro.param(n) for n in ("weights", "means", "widths"))
+    exact = (weights.log() + dist.Normal(means, widths).log_prob(x[:, None])).logsumexp(-1).detach()
+    found = torch.as_tensor(data.log_likelihood["x"].values)
+    torch.testing.assert_close(found, exact.expand(1, 200, 3))
+    assert pe.loo(data).elpd == pytest.approx(exact.sum().item(), abs=1e-8)

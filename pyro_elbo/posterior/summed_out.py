@@ -8,8 +8,9 @@ draw is that of the sum,
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, OneHotCategorical
+from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import masked
@@ -51,7 +52,7 @@ def _log_likelihoods(run: TracePair) -> dict[str, Tensor]:
     return found
 
 
-def _posterior(run: TracePair, name: str) -> Distribution:
+def _posterior(run: TracePair, name: str) -> TorchDistributionMixin:
     """Return the posterior of a summed-out site as a distribution over its own support."""
     term, site = evaluate_run(run, "sampled")[name], run.model[name]
     probs, fn = term.posterior, site.fn

@@ -10,9 +10,9 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyro_elbo.masking import both
 from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, separate_dimensions
@@ -20,7 +20,7 @@ from pyro_elbo.programs.explain import PARTICLE_PLATE
 from pyro_elbo.programs.messages import Recorder
 from pyro_elbo.programs.tracing import Program, Traced, TracePair, pair_traces
 
-Posterior = Callable[[TracePair, str], Distribution]
+Posterior = Callable[[TracePair, str], TorchDistributionMixin]
 Record = Callable[[TracePair], Mapping[str, Tensor]]
 
 

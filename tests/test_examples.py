@@ -8,6 +8,7 @@ import xarray
 
 import examples.posteriordb as reference
 from examples import (
+    em_mixture,
     fair_representation,
     generalization,
     quickstart,
@@ -187,3 +188,9 @@ def test_bits_back_gives_the_digits_back(tmp_path, capsys):
     assert "given back bit for bit: True" in capsys.readouterr().out
     assert (tmp_path / "bits_back.png").stat().st_size > 10_000
     assert (tmp_path / "digits.ans").stat().st_size > 5_000
+
+
+def test_em_mixture(tmp_path, capsys):
+    em_mixture.main(tmp_path, smoke_test=True)
+    assert "no step lowered a bound" in capsys.readouterr().out
+    assert (tmp_path / "em_mixture.png").stat().st_size > 10_000

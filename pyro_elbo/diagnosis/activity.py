@@ -83,6 +83,8 @@ def spread_of_means(name: str, terms: Terms, draws: "xarray.Dataset") -> Float[T
     if data is None or data.name not in plates or name not in draws:
         return None
     values = draws[name]
+    if values.dtype.kind != "f":  # the number of a category has no mean
+        return None
     rows = next((d for d in (data.name, f"{data.name}_dim") if d in values.dims), None)
     if rows is None or values.sizes[rows] < 2:
         return None

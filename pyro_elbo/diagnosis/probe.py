@@ -88,6 +88,8 @@ class Probe:
 
     def _exchange(self, terms: Terms, call: Call, plate: Plate) -> ProbeRecord:
         """Return the distortion of the rows under their own latents, and under those of other rows."""
+        if any(not t.draws for t in terms.sites.values() if t.kind == "latent"):
+            return {}  # a latent that is summed out has no value to exchange
         drawn = {name: t.draws[0].value for name, t in terms.sites.items() if t.kind == "latent"}
         moved = {name: _exchanged(terms.sites[name], plate, value) for name, value in drawn.items()}
         own, swapped = (self._distortion(call, values) / terms.num_data for values in (drawn, moved))

@@ -102,6 +102,11 @@ class Penalty(ABC):
                 f"{self.name}: latent '{self.latent}' lies in no plate: all data share one value. Penalize a "
                 "latent with one value per datum, within the data's pyro.plate."
             )
+        if term.posterior is not None or term.expected:
+            raise SiteError(
+                f"{self.name}: '{self.latent}' is summed out: it has no draws whose information could be estimated. "
+                "Draw it in the guide, without a mark for enumeration, or penalize another latent."
+            )
         if not term.draws:
             raise SiteError(
                 f"{self.name}: '{self.latent}' is joined from the steps of a loop. Penalize a latent with one "

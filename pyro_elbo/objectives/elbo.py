@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError, check_count, describe
 from pyro_elbo.information import Critic, Penalty, critic_gradients
-from pyro_elbo.objectives.gradients import BoundKind, Gradient, check_gradient
+from pyro_elbo.objectives.gradients import BoundKind, Gradient, Runs, check_gradient
 from pyro_elbo.objectives.score_function import moved_averages, surrogate
 from pyro_elbo.objectives.step_count import advance_after_backward
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
@@ -41,7 +41,7 @@ from pyro_elbo.programs import (
     trace_pair,
 )
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms import KLForm, Term, Terms, evaluate_terms, stack_particles
+from pyro_elbo.terms import KLForm, Term, Terms, WeightOf, evaluate_run, stack_particles
 
 _nesting_found: "WeakKeyDictionary[TraceBeta_ELBO, tuple[Program, Program, int]]" = WeakKeyDictionary()
 """The batch dimensions that a trial run found, with its programs: of the last programs of each objective."""
@@ -193,10 +193,13 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def _unpenalized(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
-        sites, particle_dim = self._sites(model, guide, args, kwargs)
-        weighted, constant = self.weighting(sites, particle_dim, value)
-        bound = self.bound(sites, weighted, constant, particle_dim)
-        averages = moved_averages(sites, weighted, particle_dim, self.averages)
+        runs = self._runs(model, guide, args, kwargs)
+        sites, particle_dim = self._sites(runs)
+        weights = self.weighting.of_summed_out(sites, value)
+        charged = sites if weights is None else self._sites(runs, weights)[0]
+        weighted, constant = self.weighting(charged, particle_dim, value)
+        bound = self.bound(charged, weighted, constant, particle_dim)
+        averages = moved_averages(charged, weighted, particle_dim, self.averages)
         return Terms(sites, particle_dim, bound, averages=averages)
 
     def _penalize(self, terms: Terms, args: tuple, kwargs: dict[str, Any], value: ScheduleValue) -> Terms:
@@ -285,26 +288,28 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         for critic in self.critics.values():
             critic.step()
 
-    def _sites(
-        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Term], int | None]:
+    def _runs(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> list[Runs]:
         programs, count = (model, guide, args, kwargs), self.num_particles
+        nesting = 0 if math.isinf(self.max_plate_nesting) else int(self.max_plate_nesting)
         vectorized = self.vectorize_particles and count > 1
-        trace = partial(self._vectorized if vectorized else trace_pair, *programs)
+        trace = self._vectorized if vectorized else partial(trace_pair, max_plate_nesting=nesting)
         with SameRows():
-            again = lambda pair: trace_fixed(pair, *programs, count)  # noqa: E731
-            runs = [self.estimator.run(trace, again) for _ in range(1 if vectorized else count)]
-        sites, particle_dim = self._terms_of([pair for pair, _ in runs])
+            once = partial(trace, *programs)
+            again = lambda pair: trace_fixed(pair, *programs, count, nesting)  # noqa: E731
+            return [self.estimator.run(once, again) for _ in range(1 if vectorized else count)]
+
+    def _sites(self, runs: Sequence[Runs], weight_of: WeightOf | None = None) -> tuple[dict[str, Term], int | None]:
+        """Return the terms of all particles; ``weight_of`` as in :func:`evaluate_run`."""
+        sites, particle_dim = self._terms_of([pair for pair, _ in runs], weight_of)
         fixed = [pair for _, pair in runs if pair is not None]
         if fixed:
-            direct = self._terms_of(fixed)[0]
+            direct = self._terms_of(fixed, weight_of)[0]
             sites = {name: replace(t, direct=direct[name].nats) for name, t in sites.items()}
         return sites, particle_dim
 
-    def _terms_of(self, runs: Sequence[TracePair]) -> tuple[dict[str, Term], int | None]:
-        if runs[0].particle_dim is not None:
-            return evaluate_terms(runs[0], self.kl), runs[0].particle_dim
-        return stack_particles([evaluate_terms(run, self.kl) for run in runs])
+    def _terms_of(self, runs: Sequence[TracePair], weight_of: WeightOf | None) -> tuple[dict[str, Term], int | None]:
+        sites, particle_dim = stack_particles([evaluate_run(run, self.kl, weight_of) for run in runs])
+        return sites, particle_dim if len(runs) > 1 else runs[0].particle_dim
 
     def _vectorized(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> TracePair:
         for _ in range(2):

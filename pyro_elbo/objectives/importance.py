@@ -48,6 +48,11 @@ def importance_weighted(
         SiteError: the data are subsampled, and a latent lies outside of their plate; or a site without pathwise
             gradient has a weight other than one.
     """
+    if expected := [n for n, t in sites.items() if t.expected]:
+        raise SiteError(
+            f"The terms of {expected} are expectations over sites that the guide enumerates: they have no importance "
+            "weights. Leave these sites out of the guide and mark them in the model, which sums them out exactly."
+        )
     fixed = [t for t in sites.values() if t.kind == "constant"]  # in no row, and the same for all particles
     sites = {n: t for n, t in sites.items() if t.kind != "constant"}
     keep = _shared_dims(sites, particle_dim)

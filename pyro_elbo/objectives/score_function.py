@@ -88,8 +88,9 @@ def _rewards(sites: Mapping[str, Term], signed: Mapping[str, Tensor]) -> dict[st
         return {}
     by_plates: dict[frozenset[Plate], Tensor] = {}
     for name, x in signed.items():
-        scale, plates = sites[name].scale, frozenset(sites[name].plates)
+        scale, plates = sites[name].scale, frozenset(sites[name].reward_plates)
         scaled = x.detach() if is_one(scale) else (x * scale).detach()
+        scaled = _sum_out(scaled, frozenset(sites[name].plates) - plates)
         by_plates[plates] = by_plates[plates] + scaled if plates in by_plates else scaled
     return {
         name: torch.as_tensor(sum(_sum_out(x, plates - own) for plates, x in by_plates.items()))

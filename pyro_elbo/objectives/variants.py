@@ -15,7 +15,7 @@ from pyro_elbo.objectives.importance import importance_weighted, shared_scale
 from pyro_elbo.objectives.weighting import Beta, ScheduleValue
 from pyro_elbo.programs import Program, TracePair, trace_filtered
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms import Normalize, SequenceBound, Term, Terms, divisor, evaluate_terms, join_numbered_sites
+from pyro_elbo.terms import Normalize, SequenceBound, Term, Terms, WeightOf, divisor, evaluate_run, join_numbered_sites
 
 
 class TraceIW_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
@@ -245,11 +245,11 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
     def _filtered(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> Terms:
         nesting = self._nesting(model, guide, args, kwargs)
         pair, log_evidence = trace_filtered(model, guide, args, kwargs, self.num_particles, nesting, self.resample)
-        sites = evaluate_terms(pair, "sampled")
+        sites = evaluate_run(pair, "sampled")
         return Terms(sites, pair.particle_dim, log_evidence.sum() * shared_scale(sites))
 
-    def _terms_of(self, runs: Sequence[TracePair]) -> tuple[dict[str, Term], int | None]:
-        sites, particle_dim = super()._terms_of(runs)
+    def _terms_of(self, runs: Sequence[TracePair], weight_of: WeightOf | None) -> tuple[dict[str, Term], int | None]:
+        sites, particle_dim = super()._terms_of(runs, weight_of)
         return join_numbered_sites(sites), particle_dim
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_elbo.errors import ArgumentError, check_number, describe
 from pyro_elbo.objectives.free_bits import floor_joint, floor_site
 from pyro_elbo.schedules import Capacity, Schedule
-from pyro_elbo.terms import Term, num_data, scaled_sum
+from pyro_elbo.terms import Term, WeightOf, num_data, scaled_sum
 
 Weight = float | Tensor | Schedule
 Beta = Weight | Mapping[str, Weight]
@@ -103,6 +103,44 @@ class KLWeighting:
             charges, floor = floor_joint(joint, self.free_bits, self._joint_weight(joint, value), particle_dim)
             weighted, constant = weighted | charges, constant + floor
         return weighted, constant
+
+    def of_summed_out(self, sites: Mapping[str, Term], value: ScheduleValue) -> WeightOf | None:
+        """Return the weights of the KL, by site, that the posteriors of summed-out sites depend on; None if all are 1.
+
+        Raises:
+            ArgumentError: free bits; later, when a weight is asked for, a capacity or a β per step.
+        """
+        if self.is_identity() or all(t.posterior is None for t in sites.values()):
+            return None
+        summed = [n for n, t in sites.items() if t.posterior is not None]
+        if self.free_bits:
+            raise ArgumentError(
+                f"free_bits with {summed}, which the model sums out: their posterior is exact and needs no floor. "
+                "Leave out free_bits, or draw these sites in the guide."
+            )
+        if all(not isinstance(w, Tensor | Schedule) and w == 1 for w in map(self._of, sites)):
+            return None
+        return lambda name: self._weight_in_sum(name, sites, value)
+
+    def _weight_in_sum(self, name: str, sites: Mapping[str, Term], value: ScheduleValue) -> float | Tensor:
+        """Return the weight of one site, also of a step ``z_3`` whose loop ``z`` is one term."""
+        joined = name if name in sites else name.rpartition("_")[0]
+        weight = self._of(joined)
+        if isinstance(weight, Capacity):
+            raise ArgumentError(
+                f"Site '{name}' is summed out, or depends on a site that is: pe.Capacity sets no target for its KL. "
+                "Give it another weight, such as beta={...: 1.0}, or draw these sites in the guide."
+            )
+        if isinstance(weight, Schedule):
+            return value(weight)
+        if joined == name or not isinstance(weight, Tensor) or not weight.dim():
+            return weight
+        if weight.shape[-1] > 1:
+            raise ArgumentError(
+                f"Site '{joined}': its steps are summed out together, at one temperature, so that beta cannot differ "
+                "between steps. Give one beta for all of them."
+            )
+        return weight.squeeze(-1)
 
     def _joint_weight(self, joint: Mapping[str, Term], value: ScheduleValue) -> float | Tensor:
         """Return the one β of sites that have one KL together."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_elbo.errors import ArgumentError, PyroElboError, SiteError
 from pyro_elbo.posterior.layout import count_data, drop_gaps, lead, lead_unconstrained, per_plate, with_gaps
 from pyro_elbo.posterior.psis import PSIS, psis
+from pyro_elbo.posterior.summed_out import RECORD, draw_summed_out
 from pyro_elbo.posterior.weights import (
     Weighting,
     find_point_error,
@@ -204,6 +205,9 @@ def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, F
         programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
         data = read_data(*programs)
     shapes = trace_pair(*programs)
+    if shapes.enumerated:
+        programs = programs._replace(guide=draw_summed_out(programs.model, programs.guide, shapes))
+        shapes = trace_pair(*programs)
     frame = Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs))
     return programs, frame, data._replace(rows=rows)
 
@@ -291,7 +295,9 @@ def _collect(pair: TracePair, frame: Frame, count: int) -> dict[str, Any]:
             groups["deterministics"][name] = value(site, like)
         if site.has_density:
             group = "log_prior" if site.role in ("latent", "deterministic") else "log_likelihood"
-            densities[group][name] = per_plate(site.log_prob(), site.plates, count, nesting)
+            summed = pair.guide.get(RECORD + name)
+            log_p = site.log_prob() if summed is None else summed.value
+            densities[group][name] = per_plate(log_p, site.plates, count, nesting)
     return groups | densities | weighting.sums(pair, count, nesting)
 
 

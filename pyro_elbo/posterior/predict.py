@@ -106,7 +106,15 @@ def _missing_data(model: Program, guide: Program, args: tuple, kwargs: Mapping[s
     with torch.no_grad(), seeded(seed):
         guided = {name: site.value for name, site in trace_program(guide, args, kwargs).items()}
         sites = trace_program(model, args, kwargs, guided)
-    return {n: s.value for n, s in sites.items() if s.role == "latent" and n not in guided}
+    absent = [s for s in sites.values() if s.role == "latent" and s.name not in guided]
+    missing = {s.name: s.value for s in absent if not s.marked}
+    if missing and len(missing) < len(absent):
+        summed = [s.name for s in absent if s.marked]
+        raise SiteError(
+            f"Sites {summed} are summed out and drawn given the data, but {list(missing)} have no data. Give the model "
+            "its data, or give these sites a place in the guide."
+        )
+    return missing
 
 
 def _forecast(

@@ -134,7 +134,7 @@ def _check_densities(pair: TracePair, other: TracePair) -> None:
     latents = {
         name: torch.stack([site.value, other.model[name].value])
         for name, site in pair.model.items()
-        if site.role == "latent"
+        if site.role == "latent" and name in pair.guide  # what is summed out follows from the others
     }
     if not latents:
         raise GuideError(

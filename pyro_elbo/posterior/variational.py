@@ -13,7 +13,7 @@ from pyro_elbo.posterior.fixed_draws import FixedDraws, has_density
 from pyro_elbo.posterior.stationary import Point
 from pyro_elbo.posterior.weights import find_point_error, is_discrete, unconstrain
 from pyro_elbo.programs import collect_modules, sort_by_dim, trace_pair, trace_program
-from pyro_elbo.terms import Terms, evaluate_terms
+from pyro_elbo.terms import Terms, evaluate_run
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -104,7 +104,7 @@ def check_finite(objective: FixedDraws, point: Point) -> None:
     if torch.isfinite(point.evaluated.nats).all():
         return
     pair = objective.trace()
-    Terms(evaluate_terms(pair, "sampled"), pair.particle_dim, point.loss).check_finite()
+    Terms(evaluate_run(pair, "sampled"), pair.particle_dim, point.loss).check_finite()
     raise NonFiniteError(
         f"log q - log p of the fixed draws: {count_nonfinite(point.evaluated.nats.detach())}. Look for data outside "
         "the support and for a diverged parameter; train the guide first."

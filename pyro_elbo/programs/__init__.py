@@ -8,6 +8,7 @@ Imports sequences and below.
 """
 
 from pyro_elbo.programs.checks import check_options, check_programs
+from pyro_elbo.programs.completion import complete_guide
 from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns, program_arguments
 from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
@@ -51,6 +52,7 @@ __all__ = [
     "sort_by_dim",
     "collect_modules",
     "collect_parameters",
+    "complete_guide",
     "check_gradients",
     "check_initialized",
     "check_options",

@@ -85,6 +85,20 @@ def check_wide(site: Site, sizes: Mapping[int, int]) -> None:
             )
 
 
+MOST_ENTRIES = 20_000_000
+"""Entries of one log density over the values of enumerated sites: 160 megabytes in double precision."""
+
+
+def check_entries(site: Site, shape: Sequence[int]) -> None:
+    """Raise SiteError for a density over so many enumerated values that memory would not hold it."""
+    if math.prod(shape) > MOST_ENTRIES:
+        raise SiteError(
+            f"Site '{site.name}': its log density has {math.prod(shape):,} entries, shape {tuple(shape)}, over the "
+            f"values of {list(site.variables.values())} that are summed out; expected at most {MOST_ENTRIES:,}. Take "
+            "fewer rows at once, or write a chain as a pyro.markov loop, or draw some of these sites in the guide."
+        )
+
+
 def check_guide_site(site: Site, observed: bool, infer: Mapping[str, Any], in_model: bool) -> None:
     """Raise SiteError for a site that a guide must not have, or for a request that no objective here fulfills."""
     if observed and site.role != "deterministic" and not isinstance(site.fn, Unit):
@@ -92,10 +106,11 @@ def check_guide_site(site: Site, observed: bool, infer: Mapping[str, Any], in_mo
             f"Site '{site.name}' is observed in the guide, where its log density would count as a negative KL. Remove "
             "it from the guide, or give model and guide in this order if they are swapped."
         )
-    if infer.get("enumerate"):
+    if infer.get("enumerate") and site.enum_dim is None:
         raise SiteError(
-            f"Site '{site.name}' of the guide is marked for enumeration ({infer['enumerate']!r}), but objectives here "
-            "draw every site. Remove config_enumerate or infer={'enumerate': ...} to draw it, with the score-function "
+            f"Site '{site.name}' of the guide is marked for enumeration ({infer['enumerate']!r}), which objectives "
+            "here do for 'parallel', and not with the filtering bound nor for a guide that is itself a handler of "
+            "Pyro. Mark it 'parallel' (config_enumerate does), remove the mark to draw it with the score-function "
             "gradient, or use pyro.infer.TraceEnum_ELBO."
         )
     if not observed and not in_model and site.role != "deterministic" and not infer.get("is_auxiliary"):
@@ -155,23 +170,36 @@ def check_pair(model: Mapping[str, Site], guide: Mapping[str, Site], enumerated:
         for plate in site.plates:
             _check_plate(site, plate, plates.get(plate.name, plate))
         if site.role == "latent":
-            if name not in guide and name in enumerated:
-                raise SiteError(
-                    f"Latent site '{name}' of the model is marked for enumeration and has no site in the guide, but "
-                    "objectives here draw every site. Add it to the guide, sum it out in the likelihood (such as "
-                    "MixtureSameFamily), or use pyro.infer.TraceEnum_ELBO."
-                )
-            if name not in guide:
-                raise SiteError(
-                    f"Latent site '{name}' of the model has no site in the guide, which samples {list(guide)}. Add "
-                    f"pyro.sample('{name}', ...) to the guide, or observe the site."
-                )
-            _check_shapes(site, guide[name])
+            if name in guide:
+                _check_shapes(site, guide[name])
+            elif site.enum_dim is None:
+                raise _missing(site, list(guide), name in enumerated)
         elif site.role == "observed" and name in guide and guide[name].role != "deterministic":
             raise SiteError(
                 f"Site '{name}' is observed in the model and sampled in the guide. Remove it from the guide, or do "
                 "not condition the model on it."
             )
+
+
+def _missing(site: Site, guide: list[str], marked: bool) -> SiteError:
+    """Return the error for a latent that the guide does not draw and nothing sums out."""
+    name = site.name
+    if marked:
+        return SiteError(
+            f"Latent site '{name}' of the model is marked for enumeration and has no site in the guide. Objectives "
+            "here sum it out where the mark is 'parallel' (config_enumerate gives it), but not with the filtering "
+            "bound nor for a guide that is itself a handler of Pyro. Change the mark, add the site to the guide, or "
+            "use pyro.infer.TraceEnum_ELBO."
+        )
+    sum_out = (
+        "mark it infer={'enumerate': 'parallel'} (config_enumerate marks all such sites) to have it summed out, "
+        if getattr(site.fn, "has_enumerate_support", False)
+        else ""
+    )
+    return SiteError(
+        f"Latent site '{name}' of the model has no site in the guide, which samples {guide}. Add "
+        f"pyro.sample('{name}', ...) to the guide, {sum_out}or observe the site."
+    )
 
 
 def _check_plate(site: Site, model: Plate, guide: Plate) -> None:
@@ -190,12 +218,18 @@ def _check_plate(site: Site, model: Plate, guide: Plate) -> None:
 def _check_shapes(model: Site, guide: Site) -> None:
     """Refuse events that differ, and a draw of the guide that the model would count several times."""
     expected, got = model.fn.event_shape, guide.fn.event_shape
-    p, q = model.fn.batch_shape, guide.fn.batch_shape
+    p, q = _without_variables(model), _without_variables(guide)
     if expected != got or (p != q and not _broadcasts_to(p, q)):
         raise SiteError(
             f"Site '{model.name}': the model expects batch shape {tuple(p)} and event shape {tuple(expected)}, the "
             f"guide gives {tuple(q)} and {tuple(got)}. Use the same plates and the same .to_event(n) in both."
         )
+
+
+def _without_variables(site: Site) -> torch.Size:
+    """Return the batch shape at one value of each enumerated site."""
+    shape = site.fn.batch_shape
+    return torch.Size(1 if d in site.variables else shape[d] for d in range(-len(shape), 0))
 
 
 def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:

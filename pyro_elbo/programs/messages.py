@@ -17,13 +17,15 @@ from torch.distributions import Distribution
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import unmask
-from pyro_elbo.programs.checks import check_batch_shape, check_guide_site, check_wide, read_baseline
+from pyro_elbo.programs.checks import check_batch_shape, check_entries, check_guide_site, check_wide, read_baseline
 from pyro_elbo.programs.data import observed_tensor
 from pyro_elbo.programs.explain import PARTICLE_PLATE
 from pyro_elbo.programs.sites import Plate, Site, SiteRole, is_point, shared_plate
 from pyro_elbo.sequences import StackedDistribution, fill_masked
 
 Message = Any
+Variables = Mapping[int, tuple[str, int]]
+NO_VARIABLES: Variables = {}
 
 
 def is_subsample(message: Message) -> bool:
@@ -56,7 +58,7 @@ class GivenRows(poutine.messenger.Messenger):
             self.rows[msg["name"]] = torch.as_tensor(msg["value"])
 
 
-def read_guide(trace: poutine.Trace, model: Mapping[str, Site]) -> dict[str, Site]:
+def read_guide(trace: poutine.Trace, model: Mapping[str, Site], variables: Variables = NO_VARIABLES) -> dict[str, Site]:
     """Return the sites of a guide by name, in program order: ``latent`` what the model samples too.
 
     Raises:
@@ -66,14 +68,17 @@ def read_guide(trace: poutine.Trace, model: Mapping[str, Site]) -> dict[str, Sit
     rows = _rows_without_size(messages)
     sites = {}
     for name, message in messages.items():
-        site = _read_site(name, message, "latent" if name in model else "auxiliary", rows)
+        site = _read_site(name, message, "latent" if name in model else "auxiliary", rows, variables)
         check_guide_site(site, message["is_observed"], message["infer"], name in model)
         sites[name] = replace(site, baseline=read_baseline(name, site.fn, message["infer"]))
     return sites
 
 
 def read_model(
-    trace: poutine.Trace, conditioned: Collection[str] = (), latents: Collection[str] = ()
+    trace: poutine.Trace,
+    conditioned: Collection[str] = (),
+    latents: Collection[str] = (),
+    variables: Variables = NO_VARIABLES,
 ) -> dict[str, Site]:
     """Return the sites of a program by name, in program order.
 
@@ -82,13 +87,14 @@ def read_model(
         conditioned: the sites observed by ``poutine.condition``: they are no data where they lie outside the plate
             of the data.
         latents: observed sites that are ``latent`` nevertheless.
+        variables: the enumerated variables of the run: name and number of values, by identifier.
 
     Raises:
         SiteError: a batch dimension lies in no plate.
     """
     messages = _sample_messages(trace)
     rows = _rows_without_size(messages)
-    sites = {name: _read_site(name, m, _model_role(name, m, latents), rows) for name, m in messages.items()}
+    sites = {n: _read_site(n, m, _model_role(n, m, latents), rows, variables) for n, m in messages.items()}
     return _mark_constants(sites, conditioned)
 
 
@@ -129,7 +135,9 @@ def _mark_constants(sites: dict[str, Site], conditioned: Collection[str]) -> dic
     return {name: replace(site, role="constant") if name in known else site for name, site in sites.items()}
 
 
-def _read_site(name: str, message: Message, role: SiteRole, rows: Mapping[str, int]) -> Site:
+def _read_site(
+    name: str, message: Message, role: SiteRole, rows: Mapping[str, int], variables: Variables = NO_VARIABLES
+) -> Site:
     fn, mask = unmask(message["fn"], message["mask"])
     value = message["value"]
     if message["infer"].get("_deterministic"):
@@ -153,7 +161,14 @@ def _read_site(name: str, message: Message, role: SiteRole, rows: Mapping[str, i
     for i, d in enumerate(undeclared):
         sizes[d] = _size_at(shape, d)
         plates.append(Plate(f"{name}_rows_{i}", d, sizes[d], sizes[d]))
-    site = Site(name, role, fn, value, tuple(plates), message["scale"], mask)
+    behind = {d: variables[i] for d, i in message["infer"].get("_dim_to_id", {}).items() if i in variables}
+    names, enum_dim = {d: v for d, (v, _) in behind.items()}, message["infer"].get("_enumerate_dim")
+    marked = bool(message["infer"].get("enumerate"))
+    enumeration: dict[str, Any] = {"variables": names, "enum_dim": enum_dim, "marked": marked}
+    site = Site(name, role, fn, value, tuple(plates), message["scale"], mask, **enumeration)
+    sizes |= {d: size for d, (_, size) in behind.items()}
+    if behind:
+        check_entries(site, shape)
     check_batch_shape(site, sizes, undeclared)
     check_wide(site, sizes)
     return site

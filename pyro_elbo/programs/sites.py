@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
@@ -78,6 +78,9 @@ class Site:
         fixed: the same site of a run at the same draws, as constants: its log density has the gradient of the
             distribution's own parameters alone, which log q then leaves out. None: the whole gradient.
         scored: the draw is a constant: its gradient is that of the score function, whatever its distribution.
+        variables: the enumerated site behind each batch dimension left of the plates that the density may have.
+        marked: whether the program asks for enumeration of the site.
+        enum_dim: the batch dimension along which the value holds the whole support; None for one value.
     """
 
     name: str
@@ -90,6 +93,9 @@ class Site:
     baseline: Baseline | None = None
     fixed: "Site | None" = None
     scored: bool = False
+    variables: Mapping[int, str] = field(default_factory=dict)
+    enum_dim: int | None = None
+    marked: bool = False
 
     @property
     def has_density(self) -> bool:
@@ -101,6 +107,16 @@ class Site:
     def event_dim(self) -> int:
         """The number of dimensions of one event, on the right of the value."""
         return len(self.fn.event_shape)
+
+    @property
+    def depends_on(self) -> set[str]:
+        """The enumerated sites over whose values the density extends, this one included."""
+        if not self.variables:
+            return set()
+        shapes = [self.fn.batch_shape, self.value.shape[: self.value.dim() - self.event_dim]]
+        shapes += [self.mask.shape] if isinstance(self.mask, Tensor) else []
+        own = () if self.enum_dim is None else (self.variables[self.enum_dim],)
+        return {v for d, v in self.variables.items() if any(len(s) >= -d and s[d] > 1 for s in shapes)}.union(own)
 
     def log_prob(self) -> Tensor:
         """Return the log density at the value in nats: masked, unscaled, batch dimensions aligned with the plates."""

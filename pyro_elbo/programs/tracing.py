@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import GuideError, SiteError
 from pyro_elbo.programs.checks import check_pair, check_rows, mask_unobserved
+from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, enumerated_variables, separate_dimensions
 from pyro_elbo.programs.explain import PARTICLE_PLATE, explain_failure
 from pyro_elbo.programs.messages import (
     GivenRows,
@@ -43,6 +44,17 @@ class TracePair:
     particle_dim: int | None
     nesting: int
 
+    @property
+    def enumerated(self) -> list[str]:
+        """The sites that have all the values of their support."""
+        sites = (*self.model.values(), *self.guide.values())
+        return list(dict.fromkeys(s.name for s in sites if s.enum_dim is not None))
+
+    @property
+    def summed_out(self) -> list[str]:
+        """The latents of the model that have no site in the guide: their values are enumerated."""
+        return [n for n, s in self.model.items() if s.role == "latent" and n not in self.guide]
+
 
 class Traced(NamedTuple):
     """The trace of a program, and the sites that ``poutine.condition`` observes in it."""
@@ -68,7 +80,7 @@ def trace_pair(
         NonFiniteError: a program failed and its arguments hold NaN or infinity.
     """
     both = _trace_both(model, guide, args, kwargs, num_particles, max_plate_nesting)
-    return _pair(*both, -(max_plate_nesting + 1) if num_particles > 1 else None)
+    return pair_traces(*both, -(max_plate_nesting + 1) if num_particles > 1 else None)
 
 
 def trace_fixed(
@@ -78,17 +90,19 @@ def trace_fixed(
     args: tuple,
     kwargs: Mapping[str, Any],
     num_particles: int = 1,
+    max_plate_nesting: int = 0,
 ) -> TracePair:
     """Run both programs again at the draws of ``pair``, as constants, in the block of :class:`SameRows` of that run.
 
-    Sites that the guide gives as points are computed anew. All others count as ``scored``. Batch norm in train mode
-    sees the batch twice.
+    Sites that the guide gives as points or enumerates are computed anew. All others count as ``scored``. Batch norm in
+    train mode sees the batch twice.
 
     Raises:
         GuideError: the programs draw random numbers outside of ``pyro.sample``, which would differ between both runs.
     """
-    drawn = [s for s in pair.guide.values() if s.role in ("latent", "auxiliary") and not is_point(s.fn)]
-    nesting = 0 if pair.particle_dim is None else -pair.particle_dim - 1
+    sites = [s for s in pair.guide.values() if s.role in ("latent", "auxiliary")]
+    drawn = [s for s in sites if not is_point(s.fn) and s.enum_dim is None]
+    nesting = max_plate_nesting if pair.particle_dim is None else -pair.particle_dim - 1
     before = None if is_capturing() else _random_states()
     with FixedDraws({s.name: s.value.detach() for s in drawn}):
         again = trace_pair(model, guide, args, kwargs, 1 if pair.particle_dim is None else num_particles, nesting)
@@ -99,8 +113,8 @@ def trace_fixed(
             "guide, put the modules into eval mode, or use gradient='auto'."
         )
     names = {s.name for s in drawn}
-    sites = {n: replace(s, scored=True) if n in names else s for n, s in again.guide.items()}
-    return replace(again, guide=sites)
+    scored = {n: replace(s, scored=True) if n in names else s for n, s in again.guide.items()}
+    return replace(again, guide=scored)
 
 
 def without_own_gradient(pair: TracePair, fixed: TracePair) -> TracePair:
@@ -129,9 +143,11 @@ class FixedDraws(poutine.messenger.Messenger):
             msg["value"], msg["done"] = self._values[msg["name"]], True
 
 
-def _pair(model: Traced, guide: Traced, particle_dim: int | None) -> TracePair:
-    model_sites = read_model(model.trace, model.conditioned)
-    guide_sites = read_guide(guide.trace, model_sites)
+def pair_traces(model: Traced, guide: Traced, particle_dim: int | None) -> TracePair:
+    """Read the traces of both programs and check that they fit each other."""
+    variables = enumerated_variables(guide.trace, model.trace)
+    model_sites = read_model(model.trace, model.conditioned, variables=variables)
+    guide_sites = read_guide(guide.trace, model_sites, variables)
     check_pair(model_sites, guide_sites, enumerated_sites(model.trace))
     guide_sites = mask_unobserved(model_sites, guide_sites)
     return TracePair(model_sites, guide_sites, particle_dim, max(plate_nesting(t.trace) for t in (model, guide)))
@@ -162,7 +178,7 @@ def trace_filtered(
         traced = _trace(poutine.replay(model, trace=drawn), args, kwargs)
     if not particles.has_run:
         raise _outside_scan(read_model(traced.trace, traced.conditioned).values())
-    pair = _pair(traced, Traced(drawn), -(max_plate_nesting + 1))
+    pair = pair_traces(traced, Traced(drawn), -(max_plate_nesting + 1))
     both = (*pair.model.values(), *pair.guide.values())
     outside = [site for site in both if not isinstance(site.fn, StackedDistribution) and site.has_density]
     if any(site.role in ("latent", "auxiliary") for site in outside):
@@ -301,9 +317,12 @@ def _trace_both(
             program(*args, **kwargs)
             model_trace, guide_trace = unwrapped.get_traces()
             return Traced(model_trace), Traced(guide_trace)
-    drawn = _trace(program, args, kwargs)
-    given = GivenRows()
-    replayed = _trace(poutine.replay(given(model), trace=drawn.trace), args, kwargs)
+    leftmost = -2 - max_plate_nesting if num_particles > 1 else -1 - max(max_plate_nesting, ROOM_FOR_PLATES)
+    in_guide = Enumerator(leftmost)
+    drawn = _trace(in_guide(program), args, kwargs)
+    given, in_model = GivenRows(), Enumerator(leftmost, in_guide, drawn.trace.nodes)
+    values = separate_dimensions(drawn.trace) if in_guide.active else drawn.trace
+    replayed = _trace(poutine.replay(in_model(given(model)), trace=values), args, kwargs)
     nodes: dict[str, Any] = dict(drawn.trace.nodes)
     for plate, rows in given.rows.items():
         if plate in nodes:

@@ -1,13 +1,16 @@
 """The terms of the bound: the log-likelihood or KL of each site before any reduction, and their totals.
 
-Takes a ``TracePair``; gives a ``Term`` per site (``evaluate``) and ``Terms``, the value that users see.
+Takes a ``TracePair``; gives a ``Term`` per site (``evaluate``; ``enumerated`` where discrete sites
+are summed out) and ``Terms``, the value that users see.
 ``numbered_sites`` joins the sites ``z_0, z_1, ...`` of a written-out loop into one term over time.
 Imports programs and below.
 """
 
-from pyro_elbo.terms.evaluate import KLForm, evaluate_terms, univariate
+from pyro_elbo.terms.enumerated import evaluate_run
+from pyro_elbo.terms.evaluate import KLForm, univariate
 from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
 from pyro_elbo.terms.particles import stack_particles
+from pyro_elbo.terms.summed_out import WeightOf, connected
 from pyro_elbo.terms.term import Term, frames, is_one, num_data, scaled_sum
 from pyro_elbo.terms.terms import Terms
 
@@ -17,8 +20,10 @@ __all__ = [
     "SequenceBound",
     "Term",
     "Terms",
+    "WeightOf",
+    "connected",
     "divisor",
-    "evaluate_terms",
+    "evaluate_run",
     "frames",
     "is_one",
     "num_data",

@@ -43,34 +43,47 @@ def evaluate_terms(run: TracePair, kl: KLForm) -> dict[str, Term]:
     With ``kl="auto"`` a latent's KL is analytic where a formula exists and is exact, that is, where no parent
     of the site in the model can be its descendant in the guide. With ``"sampled"`` it never is.
     """
-    exact = _analytic_is_exact(run) if kl == "auto" else frozenset()
-    terms, fixed = {}, fixed_sites(run.model.values())
-    for name, site in run.model.items():
-        if site.role == "latent":
-            q = run.guide[name]
-            if isinstance(site.fn, StackedDistribution) and isinstance(q.fn, StackedDistribution):
-                term = sum_over_time(site, _latent_term(site.stepwise(), q.stepwise(), name in exact))
-            else:
-                term = _latent_term(site, q, name in exact)
-            terms[name] = replace(term, draws=(q,))
-        elif site.role == "deterministic":
-            if site.has_density:  # of a latent that poutine.reparam split into parts
-                terms[name] = _negated(replace(_likelihood(site, "auxiliary"), draws=(site,)))
-        else:
-            kind = "likelihood" if site.role == "observed" else "constant" if name in fixed else "factor"
-            terms[name] = replace(_likelihood(site, kind), draws=(site,))
-    return _add_auxiliary(terms, (_auxiliary_term(site) for site in run.guide.values() if site.role == "auxiliary"))
+    exact = analytic_is_exact(run) if kl == "auto" else frozenset()
+    fixed = fixed_sites(run.model.values())
+    counted = (site for site in run.model.values() if site.has_density)
+    terms = {s.name: site_term(s, run.guide.get(s.name), s.name in exact, s.name in fixed) for s in counted}
+    return add_auxiliary(terms, (auxiliary_term(site) for site in run.guide.values() if site.role == "auxiliary"))
 
 
-def _analytic_is_exact(run: TracePair) -> frozenset[str]:
+def site_term(site: Site, q: Site | None, exact: bool, fixed: bool) -> Term:
+    """Return the term of a site of the model that has a density.
+
+    Args:
+        site: the model's site.
+        q: the guide's site of that name, for a latent.
+        exact: whether an analytic KL is exact.
+        fixed: whether no latent can change the density.
+    """
+    if site.role == "latent":
+        assert q is not None
+        if isinstance(site.fn, StackedDistribution) and isinstance(q.fn, StackedDistribution):
+            return replace(sum_over_time(site, latent_term(site.stepwise(), q.stepwise(), exact)), draws=(q,))
+        return replace(latent_term(site, q, exact), draws=(q,))
+    if site.role == "deterministic":  # a latent that poutine.reparam split into parts
+        return _negated(replace(_likelihood(site, "auxiliary"), draws=(site,)))
+    return replace(_likelihood(site, likelihood_kind(site, fixed)), draws=(site,))
+
+
+def likelihood_kind(site: Site, fixed: bool) -> TermKind:
+    """Return the kind of the term of a site that is no latent."""
+    return "likelihood" if site.role == "observed" else "constant" if fixed else "factor"
+
+
+def analytic_is_exact(run: TracePair) -> frozenset[str]:
     """Return the latents whose predecessors in the model all precede them in the guide: no parent is a descendant.
 
     E_q[log q(z|..) - log p(z|parents)] is E of the KL only while the parents do not depend on z under q.
     """
     order = {draw: i for i, draw in enumerate(_draws(run.guide))}
-    exact, latest = {name for name, site in run.model.items() if site.role == "latent"}, -1
+    drawn = {name for name, site in run.model.items() if site.role == "latent" and name in run.guide}
+    exact, latest = set(drawn), -1
     for name, t in _draws(run.model):
-        if run.model[name].role == "latent":
+        if name in drawn:
             position = order.get((name, t), order.get((name, 0), len(order)))
             if latest >= position:
                 exact.discard(name)
@@ -87,7 +100,8 @@ def _draws(sites: Mapping[str, Site]) -> Iterator[tuple[str, int]]:
             yield from ((name, t) for name in names)
 
 
-def _term(site: Site, kind: TermKind, nats: Tensor, **more: Any) -> Term:
+def term_of(site: Site, kind: TermKind, nats: Tensor, **more: Any) -> Term:
+    """Return the term of a site with these nats."""
     event_shape = torch.Size(site.fn.event_shape)
     return Term(site.name, kind, site.plates, site.scale, site.mask, event_shape, nats, **more)
 
@@ -95,37 +109,38 @@ def _term(site: Site, kind: TermKind, nats: Tensor, **more: Any) -> Term:
 def sum_over_time(site: Site, steps: Term) -> Term:
     """Return the term of a site over time from the same term with time as a plate."""
     score = None if steps.score is None else steps.score.sum(-1)
-    return _term(site, steps.kind, steps.nats.sum(-1), is_analytic=steps.is_analytic, score=score, steps=steps)
+    return term_of(site, steps.kind, steps.nats.sum(-1), is_analytic=steps.is_analytic, score=score, steps=steps)
 
 
 def _likelihood(site: Site, kind: TermKind) -> Term:
     if isinstance(site.fn, StackedDistribution):
         return sum_over_time(site, _likelihood(site.stepwise(), kind))
-    return _term(site, kind, site.log_prob())
+    return term_of(site, kind, site.log_prob())
 
 
 def _negated(term: Term) -> Term:
     return replace(term, nats=-term.nats, steps=term.steps and _negated(term.steps))
 
 
-def _latent_term(p: Site, q: Site, exact: bool) -> Term:
+def latent_term(p: Site, q: Site, exact: bool) -> Term:
+    """Return the KL of a latent; an analytic one only where that is ``exact``."""
     if exact and not is_point(q.fn) and alike(p.scale, q.scale) and _same_masks(p, q):
         analytic = _analytic_kl(q.fn, p.fn)
         if analytic is not None and _nested(p, q):
             nats, by_event = analytic
-            score = None if q.fn.has_rsample else _log_q(q)[1]
+            score = None if q.fn.has_rsample else log_density(q)[1]
             per_dim = None if by_event is None else lambda: _masked_event(by_event, p)
-            term = _term(p, "latent", masked(nats, p.mask), is_analytic=True, score=score, per_dim=per_dim)
+            term = term_of(p, "latent", masked(nats, p.mask), is_analytic=True, score=score, per_dim=per_dim)
             return _unless_infinite(term, p, q) if _may_be_infinite(p.fn) or _may_be_infinite(q.fn) else term
     return _sampled_term(p, q)
 
 
 def _sampled_term(p: Site, q: Site) -> Term:
-    log_q, score = _log_q(q)
+    log_q, score = log_density(q)
     if not alike(p.scale, q.scale):
         log_q = log_q * (q.scale / p.scale)
-    per_dim = (lambda: _sampled_per_dim(p, q)) if _factorizes(p, q) else None
-    return _term(p, "latent", log_q - p.log_prob(), score=score, per_dim=per_dim)
+    per_dim = (lambda: sampled_per_dim(p, q)) if factorizes(p, q) else None
+    return term_of(p, "latent", log_q - p.log_prob(), score=score, per_dim=per_dim)
 
 
 def _may_be_infinite(fn: Distribution) -> bool:
@@ -150,7 +165,7 @@ def _unless_infinite(analytic: Term, p: Site, q: Site) -> Term:
     return drawn
 
 
-def _log_q(q: Site) -> tuple[Tensor, Tensor | None]:
+def log_density(q: Site) -> tuple[Tensor, Tensor | None]:
     """Return log q at the draw with its pathwise gradient, and the factor of the score-function estimator."""
     parts = q.score_parts()
     score = None if is_identically_zero(parts.score_function) else parts.score_function
@@ -199,7 +214,8 @@ def univariate(fn: Distribution) -> Distribution | None:
     return fn if not fn.event_shape else None
 
 
-def _factorizes(p: Site, q: Site) -> bool:
+def factorizes(p: Site, q: Site) -> bool:
+    """Return whether the KL of a latent is a sum over the elements of its event."""
     return bool(
         p.event_dim
         and not is_point(q.fn)
@@ -209,17 +225,21 @@ def _factorizes(p: Site, q: Site) -> bool:
     )
 
 
-def _sampled_per_dim(p: Site, q: Site) -> Tensor:
-    log_q, log_p = _log_prob_per_dim(q), _log_prob_per_dim(p)
+def sampled_per_dim(p: Site, q: Site) -> Tensor:
+    """Return log q - log p at the draw per element of the event."""
+    log_q, log_p = log_density_per_dim(q), log_density_per_dim(p)
     if q.scored:
         log_q = log_q.detach()
     elif q.fixed is not None:
-        log_q = _less_gradient(log_q, _log_prob_per_dim(q.fixed))
+        log_q = _less_gradient(log_q, log_density_per_dim(q.fixed))
     return log_q - log_p
 
 
-def _log_prob_per_dim(site: Site) -> Tensor:
-    return _masked_event(univariate(site.fn).log_prob(site.value), site)
+def log_density_per_dim(site: Site) -> Tensor:
+    """Return the log density per element of an event that factorizes."""
+    base = univariate(site.fn)
+    assert base is not None
+    return _masked_event(base.log_prob(site.value), site)
 
 
 def _masked_event(x: Tensor, site: Site) -> Tensor:
@@ -284,11 +304,11 @@ def _warn_of_infinity(name: str, q: str, p: str) -> None:
     )
 
 
-def _auxiliary_term(site: Site) -> Term:
+def auxiliary_term(site: Site) -> Term:
     """Return log q of a site that the guide alone has."""
     steps = site.stepwise() if isinstance(site.fn, StackedDistribution) else site
-    nats, score = _log_q(steps)
-    term = _term(steps, "auxiliary", nats, score=score)
+    nats, score = log_density(steps)
+    term = term_of(steps, "auxiliary", nats, score=score)
     return replace(term if steps is site else sum_over_time(site, term), draws=(site,))
 
 
@@ -306,7 +326,7 @@ def _is_passed_on(auxiliary: Term, latent: Term | None) -> bool:
 
 def _is_determined(term: Term) -> bool:
     """Return True for a latent that the guide does not draw but gives as a point."""
-    if term.kind != "latent":
+    if term.kind != "latent" or not term.draws:
         return False
     return is_point(term.draws[0].fn)
 
@@ -320,7 +340,7 @@ def _add_log_q(latent: Term, auxiliary: Term) -> Term:
     return replace(latent, nats=nats, score=auxiliary.score, steps=steps, transformed=True)
 
 
-def _add_auxiliary(terms: dict[str, Term], auxiliary: Iterable[Term]) -> dict[str, Term]:
+def add_auxiliary(terms: dict[str, Term], auxiliary: Iterable[Term]) -> dict[str, Term]:
     """Add log q of the sites that the guide alone has, to the latent that one is passed on to, else as terms."""
     joint: dict[str, Term] = {}
     single = set()
@@ -333,6 +353,6 @@ def _add_auxiliary(terms: dict[str, Term], auxiliary: Iterable[Term]) -> dict[st
             joint[term.name] = term
     if not joint:
         return terms
-    latents = {n: t for n, t in terms.items() if t.kind == "latent" and n not in single}
+    latents = {n: t for n, t in terms.items() if t.kind == "latent" and n not in single and t.posterior is None}
     joint |= {n: t for n, t in latents.items() if _is_determined(t)} or latents
     return terms | {n: replace(t, joint=True) for n, t in joint.items()}

@@ -83,11 +83,25 @@ def _join(name: str, loop: list[Term]) -> Term:
         score=score,
         draws=tuple(site for t in loop for site in t.draws),
         joint=any(t.joint for t in loop),
+        expected=any(t.expected for t in loop),
+        posterior=_stack_posteriors(loop),
+        independent=None,
         per_dim=per_dim,
     )
     score = None if score is None else score.sum(-1)
-    whole = replace(steps, plates=first.plates, scale=first.scale, mask=None, per_dim=None, draws=())
+    coupled = first.independent
+    whole = replace(
+        steps, plates=first.plates, scale=first.scale, mask=None, per_dim=None, draws=(), independent=coupled
+    )
     return replace(whole, nats=steps.nats.sum(-1), score=score, steps=steps)
+
+
+def _stack_posteriors(loop: list[Term]) -> Tensor | None:
+    """Return the posteriors of summed-out steps, time left of their values; None unless all have one support."""
+    found = [t.posterior for t in loop if t.posterior is not None]
+    if len(found) < len(loop) or len({x.shape[-1] for x in found}) > 1:
+        return None
+    return torch.stack(torch.broadcast_tensors(*found), -2)
 
 
 def divisor(sites: Mapping[str, Term], particle_dim: int | None, normalize: Normalize) -> float | Tensor:

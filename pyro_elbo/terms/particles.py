@@ -67,6 +67,8 @@ def _merge(runs: Sequence[Term | None], depth: int) -> Term:
         steps=None if term.steps is None else _merge([t and t.steps for t in runs], depth + 1),
         draws=tuple(site for t in found for site in t.draws),
         joint=any(t.joint for t in found),
+        posterior=None if term.posterior is None else stack((t and t.posterior for t in runs), 1),
+        expected=any(t.expected for t in found),
     )
 
 

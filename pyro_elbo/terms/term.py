@@ -35,6 +35,11 @@ class Term:
         direct: ``nats`` with the gradient of the model's own parameters alone, as if the draws and log q were
             constants; None where no estimator of the gradient needs it.
         transformed: True for a latent that the guide draws under another name, whose log q ``nats`` holds (AutoNormal).
+        posterior: of a site that is summed out: the probabilities of its values given data and latents, on the right
+            of the batch dimensions; otherwise None.
+        independent: the plates whose rows are independent in this term, where they are not all its plates: the rows
+            of others are coupled by a site that is summed out.
+        expected: True for an expectation over sites that the guide enumerates.
     """
 
     name: str
@@ -52,6 +57,14 @@ class Term:
     joint: bool = False
     direct: Tensor | None = None
     transformed: bool = False
+    posterior: Tensor | None = None
+    independent: tuple[Plate, ...] | None = None
+    expected: bool = False
+
+    @property
+    def reward_plates(self) -> tuple[Plate, ...]:
+        """The plates by whose rows the term may be split among the draws that it rewards."""
+        return self.plates if self.independent is None else self.independent
 
     @property
     def is_kl(self) -> bool:

@@ -153,6 +153,12 @@ class Terms:
         return result
 
     @cached_property
+    def posterior(self) -> dict[str, Tensor]:
+        """Posterior probabilities of the values of each summed-out site given data and latents, shape plates + (K,)."""
+        terms = {n: (t, t.steps or t) for n, t in self.sites.items()}
+        return {n: self._shaped(t, s, s.posterior, 1) for n, (t, s) in terms.items() if s.posterior is not None}
+
+    @cached_property
     def is_analytic(self) -> dict[str, bool]:
         """True for each latent site whose KL is exact given its parents, False for an estimate at the draw."""
         return {name: t.is_analytic for name, t in self.sites.items() if t.is_kl}
@@ -234,12 +240,15 @@ class Terms:
 
     def _by_plate(self, site: Term, per_dim: bool = False) -> Tensor:
         """Average over particles and keep exactly the dimensions of the plates and of time (and of the event)."""
-        term, particles = site.steps or site, self.particle_dim
+        term = site.steps or site
+        if per_dim and term.per_dim is not None:
+            return self._shaped(site, term, term.per_dim(), len(term.event_shape))
+        return self._shaped(site, term, term.nats, 0)
+
+    def _shaped(self, site: Term, term: Term, x: Tensor, event_dim: int) -> Tensor:
+        particles = self.particle_dim
         if particles is not None and site.steps is not None:
             particles -= 1
-        x, event_dim = term.nats, 0
-        if per_dim and term.per_dim is not None:
-            x, event_dim = term.per_dim(), len(term.event_shape)
         if particles is not None and x.dim() - event_dim >= -particles:
             x = x.mean(particles - event_dim, keepdim=True)
         dims = {p.dim for p in term.plates}

@@ -1,0 +1,108 @@
+"""Give discrete sites that are marked for enumeration all their values at once.
+
+A marked site has one value per element of its support, along a batch dimension of its own, left of all plates. Pyro
+recycles these dimensions inside ``pyro.markov``, so a dimension alone does not name a variable: the messages also
+record an identifier of the variable behind each dimension.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
+
+from pyro_elbo.errors import SiteError
+
+ROOM_FOR_PLATES = 6
+"""Batch dimensions left for plates where nobody gave their number: a dimension of size one costs next to nothing."""
+
+
+class Enumerator(EnumMessenger):
+    """Enumerates the sites marked ``infer={"enumerate": "parallel"}``; does nothing before the first of them.
+
+    Args:
+        leftmost: the first dimension left of all plates.
+        before: the handler of the program that ran before, whose dimensions stay taken; None for the first program.
+        given: the sites whose values come from elsewhere.
+
+    Attributes:
+        active: whether a marked site was met.
+    """
+
+    def __init__(self, leftmost: int, before: "Enumerator | None" = None, given: Collection[str] = ()) -> None:
+        super().__init__(leftmost if before is None else None)
+        self.leftmost, self.given = leftmost, given
+        self.active = before is not None and before.active
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not isinstance(msg["fn"], TorchDistributionMixin):
+            return
+        infer, given = msg["infer"], msg["done"] or msg["name"] in self.given
+        marked = infer.get("enumerate") == "parallel" and not given and not msg["is_observed"]
+        self.active = self.active or marked
+        if not self.active:
+            if "_markov_depth" in infer:  # a later site may look it up
+                self._markov_depths[msg["name"]], self._value_dims[msg["name"]] = infer["_markov_depth"], {}
+            return
+        self._check_room(msg)
+        if marked:
+            _check_support(msg)
+            super()._pyro_sample(msg)
+            return
+        # Pyro skips sites that have their value; here their dimensions are recorded like those of others.
+        done, msg["done"], msg["infer"] = msg["done"], False, infer | {"enumerate": None}
+        super()._pyro_sample(msg)
+        msg["done"], msg["infer"] = done, infer
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self.active:
+            super()._pyro_post_sample(msg)
+
+    def _check_room(self, msg: Any) -> None:
+        deepest = max((-f.dim for f in msg["cond_indep_stack"] if f.dim is not None), default=0)
+        if deepest >= -self.leftmost:
+            raise SiteError(
+                f"Site '{msg['name']}': its plates use {deepest} batch dimensions, and enumerated sites start left of "
+                f"{-self.leftmost - 1}. Give the objective max_plate_nesting={deepest}."
+            )
+
+
+def _check_support(msg: Any) -> None:
+    """Raise SiteError where a marked site cannot be enumerated."""
+    name, fn, infer = msg["name"], msg["fn"], msg["infer"]
+    if infer.get("num_samples") is not None:
+        raise SiteError(
+            f"Site '{name}' asks for num_samples={infer['num_samples']} values in place of its support (tensor Monte "
+            "Carlo), which objectives here do not do. Leave out num_samples, or use num_particles."
+        )
+    if not fn.has_enumerate_support:
+        raise SiteError(
+            f"Site '{name}' is marked for enumeration, but {type(fn).__name__} has no finite support. Remove the mark, "
+            "and draw the site in the guide."
+        )
+
+
+def separate_dimensions(trace: Trace) -> Trace:
+    """Copy a guide's trace for a replay, which would add the dimensions of the model to the guide's own records."""
+    copied = trace.copy()
+    nodes: Any = copied.nodes
+    for name, message in nodes.items():
+        if message["type"] == "sample":
+            infer = dict(message["infer"])
+            infer["_dim_to_id"] = dict(infer.get("_dim_to_id", {}))
+            nodes[name] = message | {"infer": infer}
+    return copied
+
+
+def enumerated_variables(*traces: Any) -> dict[int, tuple[str, int]]:
+    """Return name and number of values of each enumerated variable, by its identifier."""
+    found = {}
+    for trace in traces:
+        nodes: dict[str, Any] = dict(trace.nodes)
+        for name, message in nodes.items():
+            dim = message["infer"].get("_enumerate_dim") if message["type"] == "sample" else None
+            if dim is not None:
+                size = message["value"].shape[dim - len(message["fn"].event_shape)]
+                found[message["infer"]["_dim_to_id"][dim]] = name, size
+    return found

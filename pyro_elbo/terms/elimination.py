@@ -1,0 +1,109 @@
+r"""Sum discrete variables out of a product of factors that lie in plates.
+
+.. math:: \log Z = \log \sum_{k_1, \ldots, k_m} \prod_f f(k_f)
+
+A variable is summed in its plates, then the rows of a plate are multiplied, from the innermost plate outwards. Sums are
+taken as log-sum-exp of added logarithms, so that no product of probabilities underflows. Within a plate the variable
+whose sum makes the smallest tensor goes first: a chain is eliminated from its end.
+
+References:
+    Obermeyer, Bingham, Jankowiak, Chiu, Pradhan, Rush, Goodman (2019), Tensor variable elimination for plated factor
+    graphs, arXiv:1902.03210.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_elbo.errors import SiteError
+from pyro_elbo.terms.labeled import Label, Labeled, align, sort_labels
+
+Plates = frozenset[Label]
+
+
+class Factor(NamedTuple):
+    """A logarithm over enumerated values, and the plates in which it lies."""
+
+    log: Labeled
+    plates: Plates
+
+
+def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates]) -> Labeled:
+    """Return log Z per row of the plates that all factors share.
+
+    Args:
+        factors: those that depend on the variables.
+        variables: the plates of each variable.
+
+    Raises:
+        SiteError: a factor joins variables of two plates that lie beside each other.
+    """
+    pending = list(factors)
+    root = frozenset.intersection(*(f.plates for f in pending))
+    while True:
+        leaf = max((f.plates for f in pending), key=len)
+        here = [f.log for f in pending if f.plates == leaf]
+        pending = [f for f in pending if f.plates != leaf]
+        here = _sum_out(here, [v for v, plates in variables.items() if plates == leaf])
+        if leaf == root:
+            return _add(here)
+        pending += [_multiply_rows(x, leaf, root, variables) for x in here]
+
+
+def _multiply_rows(x: Labeled, leaf: Plates, root: Plates, variables: Mapping[str, Plates]) -> Factor:
+    """Return a factor, free of the variables of its plates, in the plates of those that it has left."""
+    parent = root.union(*(variables[v] for v in x.variables))
+    if not parent < leaf:
+        raise SiteError(
+            f"The sites {sorted(x.variables)} are summed out, lie in different plates of which none holds the other, "
+            "and a site in both plates depends on them: the sum has exponentially many parts. Write one of the plates "
+            "as a loop (for i in pyro.plate(...)), or draw one of these sites in the guide."
+        )
+    gone = leaf - parent
+    repeats = math.prod(a.size for a in gone if a not in x.labels)
+    total = x.sum(gone)
+    return Factor(total if repeats == 1 else total * float(repeats), parent)
+
+
+def _sum_out(factors: list[Labeled], variables: list[str]) -> list[Labeled]:
+    """Sum variables out of factors, the cheapest first."""
+    by_id = dict(enumerate(factors))
+    where = {v: {i for i, x in by_id.items() if v in x.variables} for v in variables}
+
+    def cost(v: str) -> int:
+        return math.prod(a.size for a in {a for i in where[v] for a in by_id[i].labels})
+
+    costs = {v: cost(v) for v in variables}
+    for i in range(len(factors), len(factors) + len(variables)):
+        v = min(costs, key=costs.__getitem__)
+        parts = where.pop(v)
+        new = by_id[i] = log_sum_exp(_add([by_id.pop(j) for j in sorted(parts)]), v)
+        del costs[v]
+        for other in where:
+            if where[other] & parts:
+                where[other] = where[other] - parts | {i}
+                costs[other] = cost(other)
+        assert v not in new.variables
+    return list(by_id.values())
+
+
+def _add(factors: list[Labeled]) -> Labeled:
+    order = sort_labels({a for x in factors for a in x.labels})
+    return Labeled(sum((align(x, order) for x in factors[1:]), start=align(factors[0], order)), order)
+
+
+def log_sum_exp(x: Labeled, variable: str) -> Labeled:
+    """Return log Σ exp over the values of a site; where every value is impossible, -inf with gradient zero."""
+    dim = next(i for i, a in enumerate(x.labels) if a.kind == "value" and a.name == variable)
+    top = x.x.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(x.x.dtype).min)
+    total = (x.x - top).exp().sum(dim)
+    possible = total > 0
+    log = torch.where(possible, total, torch.ones_like(total)).log() + top.squeeze(dim)
+    return Labeled(_or_minus_infinity(possible, log), x.labels[:dim] + x.labels[dim + 1 :])
+
+
+def _or_minus_infinity(possible: Tensor, log: Tensor) -> Tensor:
+    return torch.where(possible, log, log.new_full((), -math.inf))

@@ -1,0 +1,243 @@
+r"""Evaluate the terms of a run in which discrete sites have all their values at once.
+
+Sites that the guide lacks are summed out exactly (``summed_out``). A site that the guide enumerates makes every term
+below it an expectation,
+
+.. math:: \sum_k q(k \mid x)\, \text{nats}(k),
+
+with the gradient of q. A site without pathwise gradient that is drawn for each value of k enters by the factor
+:math:`1 + s - \bot(s)`, s its log q and ⊥ the same number as a constant, whose gradient rewards the draw by what it
+changes, weighted by q(k).
+
+References:
+    Foerster, Farquhar, Al-Shedivat, Rocktäschel, Xing, Whiteson (2018), DiCE: The infinitely differentiable Monte Carlo
+    estimator, arXiv:1802.05098.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from opt_einsum import contract, get_symbol
+from torch import Tensor
+
+from pyro_elbo.errors import SiteError
+from pyro_elbo.programs import Plate, Site, TracePair, fixed_sites
+from pyro_elbo.sequences import StackedDistribution
+from pyro_elbo.terms.evaluate import (
+    KLForm,
+    add_auxiliary,
+    analytic_is_exact,
+    auxiliary_term,
+    evaluate_terms,
+    factorizes,
+    latent_term,
+    likelihood_kind,
+    log_density,
+    log_density_per_dim,
+    site_term,
+    term_of,
+)
+from pyro_elbo.terms.labeled import Label, Labeled, combine, label, label_site, plate_labels, sort_labels, unlabel
+from pyro_elbo.terms.summed_out import Joined, Posterior, WeightOf, connected, log_prior, sum_out
+from pyro_elbo.terms.term import Term, alike
+
+
+def evaluate_run(run: TracePair, kl: KLForm, weight_of: WeightOf | None = None) -> dict[str, Term]:
+    """Return the term of each site of a run, by name: :func:`evaluate_terms`, with enumerated sites summed out.
+
+    Args:
+        run: the sites of model and guide.
+        kl: the form of the KL.
+        weight_of: the weights of the KL, for the posteriors of summed-out sites that maximize the weighted bound; None
+            for the exact posteriors.
+
+    Raises:
+        SiteError: the scales or plates of enumerated sites do not allow to sum them out.
+        ArgumentError: sites that are summed out together have different weights.
+    """
+    return _EnumeratedRun(run, kl).terms(weight_of) if run.enumerated else evaluate_terms(run, kl)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The term of a site before its sums: nats = rest + E[log p], or rest - E[log p] for a KL.
+
+    Attributes:
+        term: the term, without its nats.
+        rest: log q, or all nats of a site that no summed-out site changes; None where the term is complete.
+        log_p: the log density that depends on summed-out sites; None without.
+        score: log q of a draw without pathwise gradient at each enumerated value.
+    """
+
+    term: Term
+    rest: Labeled | None = None
+    log_p: Labeled | None = None
+    score: Labeled | None = None
+
+
+class _EnumeratedRun:
+    """The evaluation of one run."""
+
+    def __init__(self, run: TracePair, kl: KLForm) -> None:
+        self.run, self.summed = run, run.summed_out
+        self.exact = analytic_is_exact(run) if kl == "auto" else frozenset()
+        self.fixed = fixed_sites(run.model.values())
+        drawn = {n: s for n, s in run.guide.items() if s.enum_dim is not None}
+        self.log_q = {n: label_site(replace(s, mask=None).log_prob(), s) for n, s in drawn.items()}
+        for site in (*run.model.values(), *run.guide.values()):
+            if site.depends_on and isinstance(site.fn, StackedDistribution):
+                raise SiteError(
+                    f"Site '{site.name}' of a pe.scan depends on {sorted(site.depends_on)}, enumerated outside of the "
+                    "scan. Draw that site in the guide, without a mark for enumeration."
+                )
+
+    def terms(self, weight_of: WeightOf | None) -> dict[str, Term]:
+        """Return the terms under the posterior of the given weights."""
+        counted = (s for s in self.run.model.values() if s.has_density)
+        parts = {s.name: self._part(s, self.run.guide.get(s.name)) for s in counted}
+        auxiliary = {s.name: _auxiliary_part(s) for s in self.run.guide.values() if s.role == "auxiliary"}
+        scores = [p.score for p in (parts | auxiliary).values() if p.score is not None]
+        posteriors = self._posteriors(parts, weight_of)
+        terms = {n: self._term(self.run.model[n], p, posteriors.get(n), scores) for n, p in parts.items()}
+        return add_auxiliary(terms, (self._term(self.run.guide[n], p, None, scores) for n, p in auxiliary.items()))
+
+    def _part(self, site: Site, q: Site | None) -> _Part:
+        name, changed = site.name, bool(site.depends_on.intersection(self.summed))
+        if not (site.depends_on or (q is not None and q.depends_on)):
+            return _Part(site_term(site, q, name in self.exact, name in self.fixed))
+        if name in self.summed:
+            return _Part(term_of(site, "latent", site.value, is_analytic=True), None, log_prior(site))
+        if site.role == "latent":
+            assert q is not None
+            return _latent_part(site, q, name in self.exact, changed)
+        kind = "auxiliary" if site.role == "deterministic" else likelihood_kind(site, name in self.fixed)
+        log_p = label_site(site.log_prob(), site)
+        term = term_of(site, kind, log_p.x, draws=_single(site))
+        if changed:
+            return _Part(term, None, log_p)
+        return _Part(term, log_p * -1.0 if term.is_kl else log_p)
+
+    def _posteriors(self, parts: Mapping[str, _Part], weight_of: WeightOf | None) -> dict[str, Posterior]:
+        """Return the posterior that each site depends on, by the site."""
+        joined = {n: Joined(self.run.model[n], p.log_p, p.term.scale) for n, p in parts.items() if p.log_p is not None}
+        found = {}
+        for names in connected({n: j.log_p.variables.intersection(self.summed) for n, j in joined.items()}):
+            group = {n: joined[n] for n in joined if n in names}
+            summed = [n for n in self.summed if n in names]
+            found |= dict.fromkeys(group, sum_out(group, summed, self.run.guide, self.run.particle_dim, weight_of))
+        return found
+
+    def _term(self, site: Site, part: _Part, posterior: Posterior | None, scores: list[Labeled]) -> Term:
+        term, nats = part.term, part.rest
+        if posterior is not None:
+            inner = posterior.nats[site.name]
+            nats = inner if not term.is_kl or site.name in self.summed else _minus(part.rest, inner)
+            if not set(posterior.independent).issuperset(term.plates):
+                term = replace(term, independent=posterior.independent)
+        if nats is None:
+            return term
+        rows = _labels(term.reward_plates)
+        relevant = [s for s in scores if s.variables <= nats.variables]
+        for score in relevant:
+            s = score.sum([a for a in score.labels if self._is_row(a) and a not in rows])
+            nats = nats * s.map(1 + s.x - s.x.detach())
+        term = replace(term, nats=unlabel(self._expect(site, nats)), expected=bool(nats.variables))
+        if posterior is None or part.log_p is None:
+            return term
+        if site.name in self.summed:
+            return replace(term, posterior=self._probabilities(site, posterior.marginals[site.name]))
+        q = self.run.guide.get(site.name)
+        if q is None or nats.variables or not factorizes(site, q):
+            return term
+        return replace(term, per_dim=lambda: _per_dim(site, q, posterior.marginals[site.name]))
+
+    def _is_row(self, a: Label) -> bool:
+        return a.kind == "batch" and a.dim != self.run.particle_dim
+
+    def _probabilities(self, site: Site, marginal: Labeled) -> Tensor:
+        """Return the posterior over the values of a site, which are the last dimension."""
+        own = next(a for a in marginal.labels if a.name == site.name)
+        alone = marginal.sum([a for a in marginal.labels if a.kind == "value" and a.name in self.summed and a != own])
+        i, event = alone.labels.index(own), Label("event", "", 0, own.size)
+        moved = Labeled(alone.x.movedim(i, -1), (*alone.labels[:i], *alone.labels[i + 1 :], event))
+        return unlabel(self._expect(site, moved))
+
+    def _expect(self, site: Site, x: Labeled) -> Labeled:
+        """Return the expectation under the guide over the sites that it enumerates."""
+        if not x.variables:
+            return x
+        above = _closure(x.variables, self.log_q)
+        order = sort_labels({a for n in above for a in self.log_q[n].labels})
+        symbols = {a: get_symbol(i) for i, a in enumerate(order)}
+        kept = [a for a in order if a.kind == "batch" or a.name in x.variables]
+        inputs = ",".join("".join(symbols[a] for a in self.log_q[n].labels) for n in above)
+        operands = [self.log_q[n].x.exp() for n in above]
+        weight = Labeled(contract(f"{inputs}->{''.join(symbols[a] for a in kept)}", *operands), tuple(kept))
+        if wrong := [a for a in kept if self._is_row(a) and a not in plate_labels(site)]:
+            raise SiteError(
+                f"Site '{site.name}' depends on {sorted(x.variables)}, which the guide enumerates in a plate "
+                f"(dimension {wrong[0].dim}) that '{site.name}' lies outside of: all rows together have exponentially "
+                f"many values. Put '{site.name}' into the plate, or remove the mark so that the guide draws them."
+            )
+        possible = combine(lambda nats, w: torch.where(w > 0, nats, torch.zeros_like(nats)), x, weight)
+        return (possible * weight).sum([a for a in possible.labels if a.kind == "value"])
+
+
+def _latent_part(p: Site, q: Site, exact: bool, changed: bool) -> _Part:
+    """Return the part of a latent that the guide has too."""
+    variables = {**p.variables, **q.variables}
+    if exact and not changed and q.enum_dim is None and all(variables[d] == v for d, v in p.variables.items()):
+        term = replace(latent_term(p, q, True), per_dim=None, draws=_single(q))
+        return _split(term, label(term.nats, variables), None, term.score, q)
+    log_q, score = log_density(q) if q.enum_dim is None else (q.log_prob(), None)
+    if not alike(p.scale, q.scale):
+        log_q = log_q * (q.scale / p.scale)
+    rest, log_p = label_site(log_q, q), label_site(p.log_prob(), p)
+    term = term_of(p, "latent", log_q, is_analytic=q.enum_dim is not None, draws=_single(q))
+    return _split(term, rest if changed else rest - log_p, log_p if changed else None, score, q)
+
+
+def _auxiliary_part(q: Site) -> _Part:
+    if not q.depends_on:
+        return _Part(auxiliary_term(q))
+    log_q, score = log_density(q) if q.enum_dim is None else (q.log_prob(), None)
+    return _split(term_of(q, "auxiliary", log_q, draws=_single(q)), label_site(log_q, q), None, score, q)
+
+
+def _split(term: Term, rest: Labeled, log_p: Labeled | None, score: Tensor | None, q: Site) -> _Part:
+    """Return a part; the score of a draw at each enumerated value is kept apart from that of one draw."""
+    named = None if score is None else label_site(score, q)
+    if named is None or not named.variables:
+        return _Part(replace(term, score=score), rest, log_p)
+    return _Part(replace(term, score=None), rest, log_p, named)
+
+
+def _single(site: Site) -> tuple[Site, ...]:
+    """Return a site that has one value; none where it has one for each value of enumerated sites."""
+    shape = site.value.shape[: site.value.dim() - site.event_dim]
+    return () if any(len(shape) >= -d and shape[d] > 1 for d in site.variables) else (site,)
+
+
+def _minus(rest: Labeled | None, inner: Labeled) -> Labeled:
+    return inner * -1.0 if rest is None else rest - inner
+
+
+def _labels(plates: Iterable[Plate]) -> frozenset[Label]:
+    return frozenset(Label("batch", "", p.dim, p.size) for p in plates)
+
+
+def _closure(variables: set[str], log_q: Mapping[str, Labeled]) -> list[str]:
+    """Return sites that the guide enumerates, with those that their probabilities depend on, in program order."""
+    found, new = set(variables), set(variables)
+    while new:
+        new = {v for n in new for v in log_q[n].variables} - found
+        found |= new
+    return [n for n in log_q if n in found]
+
+
+def _per_dim(p: Site, q: Site, marginal: Labeled) -> Tensor:
+    """Return log q - E_q*[log p] per element of the event, under the posterior of summed-out sites."""
+    log_p = label_site(log_density_per_dim(p), p, p.event_dim)
+    expected = (marginal * log_p).sum([a for a in marginal.labels if a.kind == "value"])
+    return unlabel(label_site(log_density_per_dim(q), q, q.event_dim) - expected)

@@ -37,10 +37,10 @@ class Transition(nn.Module):
         nn.init.zeros_(self.linear.bias)
         nn.init.constant_(self.gate.last.bias, -1.0)
 
-    def forward(self, z: Float[Tensor, "... z_dim"]) -> pyro.distributions.Independent:
-        """Return the distribution of the next z."""
+    def forward(self, z: Float[Tensor, "... z_dim"]) -> tuple[Tensor, Tensor]:
+        """Return the mean and the raw scale of the next z, which :func:`~models.cells.gaussian` bounds."""
         gate, proposal = torch.sigmoid(self.gate(z)), self.proposal(z)
-        return gaussian((1 - gate) * self.linear(z) + gate * proposal, self.scale(torch.relu(proposal)))
+        return (1 - gate) * self.linear(z) + gate * proposal, self.scale(torch.relu(proposal))
 
 
 class Combiner(nn.Module):
@@ -134,12 +134,12 @@ class DMM(SequenceModel):
 
     def model_step(self, z: Tensor, x_t: Tensor | None) -> tuple[Tensor, Tensor]:
         """Draw z_t given z_{t-1}, and x_t unless it is given."""
-        z = pyro.sample("z", self.transition(z))
+        z = pyro.sample("z", gaussian(*self.transition(z)))
         return z, pyro.sample("x", bernoulli(self.emitter(z)), obs=x_t)
 
     def guide_step(self, z: Tensor, seen: Tensor) -> tuple[Tensor, None]:
         """Draw z_t given z_{t-1} and the state of the recurrent network."""
         loc, raw_scale = self.combiner(z, seen)
         if self.residual:
-            loc = self.transition(z).mean + loc
+            loc = self.transition(z)[0] + loc
         return pyro.sample("z", gaussian(loc, raw_scale)), None

@@ -35,8 +35,9 @@ class Loops:
 
 
 def normal(loc, raw):
-    """Normal with a softplus scale."""
-    return dist.Normal(loc, torch.nn.functional.softplus(raw) + 1e-4).to_event(1)
+    """Normal with a softplus scale of at least 0.03; mean and scale bend off before 10."""
+    loc, scale = (10 * torch.tanh(x / 10) for x in (loc, torch.nn.functional.softplus(raw)))
+    return dist.Normal(loc, scale + 0.03).to_event(1)
 
 
 def split(output):

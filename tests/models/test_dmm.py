@@ -22,7 +22,7 @@ def transition(m, z):
     """Krishnan et al. (2017), section 5: a gated mean."""
     p = m.transition
     gate, proposal = torch.sigmoid(p.gate(z)), p.proposal(z)
-    return normal((1 - gate) * p.linear(z) + gate * proposal, p.scale(proposal.clamp(min=0)))
+    return (1 - gate) * p.linear(z) + gate * proposal, p.scale(proposal.clamp(min=0))
 
 
 def loops(m):
@@ -30,7 +30,7 @@ def loops(m):
         z, drawn = m.start.expand(len(x), -1), []
         with pyro.plate("sequences", len(x)):
             for t in range(x.shape[1] + horizon):
-                z = pyro.sample(f"z_{t}", transition(m, z))
+                z = pyro.sample(f"z_{t}", normal(*transition(m, z)))
                 drawn.append(observe(f"x_{t}", m.emitter(z), x, t))
         return torch.stack(drawn, 1)
 
@@ -40,7 +40,7 @@ def loops(m):
             for t, seen in enumerate(states(m.cell, [*zip(x.unbind(1))], reverse=m.posterior == "smoothing")):
                 combined = (torch.tanh(m.combiner.state(z)) + seen) / 2
                 mean, raw = split(m.combiner.output(combined))
-                mean = mean + transition(m, z).mean if m.residual else mean
+                mean = mean + transition(m, z)[0] if m.residual else mean
                 z = pyro.sample(f"z_{t}", normal(mean, raw))
 
     return laws.Loops(model, guide)

@@ -6,8 +6,9 @@
 
 The summary s_t is the state of a recurrent network that ran over x_{t:T} backward (smoothing) or over x_{1:t} forward
 (filtering). In residual form, which learns faster where z must be remembered, the mean is that of p(z_t | z_{t-1})
-plus a function of c. In semi-amortized inference s_t is optimized for each sequence instead. Krishnan, Shalit, Sontag
-(2017), Structured inference networks for nonlinear state space models, arXiv:1609.09869.
+plus a function of c. :func:`models.cells.gaussian` bounds all means and scales. In semi-amortized inference s_t is
+optimized for each sequence instead. Krishnan, Shalit, Sontag (2017), Structured inference networks for nonlinear state
+space models, arXiv:1609.09869.
 """
 
 from collections.abc import Callable

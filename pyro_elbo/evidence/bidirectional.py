@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import SiteError, check_count
-from pyro_elbo.evidence.annealing import Annealing, chain_groups, make_plan, pilot_length, walk
+from pyro_elbo.evidence.annealing import Annealing, chain_groups, make_plan, walk
 from pyro_elbo.evidence.bridge import Bridge, Call, build_bridge
 from pyro_elbo.evidence.result import LogEvidence, WeightSums
 from pyro_elbo.programs import (
@@ -79,8 +79,8 @@ def bidirectional_evidence(
     model: Program,
     *args: Any,
     num_samples: int = 16,
-    num_temperatures: int = 500,
-    num_leapfrog: int = 10,
+    num_temperatures: int | None = None,
+    num_leapfrog: int = 3,
     progress: bool = True,
     seed: int | None = 0,
     **kwargs: Any,
@@ -155,9 +155,8 @@ def _both_ways(
 ) -> tuple[LogEvidence, LogEvidence]:
     groups = chain_groups(bridge, chains)
     up, down = WeightSums(), WeightSums()
-    total = pilot_length(annealing) + 2 * len(groups) * annealing.num_temperatures
-    with tqdm(total=total, disable=not progress) as bar:
-        plan = make_plan(bridge, groups[0], annealing, bar)
+    plan = make_plan(bridge, groups[0], annealing, progress)
+    with tqdm(total=2 * len(groups) * (len(plan.betas) - 1), disable=not progress) as bar:
         for count in groups:
             up.add(bridge.by_row(walk(bridge, bridge.draw(count), plan, annealing, bar)))
             back = walk(bridge, made.expand(count, -1, -1), plan, annealing, bar, reverse=True)

@@ -36,8 +36,8 @@ def log_evidence(
     num_samples: int | None = None,
     method: str = "importance",
     start: str = "prior",
-    num_temperatures: int = 500,
-    num_leapfrog: int = 10,
+    num_temperatures: int | None = None,
+    num_leapfrog: int = 3,
     batch_size: int | None = None,
     progress: bool = True,
     seed: int | None = 0,
@@ -53,8 +53,8 @@ def log_evidence(
     where the guide is; it fails, from below, where the guide misses part of the posterior. Annealed importance
     sampling (``method="ais"``) walks from a start f_0 to the posterior through the densities
     :math:`f_0^{1 - \beta} p(x, z)^\beta` with Hamiltonian Monte Carlo on the real line, and depends on the guide
-    little, or with ``start="prior"`` not at all. Step sizes and temperatures are tuned per row in a pilot run of a
-    quarter of the length, then fixed.
+    little, or with ``start="prior"`` not at all. A pilot run of other chains tunes temperatures per row, and step sizes
+    per row and coordinate; then both are fixed.
 
     Programs run in evaluation mode, without gradients of their parameters. Draws come in chunks, so memory is bounded
     by that of one run of the programs on all rows, or on ``batch_size`` of them.
@@ -66,8 +66,10 @@ def log_evidence(
         num_samples: draws per row (1000), or chains per row for AIS (16).
         method: ``importance`` or ``ais``.
         start: where annealing starts, ``prior`` or ``guide``.
-        num_temperatures: steps of the annealing.
-        num_leapfrog: leapfrog steps of a transition.
+        num_temperatures: steps of the annealing. By default as many as the pilot asks for, 100 to 4000: the square of
+            the thermodynamic distance of the farthest row, times 2.5.
+        num_leapfrog: leapfrog steps of a transition. Few of them with many temperatures are best, unless latents are
+            strongly correlated under the posterior.
         batch_size: rows at a time; all by default. Tensors as long as the first one are split.
         progress: show a progress bar.
         seed: seed of the draws; None continues the caller's random stream.

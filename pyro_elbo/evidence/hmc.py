@@ -1,4 +1,6 @@
-r"""Hamiltonian Monte Carlo for many chains and rows at once, every row with a step size of its own.
+r"""Hamiltonian Monte Carlo for many chains and rows at once, every coordinate of a row with a step size of its own.
+
+A step size per coordinate is a diagonal mass matrix: the walk is the one of equal steps in rescaled coordinates.
 
 References:
     Neal (2011), MCMC using Hamiltonian dynamics, arXiv:1206.1901.
@@ -28,7 +30,7 @@ Evaluate = Callable[[Position], Point]
 
 
 def transition(
-    point: Point, evaluate: Evaluate, step_size: Float[Tensor, " rows"], num_leapfrog: int
+    point: Point, evaluate: Evaluate, step_size: Float[Tensor, "rows dims"], num_leapfrog: int
 ) -> tuple[Point, PerChain]:
     """Propose by leapfrog steps of random momentum; return the points and the probabilities of acceptance.
 
@@ -36,7 +38,7 @@ def transition(
     """
     momentum = torch.randn_like(point.position)
     jitter = 0.8 + 0.4 * torch.rand_like(point.log_density)
-    size = (step_size * jitter).to(momentum)[..., None]
+    size = (step_size * jitter[..., None]).to(momentum)
     proposed, moved = point, momentum
     for _ in range(num_leapfrog):
         half = moved + 0.5 * size * proposed.gradient

@@ -15,6 +15,7 @@ from examples import (
     rate_distortion,
     svi_script,
     training_pathologies,
+    trust_the_posterior,
     vrnn_digits,
     vrnn_music,
 )
@@ -148,6 +149,16 @@ def test_known_information_is_the_entropy_that_the_mixture_gains():
 def test_posteriordb_on_its_embedded_data(capsys):
     reference.main(None)
     assert "tau: " in capsys.readouterr().out
+
+
+def test_trust_the_posterior(tmp_path, capsys):
+    trust_the_posterior.main(tmp_path, smoke_test=True)
+    printed = capsys.readouterr().out
+    assert "claim: " in printed
+    assert "exact draws" in printed
+    assert (tmp_path / "trust_the_posterior.png").stat().st_size > 10_000
+    posterior = az.from_netcdf(str(tmp_path / "posterior.nc"))["posterior"]
+    assert dict(posterior["theta"].sizes) == {"chain": 1, "draw": 1000, "school": 8}
 
 
 def judged(data_dir, name, guide):

@@ -2,7 +2,8 @@
 
 Takes programs and data, or ``Terms``; gives ``LogEvidence`` per datum by importance sampling or annealed importance
 sampling, bounds of both sides on simulated data (``EvidenceBracket``), and ``CodeLength`` in bits.
-``bridge`` holds the densities that annealing walks between, ``hmc`` a step of it, ``annealing`` the walk.
+``bridge`` holds the densities that annealing walks between, ``hmc`` a step of it, ``pilot`` its plan, ``annealing``
+the walk.
 Imports posterior and below.
 """
 

@@ -80,7 +80,7 @@ def bidirectional_evidence(
     *args: Any,
     num_samples: int = 16,
     num_temperatures: int | None = None,
-    num_leapfrog: int = 3,
+    num_leapfrog: int = 2,
     progress: bool = True,
     seed: int | None = 0,
     **kwargs: Any,

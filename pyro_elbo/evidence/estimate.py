@@ -37,7 +37,7 @@ def log_evidence(
     method: str = "importance",
     start: str = "prior",
     num_temperatures: int | None = None,
-    num_leapfrog: int = 3,
+    num_leapfrog: int = 2,
     batch_size: int | None = None,
     progress: bool = True,
     seed: int | None = 0,
@@ -67,7 +67,7 @@ def log_evidence(
         method: ``importance`` or ``ais``.
         start: where annealing starts, ``prior`` or ``guide``.
         num_temperatures: steps of the annealing. By default as many as the pilot asks for, 100 to 4000: the square of
-            the thermodynamic distance of the farthest row, times 2.5.
+            the thermodynamic distance of the farthest row, times 4.
         num_leapfrog: leapfrog steps of a transition. Few of them with many temperatures are best, unless latents are
             strongly correlated under the posterior.
         batch_size: rows at a time; all by default. Tensors as long as the first one are split.

@@ -5,9 +5,9 @@ the chains at β,
 
 .. math:: \beta \leftarrow \beta + c / s(\beta), \qquad D = \int_0^1 s(\beta) \, d\beta
 
-Log weights of T temperatures at equal distance D / T have the variance D² / T if chains mix at once, and about four
-times that with the short trajectories that are best: so D tells how many temperatures a row needs. Chains lag behind
-the temperature a little, which makes D a fifth too large. On the way every coordinate gets a step size of its own: the
+Log weights of T temperatures at equal distance D / T have the variance D² / T if chains mix at once, and two to four
+times that where they mix as they do here: so D tells how many temperatures a row needs. Chains lag behind the
+temperature a little, which makes D a fifth too large. On the way every coordinate gets a step size of its own: the
 spread of the chains in it (a diagonal metric) times a size that steers the acceptance of each row.
 
 References:
@@ -29,9 +29,11 @@ from pyro_elbo.evidence.hmc import Point, Position, transition
 
 EvaluateAt = Callable[[Float64[Tensor, " rows"], Position], Point]
 
-ACCEPTANCE = 0.8
+# High, so that the two leapfrog steps of a default transition, of 0.7 to 0.8 standard deviations each, are a quarter of
+# a period. After that a Gaussian has forgotten its energy; after half a period it is mirrored, with the same energy.
+ACCEPTANCE = 0.9
 LEAST_TEMPERATURES, MOST_TEMPERATURES = 100, 4000
-_VARIANCE = 0.4  # of log weights, D² / T, for which temperatures are chosen
+_VARIANCE = 0.25  # of log weights, D² / T, for which temperatures are chosen
 _PACE = 0.25  # c, the thermodynamic distance between temperatures of the pilot
 # However broad log r is at the start, as under a heavy-tailed prior, the pilot reaches 1 within 940 temperatures.
 _FIRST, _GROWTH = 1e-12, 1.03

@@ -36,14 +36,14 @@ class Setting(NamedTuple):
 def digits(steps: int) -> Setting:
     x = load_digits().flatten(1)
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-    return Setting(x[:1400], x[1400:1450], {"z_dim": 8, "hidden": 128, "total": 16}, steps, 300)
+    return Setting(x[:1400], x[1400:1450], {"z_dim": 8, "hidden": 128, "total": 16}, steps, 400)
 
 
 def fashion(steps: int) -> Setting:
     with np.load(Path(os.environ["PYRO_ELBO_DATA"]) / "fashion_mnist_20k.npz") as data:
         train, test = (torch.tensor(data[f"x_{s}"]).flatten(1).float() > 127 for s in ("train", "test"))
     sizes = {"x_dim": 784, "z_dim": 16, "hidden": 200, "total": 1}
-    return Setting(train[:5000].float(), test[:20].float(), sizes, steps, 300)
+    return Setting(train[:5000].float(), test[:20].float(), sizes, steps, 400)
 
 
 def train(setting: Setting, particles: int, seed: int) -> tuple[VAEModel, VAEGuide]:
@@ -66,7 +66,7 @@ def judge(setting: Setting, model: VAEModel, guide: VAEGuide, seed: int) -> list
         elbo = bound.terms(model, guide, setting.test).per_datum.elbo.item()
     options = {"seed": seed, "progress": False}
     drawn = pe.log_evidence(model, guide, setting.test, num_samples=5000, **options)
-    annealing = {"method": "ais", "num_temperatures": setting.temperatures, "num_leapfrog": 5}
+    annealing = {"method": "ais", "num_temperatures": setting.temperatures}
     walked = pe.log_evidence(model, None, setting.test, **annealing, **options)
     found = [elbo]
     for result in (drawn, walked):

@@ -69,6 +69,10 @@ def mixture_guide(x):
         pyro.sample("k", dist.Bernoulli(torch.full_like(x, 0.5)))
 
 
+def exact_mixture(x):
+    return (0.3 * dist.Normal(2.0, 1.0).log_prob(x).exp() + 0.7 * dist.Normal(0.0, 1.0).log_prob(x).exp()).log()
+
+
 def test_importance_sampling_of_a_linear_gaussian_is_within_five_standard_errors_per_row():
     result = evidence(MODEL, guide(), X, num_samples=4000)
     assert result.plate == "data"
@@ -85,9 +89,7 @@ def test_the_exact_posterior_has_the_evidence_in_every_draw():
 
 
 def test_importance_sampling_of_a_mixture_sums_its_discrete_latent_out():
-    x = torch.linspace(-2.0, 4.0, 7, dtype=torch.float64)
-    p = 0.3 * dist.Normal(2.0, 1.0).log_prob(x).exp() + 0.7 * dist.Normal(0.0, 1.0).log_prob(x).exp()
-    assert close(evidence(mixture, mixture_guide, x, num_samples=4000), p.log())
+    assert close(evidence(mixture, mixture_guide, POINTS, num_samples=4000), exact_mixture(POINTS))
 
 
 def test_the_standard_error_is_the_spread_over_seeds():
@@ -97,16 +99,25 @@ def test_the_standard_error_is_the_spread_over_seeds():
     assert 0.5 < spread / stated < 1.6  # the spread of 60 has a relative standard error of 0.09
 
 
-def test_the_bound_rises_with_the_draws_and_stays_below_the_evidence():
+POINTS = torch.linspace(-2.0, 4.0, 7, dtype=torch.float64)
+BOUNDS = {
+    "linear-Gaussian": (MODEL, guide(3.0), X, EXACT.sum()),
+    "mixture": (mixture, mixture_guide, POINTS, exact_mixture(POINTS).sum()),
+}
+
+
+@pytest.mark.parametrize("case", BOUNDS)
+def test_the_bound_rises_with_the_draws_and_stays_below_the_evidence(case):
     """E log mean of K weights grows in K: paired, on groups of the same weights."""
+    model, program, x, exact = BOUNDS[case]
     with torch.no_grad():
-        chunks = list(draw_in_chunks(MODEL, guide(3.0), (X,), {}, 12_800, 2**20))
+        chunks = list(draw_in_chunks(model, program, (x,), {}, 12_800, 2**20))
     weights = torch.cat([c.local_log_weight for c in chunks]).sum(1).reshape(-1, 64)
     means = {k: (weights.reshape(len(weights), -1, k).logsumexp(-1) - math.log(k)).mean(1) for k in (1, 4, 16, 64)}
     for few, many in ((1, 4), (4, 16), (16, 64)):
         gain = means[many] - means[few]
         assert gain.mean() > 5 * gain.std() / len(gain) ** 0.5
-    assert means[64].mean() < EXACT.sum() + 5 * means[64].std() / len(weights) ** 0.5
+    assert means[64].mean() < exact + 5 * means[64].std() / len(weights) ** 0.5
 
 
 def test_chunks_of_draws_and_of_rows_bound_the_memory_and_keep_the_answer(monkeypatch):
@@ -219,18 +230,29 @@ def test_the_temperatures_that_the_pilot_asks_for_are_enough():
     assert (result.ess > 6).all()
 
 
-def test_annealing_keeps_to_supports():
+def counts(x):
     """x ~ Poisson(r), r ~ Gamma(2, 1), with two rates on a simplex beside it: the evidence is negative binomial."""
+    with pyro.plate("data", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0), 1.0))
+        pyro.sample("share", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0), 1.0))
-            pyro.sample("share", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
-            pyro.sample("x", dist.Poisson(rate), obs=x)
 
+def exact_counts(x):
+    return dist.NegativeBinomial(2.0, probs=torch.tensor(0.5)).log_prob(x)
+
+
+def test_annealing_keeps_to_supports():
     x = torch.tensor([0.0, 1.0, 7.0])
-    exact = dist.NegativeBinomial(2.0, probs=torch.tensor(0.5)).log_prob(x)
-    assert close(annealed(model, x, num_temperatures=200), exact)
+    assert close(annealed(counts, x, num_temperatures=200), exact_counts(x))
+
+
+def test_both_directions_enclose_the_evidence_of_counts():
+    both = pe.bidirectional_evidence(counts, torch.zeros(5), num_temperatures=200, progress=False)
+    exact = exact_counts(both.observed["x"])
+    assert close(both.lower, exact)
+    assert close(both.upper, exact)
+    assert both.gap.abs().max() < 0.3
 
 
 def test_trajectories_that_diverge_are_rejected():

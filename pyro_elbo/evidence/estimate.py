@@ -68,8 +68,8 @@ def log_evidence(
         start: where annealing starts, ``prior`` or ``guide``.
         num_temperatures: steps of the annealing. By default as many as the pilot asks for, 100 to 4000: the square of
             the thermodynamic distance of the farthest row, times 4.
-        num_leapfrog: leapfrog steps of a transition. Few of them with many temperatures are best, unless latents are
-            strongly correlated under the posterior.
+        num_leapfrog: leapfrog steps of a transition. Few of them with many temperatures are best, except where latents
+            are strongly correlated under the posterior, or a guide to start from is much narrower than it.
         batch_size: rows at a time; all by default. Tensors as long as the first one are split.
         progress: show a progress bar.
         seed: seed of the draws; None continues the caller's random stream.

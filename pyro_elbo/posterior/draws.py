@@ -1,20 +1,22 @@
 """Draw from the guide many times and evaluate both programs at the draws.
 
-Draws are made in vectorized chunks where the programs allow it, one by one where they do not. Every array has the
-dimension of the draws first, then the site's plates, then its event, as in one run of the programs.
+Draws are made in chunks where the programs allow it: inside a plate, or by a mapped run where programs do not
+broadcast. All others are made one by one. Every array has the dimension of the draws first, then the site's plates,
+then its event, as in one run of the programs.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pyro_elbo.errors import ArgumentError, PyroElboError, SiteError
 from pyro_elbo.posterior.layout import count_data, drop_gaps, lead, lead_unconstrained, per_plate, with_gaps
+from pyro_elbo.posterior.mapped import are_valid, map_draws
 from pyro_elbo.posterior.psis import PSIS, psis
 from pyro_elbo.posterior.summed_out import RECORD, draw_summed_out
 from pyro_elbo.posterior.weights import (
@@ -25,6 +27,7 @@ from pyro_elbo.posterior.weights import (
     unconstrain,
 )
 from pyro_elbo.programs import (
+    FixedDraws,
     Plate,
     Program,
     RunData,
@@ -44,6 +47,7 @@ from pyro_elbo.programs import (
 from pyro_elbo.sequences import StackedDistribution
 
 Arrays = dict[str, Tensor]
+Way = Literal["plate", "map", "loop"]
 
 
 class ProgramCall(NamedTuple):
@@ -73,7 +77,8 @@ class Draws:
         obstacle, local_obstacle: why the joint weights, or those of a row, are not those of the posterior; None if they
             are.
         eps: relative rounding error of the densities.
-        vectorized: whether the programs ran on chunks of draws; if not, they ran once per draw.
+        way: how the programs ran: on chunks of draws inside a ``plate``, or by a ``map`` of single runs where they do
+            not broadcast, or in a ``loop`` once per draw.
         nesting: number of batch dimensions that the plates use.
         rows: the rows that subsampled plates took, the same for every draw.
         resampled: whether the draws were drawn again by their weights, which are uniform since.
@@ -98,7 +103,7 @@ class Draws:
     obstacle: PyroElboError | None
     local_obstacle: PyroElboError | None
     eps: float
-    vectorized: bool
+    way: Way
     nesting: int
     rows: Arrays
     resampled: bool = False
@@ -166,11 +171,11 @@ def draw(
     check_initialized(guide)
     with torch.no_grad(), seeded(seed), evaluating(model, guide):
         programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), rows)
-        runs = _vectorized(programs, frame, num_samples, chunk_size)
-        vectorized = runs is not None
-        if runs is None:
-            runs = _one_by_one(programs, frame, num_samples)
-    return _concatenate(runs, frame, vectorized, data)
+        sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
+        way, runs = _begin(programs, frame, sizes[0])
+        for count in sizes[1:]:
+            runs += _run(programs, frame, count, way)
+    return _concatenate(runs, frame, way, data)
 
 
 def draw_in_chunks(
@@ -184,16 +189,10 @@ def draw_in_chunks(
     programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), None)
     largest = max((s.value.numel() for s in frame.shapes.model.values()), default=1)
     size = min(num_samples, max(2, max_elements // max(largest, 1)))
-    runs = _vectorized(programs, frame, size, size)
-    vectorized = runs is not None
-    yield _concatenate(runs or _one_by_one(programs, frame, size), frame, vectorized, data)
+    way, runs = _begin(programs, frame, size)
+    yield _concatenate(runs, frame, way, data)
     for done in range(size, num_samples, size):
-        count = min(size, num_samples - done)
-        if vectorized:
-            runs = [_collect(trace_pair(*programs, count, frame.nesting), frame, count)]
-        else:
-            runs = _one_by_one(programs, frame, count)
-        yield _concatenate(runs, frame, vectorized, data)
+        yield _concatenate(_run(programs, frame, min(size, num_samples - done), way), frame, way, data)
 
 
 def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, Frame, RunData]:
@@ -212,27 +211,77 @@ def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, F
     return programs, frame, data._replace(rows=rows)
 
 
+def _begin(programs: ProgramCall, frame: Frame, count: int) -> tuple[Way, list[dict[str, Any]]]:
+    """Make the first draws, and choose the way of all others: the fastest that works.
+
+    Some programs fail under a further plate, others silently mix the draws (``z.mean()``). Two draws are therefore
+    evaluated again alone and must have the same densities. One would not do: under ``z.max()`` the draw with the
+    largest z is right. Programs that a plate does not suit are mapped.
+    """
+    for way in _FIRST_CHOICES:
+        try:
+            return way, [_FIRST_CHOICES[way](programs, frame, count)]
+        except Exception:  # single runs raise it again if the program itself is at fault
+            continue
+    return "loop", _one_by_one(programs, frame, count)
+
+
+def _run(programs: ProgramCall, frame: Frame, count: int, way: Way) -> list[dict[str, Any]]:
+    """Make more draws; one by one where the chosen way fails for them."""
+    try:
+        if way == "plate":
+            return [_collect(trace_pair(*programs, count, frame.nesting), frame, count)]
+        if way == "map":
+            return [_mapped(programs, frame, count)["draws"]]
+    except Exception:  # single runs raise it again if the program itself is at fault
+        pass
+    return _one_by_one(programs, frame, count)
+
+
 def _one_by_one(programs: ProgramCall, frame: Frame, count: int) -> list[dict[str, Any]]:
     return [_collect(trace_pair(*programs), frame, 1) for _ in range(count)]
 
 
-def _vectorized(programs: ProgramCall, frame: Frame, num_samples: int, chunk_size: int) -> list[dict[str, Any]] | None:
-    """Draw in chunks inside a plate; return None where the programs do not vectorize.
+def _begin_in_plate(programs: ProgramCall, frame: Frame, count: int) -> dict[str, Any]:
+    pair = trace_pair(*programs, count, frame.nesting)
+    if count > 1 and not all(agrees_alone(programs, pair, frame.shapes, i, count, frame.nesting) for i in (0, -1)):
+        raise RuntimeError("the draws of a plate depend on each other")
+    return _collect(pair, frame, count)
 
-    Some programs fail under a further plate, others silently mix the draws (``z.mean()``). Two draws of the first chunk
-    are therefore evaluated again alone and must have the same densities. One would not do: under ``z.max()`` the draw
-    with the largest z is right.
-    """
-    shapes, _, nesting = frame
-    sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
-    try:
-        pairs = [trace_pair(*programs, sizes[0], nesting)]
-        if sizes[0] > 1 and not all(agrees_alone(programs, pairs[0], shapes, i, sizes[0], nesting) for i in (0, -1)):
-            return None
-        rest = (trace_pair(*programs, n, nesting) for n in sizes[1:])
-        return [_collect(r, frame, n) for r, n in zip(itertools.chain(pairs, rest), sizes, strict=True)]
-    except Exception:  # single runs raise it again if the program itself is at fault
-        return None
+
+def _begin_mapped(programs: ProgramCall, frame: Frame, count: int) -> dict[str, Any]:
+    if count == 1:
+        raise RuntimeError("there is nothing to map")
+    found = _mapped(programs, frame, count)
+    for i in (0, -1):
+        guide = ((n, x[i][None], sort_by_dim(frame.shapes.guide[n].plates)) for n, x in found["guide"].items())
+        with FixedDraws({n: with_gaps(x, plates, 1, frame.nesting) for n, x, plates in guide}):
+            alone = _collect(trace_pair(*programs), frame, 1)
+        both = (pytree.tree_leaves({n: draws[n] for n in alone}) for draws in (found["draws"], alone))
+        if not all(x is None or _are_close(x[i], y[0]) for x, y in zip(*both, strict=True)):
+            raise RuntimeError("a mapped run differs from a single one")
+    return found["draws"]
+
+
+_FIRST_CHOICES: dict[Way, Callable[[ProgramCall, Frame, int], dict[str, Any]]] = {
+    "plate": _begin_in_plate,
+    "map": _begin_mapped,
+}
+
+
+def _mapped(programs: ProgramCall, frame: Frame, count: int) -> dict[str, Any]:
+    """Make draws by one mapped run; also return the values that the guide drew."""
+
+    def run(_: Arrays) -> tuple[dict[str, Any], Tensor]:
+        pair = trace_pair(*programs)
+        drawn = {n: s for n, s in pair.guide.items() if s.role in ("latent", "auxiliary") and not is_point(s.fn)}
+        values = {n: lead(s.value, frame.shapes.guide[n].value.shape, 1, s)[0] for n, s in drawn.items()}
+        draws = {n: x for n, x in _collect(pair, frame, 1).items() if x is not None}
+        found = {"draws": pytree.tree_map(lambda x: x[0], draws), "guide": values}
+        return found, are_valid([*pair.model.values(), *pair.guide.values()])
+
+    found = map_draws(run, {}, count)
+    return found | {"draws": dict.fromkeys(("local_log_p", "local_log_q")) | found["draws"]}
 
 
 def agrees_alone(
@@ -268,7 +317,11 @@ def _is_close(site: Site, alone: Site, index: int, count: int, nesting: int) -> 
         both.append((ours, per_plate(alone.log_prob(), site.plates, 1, nesting)[0]))
     if site.role == "deterministic":
         both.append((lead(site.value, alone.value.shape, count, alone)[index], alone.value))
-    return all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in both)
+    return all(_are_close(ours, theirs) for ours, theirs in both)
+
+
+def _are_close(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.allclose(ours.double(), theirs.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def _collect(pair: TracePair, frame: Frame, count: int) -> dict[str, Any]:
@@ -301,7 +354,7 @@ def _collect(pair: TracePair, frame: Frame, count: int) -> dict[str, Any]:
     return groups | densities | weighting.sums(pair, count, nesting)
 
 
-def _concatenate(runs: list[dict[str, Any]], frame: Frame, vectorized: bool, data: RunData) -> Draws:
+def _concatenate(runs: list[dict[str, Any]], frame: Frame, way: Way, data: RunData) -> Draws:
     shapes, weighting, nesting = frame
 
     def join(name: str) -> Arrays:
@@ -327,7 +380,7 @@ def _concatenate(runs: list[dict[str, Any]], frame: Frame, vectorized: bool, dat
         obstacle=point or weighting.obstacle,
         local_obstacle=point or weighting.local_obstacle,
         eps=weighting.eps,
-        vectorized=vectorized,
+        way=way,
         nesting=nesting,
         rows=data.rows,
     )

@@ -15,10 +15,12 @@ from pyro_elbo.errors import ArgumentError, SiteError, check_count, first_line
 from pyro_elbo.posterior.datasets import Names, label, stack_chains, without_slashes
 from pyro_elbo.posterior.draws import Arrays, Draws, draw
 from pyro_elbo.posterior.layout import count_data, lead, with_gaps
+from pyro_elbo.posterior.mapped import are_valid, map_draws
 from pyro_elbo.programs import (
     Plate,
     Program,
     ResampleObserved,
+    Site,
     check_arguments,
     check_initialized,
     evaluating,
@@ -180,6 +182,44 @@ def predict(
             return Predictions({n: x for n, x in arrays.items() if n not in skipped}, plates, skipped)
 
 
+class _Call(NamedTuple):
+    """A program, its arguments, and the draws that say how it runs."""
+
+    program: Program
+    args: tuple
+    kwargs: Mapping[str, Any]
+    draws: Draws
+
+    def sites(self, latents: Arrays, count: int) -> dict[str, Site]:
+        """Run the program at ``count`` values of its latents, in a plate if there are several."""
+        plates, nesting = self.draws.plates, self.draws.nesting
+        given = {n: with_gaps(x, plates[n], count, nesting) for n, x in latents.items()}
+        return trace_program(self.program, self.args, self.kwargs, given or None, count, nesting)
+
+    def run(self, latents: Arrays, count: int, shapes: Mapping[str, Site]) -> list[Arrays]:
+        """Return the sites' values at ``count`` values of the latents, in one part or several."""
+        if self.draws.way == "plate":
+            return [self._values(latents, count, shapes)]
+        if self.draws.way == "map" and count > 1:
+            try:
+                return [self._mapped(latents, count, shapes)]
+            except Exception:  # single runs raise it again if the program itself is at fault
+                pass
+        return [self._values({n: x[i : i + 1] for n, x in latents.items()}, 1, shapes) for i in range(count)]
+
+    def _values(self, latents: Arrays, count: int, shapes: Mapping[str, Site]) -> Arrays:
+        sites = self.sites(latents, count)
+        return {n: lead(sites[n].value, s.value.shape, count, s) for n, s in shapes.items()}
+
+    def _mapped(self, latents: Arrays, count: int, shapes: Mapping[str, Site]) -> Arrays:
+        def run(row: Arrays) -> tuple[Arrays, Tensor]:
+            sites = self.sites({n: row[n][None] for n in latents}, 1)
+            values = {n: lead(sites[n].value, s.value.shape, 1, s)[0] for n, s in shapes.items()}
+            return values, are_valid(sites.values(), values=False)
+
+        return map_draws(run, latents, count)
+
+
 def run_with_draws(
     program: Program,
     args: tuple,
@@ -193,22 +233,14 @@ def run_with_draws(
     if draws.rows:
         program = poutine.condition(program, data=draws.rows)
     latents = {} if prior else draws.latents
-    step = chunk_size if draws.vectorized else 1
-
-    def given(start: int, count: int) -> Arrays | None:
-        chunk = {
-            n: with_gaps(x[start : start + count], draws.plates[n], count, draws.nesting) for n, x in latents.items()
-        }
-        return chunk or None
-
-    parts = []
+    count, parts = len(draws.log_p), []
     with torch.no_grad(), seeded(seed), evaluating(program):
-        shapes = trace_program(program, args, kwargs, given(0, 1))
+        call = _Call(program, args, kwargs, draws)
+        shapes = call.sites({n: x[:1] for n, x in latents.items()}, 1)
         known = draws.latents.keys() | draws.deterministics.keys() | draws.observed.keys()
         shapes = {name: site for name, site in shapes.items() if name in known}
-        for start in range(0, len(draws.log_p), step):
-            count = min(step, len(draws.log_p) - start)
-            sites = trace_program(program, args, kwargs, given(start, count), count, draws.nesting)
-            parts.append({n: lead(sites[n].value, s.value.shape, count, s) for n, s in shapes.items()})
+        for start in range(0, count, chunk_size):
+            size = min(chunk_size, count - start)
+            parts += call.run({n: x[start : start + size] for n, x in latents.items()}, size, shapes)
     arrays = {name: torch.cat([part[name] for part in parts]) for name in shapes}
     return arrays, {name: sort_by_dim(s.plates) for name, s in shapes.items()}

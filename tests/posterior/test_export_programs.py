@@ -224,7 +224,7 @@ def test_resampling_corrects_the_guide_and_makes_the_weights_uniform(local):
         assert np.allclose(data["sample_stats"]["lp"], lp)
 
 
-def test_a_program_that_mixes_draws_is_run_draw_by_draw():
+def test_a_program_that_mixes_draws_is_mapped():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
@@ -235,7 +235,7 @@ def test_a_program_that_mixes_draws_is_run_draw_by_draw():
             pyro.sample("z", dist.Normal(x, 1.0))
 
     draws = draw(model, guide, (X,), {}, 20, seed=0)
-    assert not draws.vectorized
+    assert draws.way == "map"
     expected = dist.Normal(draws.latents["z"].mean(1), 1.0).log_prob(X.sum())
     assert torch.allclose(draws.log_likelihood["y"], expected)
 
@@ -252,7 +252,7 @@ def test_a_deterministic_that_mixes_draws_is_noticed_as_well():
     assert np.array_equal(posterior["largest"], posterior["z"].max("data"))
 
 
-def test_recurrent_programs_fall_back_to_single_runs():
+def test_recurrent_programs_are_mapped():
     cell = nn.GRUCell(2, 3)
 
     def model(x):
@@ -267,7 +267,7 @@ def test_recurrent_programs_fall_back_to_single_runs():
 
     x = X.float()
     draws = draw(model, guide, (x,), {}, 12, seed=0)
-    assert not draws.vectorized
+    assert draws.way == "map"
     with torch.no_grad():
         loc = cell(draws.latents["z"].reshape(-1, 2)).sum(-1).reshape(12, 4)
     assert torch.allclose(draws.log_likelihood["x"], dist.Normal(loc, 1.0).log_prob(x), atol=1e-5)

@@ -175,7 +175,7 @@ def _prepare(
     optimizer = programs.configure_optimizers()["optimizer"]
     folder = place.prepared(scratch)
     files = folder if place.dir is not None or options.stop.restores or machine.devices > 1 else None
-    trainer = adapter.make_trainer(files, options)
+    trainer = adapter.make_trainer(files, options, loaders)
     start = check_resumable(folder / "last.ckpt", programs, optimizer, options.stop) if place.resume else None
     return _Run(trained, programs, trainer, options, files, start, probe)
 

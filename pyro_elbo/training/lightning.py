@@ -26,6 +26,7 @@ from pyro_elbo.training.data import Batch, Loaders, arguments, num_rows
 from pyro_elbo.training.history import EpochRecord, RunningMean, add_probe, best, to_dataset
 from pyro_elbo.training.options import Options, as_list
 from pyro_elbo.training.trained import Trained
+from pyro_elbo.training.whole import WholeBatchTrainer, suffices
 
 # Steps between two probes, in Python and compiled, for each step that a probe takes (four where all batches are equal).
 # Rows count alike in both, but compiled steps are up to ten times as fast.
@@ -95,6 +96,11 @@ class LightningPrograms(lightning.LightningModule):
         """Prepare steps of our own once parameters and optimizer are on their device."""
         if not self.automatic_optimization:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            self.prepare_own_steps(optimizer)
+
+    def prepare_own_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let steps of our own, if there are any, move the parameters by an optimizer."""
+        if not self.automatic_optimization:
             update = TorchUpdate(optimizer, self.options.grad_clip)
             programs = self.module.model, self.module.guide, self.module.elbo
             # draw the same noise as uncompiled steps, so that runs repeat and resume alike
@@ -153,7 +159,7 @@ class LightningPrograms(lightning.LightningModule):
 
         optimizer.step(closure=closure)
         for record in found:
-            values = self._count(record, batch, self.mean)
+            values = self.count(record, batch, self.mean)
             self._show(values)
             if self.convergence is not None:
                 self.convergence.observe(np.array([values["elbo"].item()]))
@@ -167,14 +173,15 @@ class LightningPrograms(lightning.LightningModule):
                 watched = [self.trainer.callback_metrics[config.monitor]] if config.reduce_on_plateau else []
                 config.scheduler.step(*watched)
 
-    def _count(self, record: Any, batch: Batch, mean: RunningMean) -> dict[str, Tensor]:
+    def count(self, record: Any, batch: Batch, mean: RunningMean) -> dict[str, Tensor]:
+        """Add what a step of our own has recorded to the mean of the epoch."""
         names, ((*numbers,),) = record[0], record[1].tolist()
         values = {n: torch.tensor(x) for n, x in zip(names, numbers, strict=True) if not n.startswith("log_likelihood")}
         mean.add(values, num_rows(batch))
         return values
 
     def _show(self, values: dict[str, Tensor]) -> None:
-        if self.progress or self.logs:
+        if self._has_lightning and (self.progress or self.logs):
             self.log("elbo", values["elbo"], prog_bar=True, batch_size=1)
             self.log("loss", values["loss"], prog_bar=True, batch_size=1)
 
@@ -201,7 +208,7 @@ class LightningPrograms(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the terms of a validation batch to the mean of the epoch."""
         if self.svi is not None:
-            self._count(self.svi.evaluate(*arguments(batch)), batch, self.valid_mean)
+            self.count(self.svi.evaluate(*arguments(batch)), batch, self.valid_mean)
         else:
             self._evaluate(batch, self.valid_mean)
 
@@ -232,6 +239,10 @@ class LightningPrograms(lightning.LightningModule):
         self.records, self.probed_at = list(checkpoint["history"]), checkpoint.get("probed_at", 0)
         self.resumed = checkpoint.get("convergence")
 
+    @property
+    def _has_lightning(self) -> bool:
+        return isinstance(self.trainer, lightning.Trainer)
+
     def _seed_loader(self) -> None:
         epoch = self.trainer.fit_loop.epoch_progress.current.processed  # current_epoch lags when a run resumes
         pyro.set_rng_seed(mix_seed(self.seed, epoch, self.global_rank, 1))
@@ -254,7 +265,8 @@ class LightningPrograms(lightning.LightningModule):
         record = {"epoch": self.current_epoch, "split": split, "values": values, "beta": beta, "settled": settled}
         targets = [name for name in beta if elbo.weighting.is_target(name)]
         self.records.append(record | {"penalty_weight": weights, "targets": targets})
-        self.log(f"{split}_elbo", values["elbo"], prog_bar=split == "valid", batch_size=1)
+        if self._has_lightning:
+            self.log(f"{split}_elbo", values["elbo"], prog_bar=split == "valid", batch_size=1)
         if self.logs:
             others = {name: x for name, x in values.items() if name != "elbo"}
             others |= {f"beta/{site}": x for site, x in beta.items()} if split == "train" else {}
@@ -327,12 +339,16 @@ def _processes() -> DDPStrategy:
     return DDPStrategy(process_group_backend="gloo", start_method="fork", find_unused_parameters=True)
 
 
-def make_trainer(folder: Path | None, options: Options) -> lightning.Trainer:
-    """Return Lightning's Trainer with the callbacks of this module and without its files, tables and advice.
+def make_trainer(folder: Path | None, options: Options, loaders: Loaders) -> lightning.Trainer | WholeBatchTrainer:
+    """Return what trains: Lightning's Trainer with the callbacks of this module, unless less suffices.
+
+    Lightning writes no files of its own, no tables and no advice.
 
     Raises:
         ArgumentError: Lightning refuses the machine.
     """
+    if suffices(options, loaders):
+        return WholeBatchTrainer(options)
     steps, stop, machine = options.steps, options.stop, options.machine
     callbacks = as_list(machine.callbacks)
     if stop.patience is not None:

@@ -1,0 +1,70 @@
+"""Epochs of one step on all rows, where nobody watches: Lightning's hooks in their order, without its loops.
+
+Lightning spends more time on an epoch than a small model on its step.
+"""
+
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pyro_elbo.training.data import Loaders, RowDataset, arguments
+from pyro_elbo.training.history import RunningMean
+from pyro_elbo.training.options import Options, as_list
+
+
+def suffices(options: Options, loaders: Loaders) -> bool:
+    """Return whether an epoch is one step in this process, and nothing but the history looks at it."""
+    steps, stop, machine, place = options.steps, options.stop, options.machine, options.place
+    watched = as_list(machine.callbacks) or as_list(machine.logger) or place.dir is not None or stop.has_validation
+    plain = machine.devices == 1 and machine.precision == "32-true" and not steps.is_auto and steps.scheduler is None
+    on_cpu = machine.accelerator == "cpu" or (machine.accelerator == "auto" and not torch.accelerator.is_available())
+    whole = isinstance(loaders.train, RowDataset) and len(loaders("train")) == 1
+    return whole and plain and on_cpu and not watched and steps.accumulate_grad_batches == 1
+
+
+class WholeBatchTrainer:
+    """The part of Lightning's Trainer that such a fit needs."""
+
+    def __init__(self, options: Options) -> None:
+        self.stop, self.grad_clip, self.progress = options.stop, options.steps.grad_clip, options.progress
+        self.global_step, self.current_epoch, self.global_rank = 0, 0, 0
+        self.should_stop = False
+        self.lr_scheduler_configs: list[Any] = []
+
+    def fit(self, programs: Any, **_: Any) -> None:
+        """Train ``programs``, a ``LightningPrograms``."""
+        programs.trainer = self
+        optimizer = programs.configure_optimizers()["optimizer"]
+        programs.prepare_own_steps(optimizer)
+        (batch,) = programs.loaders("train")
+        with tqdm(total=self.stop.epochs, disable=not self.progress, unit=" epochs") as bar:
+            while self.current_epoch < self.stop.epochs and not self.should_stop:
+                self._train_epoch(programs, optimizer, batch)
+                bar.set_postfix({"elbo": f"{programs.records[-1]['values']['elbo']:.4g}"}, refresh=False)
+                bar.update()
+                self.current_epoch += 1
+
+    def _train_epoch(self, programs: Any, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+        programs.mean = RunningMean()
+        programs.on_train_batch_start(batch, 0)
+        if programs.svi is not None:
+            programs.count(programs.svi.train(*arguments(batch)), batch, programs.mean)
+        else:
+            self._step(programs, optimizer, batch)
+        self.global_step += 1
+        programs.on_train_batch_end(None, batch, 0)
+        programs.on_train_epoch_end()
+
+    def _step(self, programs: Any, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+        def closure() -> torch.Tensor:
+            loss = programs.training_step(batch, 0)
+            optimizer.zero_grad()
+            loss.backward()
+            programs.on_before_optimizer_step(optimizer)
+            if self.grad_clip is not None:
+                held = [p for group in optimizer.param_groups for p in group["params"]]
+                torch.nn.utils.clip_grad_norm_(held, self.grad_clip)
+            return loss
+
+        optimizer.step(closure)

@@ -1,0 +1,73 @@
+"""Full-batch fits without Lightning's loops: the same numbers as with them."""
+
+import lightning
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+import pyro_elbo as pe
+
+X = torch.linspace(-1.0, 1.0, 30).reshape(10, 3)
+Y = torch.linspace(0.0, 2.0, 10)
+
+
+def model(x, y):
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ b, 1.0), obs=y)
+
+
+class Spy(lightning.Callback):
+    """A callback: Lightning then runs the epochs."""
+
+    def __init__(self):
+        self.epochs = 0
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs += 1
+
+
+def fitted(beta=1.0, **options):
+    pyro.clear_param_store()
+    guide, loss = AutoNormal(model), pe.TraceBeta_ELBO(beta=beta, num_particles=2)
+    options = {"loss": loss, "batch_size": None, "max_epochs": 12, "progress": False, **options}
+    result = pe.fit(model, guide, (X, Y), **options)
+    return result, [p.detach().clone() for p in guide.parameters()]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grad_clip": 0.1, "seed": 3},
+        {"max_steps": 7, "beta": pe.LinearWarmup(0.1, 1.0, steps=5)},
+    ],
+)
+def test_a_fit_without_lightning_has_the_numbers_of_one_with_it(options, compile):
+    ours, parameters = fitted(compile=compile, **options)
+    spy = Spy()
+    theirs, expected = fitted(compile=compile, callbacks=spy, **options)
+    assert spy.epochs == ours.history.sizes["epoch"] == options.get("max_steps", 12)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
+    assert ours.history.identical(theirs.history)
+    assert ours.stopped_early == theirs.stopped_early
+
+
+def test_what_has_to_be_watched_runs_on_lightning(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise RuntimeError("Lightning runs")
+
+    monkeypatch.setattr(lightning.Trainer, "fit", refuse)
+    fitted()
+    constant = lambda made: torch.optim.lr_scheduler.ConstantLR(made)  # noqa: E731
+    for options in ({"callbacks": Spy()}, {"valid": (X, Y)}, {"dir": tmp_path}, {"scheduler": constant}):
+        with pytest.raises(RuntimeError, match="Lightning runs"):
+            fitted(**options)
+
+
+def test_the_progress_bar_shows_the_bound(capsys):
+    fitted(progress=True)
+    assert "elbo=" in capsys.readouterr().err

@@ -42,6 +42,7 @@ def map_draws(run: Callable[[Any], tuple[Any, Tensor]], given: Mapping[str, Tens
 
     with _unchecked():
         found, valid = torch.func.vmap(run_one, randomness="different")(dict(given), torch.zeros(count))
+    run({name: x[0] for name, x in given.items()})  # what modules have cached must not be tensors of the mapped run
     if not valid.all():
         raise InvalidDrawError
     return found

@@ -57,7 +57,7 @@ class WholeBatchTrainer:
         programs.on_train_epoch_end()
 
     def _step(self, programs: Any, optimizer: torch.optim.Optimizer, batch: Any) -> None:
-        def closure() -> torch.Tensor:
+        def closure() -> Any:
             loss = programs.training_step(batch, 0)
             optimizer.zero_grad()
             loss.backward()

@@ -1,9 +1,12 @@
 """Draws of programs that do not broadcast: mapped, equal to single runs, with the loop as the way out."""
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoIAFNormal
 from torch import nn
 
 import pyro_elbo as pe
@@ -129,6 +132,20 @@ def test_an_export_runs_the_programs_once_a_chunk(model, guide):
     assert data["prior_predictive"]["y"].std("draw").min() > 0.5
     assert model.runs < 60  # the loop takes 1500
     assert guide.runs < 60
+
+
+def test_mapped_draws_leave_no_trace_in_a_flow():
+    """A flow caches what it computed; a tensor of a mapped run could not be copied."""
+
+    def model(x, y):
+        b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ b, 1.0), obs=y)
+
+    guide, data = AutoIAFNormal(model), (X.float(), Y.float())
+    guide(*data)
+    assert draw(model, guide, data, {}, 20, chunk_size=10, seed=0).way == "map"
+    copy.deepcopy(guide)(*data)
 
 
 def test_programs_that_cannot_be_mapped_run_once_a_draw():

@@ -14,7 +14,7 @@ from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
 from pyro_elbo.programs.modules import collect_modules, program_name
 from pyro_elbo.programs.parameters import Parameters, check_gradients, check_initialized, collect_parameters
-from pyro_elbo.programs.rng import mix_seed, seeded
+from pyro_elbo.programs.rng import mix_seed, seed_cpu, seeded
 from pyro_elbo.programs.sites import Baseline, Plate, Site, fixed_sites, is_point, shared_plate, sort_by_dim
 from pyro_elbo.programs.tracing import (
     FixedDraws,
@@ -69,6 +69,7 @@ __all__ = [
     "trace_pair",
     "trace_filtered",
     "trace_fixed",
+    "seed_cpu",
     "seeded",
     "trace_program",
     "without_own_gradient",

@@ -1,12 +1,22 @@
 """Derive random seeds and use them inside a block."""
 
+import random
+
 import numpy as np
 import pyro
+import torch
 
 
 def mix_seed(*parts: int) -> int:
     """Derive one seed from several numbers; different numbers give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def seed_cpu(seed: int) -> None:
+    """Seed what draws on the CPU like ``pyro.set_rng_seed``, without the stack traces that torch keeps for GPUs."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (programs may draw from the global generator)
+    torch.default_generator.manual_seed(seed)
 
 
 class seeded:  # noqa: N801  (used as a statement)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pyro_elbo.programs import mix_seed, seed_cpu
 from pyro_elbo.training.data import Loaders, RowDataset, arguments
 from pyro_elbo.training.history import RunningMean
 from pyro_elbo.training.options import Options, as_list
@@ -47,7 +48,7 @@ class WholeBatchTrainer:
 
     def _train_epoch(self, programs: Any, optimizer: torch.optim.Optimizer, batch: Any) -> None:
         programs.mean = RunningMean()
-        programs.on_train_batch_start(batch, 0)
+        seed_cpu(mix_seed(programs.seed, self.current_epoch, self.global_rank))
         if programs.svi is not None:
             programs.count(programs.svi.train(*arguments(batch)), batch, programs.mean)
         else:

@@ -34,7 +34,7 @@ def drawn(name, num_samples=400):
 def test_draws_from_the_exact_posterior_have_one_weight(name):
     """p(x, k) / p(k | x) is p(x), whatever k; frequencies within 5 SE of the posterior (1 in 10^5 over 9 programs)."""
     terms, draws = drawn(name)
-    assert draws.vectorized
+    assert draws.way == "plate"
     torch.testing.assert_close(draws.log_weight, terms.elbo.detach().expand(400), rtol=1e-10, atol=1e-10)
     for site, q in terms.posterior.items():
         k = draws.latents[site]

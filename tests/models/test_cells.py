@@ -44,7 +44,3 @@ def test_no_weights_make_the_kl_grow_over_time(kind):
     terms = pe.TraceTimestep_ELBO().terms(module.model, module.guide, x)
     assert terms.elbo.isfinite()
     assert terms.kl["z"].max() < 2 * MOST
-    loss = pe.TraceTimestep_ELBO().differentiable_loss(module.model, module.guide, x)
-    assert all(
-        g is None or g.isfinite().all() for g in torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
-    )

@@ -55,7 +55,7 @@ def test_history_holds_every_epoch_and_split():
     )
     history = result.history
     assert dict(history.sizes) == {"epoch": 3, "split": 2, "latent": 1, "unit": 2, "side": 2}
-    assert not any(bool(v.isel(epoch=[0, -1]).isnull().any()) for v in history.data_vars.values())
+    assert not any(bool(v.isel(epoch=-1).isnull().any()) for v in history.data_vars.values())
     assert not bool(history[["elbo", "loss", "rate", "distortion", "kl", "beta"]].isnull().to_array().any())
     xarray.testing.assert_allclose(history.elbo, -history.distortion - history.rate, rtol=1e-5)
     xarray.testing.assert_allclose(history.rate, history.kl.sum("latent"), rtol=1e-5)

@@ -25,7 +25,7 @@ def test_two_processes_train_one_model(tmp_path):
     )
     assert result.history.sizes["epoch"] == 3
     assert not bool(result.history.elbo.isnull().any())
-    assert bool(result.history.kl_per_dim.isel(epoch=[0, -1]).notnull().all())
+    assert bool(result.history.kl_per_dim.isel(epoch=-1).notnull().all())
     assert result.loss.step == 6  # 24 rows a process, batches of 12
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     saved = torch.load(result.last_path, weights_only=True)["state_dict"]

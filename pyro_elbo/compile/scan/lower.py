@@ -26,6 +26,7 @@ from pyro_elbo.compile.scan.partition import (
     recurrence,
 )
 from pyro_elbo.compile.scan.paths import receivers
+from pyro_elbo.compile.scan.scalar_code import Layout
 from pyro_elbo.compile.scan.shared import LoweredLoop, ValueNumbering, shared_states
 from pyro_elbo.compile.scan.trace import Draw, LoopBody, Traced, trace_step, trace_with_gradient
 from pyro_elbo.errors import CompileError
@@ -80,7 +81,8 @@ def _loop(
         rows = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in like]
         rows += [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in exports]
     number = values.number if any(map(is_random, part.nodes)) else 0  # loops that draw are never the same
-    loop = register(part.module(), rows, tuple((x.shape, x.dtype) for x in exports), reverse, number)
+    layout = Layout(len(constants), len(state), len(inputs), rows)
+    loop = register(part.module(), layout, tuple((x.shape, x.dtype) for x in exports), reverse, number)
     values.owned.append(loop)
     room = torch.ops.pyro_elbo.loop(constants, state, inputs, values.steps, loop.key)
     for c, states in zip(carry, room, strict=False):

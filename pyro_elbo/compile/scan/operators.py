@@ -6,6 +6,7 @@ live as long as it does.
 """
 
 import hashlib
+import logging
 import weakref
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ from pyro_elbo.compile import inductor
 from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, rand_ops
 from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
 from pyro_elbo.compile.noise import SCAN_DRAWS, NoiseKind, fill_noise
+from pyro_elbo.compile.scan.scalar_code import Layout, ScalarLoop, scalar_loop
+from pyro_elbo.compile.scan.scalar_ops import UnsupportedError
+
+# A statement takes about a nanosecond, a call of Inductor's function at least some microseconds.
+SCALARS = 4096
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -26,10 +33,11 @@ class Loop:
 
     key: int
     module: fx.GraphModule
-    inputs: tuple[Tensor, ...]
+    layout: Layout
     exports: tuple[tuple[torch.Size, torch.dtype], ...]
     reverse: bool
     machine: Any = None
+    scalars: ScalarLoop | None = None
 
     def room(self, carry: Sequence[Tensor], like: Tensor, steps: int) -> list[Tensor]:
         """Make tensors for the carries around all steps and for the exports of each step, and one as padding."""
@@ -40,15 +48,29 @@ class Loop:
 
     def compile(self) -> None:
         """Compile the recurrence, unless another graph has done so."""
-        if self.machine is not None:
+        if self.machine is not None or self.scalars is not None:
             return
         mode = FakeTensorMode(shape_env=ShapeEnv())
-        real = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in self.inputs]
+        real = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in self.layout.like]
         fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in real)
         with mode:
             graph = make_fx(self.module, decompositions(not config.fallback_random))(*fakes)
         write_out_alpha(graph.graph)
-        self.machine = inductor.compile_graph(Graph(optimize(graph, mode, fakes), (), (), fakes), on_cpu(real))
+        graph = optimize(graph, mode, fakes)
+        self.scalars = scalars_of(graph, self.layout, self.reverse) if on_cpu(real) else None
+        if self.scalars is None:
+            self.machine = inductor.compile_graph(Graph(graph, (), (), fakes), on_cpu(real))
+
+
+def scalars_of(graph: fx.GraphModule, layout: Layout, reverse: bool) -> ScalarLoop | None:
+    """Return the machine code of the whole loop where a step is a handful of scalars, otherwise None."""
+    try:
+        source = scalar_loop(graph, layout, reverse, SCALARS)
+    except UnsupportedError as reason:
+        _log.debug("a recurrence is called step by step: %s", reason)
+        return None
+    _log.debug("a recurrence is one loop over scalars:\n%s", source)
+    return ScalarLoop(source)
 
 
 @dataclass(eq=False)
@@ -81,13 +103,16 @@ def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], ste
     loop = _loops[key]
     room = _meta(constants, carry, inputs, steps, key)
     states, exports = room[: len(carry)], room[len(carry) : -1]
+    fixed = [_laid_out(x, like) for x, like in zip(constants, loop.layout.like, strict=False)]
+    if loop.scalars is not None:
+        loop.scalars([*fixed, *(x.contiguous() for x in (*carry, *inputs)), *states, *exports], steps)
+        return room
     for state, c in zip(states, carry, strict=True):
         state[steps if loop.reverse else 0].copy_(c)
     before, after = (slice(1, None), slice(steps)) if loop.reverse else (slice(steps), slice(1, None))
     columns = [x.unbind() for x in (*(s[before] for s in states), *inputs, *(s[after] for s in states), *exports)]
     rows = list(zip(*columns, strict=True))
     rows = rows[::-1] if loop.reverse else rows
-    fixed = [_laid_out(x, like) for x, like in zip(constants, loop.inputs, strict=False)]
     entry = inductor.entry_point(loop.machine) if on_cpu(fixed + list(rows[0])) else None
     if entry is None:
         for row in rows:
@@ -148,11 +173,11 @@ _library.impl("draws", _draw, "CompositeExplicitAutograd")
 torch.library.register_fake("pyro_elbo::draws", _room_for_draws, lib=_library)
 
 
-def register(module: fx.GraphModule, inputs: Sequence[Tensor], exports: Any, reverse: bool, number: int) -> Loop:
+def register(module: fx.GraphModule, layout: Layout, exports: Any, reverse: bool, number: int) -> Loop:
     """Return the loop of a recurrence, which the operator finds by key while it lives.
 
     Loops with equal keys and arguments are computed once; ``number`` distinguishes those that draw.
     """
-    layout = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs]
-    key = stable_key((module.code, layout, exports, reverse, number, config.fallback_random))
-    return _loops.setdefault(key, Loop(key, module, tuple(inputs), exports, reverse))
+    rows = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in layout.like]
+    key = stable_key((module.code, rows, exports, reverse, number, config.fallback_random))
+    return _loops.setdefault(key, Loop(key, module, layout, exports, reverse))

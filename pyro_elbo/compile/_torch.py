@@ -54,8 +54,10 @@ __all__ = [
 _LAZY = {
     "BoxedBool": "torch._inductor.utils",
     "CppCodeCache": "torch._inductor.codecache",
+    "CppCompileError": "torch._inductor.exc",
     "FakeTensorProp": "torch.fx.passes.fake_tensor_prop",
     "InductorError": "torch._inductor.exc",
+    "InvalidCxxCompiler": "torch._inductor.exc",
     "ShapeEnv": "torch.fx.experimental.symbolic_shapes",
     "compile_fx_inner": "torch._inductor.compile_fx",
     "config": "torch._inductor.compile_fx",

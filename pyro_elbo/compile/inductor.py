@@ -24,7 +24,9 @@ from torch import Tensor
 from pyro_elbo.compile._torch import (
     BoxedBool,
     CppCodeCache,
+    CppCompileError,
     InductorError,
+    InvalidCxxCompiler,
     TracingContext,
     compile_fx_inner,
     config,
@@ -234,10 +236,26 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
                 static_input_idxs=range(len(graph.externals)),
             )
         except InductorError as error:
-            raise CompileError(
-                f"Inductor cannot compile the step: {first_sentence(error)} Install a C++ compiler (the variable "
-                "CXX names it). If there is one, use compile=False."
-            ) from error
+            raise _not_compiled(error) from error
+
+
+def _not_compiled(error: Exception) -> CompileError:
+    return CompileError(
+        f"Inductor cannot compile the step: {first_sentence(error)} Install a C++ compiler (the variable "
+        "CXX names it). If there is one, use compile=False."
+    )
+
+
+def load_library(source: str) -> ctypes.CDLL:
+    """Compile C++ code, unless the disk cache holds it, and load it.
+
+    Raises:
+        CompileError: the C++ compiler failed.
+    """
+    try:
+        return CppCodeCache.load(source)
+    except (CppCompileError, InvalidCxxCompiler) as error:
+        raise _not_compiled(error) from error
 
 
 @contextmanager
@@ -264,7 +282,7 @@ def entry_point(compiled: Any) -> ctypes.c_void_p:
 @cache
 def driver() -> ctypes.PyDLL:
     """Build and load the C++ library that calls compiled functions."""
-    library = ctypes.PyDLL(CppCodeCache.load(_DRIVER)._name)
+    library = ctypes.PyDLL(load_library(_DRIVER)._name)
     library.run.restype = ctypes.c_char_p
     library.run.argtypes = [ctypes.c_void_p, *(ctypes.py_object,) * 3, ctypes.c_int64]
     library.release.restype, library.release.argtypes = None, [ctypes.py_object]

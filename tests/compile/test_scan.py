@@ -5,17 +5,20 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
 
 import pyro_elbo as pe
 from models.dmm import DMM
 from models.srnn import SRNN
 from models.vrnn import VRNN, MarkovVRNN
 from pyro_elbo.errors import CompileError, NonFiniteError, PyroElboError
+from tests.benchmarks import recurrences_ours
 from tests.models import laws
 from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     _double,
     _graphs,
     _interpreted,
+    _scalar_loops,
     adam,
     assert_same,
     parameters,
@@ -606,6 +609,44 @@ def test_nan_in_the_real_part_changes_nothing(interpreted):
 
 def hidden_from_x(z, x_t):
     return pyro.sample("z", dist.Normal(number("b") * z + number("c"), 0.7)), None
+
+
+# --- loops over scalars --------------------------------------------------------------------------------------------
+
+
+FILTERS = {"ARMA(1,1)": 1, "GARCH(1,1)": 3, "local level": 1, "HMM filter": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "particles"),
+    [*FILTERS.items(), *(pytest.param(name, 4 - n, marks=pytest.mark.thorough) for name, n in FILTERS.items())],
+)
+def test_filters_of_a_few_scalars(scalar_loops, name, particles):
+    """Their parameters act at every step: gradients add up over time."""
+    model, y = recurrences_ours.WORKS[name], recurrences_ours.data(7)
+    options = {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 0} if particles > 1 else {}
+
+    def scenario(svi_of):
+        guide = AutoNormal(model)
+        return training(model, guide, y, make_objective=lambda: pe.TraceBeta_ELBO(**options), steps=6)(svi_of)
+
+    assert_same(scenario, rtol=1e-9, atol=1e-11)
+    assert scalar_loops
+    assert all(scalar_loops)
+
+
+@pytest.mark.parametrize("name", ["backward", *map(thorough, ("many sites", "missing by mask", "plates inside"))])
+def test_scalars_of_programs(scalar_loops, name):
+    model, guide, xs = PROGRAMS[name]
+    objective = lambda: pe.TraceTimestep_ELBO(**VECTORIZED)  # noqa: E731
+    assert_compiled(model(scanned), guide(scanned), known(xs), make_objective=objective, steps=6)
+    assert any(scalar_loops)
+
+
+def test_scalars_of_ragged_sequences(scalar_loops):
+    model, guide = (in_plates(s, zeros(N))(scanned) for s in (chain_step, chain_guide_step))
+    assert_compiled(model, guide, frames(N), LENGTHS, steps=6)
+    assert all(scalar_loops)
 
 
 # --- machine code --------------------------------------------------------------------------------------------------

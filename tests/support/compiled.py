@@ -62,6 +62,20 @@ def _as_captured(monkeypatch):
     monkeypatch.setattr(capture, "optimize", optimize)
 
 
+@pytest.fixture(name="scalar_loops")
+def _scalar_loops(monkeypatch):
+    """Run captured graphs without Inductor, but loops over scalars in C++: these loops, None for any other."""
+    scalars_of, made = operators.scalars_of, []
+
+    def noted(*arguments):
+        made.append(scalars_of(*arguments))
+        return made[-1]
+
+    interpret(monkeypatch)
+    monkeypatch.setattr(operators, "scalars_of", noted)
+    return made
+
+
 @pytest.fixture(name="graphs")
 def _graphs(monkeypatch):
     """The graphs that are made during a test."""

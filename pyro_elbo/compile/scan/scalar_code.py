@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from pyro_elbo.compile._torch import CppCodeCache
+from pyro_elbo.compile.inductor import load_library
 from pyro_elbo.compile.scan.scalar_ops import (
-    BITWISE,
     FOLDS,
     LOGIC,
     MEANS,
     MOVES,
+    ON_TRUTH,
     POINTWISE,
+    PRODUCTS,
     SHAPES,
     TRUTH,
     TYPES,
@@ -122,12 +123,12 @@ def _evaluate(code: _Code, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return np.broadcast_to(code.number(value, like.dtype), tuple(like.shape))
     if target in FOLDS:
         return _reduced(code, target, like.dtype, args, kwargs)
-    if target in (aten.mm.default, aten.bmm.default):
-        return product(code, like.dtype, args[0], args[1])
     if target is torch.ops.prims.convert_element_type.default:
         return code.converted(args[0], args[1])
     if kwargs:
         raise UnsupportedError(f"{target} with {', '.join(kwargs)}")
+    if target in PRODUCTS:
+        return product(code.apply, like.dtype, *args)
     return _pointwise(code, node, args)
 
 
@@ -140,8 +141,8 @@ def _pointwise(code: _Code, node: fx.Node, args: Any) -> Array:
         examples: list[Any] = [x.meta["val"] if isinstance(x, fx.Node) else x for x in node.args]
         shared = examples[0].dtype if len(examples) == 1 else torch.result_type(*examples)
         return code.apply(TRUTH[target], dtype, *code.operands(args, shared))
-    if target in LOGIC or (target in BITWISE and dtype is torch.bool):
-        return code.apply((LOGIC | BITWISE)[target], dtype, *code.operands(args, torch.bool))
+    if target in LOGIC or (target in ON_TRUTH and dtype is torch.bool):
+        return code.apply((LOGIC | ON_TRUTH)[target], dtype, *code.operands(args, torch.bool))
     if target not in POINTWISE or dtype is torch.bool:
         raise UnsupportedError(f"{target} of {dtype}")
     simple = power(args[1]) if target is aten.pow.Tensor_Scalar else None
@@ -154,7 +155,7 @@ def _reduced(code: _Code, target: Any, dtype: torch.dtype, args: Any, kwargs: di
     dims = args[1] if len(args) > 1 else None
     keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
     rows = rows_of(code.converted(args[0], dtype), dims, keepdim)
-    result = fold(code, FOLDS[target], dtype, rows)
+    result = fold(code.apply, FOLDS[target], dtype, rows)
     return code.apply("{0} / {1}", dtype, result, code.number(len(rows), dtype)) if target in MEANS else result
 
 
@@ -270,7 +271,7 @@ class ScalarLoop:
     """The machine code of a loop over scalars."""
 
     def __init__(self, source: str) -> None:
-        self._library = CppCodeCache.load(source)  # cached on disk by its content
+        self._library = load_library(source)
         self._library.loop.restype = None
 
     def __call__(self, columns: Sequence[Tensor], steps: int) -> None:

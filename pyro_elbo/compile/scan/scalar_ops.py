@@ -6,7 +6,7 @@ array: it costs nothing at run time.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +26,8 @@ class UnsupportedError(Exception):
     """An operator, a type or a size for which no scalars are written out."""
 
 
-class Scalars(Protocol):
-    """Writes statements; the operators of this module need no more of it."""
-
-    def apply(self, template: str, dtype: torch.dtype, *operands: Array) -> Array:
-        """Write a statement per element of the operands, which broadcast; return the names of the results."""
-        ...
+Write = Callable[..., Array]
+"""Writes a statement per element: (template, type of the results, arrays that broadcast) -> names of the results."""
 
 
 def literal(value: Any, dtype: torch.dtype) -> str:
@@ -81,7 +77,7 @@ _TRUTH = {
     "isnan": "{0} != {0}",
     "isinf": "std::abs({0}) == std::numeric_limits<double>::infinity()",
 }
-# Operands are truth values; bitwise operators are these on truth values, and refused on others.
+# Operands are truth values.
 _LOGIC = {"not": "!{0}", "and": "{0} && {1}", "or": "{0} || {1}", "xor": "{0} != {1}"}
 _POWERS = {2: "{0} * {0}", 3: "{0} * {0} * {0}", 1: "{0}", 0.5: "std::sqrt({0})", -1: "1 / {0}"}
 
@@ -94,7 +90,9 @@ def _overloads(table: dict[str, str]) -> dict[Any, str]:
 
 POINTWISE, TRUTH = _overloads(_POINTWISE), _overloads(_TRUTH)
 LOGIC = _overloads({f"logical_{name}": template for name, template in _LOGIC.items()})
-BITWISE = _overloads({f"bitwise_{name}{'' if name == 'not' else '.Tensor'}": x for name, x in _LOGIC.items()})
+# Operators that are logical ones if their results are truth values.
+ON_TRUTH = _overloads({f"bitwise_{name}{'' if name == 'not' else '.Tensor'}": x for name, x in _LOGIC.items()})
+ON_TRUTH |= {aten.mul.Tensor: _LOGIC["and"], aten.add.Tensor: _LOGIC["or"]}
 
 
 def power(exponent: Any) -> str | None:
@@ -144,7 +142,7 @@ MOVES: dict[Any, Callable[..., Any]] = {
     aten.slice_scatter.default: lambda x, source, *where: _scatter(x, source, _cut(x, *where)),
     aten.cat.default: lambda xs, dim=0: np.concatenate(xs, axis=dim),
     aten.stack.default: lambda xs, dim=0: np.stack(xs, axis=dim),
-    aten.flip.default: lambda x, dims: np.flip(x, dims),
+    **dict.fromkeys((aten.flip.default, torch.ops.prims.rev.default), lambda x, dims: np.flip(x, dims)),
     aten.repeat.default: lambda x, times: np.tile(x, times),
     aten.unbind.int: lambda x, dim=0: list(np.moveaxis(x, dim, 0)),
     aten.split.Tensor: _split,
@@ -163,16 +161,17 @@ FOLDS: Any = {
     **dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), _LOGIC["or"]),
     **dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), _LOGIC["and"]),
 }
+PRODUCTS: Any = (aten.mm.default, aten.bmm.default, aten.addmm.default)
 MEANS: Any = (aten.mean.default, aten.mean.dim)
 
 
-def fold(write: Scalars, template: str, dtype: torch.dtype, rows: Sequence[Array]) -> Array:
+def fold(write: Write, template: str, dtype: torch.dtype, rows: Sequence[Array]) -> Array:
     """Combine rows pairwise, which keeps chains of dependent statements short."""
     rows = list(rows)
     if not rows:
         raise UnsupportedError("a reduction of nothing")
     while len(rows) > 1:
-        pairs = [write.apply(template, dtype, a, b) for a, b in zip(rows[::2], rows[1::2], strict=False)]
+        pairs = [write(template, dtype, a, b) for a, b in zip(rows[::2], rows[1::2], strict=False)]
         rows = pairs + rows[len(rows) - len(rows) % 2 :]
     return rows[0]
 
@@ -186,7 +185,8 @@ def rows_of(x: Array, dims: Any, keepdim: bool) -> list[Array]:
     return [np.expand_dims(row, sorted(axes)) for row in rows] if keepdim else rows
 
 
-def product(write: Scalars, dtype: torch.dtype, a: Array, b: Array) -> Array:
-    """Return a matrix product, (..., n, k) times (..., k, m)."""
-    terms = [write.apply(_MULTIPLY, dtype, a[..., :, i, None], b[..., None, i, :]) for i in range(a.shape[-1])]
-    return fold(write, _ADD, dtype, terms)
+def product(write: Write, dtype: torch.dtype, *operands: Array) -> Array:
+    """Return a matrix product, (..., n, k) times (..., k, m), and the first operand of three added to it."""
+    *bias, a, b = operands
+    terms = [write(_MULTIPLY, dtype, a[..., :, i, None], b[..., None, i, :]) for i in range(a.shape[-1])]
+    return fold(write, _ADD, dtype, [*bias, *terms])

@@ -22,7 +22,7 @@ from pyro_elbo.compile.noise import SCAN_DRAWS, NoiseKind, fill_noise
 from pyro_elbo.compile.scan.scalar_code import Layout, ScalarLoop, scalar_loop
 from pyro_elbo.compile.scan.scalar_ops import UnsupportedError
 
-# A statement takes about a nanosecond, a call of Inductor's function at least some microseconds.
+# The work of a step, in additions, up to which it is written out: a few microseconds, as long as a call would take.
 SCALARS = 4096
 _log = logging.getLogger(__name__)
 

@@ -58,12 +58,12 @@ class _Code:
     """The statements of a step and the types of their variables.
 
     Args:
-        limit: the number of statements from which on a step is refused.
+        limit: the work from which on a step is refused: 1 for a statement, 10 for one that calls a function.
     """
 
     def __init__(self, limit: int) -> None:
         self.lines: list[str] = []
-        self._limit, self._types, self._names = limit, {}, {}
+        self._work, self._limit, self._types, self._names = 0, limit, {}, {}
 
     def declare(self, name: str, dtype: torch.dtype) -> str:
         """Note the type of a variable."""
@@ -96,8 +96,9 @@ class _Code:
 
     def _statement(self, expression: str, dtype: torch.dtype) -> str:
         if (key := (expression, dtype)) not in self._names:
-            if len(self.lines) == self._limit:
-                raise UnsupportedError(f"more than {self._limit} statements")
+            self._work += 10 if "std::" in expression else 1
+            if self._work > self._limit:
+                raise UnsupportedError(f"more work than {self._limit} additions")
             self._names[key] = self.declare(f"v{len(self.lines)}", dtype)
             self.lines.append(f"    const {TYPES[dtype]} {self._names[key]} = {expression};")
         return self._names[key]
@@ -196,7 +197,7 @@ def scalar_loop(module: fx.GraphModule, layout: Layout, reverse: bool, limit: in
         module: a step that writes next carry and exports to its last arguments, functional otherwise.
         layout: its arguments.
         reverse: run from the last step to the first.
-        limit: the number of statements from which on a step is refused.
+        limit: the work of a step from which on it is refused, in additions.
 
     Raises:
         UnsupportedError: the step is too large, or has operators or types of which no scalars are written.

@@ -63,6 +63,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bench_eager
 	$(BIN)/python -m tests.benchmarks.bench_svi
 	$(BIN)/python -m tests.benchmarks.bench_sequences
+	$(BIN)/python -m tests.benchmarks.bench_recurrences
 	$(BIN)/python -m tests.benchmarks.bench_information
 
 # The site, in docs/_build; a warning is an error. The code of its pages is run by the tests.

@@ -5,10 +5,12 @@ import logging
 import pytest
 import torch
 
+from pyro_elbo.compile import inductor
 from pyro_elbo.compile._torch import make_fx
 from pyro_elbo.compile.scan import operators
 from pyro_elbo.compile.scan.operators import register
 from pyro_elbo.compile.scan.scalar_code import Layout
+from pyro_elbo.errors import CompileError
 
 T = 5
 
@@ -47,7 +49,7 @@ def loop_of(step, constants, carry, inputs, reverse=False):
 def assert_equal(step, constants, carry, inputs, reverse=False):
     loop = loop_of(step, constants, carry, inputs, reverse)
     assert loop.scalars is not None
-    found = torch.ops.pyro_elbo.loop(constants, carry, inputs, T, loop.key)[:-1]
+    found = loop([*constants, *carry, *inputs], T)
     expected = in_python(step, constants, carry, inputs, reverse)
     tolerance = 1e-5 if carry[0].dtype == torch.float32 else 1e-12
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
@@ -162,7 +164,7 @@ REFUSED = {
 def test_what_is_not_written_out(monkeypatch, caplog, name):
     step, dtype, limit, reason = REFUSED[name]
     monkeypatch.setattr(operators, "SCALARS", limit)
-    monkeypatch.setattr(operators.inductor, "compile_graph", lambda graph, on_cpu: "machine code of a step")
+    monkeypatch.setattr(inductor, "compile_graph", lambda graph, on_cpu: "machine code of a step")
     carry, inputs = [torch.zeros(3, dtype=dtype)], [torch.ones(T, 3, dtype=dtype)]
     with caplog.at_level(logging.DEBUG, logger="pyro_elbo.compile.scan"):
         loop = loop_of(step, [], carry, inputs)
@@ -170,3 +172,12 @@ def test_what_is_not_written_out(monkeypatch, caplog, name):
     assert loop.machine == "machine code of a step"
     assert "step by step" in caplog.text
     assert reason in caplog.text
+
+
+def test_a_missing_compiler(monkeypatch):
+    def load(source):
+        raise inductor.CppCompileError(["g++"], "not found")
+
+    monkeypatch.setattr(inductor.CppCodeCache, "load", load)
+    with pytest.raises(CompileError, match=r"Install a C\+\+ compiler"):
+        loop_of(halved, [], [torch.zeros(2)], [torch.ones(T, 2)])

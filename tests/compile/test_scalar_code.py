@@ -49,7 +49,7 @@ def loop_of(step, constants, carry, inputs, reverse=False):
 def assert_equal(step, constants, carry, inputs, reverse=False):
     loop = loop_of(step, constants, carry, inputs, reverse)
     assert loop.scalars is not None
-    found = loop([*constants, *carry, *inputs], T)
+    found = torch.ops.pyro_elbo.loop(constants, carry, inputs, T, loop.key)[:-1]
     expected = in_python(step, constants, carry, inputs, reverse)
     tolerance = 1e-5 if carry[0].dtype == torch.float32 else 1e-12
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):

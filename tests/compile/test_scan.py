@@ -11,7 +11,6 @@ import pyro_elbo as pe
 from models.dmm import DMM
 from models.srnn import SRNN
 from models.vrnn import VRNN, MarkovVRNN
-from pyro_elbo.compile.scan import operators
 from pyro_elbo.errors import CompileError, NonFiniteError, PyroElboError
 from tests.benchmarks import recurrences_ours
 from tests.models import laws
@@ -66,7 +65,7 @@ def assert_compiled(model, guide, *args, **options):
 
 
 def loops(graph):
-    return [n for n in graph.module.graph.nodes if operators.is_loop(n.target)]
+    return [n for n in graph.module.graph.nodes if n.target is torch.ops.pyro_elbo.loop.default]
 
 
 # --- programs ------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def _loop(
     layout = Layout(len(constants), len(state), len(inputs), rows)
     loop = register(part.module(), layout, tuple((x.shape, x.dtype) for x in exports), reverse, number)
     values.owned.append(loop)
-    room = loop([*constants, *state, *inputs], values.steps)
+    room = torch.ops.pyro_elbo.loop(constants, state, inputs, values.steps, loop.key)
     for c, states in zip(carry, room, strict=False):
         values.per_step[c] = states[1:] if reverse else states[:-1]
         values.per_step.setdefault(after[c], states[:-1] if reverse else states[1:])

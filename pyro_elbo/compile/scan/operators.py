@@ -10,7 +10,6 @@ import logging
 import weakref
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -40,20 +39,12 @@ class Loop:
     machine: Any = None
     scalars: ScalarLoop | None = None
 
-    def __call__(self, tensors: Sequence[Tensor], steps: int) -> list[Tensor]:
-        """Run the operator; return the carries around all steps and the exports of each step.
-
-        Args:
-            tensors: constants, carry and inputs.
-            steps: the number of steps.
-        """
-        found = _operator(len(tensors), self.layout.carry + len(self.exports))(*tensors, steps, self.key)
-        return [found] if isinstance(found, Tensor) else list(found)
-
-    def room(self, tensors: Sequence[Tensor], steps: int) -> list[Tensor]:
-        """Make the tensors that the operator returns."""
-        states = [c.new_empty((steps + 1, *c.shape)) for c in tensors[self.layout.constants : self.layout.first_input]]
-        return states + [states[0].new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports]
+    def room(self, carry: Sequence[Tensor], like: Tensor, steps: int) -> list[Tensor]:
+        """Make tensors for the carries around all steps and for the exports of each step, and one as padding."""
+        states = [c.new_empty((steps + 1, *c.shape)) for c in carry]
+        return (
+            states + [like.new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports] + [_padding(like)]
+        )
 
     def compile(self) -> None:
         """Compile the recurrence, unless another graph has done so."""
@@ -94,42 +85,24 @@ class DrawStream:
         """Do nothing: it has no code of its own."""
 
 
+def _padding(like: Tensor) -> Tensor:
+    """Return one more output: Inductor's C++ wrapper (torch 2.13) confuses a list of one tensor with the tensor."""
+    return like.new_empty(0)
+
+
 _loops: MutableMapping[int, Loop] = weakref.WeakValueDictionary()
 _library = torch.library.Library("pyro_elbo", "DEF")
+_library.define("loop(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key) -> Tensor[]")
 
 
-@cache
-def _operator(arguments: int, results: int) -> Any:
-    """Return the operator of loops with so many tensors: Inductor's C++ calls operators on lists through Python."""
-    name, tensors = f"loop_{arguments}_{results}", "".join(f"Tensor x{i}, " for i in range(arguments))
-    _library.define(f"{name}({tensors}int steps, int key) -> ({', '.join(['Tensor'] * results)})")
-
-    def run(*given: Any) -> Any:
-        *tensors, steps, key = given
-        return _unpacked(_run(_loops[key], tensors, steps))
-
-    def fake(*given: Any) -> Any:
-        *tensors, steps, key = given
-        return _unpacked(_loops[key].room(tensors, steps))
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyro_elbo::{name}", fake, lib=_library)
-    return getattr(torch.ops.pyro_elbo, name).default
+def _meta(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
+    return _loops[key].room(carry, (*carry, *inputs, *constants)[0], steps)
 
 
-def _unpacked(found: list[Tensor]) -> Any:
-    return found[0] if len(found) == 1 else tuple(found)
-
-
-def is_loop(operator: Any) -> bool:
-    """Return whether an operator runs a loop."""
-    return str(operator).startswith("pyro_elbo.loop_")
-
-
-def _run(loop: Loop, tensors: Sequence[Tensor], steps: int) -> list[Tensor]:
-    room, k, m = loop.room(tensors, steps), loop.layout.constants, loop.layout.first_input
-    constants, carry, inputs = tensors[:k], tensors[k:m], tensors[m:]
-    states, exports = room[: len(carry)], room[len(carry) :]
+def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
+    loop = _loops[key]
+    room = _meta(constants, carry, inputs, steps, key)
+    states, exports = room[: len(carry)], room[len(carry) : -1]
     fixed = [_laid_out(x, like) for x, like in zip(constants, loop.layout.like, strict=False)]
     if loop.scalars is not None:
         loop.scalars([*fixed, *(x.contiguous() for x in (*carry, *inputs)), *states, *exports], steps)
@@ -161,6 +134,10 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else torch.empty_strided(like.shape, like.stride(), dtype=x.dtype).copy_(x)
 
 
+_library.impl("loop", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("pyro_elbo::loop", _meta, lib=_library)
+
+
 def stable_key(x: Any) -> int:
     """Return a hash that is the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(x).encode()).digest()[:7], "little")
@@ -180,7 +157,7 @@ def register_draws(kinds: tuple[NoiseKind, ...], shapes: tuple[Any, ...]) -> Dra
 
 def _room_for_draws(steps: int, reverse: bool, key: int) -> list[Tensor]:
     rows = [torch.empty((steps, *shape), dtype=dtype, device=device) for shape, dtype, device in _streams[key].shapes]
-    return [*rows, rows[0].new_empty(0)]  # Inductor's C++ (torch 2.13) confuses a list of one tensor with the tensor
+    return [*rows, _padding(rows[0])]
 
 
 def _draw(steps: int, reverse: bool, key: int) -> list[Tensor]:

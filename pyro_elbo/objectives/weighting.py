@@ -133,7 +133,7 @@ class KLWeighting:
             )
         if isinstance(weight, Schedule):
             return value(weight)
-        if joined == name or not isinstance(weight, Tensor) or not weight.dim():
+        if sites[joined].steps is None or not isinstance(weight, Tensor) or not weight.dim():
             return weight
         if weight.shape[-1] > 1:
             raise ArgumentError(

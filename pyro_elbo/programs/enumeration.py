@@ -41,6 +41,7 @@ class Enumerator(EnumMessenger):
         infer, given = msg["infer"], msg["done"] or msg["name"] in self.given
         marked = infer.get("enumerate") == "parallel" and not given and not msg["is_observed"]
         self.active = self.active or marked
+        marked = marked and "_enumerate_before" not in infer  # the scan that states the site has enumerated it
         if not self.active:
             if "_markov_depth" in infer:  # a later site may look it up
                 self._markov_depths[msg["name"]], self._value_dims[msg["name"]] = infer["_markov_depth"], {}
@@ -102,7 +103,15 @@ def enumerated_variables(*traces: Any) -> dict[int, tuple[str, int]]:
         nodes: dict[str, Any] = dict(trace.nodes)
         for name, message in nodes.items():
             dim = message["infer"].get("_enumerate_dim") if message["type"] == "sample" else None
-            if dim is not None:
-                size = message["value"].shape[dim - len(message["fn"].event_shape)]
-                found[message["infer"]["_dim_to_id"][dim]] = name, size
+            if dim is None:
+                continue
+            size, ids = message["value"].shape[dim - len(message["fn"].event_shape)], message["infer"]["_dim_to_id"]
+            found[ids[dim]] = name, size
+            if (before := message["infer"].get("_enumerate_before")) is not None:
+                found[ids[before]] = step_before(name), size
     return found
+
+
+def step_before(name: str) -> str:
+    """Return the name of a state of a scan at the step before."""
+    return f"{name} before"

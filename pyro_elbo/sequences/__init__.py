@@ -8,7 +8,7 @@ Imports masking, assumptions and errors.
 """
 
 from pyro_elbo.sequences.scan import scan
-from pyro_elbo.sequences.smc import Filter, filtering
+from pyro_elbo.sequences.smc import Filter, filtering, run_loop
 from pyro_elbo.sequences.stacked import StackedDistribution, fill_masked
 
-__all__ = ["Filter", "StackedDistribution", "fill_masked", "filtering", "scan"]
+__all__ = ["Filter", "StackedDistribution", "fill_masked", "filtering", "run_loop", "scan"]

@@ -21,6 +21,21 @@ from pyro_elbo.sequences.stacked import StackedDistribution, copy_without_cache
 
 
 @dataclass(frozen=True)
+class Support:
+    """All values of a discrete site at once, as the handlers around the scan enumerate them.
+
+    Attributes:
+        value: the support, along a batch dimension of its own.
+        before: the same values, of the step before, along another one.
+        infer: what the message says of both dimensions.
+    """
+
+    value: Tensor
+    before: Tensor
+    infer: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class OuterContext:
     """The context of a site of the step, as set by the handlers around the scan.
 
@@ -29,12 +44,14 @@ class OuterContext:
         value: its value over time, if a handler gives it; it may cover only the first steps.
         observed: whether that value, or the step's own, is an observation.
         mask: the mask of the handlers around the scan.
+        support: all its values, if a handler enumerates them.
     """
 
     frames: tuple[Any, ...]
     value: Tensor | None
     observed: bool
     mask: Tensor | bool | None
+    support: Support | None = None
 
 
 ValueLookup = Callable[[str, int], Tensor | None]
@@ -62,11 +79,18 @@ class StepSite:
 
 
 class Collector(Messenger):
-    """Hides the sites of a step from the handlers around the scan and collects them."""
+    """Hides the sites of a step from the handlers around the scan and collects them.
 
-    def __init__(self, t: int, outside: dict[str, OuterContext], given: ValueLookup) -> None:
+    Args:
+        t: the step.
+        outside: the context of each site around the scan, filled by the first step.
+        given: the values that handlers give to the sites.
+        one: give an enumerated site one value of its support in place of all.
+    """
+
+    def __init__(self, t: int, outside: dict[str, OuterContext], given: ValueLookup, one: bool = False) -> None:
         super().__init__()
-        self.t, self.outside, self.given = t, outside, given
+        self.t, self.outside, self.given, self.one = t, outside, given, one
         self.sites: dict[str, StepSite] = {}
         self._inside: dict[str, tuple[Any, ...]] = {}
         self._fns: dict[str, Distribution] = {}
@@ -90,6 +114,8 @@ class Collector(Messenger):
         if msg["is_observed"] and not outside.observed:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
         value = self.given(name, len(msg["fn"].event_shape))
+        if outside.support is not None:
+            value = outside.support.value[:1] if self.one else outside.support.value
         if value is not None:
             msg["value"], msg["done"], msg["is_observed"] = value, True, outside.observed
 
@@ -148,8 +174,11 @@ def _check_mask(name: str, fn: Distribution, mask: Tensor | bool | None) -> None
 
 
 def _check_drawn(msg: Any) -> None:
-    if msg["infer"].get("enumerate"):
-        raise SiteError(f"Site '{msg['name']}' cannot be enumerated in a pe.scan: draw it.")
+    if msg["infer"].get("enumerate", "parallel") not in (None, "parallel"):
+        raise SiteError(
+            f"Site '{msg['name']}' cannot be enumerated in a pe.scan as {msg['infer']['enumerate']!r}. Mark it "
+            "'parallel', which sums it out, or draw it."
+        )
 
 
 def _check_handler(handler: Any, msg: Any) -> None:
@@ -169,7 +198,23 @@ def _check_handler(handler: Any, msg: Any) -> None:
 
 
 def _ask(msg: Any, handlers: Sequence[Any]) -> OuterContext:
-    """Apply the handlers around a scan to a copy of a site's message, without recording a draw."""
+    """Apply the handlers around a scan to copies of a site's message, without recording a draw."""
+    probe = _probe(msg, handlers)
+    value, support = probe["value"], None
+    if probe["infer"].get("_enumerate_dim") is not None:
+        support = _support(probe, _probe(msg | {"name": f"{msg['name']} before"}, handlers))
+    given = None if value is msg["value"] or support is not None else value
+    return OuterContext(probe["cond_indep_stack"], given, probe["is_observed"], probe["mask"], support)
+
+
+def _support(now: Any, before: Any) -> Support:
+    dims = [m["infer"]["_enumerate_dim"] for m in (now, before)]
+    ids = {d: m["infer"]["_dim_to_id"][d] for d, m in zip(dims, (now, before), strict=True)}
+    infer = {"_enumerate_dim": dims[0], "_enumerate_before": dims[1], "_dim_to_id": ids}
+    return Support(now["value"], before["value"], infer)
+
+
+def _probe(msg: Any, handlers: Sequence[Any]) -> Any:
     probe = dict(msg) | {"infer": dict(msg["infer"]), "stop": False, "mask": None}
     for handler in reversed(handlers):
         _check_handler(handler, probe)
@@ -178,9 +223,7 @@ def _ask(msg: Any, handlers: Sequence[Any]) -> OuterContext:
         _check_drawn(probe)
         if probe["stop"]:
             break
-    value = probe["value"]
-    given = None if value is msg["value"] else value
-    return OuterContext(probe["cond_indep_stack"], given, probe["is_observed"], probe["mask"])
+    return probe
 
 
 @contextmanager

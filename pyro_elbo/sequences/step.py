@@ -26,6 +26,7 @@ from pyro_elbo.sequences.collect import (
     OuterContext,
     StepContext,
     StepSite,
+    Support,
     ValueLookup,
     at_the_bottom,
     plate_sizes,
@@ -98,6 +99,12 @@ class StepProgram:
         self._layout: _StepLayout | None = None
         self._event_dims: list[int] | None = None
         self._drawn: set[str] = set()
+        self.one_value = False
+
+    @property
+    def supports(self) -> dict[str, Support]:
+        """The sites that have all their values at once."""
+        return {n: c.support for n, c in self.outside.items() if c.support is not None}
 
     def given_at(self, t: int) -> ValueLookup:
         """Return the lookup of the values that handlers give to the sites of step ``t``."""
@@ -117,7 +124,7 @@ class StepProgram:
 
     def run(self, carry: Any, x: Any, valid: Tensor | None, t: int, given: ValueLookup) -> StepResult:
         """Run step ``t``; all steps must have the layout of the first."""
-        with Collector(t, self.outside, given) as collector:
+        with Collector(t, self.outside, given, self.one_value) as collector:
             try:
                 result = self.step(carry, x)
             except (ValueError, RuntimeError) as error:
@@ -132,7 +139,7 @@ class StepProgram:
         layout = _StepLayout(collector.sites, specs, out_spec, [Tensor if isinstance(x, Tensor) else x for x in leaves])
         if self._layout is not None:
             _check_layout(self._layout, layout, t)
-        carry = self._next_carry(carry, new, valid, t)
+        carry = self._next_carry(*self._without_states(carry, new, collector.sites), valid, t)
         self._layout = self._layout or layout
         outs = [x for x in leaves if isinstance(x, Tensor)]
         self._drawn |= {name for name, site in collector.sites.items() if not site.observed}
@@ -159,11 +166,15 @@ class StepProgram:
         Returns:
             ``carry`` in the shapes of the next one, and the step's result.
         """
+        result = self.unseen(lambda: self.run(carry, x, valid, 0, self.given_at(0)))
+        grow = lambda a, b: a.expand(b.shape) if isinstance(a, Tensor) and isinstance(b, Tensor) else b  # noqa: E731
+        return pytree.tree_map(grow, carry, result.carry), result
+
+    def unseen(self, run: Callable[[], StepResult]) -> StepResult:
+        """Run a step that leaves no trace in a graph or in random numbers."""
         unseen = disable_proxy_modes_tracing() if is_capturing() else torch.random.fork_rng()
         with unseen, torch.no_grad():
-            result = self.run(carry, x, valid, 0, self.given_at(0))
-        grow = lambda a, b: a.expand(b.shape) if isinstance(a, Tensor) else a  # noqa: E731
-        return pytree.tree_map(grow, carry, result.carry), result
+            return run()
 
     def run_any(self, carry: Any, x: Any, valid: Tensor | None, given: ValueLookup) -> StepResult:
         """Run a step in place of any: its layout becomes that of all steps."""
@@ -183,6 +194,17 @@ class StepProgram:
                         "filtered: give values for all steps, or use compile=False."
                     )
         return result
+
+    def _without_states(self, old: Any, new: Any, sites: Mapping[str, StepSite]) -> tuple[Any, Any]:
+        """Return both carries with None in place of enumerated states: their values are those of every step."""
+        states = [sites[n].value for n in self.supports]
+        olds, news = pytree.tree_flatten(old), pytree.tree_flatten(new)
+        if not states or olds[1] != news[1]:
+            return old, new
+        where = [any(x is s for s in states) for x in news[0]]
+        hidden = ([None if w else x for w, x in zip(where, leaves, strict=True)] for leaves, _ in (olds, news))
+        before, after = (pytree.tree_unflatten(leaves, olds[1]) for leaves in hidden)
+        return before, after
 
     def _next_carry(self, old: Any, new: Any, valid: Tensor | None, t: int) -> Any:
         """Return the new carry of sequences that continue and the old carry of those that have ended."""
@@ -228,7 +250,9 @@ class StepProgram:
         drawn_later = given is not None and given.shape != value.shape
         observed = name not in self._drawn and not drawn_later  # at all steps: a forecast is not an observation
         with StepContext(site), at_the_bottom(FixedValue(value) if drawn_later else None):
-            pyro.sample(name, fn, obs=value if observed else None, infer=site.infer)
+            support = self.outside[name].support
+            infer = site.infer if support is None else site.infer | support.infer
+            pyro.sample(name, fn, obs=value if observed else None, infer=infer)
 
 
 def _append_tensors(site: StepSite, tensors: list[Tensor]) -> DistributionSpec | None:

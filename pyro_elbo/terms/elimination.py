@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.terms.labeled import Label, Labeled, align, sort_labels
+from pyro_elbo.programs import step_before
+from pyro_elbo.terms.chain import log_sum_paths
+from pyro_elbo.terms.labeled import Label, Labeled, align, is_time, sort_labels
 
 Plates = frozenset[Label]
 
@@ -32,7 +34,7 @@ class Factor(NamedTuple):
 
 
 def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates]) -> Labeled:
-    """Return log Z per row of the plates that all factors share.
+    """Return log Z per row of the plates that all factors share, over all of time.
 
     Args:
         factors: those that depend on the variables.
@@ -42,15 +44,33 @@ def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates]) 
         SiteError: a factor joins variables of two plates that lie beside each other.
     """
     pending = list(factors)
-    root = frozenset.intersection(*(f.plates for f in pending))
+    root = shared_rows(f.plates for f in pending)
     while True:
         leaf = max((f.plates for f in pending), key=len)
         here = [f.log for f in pending if f.plates == leaf]
         pending = [f for f in pending if f.plates != leaf]
-        here = _sum_out(here, [v for v, plates in variables.items() if plates == leaf])
+        inside = [v for v, plates in variables.items() if plates == leaf]
+        for v in inside:
+            here = _sum_out_chain(here, v)
+        here = _sum_out(here, inside)
         if leaf == root:
             return _add(here)
         pending += [_multiply_rows(x, leaf, root, variables) for x in here]
+
+
+def shared_rows(plates: Iterable[Plates]) -> Plates:
+    """Return the plates that all share, without time."""
+    return frozenset(a for a in frozenset.intersection(*plates) if not is_time(a))
+
+
+def _sum_out_chain(factors: list[Labeled], state: str) -> list[Labeled]:
+    """Sum a state of a scan out of factors over all paths, where one of them joins it with the step before."""
+    before = step_before(state)
+    if not any(before in x.variables for x in factors):
+        return factors
+    joined = [x for x in factors if x.variables & {state, before}]
+    others = [x for x in factors if not x.variables & {state, before}]
+    return [*others, log_sum_paths(_add(joined), state, before)]
 
 
 def _multiply_rows(x: Labeled, leaf: Plates, root: Plates, variables: Mapping[str, Plates]) -> Factor:
@@ -71,6 +91,7 @@ def _multiply_rows(x: Labeled, leaf: Plates, root: Plates, variables: Mapping[st
 def _sum_out(factors: list[Labeled], variables: list[str]) -> list[Labeled]:
     """Sum variables out of factors, the cheapest first."""
     by_id = dict(enumerate(factors))
+    variables = [v for v in variables if any(v in x.variables for x in factors)]
     where = {v: {i for i, x in by_id.items() if v in x.variables} for v in variables}
 
     def cost(v: str) -> int:

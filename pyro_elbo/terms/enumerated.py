@@ -22,7 +22,7 @@ from opt_einsum import contract, get_symbol
 from torch import Tensor
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.programs import Plate, Site, TracePair, fixed_sites
+from pyro_elbo.programs import Plate, Site, TracePair, fixed_sites, step_before
 from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms.evaluate import (
     KLForm,
@@ -36,9 +36,20 @@ from pyro_elbo.terms.evaluate import (
     log_density,
     log_density_per_dim,
     site_term,
+    sum_over_time,
     term_of,
 )
-from pyro_elbo.terms.labeled import Label, Labeled, combine, label, label_site, plate_labels, sort_labels, unlabel
+from pyro_elbo.terms.labeled import (
+    Label,
+    Labeled,
+    combine,
+    label,
+    label_site,
+    label_steps,
+    plate_labels,
+    sort_labels,
+    unlabel,
+)
 from pyro_elbo.terms.summed_out import Joined, Posterior, WeightOf, connected, log_prior, sum_out
 from pyro_elbo.terms.term import Term, alike
 
@@ -85,12 +96,9 @@ class _EnumeratedRun:
         self.fixed = fixed_sites(run.model.values())
         drawn = {n: s for n, s in run.guide.items() if s.enum_dim is not None}
         self.log_q = {n: label_site(replace(s, mask=None).log_prob(), s) for n, s in drawn.items()}
+        self.values = {*self.summed, *map(step_before, self.summed)}
         for site in (*run.model.values(), *run.guide.values()):
-            if site.depends_on and isinstance(site.fn, StackedDistribution):
-                raise SiteError(
-                    f"Site '{site.name}' of a pe.scan depends on {sorted(site.depends_on)}, enumerated outside of the "
-                    "scan. Draw that site in the guide, without a mark for enumeration."
-                )
+            self._check_scan(site)
 
     def terms(self, weight_of: WeightOf | None) -> dict[str, Term]:
         """Return the terms under the posterior of the given weights."""
@@ -103,17 +111,18 @@ class _EnumeratedRun:
         return add_auxiliary(terms, (self._term(self.run.guide[n], p, None, scores) for n, p in auxiliary.items()))
 
     def _part(self, site: Site, q: Site | None) -> _Part:
-        name, changed = site.name, bool(site.depends_on.intersection(self.summed))
+        name, changed = site.name, bool(site.depends_on.intersection(self.values))
         if not (site.depends_on or (q is not None and q.depends_on)):
             return _Part(site_term(site, q, name in self.exact, name in self.fixed))
         if name in self.summed:
-            return _Part(term_of(site, "latent", site.value, is_analytic=True), None, log_prior(site))
+            steps = _steps(site)
+            return _Part(term_of(steps, "latent", steps.value, is_analytic=True), None, log_prior(site))
         if site.role == "latent":
             assert q is not None
             return _latent_part(site, q, name in self.exact, changed)
         kind = "auxiliary" if site.role == "deterministic" else likelihood_kind(site, name in self.fixed)
-        log_p = label_site(site.log_prob(), site)
-        term = term_of(site, kind, log_p.x, draws=_single(site))
+        log_p = _label(_steps(site).log_prob(), site)
+        term = term_of(_steps(site), kind, log_p.x, draws=_single(site))
         if changed:
             return _Part(term, None, log_p)
         return _Part(term, log_p * -1.0 if term.is_kl else log_p)
@@ -122,7 +131,9 @@ class _EnumeratedRun:
         """Return the posterior that each site depends on, by the site."""
         joined = {n: Joined(self.run.model[n], p.log_p, p.term.scale) for n, p in parts.items() if p.log_p is not None}
         found = {}
-        for names in connected({n: j.log_p.variables.intersection(self.summed) for n, j in joined.items()}):
+        depends_on = {n: j.log_p.variables & self.values for n, j in joined.items()}
+        now = {step_before(n): n for n in self.summed}
+        for names in connected({n: {now.get(v, v) for v in variables} for n, variables in depends_on.items()}):
             group = {n: joined[n] for n in joined if n in names}
             summed = [n for n in self.summed if n in names]
             found |= dict.fromkeys(group, sum_out(group, summed, self.run.guide, self.run.particle_dim, weight_of))
@@ -142,15 +153,33 @@ class _EnumeratedRun:
         for score in relevant:
             s = score.sum([a for a in score.labels if self._is_row(a) and a not in rows])
             nats = nats * s.map(1 + s.x - s.x.detach())
+        if nats.variables and isinstance(site.fn, StackedDistribution):
+            raise _enumerated_outside(site.name, nats.variables)
         term = replace(term, nats=unlabel(self._expect(site, nats)), expected=bool(nats.variables))
         if posterior is None or part.log_p is None:
             return term
         if site.name in self.summed:
-            return replace(term, posterior=self._probabilities(site, posterior.marginals[site.name]))
+            term = replace(term, posterior=self._probabilities(site, posterior.marginals[site.name]))
+            return _over_time(site, term) if isinstance(site.fn, StackedDistribution) else term
+        if isinstance(site.fn, StackedDistribution):
+            return _over_time(site, term)
         q = self.run.guide.get(site.name)
         if q is None or nats.variables or not factorizes(site, q):
             return term
         return replace(term, per_dim=lambda: _per_dim(site, q, posterior.marginals[site.name]))
+
+    def _check_scan(self, site: Site) -> None:
+        """Raise SiteError where a scan depends on what the guide enumerates, or its latent has no time in the guide."""
+        if not isinstance(site.fn, StackedDistribution) or not site.depends_on:
+            return
+        if drawn := site.depends_on - self.values:
+            raise _enumerated_outside(site.name, drawn)
+        q = self.run.guide.get(site.name)
+        if site.role == "latent" and q is not None and not isinstance(q.fn, StackedDistribution):
+            raise SiteError(
+                f"Site '{site.name}' of a pe.scan depends on {sorted(site.depends_on)}, which the model sums out step "
+                "by step, but the guide draws it for all steps at once. Draw it in a pe.scan of the guide."
+            )
 
     def _is_row(self, a: Label) -> bool:
         return a.kind == "batch" and a.dim != self.run.particle_dim
@@ -158,7 +187,7 @@ class _EnumeratedRun:
     def _probabilities(self, site: Site, marginal: Labeled) -> Tensor:
         """Return the posterior over the values of a site, which are the last dimension."""
         own = next(a for a in marginal.labels if a.name == site.name)
-        alone = marginal.sum([a for a in marginal.labels if a.kind == "value" and a.name in self.summed and a != own])
+        alone = marginal.sum([a for a in marginal.labels if a.kind == "value" and a.name in self.values and a != own])
         i, event = alone.labels.index(own), Label("event", "", 0, own.size)
         moved = Labeled(alone.x.movedim(i, -1), (*alone.labels[:i], *alone.labels[i + 1 :], event))
         return unlabel(self._expect(site, moved))
@@ -184,17 +213,43 @@ class _EnumeratedRun:
         return (possible * weight).sum([a for a in possible.labels if a.kind == "value"])
 
 
+def _enumerated_outside(name: str, variables: Iterable[str]) -> SiteError:
+    return SiteError(
+        f"Site '{name}' of a pe.scan depends on {sorted(variables)}, which the guide enumerates. Draw that site in the "
+        "guide, without a mark for enumeration."
+    )
+
+
+def _steps(site: Site) -> Site:
+    """Return a site, that of a scan with time as its innermost plate."""
+    return site.stepwise() if isinstance(site.fn, StackedDistribution) else site
+
+
+def _label(x: Tensor, site: Site) -> Labeled:
+    """Name the dimensions of the density of ``_steps(site)``."""
+    return label_steps(x, site) if isinstance(site.fn, StackedDistribution) else label_site(x, site)
+
+
+def _over_time(site: Site, steps: Term) -> Term:
+    """Return the term of a scan's site from that of its steps, whose rows may be coupled."""
+    whole = replace(sum_over_time(site, steps), draws=steps.draws, independent=steps.independent)
+    if steps.independent is not None:
+        moved = tuple(p._replace(dim=p.dim - 1) for p in steps.independent)
+        whole = replace(whole, steps=replace(steps, independent=moved))
+    return replace(whole, posterior=steps.posterior)
+
+
 def _latent_part(p: Site, q: Site, exact: bool, changed: bool) -> _Part:
     """Return the part of a latent that the guide has too."""
     variables = {**p.variables, **q.variables}
     if exact and not changed and q.enum_dim is None and all(variables[d] == v for d, v in p.variables.items()):
         term = replace(latent_term(p, q, True), per_dim=None, draws=_single(q))
         return _split(term, label(term.nats, variables), None, term.score, q)
-    log_q, score = log_density(q) if q.enum_dim is None else (q.log_prob(), None)
+    log_q, score = log_density(_steps(q)) if q.enum_dim is None else (q.log_prob(), None)
     if not alike(p.scale, q.scale):
         log_q = log_q * (q.scale / p.scale)
-    rest, log_p = label_site(log_q, q), label_site(p.log_prob(), p)
-    term = term_of(p, "latent", log_q, is_analytic=q.enum_dim is not None, draws=_single(q))
+    rest, log_p = _label(log_q, q), _label(_steps(p).log_prob(), p)
+    term = term_of(_steps(p), "latent", log_q, is_analytic=q.enum_dim is not None, draws=_single(q))
     return _split(term, rest if changed else rest - log_p, log_p if changed else None, score, q)
 
 

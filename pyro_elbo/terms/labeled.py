@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.programs import Site
+from pyro_elbo.sequences import StackedDistribution
 
 
 class Label(NamedTuple):
@@ -21,7 +22,7 @@ class Label(NamedTuple):
         kind: ``batch`` for plates and particles, ``value`` for the support of a site, ``event`` for a dimension of one
             event. Their order in a tensor is value, batch, event.
         name: of the site, for ``value``.
-        dim: counted from the right, without the event for ``batch``.
+        dim: counted from the right, without the event for ``batch``; 0 for the time of a scan, right of all plates.
         size: of a batch dimension. Two plates of one size at one dimension need not be told apart: no density joins
             their rows except through what lies outside of both.
     """
@@ -117,14 +118,32 @@ def label_site(x: Tensor, site: Site, event_dim: int = 0) -> Labeled:
     return label(x, site.variables, site.enum_dim, event_dim)
 
 
+def label_steps(x: Tensor, site: Site) -> Labeled:
+    """Name the dimensions of the densities of all steps of a scan, time on the right."""
+    named = label(x, site.variables, site.enum_dim, 1)
+    return Labeled(named.x, tuple(time_label(site) if a.kind == "event" else a for a in named.labels))
+
+
+def time_label(site: Site) -> Label:
+    """Return the label of the time of a scan's site."""
+    return Label("batch", "", 0, site.fn.event_shape[0])
+
+
+def is_time(a: Label) -> bool:
+    """Return whether a label is that of the time of a scan."""
+    return a.kind == "batch" and a.dim == 0
+
+
 def unlabel(x: Labeled) -> Tensor:
-    """Return a tensor with the batch dimensions of a run, without enumerated ones, and those of its event."""
+    """Return a tensor with the batch dimensions of a run, without enumerated ones, those of its event, and time."""
     assert not x.variables, x.labels
     sizes = {a.dim: a.size for a in x.labels if a.kind == "batch"}
     events = [a.size for a in x.labels if a.kind == "event"]
-    return x.x.reshape([*(sizes.get(d, 1) for d in range(min(sizes, default=0), 0)), *events])
+    last = 1 if 0 in sizes else 0
+    return x.x.reshape([*(sizes.get(d, 1) for d in range(min(sizes, default=0), last)), *events])
 
 
 def plate_labels(site: Site) -> frozenset[Label]:
-    """Return the labels of a site's plates; a plate of one row needs none."""
-    return frozenset(Label("batch", "", p.dim, p.size) for p in site.plates if p.size > 1)
+    """Return the labels of a site's plates, and of its time in a scan; a plate of one row needs none."""
+    plates = frozenset(Label("batch", "", p.dim, p.size) for p in site.plates if p.size > 1)
+    return plates | {time_label(site)} if isinstance(site.fn, StackedDistribution) else plates

@@ -16,7 +16,7 @@ References:
     (2003), A differential approach to inference in Bayesian networks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,9 +26,19 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pyro_elbo.errors import ArgumentError, SiteError
-from pyro_elbo.programs import Plate, Site
-from pyro_elbo.terms.elimination import Factor, Plates, log_sum_product
-from pyro_elbo.terms.labeled import Label, Labeled, combine, label, label_site, plate_labels
+from pyro_elbo.programs import Plate, Site, step_before
+from pyro_elbo.sequences import StackedDistribution
+from pyro_elbo.terms.elimination import Factor, Plates, log_sum_product, shared_rows
+from pyro_elbo.terms.labeled import (
+    Label,
+    Labeled,
+    combine,
+    is_time,
+    label,
+    label_site,
+    label_steps,
+    plate_labels,
+)
 from pyro_elbo.terms.term import alike
 
 WeightOf = Callable[[str], float | Tensor]
@@ -89,9 +99,10 @@ def log_prior(site: Site) -> Labeled:
 
     Values of probability zero are impossible, where torch's distributions give them a tiny probability.
     """
-    log_p = site.fn.log_prob(site.value)
-    support = _log_support(site)
-    return label_site(log_p if support is None else torch.where(support > -torch.inf, log_p, -torch.inf), site)
+    steps = site.stepwise() if isinstance(site.fn, StackedDistribution) else site
+    log_p, support = steps.fn.log_prob(steps.value), _log_support(steps)
+    log_p = log_p if support is None else torch.where(support > -torch.inf, log_p, -torch.inf)
+    return label_site(log_p, site) if steps is site else label_steps(log_p, site)
 
 
 def _log_support(site: Site) -> Tensor | None:
@@ -131,32 +142,41 @@ def sum_out(
         SiteError: the sites differ in scale, or their plates do not allow the sum.
         ArgumentError: the summed-out sites have different weights.
     """
-    beside = frozenset(a for j in sites.values() for a in j.log_p.labels if _is_beside(a, summed, particle_dim))
+    names = [*summed, *map(step_before, summed)]
+    beside = frozenset(a for j in sites.values() for a in j.log_p.labels if _is_beside(a, names, particle_dim))
     plates = {n: plate_labels(j.site) | beside for n, j in sites.items()}
-    rows = frozenset.intersection(*plates.values())
+    rows = shared_rows(plates.values())
     _check_scales(sites, rows)
+    plates |= {step_before(n): plates[n] for n in summed}
     for name, joined in sites.items():
         for v in joined.log_p.variables:
-            _check_plates(name, v, plates[v] if v in summed else plate_labels(guide[v]), plates[name])
-            if v not in summed:
+            _check_plates(name, v, plates[v] if v in names else plate_labels(guide[v]), plates[name])
+            if v not in names:
                 _check_coupling(v, plate_labels(guide[v]), rows, summed)
     exponents = _exponents(sites, summed, guide, weight_of, rows)
-    full = {n: joined.log_p.expand(plates[n]) for n, joined in sites.items()}
+    joint = {n: _states_before(n, sites.values()) if n in summed else frozenset() for n in sites}
+    full = {n: joined.log_p.expand(plates[n] | joint[n]) for n, joined in sites.items()}
     with torch.enable_grad():
         logs = {n: _raise(x.map(x.x.detach()), exponents.get(n, 1.0)) for n, x in full.items()}
         leaves = {n: x.map(x.x.detach().requires_grad_()) for n, x in logs.items()}
         factors = [Factor(x, plates[n]) for n, x in leaves.items()]
-        log_z = log_sum_product(factors, {v: plates[v] for v in summed})
+        log_z = log_sum_product(factors, {v: plates[v] for v in names})
         gradients = torch.autograd.grad(log_z.x.sum(), [x.x for x in leaves.values()])
     marginals = {n: x.map(g) for (n, x), g in zip(full.items(), gradients, strict=True)}
-    nats = {n: _expected(marginals[n], x, summed) for n, x in full.items()}
-    nats |= {n: _entropy_term(n, marginals[n], summed) - nats[n] for n in summed}
+    nats = {n: _expected(marginals[n], x, names) for n, x in full.items()}
+    nats |= {n: _entropy_term(n, marginals[n], names) - nats[n] for n in summed}
     shares = [_sum_rows(_raise(_detached(x), exponents.get(n, 1.0)), rows) for n, x in nats.items() if n not in summed]
     shares += [_detached(_sum_rows(nats[n], rows)) * -1.0 for n in summed]
-    first = next(n for n in summed if plates[n] == rows)
-    nats[first] = nats[first] + combine(_total, *shares, log_z.map(-log_z.x.detach()))
+    first = next((n for n in summed if plates[n] == rows), None)
+    if first is not None:  # the states of a scan are a chain, whose conditionals are all of its posterior
+        nats[first] = nats[first] + combine(_total, *shares, log_z.map(-log_z.x.detach()))
     independent = tuple(p for p in sites[summed[0]].site.plates if all(p in sites[n].site.plates for n in summed))
     return Posterior(nats, marginals, independent)
+
+
+def _states_before(name: str, sites: Iterable[Joined]) -> Plates:
+    """Return the label of a state at the step before, where a density depends on it."""
+    return frozenset(a for j in sites for a in j.log_p.labels if a.kind == "value" and a.name == step_before(name))
 
 
 def _is_beside(a: Label, summed: list[str], particle_dim: int | None) -> bool:
@@ -248,6 +268,11 @@ def _check_scales(sites: Mapping[str, Joined], rows: Plates) -> None:
 
 
 def _check_plates(name: str, variable: str, above: Plates, plates: Plates) -> None:
+    if any(map(is_time, above - plates)):
+        raise SiteError(
+            f"Site '{name}' lies outside of the pe.scan whose state '{variable}' is summed out, and depends on that "
+            f"state. Move '{name}' into the step, or draw '{variable}' in the guide without a mark."
+        )
     if not above <= plates:
         raise SiteError(
             f"Site '{name}' depends on '{variable}', which is enumerated in a plate that '{name}' lies outside of: all "

@@ -94,7 +94,7 @@ def _run(steps: StepProgram, init: Any, inputs: Inputs, reverse: bool) -> tuple[
     if inputs.total > inputs.given:
         raise CompileError("A forecast (pe.scan with horizon) can be neither compiled nor filtered: use compile=False.")
     with contextlib.nullcontext() if particle_filter is None else _explain_particles():
-        return _runas_function(steps, init, inputs, reverse, loop or run_loop, particle_filter)
+        return _run_as_function(steps, init, inputs, reverse, loop or run_loop, particle_filter)
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ class StepProgram:
         Returns:
             ``carry`` in the shapes of the next one, and the step's result.
         """
-        result = self.unseen(lambda: self.run(carry, x, valid, 0, self.given_at(0)))
+        result = self.unseen(lambda: self.run_any(carry, x, valid, self.given_at(0)))
         grow = lambda a, b: a.expand(b.shape) if isinstance(a, Tensor) and isinstance(b, Tensor) else b  # noqa: E731
         return pytree.tree_map(grow, carry, result.carry), result
 

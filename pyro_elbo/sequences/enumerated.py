@@ -40,6 +40,7 @@ def run_enumerated(
             "summed over forward scans of given data. Flip xs and run forward, or leave out the horizon."
         )
     carry, first = steps.peek(init, inputs.at(0), inputs.valid_at(0))
+    support = steps.renew_support(name, first.sites[name].fn)
     leaves, (state, spec) = pytree.tree_leaves(init), pytree.tree_flatten(carry)
     places = [i for i, (a, b) in enumerate(zip(leaves, state, strict=True)) if a is not None and b is None]
     before = {i: _state_before(name, leaves[i], support, inputs.total) for i in places}

@@ -1,7 +1,7 @@
 """Run one step of a scan after another, and emit their sites stacked over time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -105,6 +105,14 @@ class StepProgram:
     def supports(self) -> dict[str, Support]:
         """The sites that have all their values at once."""
         return {n: c.support for n, c in self.outside.items() if c.support is not None}
+
+    def renew_support(self, name: str, fn: Any) -> Support:
+        """Compute the values of an enumerated site anew: a capture has not seen those of a peek."""
+        context, old = self.outside[name], self.supports[name]
+        values = fn.enumerate_support(expand=False)
+        new = replace(old, value=values.reshape(old.value.shape), before=values.reshape(old.before.shape))
+        self.outside[name] = replace(context, support=new)
+        return new
 
     def given_at(self, t: int) -> ValueLookup:
         """Return the lookup of the values that handlers give to the sites of step ``t``."""

@@ -15,6 +15,7 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import masked
 from pyro_elbo.programs import Program, TracePair, complete_guide
+from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms import connected, evaluate_run
 
 RECORD = "log likelihood of "
@@ -28,10 +29,15 @@ def draw_summed_out(model: Program, guide: Program, shapes: TracePair) -> Progra
         shapes: a run of both programs.
 
     Raises:
-        SiteError: the guide enumerates a site itself.
+        SiteError: the guide enumerates a site itself, or a site is the state of a scan.
     """
     if not shapes.enumerated:
         return guide
+    if states := [n for n in shapes.summed_out if isinstance(shapes.model[n].fn, StackedDistribution)]:
+        raise SiteError(
+            f"The states {states} of a pe.scan are summed out: whole paths of them are not drawn. Take their posterior "
+            "from terms.posterior, or write the scan as a loop with pyro.markov, whose states are drawn."
+        )
     if marked := [n for n in shapes.enumerated if n in shapes.guide]:
         raise SiteError(
             f"The guide enumerates {marked}: its draws would be all values at once. Remove the mark from the guide to "

@@ -45,7 +45,8 @@ def run_enumerated(
     places = [i for i, (a, b) in enumerate(zip(leaves, state, strict=True)) if a is not None and b is None]
     before = {i: _state_before(name, leaves[i], support, inputs.total) for i in places}
     function = as_function(steps, first, [], state, spec, inputs, reverse, before)
-    _check_states(steps, name, function, before)
+    start = [a for a, b in zip(leaves, state, strict=True) if isinstance(b, Tensor)]
+    _check_states(steps, name, function, start, before)
     last, stacked = loop(function.body, function.state, function.columns, inputs.total, reverse)
     ends = iter(last)
     filled = [support.value if i in before else next(ends) if isinstance(x, Tensor) else x for i, x in enumerate(state)]
@@ -74,14 +75,16 @@ def _state_before(name: str, init: Any, support: Support, total: int) -> Tensor:
     return torch.cat([start, later.expand(total - 1, *shape)])
 
 
-def _check_states(steps: StepProgram, name: str, function: ScanFunction, before: Mapping[int, Tensor]) -> None:
+def _check_states(
+    steps: StepProgram, name: str, function: ScanFunction, start: list[Tensor], before: Mapping[int, Tensor]
+) -> None:
     """Raise SiteError where carry, outs or draws depend on the state: their shapes tell one value from all."""
     row = [x[-1] for x in function.columns]
     states = {id(x) for x in before.values()}
     one = [x[:1] if id(c) in states else x for x, c in zip(row, function.columns, strict=True)]
-    every = steps.unseen(lambda: function.step(function.state, row, {}))
+    every = steps.unseen(lambda: function.step(start, row, {}))
     steps.one_value = True
-    single = steps.unseen(lambda: function.step(function.state, one, {}))
+    single = steps.unseen(lambda: function.step(start, one, {}))
     steps.one_value = False
     if (what := _that_depends(every, single)) is not None:
         raise SiteError(

@@ -30,6 +30,7 @@ class Inputs:
 
     @staticmethod
     def make(xs: Any, lengths: Any, length: int | None, horizon: int, dim: int) -> "Inputs":
+        """Check the inputs of a scan and give them the form of this class."""
         leaves = pytree.tree_leaves(xs)
         if bad := [type(x).__name__ for x in leaves if x is not None and not isinstance(x, Tensor)]:
             raise ArgumentError(f"pe.scan: xs must hold tensors, got {bad[0]}. Pass torch.as_tensor(x).")

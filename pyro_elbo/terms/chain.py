@@ -29,7 +29,9 @@ def log_sum_paths(log_f: Labeled, state: str, before: str) -> Labeled:
     """
     size = next(a.size for a in log_f.labels if a.kind == "value" and a.name in (state, before))
     log_f = log_f.expand([Label("value", n, 0, size) for n in (state, before)])
-    where = {a.name if a.kind == "value" else "time": i for i, a in enumerate(log_f.labels) if _is_own(a, state, before)}
+    where = {
+        a.name if a.kind == "value" else "time": i for i, a in enumerate(log_f.labels) if _is_own(a, state, before)
+    }
     axes = [where["time"], where[before], where[state]]
     rest = [a for a in log_f.labels if not _is_own(a, state, before)]
     f = log_f.x.movedim(axes, [0, 1, 2])

@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 
 from pyro_elbo.errors import SiteError
+from pyro_elbo.sequences import SUMS_PATHS
 
 ROOM_FOR_PLATES = 6
 """Batch dimensions left for plates where nobody gave their number: a dimension of size one costs next to nothing."""
@@ -49,6 +50,7 @@ class Enumerator(EnumMessenger):
         self._check_room(msg)
         if marked:
             _check_support(msg)
+            infer[SUMS_PATHS] = True
             super()._pyro_sample(msg)
             return
         # Pyro skips sites that have their value; here their dimensions are recorded like those of others.

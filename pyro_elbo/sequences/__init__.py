@@ -7,8 +7,9 @@ guide together and resamples, ``particles`` lets modules broadcast over particle
 Imports masking, assumptions and errors.
 """
 
+from pyro_elbo.sequences.collect import SUMS_PATHS
 from pyro_elbo.sequences.scan import scan
 from pyro_elbo.sequences.smc import Filter, filtering, run_loop
 from pyro_elbo.sequences.stacked import StackedDistribution, fill_masked
 
-__all__ = ["Filter", "StackedDistribution", "fill_masked", "filtering", "run_loop", "scan"]
+__all__ = ["SUMS_PATHS", "Filter", "StackedDistribution", "fill_masked", "filtering", "run_loop", "scan"]

@@ -20,6 +20,10 @@ from pyro_elbo.sequences.carry import broadcasts
 from pyro_elbo.sequences.stacked import StackedDistribution, copy_without_cache
 
 
+SUMS_PATHS = "_sums_paths"
+"""The entry of ``infer`` by which a handler that enumerates says that it sums over the paths of a scan's states."""
+
+
 @dataclass(frozen=True)
 class Support:
     """All values of a discrete site at once, as the handlers around the scan enumerate them.
@@ -202,6 +206,11 @@ def _ask(msg: Any, handlers: Sequence[Any]) -> OuterContext:
     probe = _probe(msg, handlers)
     value, support = probe["value"], None
     if probe["infer"].get("_enumerate_dim") is not None:
+        if not probe["infer"].get(SUMS_PATHS):
+            raise SiteError(
+                f"Site '{msg['name']}' of a pe.scan is enumerated by a handler that does not sum over time, such as "
+                "that of TraceEnum_ELBO. Use an objective of pyro_elbo, or remove the mark and draw the site."
+            )
         support = _support(probe, _probe(msg | {"name": f"{msg['name']} before"}, handlers))
     given = None if value is msg["value"] or support is not None else value
     return OuterContext(probe["cond_indep_stack"], given, probe["is_observed"], probe["mask"], support)

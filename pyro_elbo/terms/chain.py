@@ -29,22 +29,16 @@ def log_sum_paths(log_f: Labeled, state: str, before: str) -> Labeled:
     """
     size = next(a.size for a in log_f.labels if a.kind == "value" and a.name in (state, before))
     log_f = log_f.expand([Label("value", n, 0, size) for n in (state, before)])
-    where = {
-        a.name if a.kind == "value" else "time": i for i, a in enumerate(log_f.labels) if _is_own(a, state, before)
-    }
-    axes = [where["time"], where[before], where[state]]
-    rest = [a for a in log_f.labels if not _is_own(a, state, before)]
-    f = log_f.x.movedim(axes, [0, 1, 2])
+    labels = log_f.labels
+    time = next(a for a in labels if is_time(a))
+    own = [time, Label("value", before, 0, size), Label("value", state, 0, size)]
+    f = log_f.x.movedim([labels.index(a) for a in own], [0, 1, 2])
     with torch.no_grad():
         increments, pairs = _forward_backward(f)
     possible = torch.where(pairs > 0, f, torch.zeros_like(f))
     shares = increments + (pairs * (possible - possible.detach())).sum((1, 2))
-    order = sort_labels([*rest, time := log_f.labels[axes[0]]])
+    order = sort_labels([a for a in labels if a == time or a not in own])
     return Labeled(shares.movedim(0, order.index(time)), order)
-
-
-def _is_own(a: Label, state: str, before: str) -> bool:
-    return is_time(a) or (a.kind == "value" and a.name in (state, before))
 
 
 def _forward_backward(f: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ import torch
 
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError, SiteError
-from tests import programs_chains as programs
 from tests.programs_chains import CHAINS, LENGTHS, START, STEPS
 from tests.programs_discrete import nothing
 from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)

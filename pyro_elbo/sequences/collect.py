@@ -19,7 +19,6 @@ from pyro_elbo.masking import unmask
 from pyro_elbo.sequences.carry import broadcasts
 from pyro_elbo.sequences.stacked import StackedDistribution, copy_without_cache
 
-
 SUMS_PATHS = "_sums_paths"
 """The entry of ``infer`` by which a handler that enumerates says that it sums over the paths of a scan's states."""
 

@@ -12,14 +12,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
-from pyro.distributions import constraints
-from pyro.nn import PyroModule, PyroParam
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_elbo as pe
 
 
-class HMM(PyroModule):
+class HMM(nn.Module):
     """Sequences of numbers (Gaussian emissions), or of symbols (categorical emissions).
 
     Args:
@@ -30,26 +28,31 @@ class HMM(PyroModule):
     def __init__(self, states: int, symbols: int | None = None) -> None:
         super().__init__()
         self.symbols = symbols
-        self.step = PyroParam((torch.eye(states) + 0.1 * torch.rand(states, states)).softmax(-1), constraints.simplex)
-        if symbols is None:
-            self.loc, self.scale = PyroParam(torch.randn(states)), PyroParam(torch.ones(states), constraints.positive)
-        else:
-            self.emit = PyroParam(torch.randn(states, symbols).softmax(-1), constraints.simplex)
+        self.step = nn.Parameter(torch.eye(states) + 0.1 * torch.rand(states, states))
+        self.emit = nn.Parameter(torch.randn(states, symbols or 1))
+        self.log_scale = nn.Parameter(torch.zeros(states))
+
+    def transition(self, k: Int[Tensor, "*values"]) -> dist.Categorical:
+        """Return p(k_t | k_{t-1})."""
+        return dist.Categorical(logits=self.step[k])
 
     def emission(self, k: Int[Tensor, "*values"]) -> dist.TorchDistribution:
-        """Return p(x | k)."""
-        return dist.Normal(self.loc[k], self.scale[k]) if self.symbols is None else dist.Categorical(self.emit[k])
+        """Return p(x_t | k_t)."""
+        if self.symbols is None:
+            return dist.Normal(self.emit[k, 0], self.log_scale[k].exp())
+        return dist.Categorical(logits=self.emit[k])
 
     def model(self, x: Tensor, lengths: Tensor | None = None) -> None:
-        """Sequences of shape (T, sequences); the state before the first step is 0."""
+        """Sequences of shape (sequences, T); the state before the first step is 0."""
+        pyro.module("hmm", self)
 
         def step(k: Tensor, x_t: Tensor) -> tuple[Tensor, None]:
-            k = pyro.sample("k", dist.Categorical(self.step[k]), infer={"enumerate": "parallel"})
+            k = pyro.sample("k", self.transition(k), infer={"enumerate": "parallel"})
             pyro.sample("x", self.emission(k), obs=x_t)
             return k, None
 
-        with pyro.plate("sequences", x.shape[1]):
-            pe.scan(step, torch.tensor(0), x, lengths)
+        with pyro.plate("sequences", len(x)):
+            pe.scan(step, torch.tensor(0), x, lengths, dim=1)
 
     def guide(self, x: Tensor, lengths: Tensor | None = None) -> None:
         """Return nothing: no latent is left to guide."""
@@ -57,10 +60,11 @@ class HMM(PyroModule):
     def log_evidence(self, x: Tensor, lengths: Tensor | None = None) -> Float[Tensor, " sequences"]:
         """Return log p(x) of each sequence (nats) by the forward algorithm."""
         states = torch.arange(len(self.step))
-        ends = torch.full(x.shape[1:], len(x)) if lengths is None else lengths
-        message = self.step[0].log() + self.emission(states).log_prob(x[0].unsqueeze(-1))
-        for t in range(1, len(x)):
-            new = (message.unsqueeze(-1) + self.step.log()).logsumexp(-2)
-            new = new + self.emission(states).log_prob(x[t].unsqueeze(-1))
+        ends = torch.full(x.shape[:1], x.shape[1]) if lengths is None else lengths
+        log_step = self.step.log_softmax(-1)
+        message = log_step[0] + self.emission(states).log_prob(x[:, 0].unsqueeze(-1))
+        for t in range(1, x.shape[1]):
+            new = (message.unsqueeze(-1) + log_step).logsumexp(-2)
+            new = new + self.emission(states).log_prob(x[:, t].unsqueeze(-1))
             message = torch.where((t < ends).unsqueeze(-1), new, message)
         return message.logsumexp(-1)

@@ -39,7 +39,8 @@ def scan(
     Each site of the step appears in the trace once, with event shape (T,) + its own. Its log density is the sum over
     steps, each conditioned on the steps before it. All of Pyro's handlers apply, around the scan and within the step,
     and plates may stand on either side. A value from a handler (replay, condition) may cover only the first steps;
-    the remaining ones are drawn.
+    the remaining ones are drawn. A discrete state of the carry that is marked ``infer={"enumerate": "parallel"}`` is
+    summed out over all paths by the objectives of this library; the last carry then holds all its values.
 
     Args:
         step: a Pyro program with the same sites at every step; ``x_t`` is ``xs`` at one time.

@@ -1,6 +1,7 @@
 """Masks on log densities, and reductions under them."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
@@ -51,3 +52,11 @@ def unmask(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, 
         mask = both(mask, fn._mask)
         fn = fn.base_dist
     return fn, mask
+
+
+def broadcasts(small: Tensor, shape: Sequence[int]) -> bool:
+    """Return whether a tensor can be expanded to a shape."""
+    try:
+        return torch.broadcast_shapes(small.shape, tuple(shape)) == tuple(shape)
+    except RuntimeError:
+        return False

@@ -38,14 +38,15 @@ def over(steps):
     return pyro.markov(list(enumerate(steps)))
 
 
-def hmm_scan(x):
-    def step(k, x_t):
-        k = pyro.sample("k", dist.Categorical(simplex("step", 3, 3)[k]))
-        pyro.sample("x", dist.Normal(loc("m", 3)[k], scale("s")), obs=x_t)
-        return k, None
+def hmm_step(k, x_t):
+    k = pyro.sample("k", dist.Categorical(simplex("step", 3, 3)[k]))
+    pyro.sample("x", dist.Normal(loc("m", 3)[k], scale("s")), obs=x_t)
+    return k, None
 
+
+def hmm_scan(x):
     with pyro.plate("sequences", 2):
-        pe.scan(step, START, x)
+        pe.scan(hmm_step, START, x)
 
 
 def hmm_loop(x, mask=None, seen=None):
@@ -60,12 +61,7 @@ def hmm_loop(x, mask=None, seen=None):
 
 
 def one_sequence_scan(x):
-    def step(k, x_t):
-        k = pyro.sample("k", dist.Categorical(simplex("step", 3, 3)[k]))
-        pyro.sample("x", dist.Normal(loc("m", 3)[k], scale("s")), obs=x_t)
-        return k, None
-
-    pe.scan(step, START, x[:, 0])
+    pe.scan(hmm_step, START, x[:, 0])
 
 
 def one_sequence_loop(x):
@@ -76,13 +72,8 @@ def one_sequence_loop(x):
 
 
 def ragged_scan(x):
-    def step(k, x_t):
-        k = pyro.sample("k", dist.Categorical(simplex("step", 3, 3)[k]))
-        pyro.sample("x", dist.Normal(loc("m", 3)[k], scale("s")), obs=x_t)
-        return k, None
-
     with pyro.plate("sequences", 2):
-        pe.scan(step, START, x, LENGTHS)
+        pe.scan(hmm_step, START, x, LENGTHS)
 
 
 def ragged_loop(x):

@@ -163,7 +163,7 @@ def _count_active(terms: Terms, call: Call, name: str, plate: Plate) -> float:
     """Count the units whose posterior mean varies with the rows, from the means given a draw of the other latents."""
     sites = terms.sites[name].draws
     has_time = isinstance(sites[0].fn, StackedDistribution)
-    means = torch.stack([_means(site.stepwise() if has_time else site, plate.name, has_time) for site in sites])
+    means = torch.stack([_means(site.stepwise(), plate.name, has_time) for site in sites])
     spread = variance_of_means(means.double(), has_time)
     if not spread.isfinite().all():
         raise ValueError("the posterior has no mean")

@@ -237,7 +237,7 @@ def _own_sites(pair: TracePair) -> list[str]:
     Raises:
         GuideError: they are not as many as the latents, or masked.
     """
-    own = {n: s for n, s in pair.guide.items() if s.role in ("latent", "auxiliary") and not is_point(s.fn)}
+    own = {n: s for n, s in pair.guide.items() if s.is_drawn}
     if masks := [n for n, s in pair.guide.items() if not (s.mask is None or s.mask is True)]:
         raise GuideError(f"The guide masks {masks}, which is no density to start from. Use start='prior'.")
     drawn, needed = (
@@ -261,7 +261,7 @@ def _simplex(pair: TracePair, points: list[str]) -> bool:
 def _coordinate(site: Site, again: Site) -> Coordinate:
     """Return the transform of a latent to the real line; ``again`` is the same site of another run."""
     over_time = isinstance(site.fn, StackedDistribution)
-    first, second = (s.stepwise() if over_time else s for s in (site, again))
+    first, second = (s.stepwise() for s in (site, again))
     if is_discrete(first):
         raise SiteError(
             f"Site '{site.name}' is a discrete latent ({type(first.fn).__name__}): annealing needs gradients in every "

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.errors import SiteError
+from pyro_elbo.masking import broadcasts
 from pyro_elbo.programs import Baseline
 from pyro_elbo.terms import Term
 
@@ -102,7 +103,7 @@ def _predicted(term: Term, reward: Tensor, particle_dim: int | None) -> Tensor:
         )
     predicted = [_predict(site.baseline) for site in term.draws if site.baseline is not None]
     for x in predicted:
-        if not _broadcasts(x.shape, shape):
+        if not broadcasts(x, shape):
             raise SiteError(
                 f"Site '{term.name}': expected a baseline of shape {tuple(shape)}, got "
                 f"{tuple(x.shape)}. Give the network's output one number per row, as by .squeeze(-1)."
@@ -116,7 +117,3 @@ def _predict(baseline: Baseline) -> Tensor:
         return baseline.value
     detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, baseline.input)
     return baseline.network(detached)
-
-
-def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
-    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))

@@ -27,7 +27,7 @@ from pyro_elbo.posterior.weights import (
     unconstrain,
 )
 from pyro_elbo.programs import (
-    FixedDraws,
+    HeldDraws,
     Plate,
     Program,
     RunData,
@@ -37,7 +37,6 @@ from pyro_elbo.programs import (
     check_programs,
     evaluating,
     find_plate_nesting,
-    is_point,
     read_data,
     seeded,
     sort_by_dim,
@@ -255,7 +254,7 @@ def _begin_mapped(programs: ProgramCall, frame: Frame, count: int) -> dict[str, 
     found = _mapped(programs, frame, count)
     for i in (0, -1):
         guide = ((n, x[i][None], sort_by_dim(frame.shapes.guide[n].plates)) for n, x in found["guide"].items())
-        with FixedDraws({n: with_gaps(x, plates, 1, frame.nesting) for n, x, plates in guide}):
+        with HeldDraws({n: with_gaps(x, plates, 1, frame.nesting) for n, x, plates in guide}):
             alone = _collect(trace_pair(*programs), frame, 1)
         both = (pytree.tree_leaves({n: draws[n] for n in alone}) for draws in (found["draws"], alone))
         if not all(x is None or _are_close(x[i], y[0]) for x, y in zip(*both, strict=True)):
@@ -274,7 +273,7 @@ def _mapped(programs: ProgramCall, frame: Frame, count: int) -> dict[str, Any]:
 
     def run(_: Arrays) -> tuple[dict[str, Any], Tensor]:
         pair = trace_pair(*programs)
-        drawn = {n: s for n, s in pair.guide.items() if s.role in ("latent", "auxiliary") and not is_point(s.fn)}
+        drawn = {n: s for n, s in pair.guide.items() if s.is_drawn}
         values = {n: lead(s.value, frame.shapes.guide[n].value.shape, 1, s)[0] for n, s in drawn.items()}
         draws = {n: x for n, x in _collect(pair, frame, 1).items() if x is not None}
         found = {"draws": pytree.tree_map(lambda x: x[0], draws), "guide": values}
@@ -296,7 +295,7 @@ def agrees_alone(
     model, guide, args, kwargs = programs
     latents = {n: one(s, shapes.model[n]) for n, s in pair.model.items() if s.role == "latent"}
     # A point site of a guide is a function of its other sites: it is computed, not given.
-    own = [n for n, s in pair.guide.items() if s.role in ("latent", "auxiliary") and not is_point(s.fn)]
+    own = [n for n, s in pair.guide.items() if s.is_drawn]
     alone = (
         trace_program(model, args, kwargs, latents),
         trace_program(guide, args, kwargs, {n: one(pair.guide[n], shapes.guide[n]) for n in own}),

@@ -19,7 +19,7 @@ from pyro_elbo.posterior.draws import Arrays, Frame, ProgramCall, agrees_alone
 from pyro_elbo.posterior.fixed_noise import FixedNoise, RecordedNoise
 from pyro_elbo.posterior.layout import lead, lead_unconstrained
 from pyro_elbo.posterior.weights import unconstrain
-from pyro_elbo.programs import Site, TracePair, is_point, seeded, trace_pair, trace_program
+from pyro_elbo.programs import TracePair, seeded, trace_pair, trace_program
 
 PROBES = 32  # a relative error of √(2/32) = 1/4 in the Fisher information does for units
 LEAST, MOST = 256, 2048  # draws, where their number is not given
@@ -168,14 +168,9 @@ class FixedDraws:
             with torch.no_grad():
                 drawn = self.trace(row).guide
             count = self.num_samples if row is None else 1
-            given = {name: site.value for name, site in drawn.items() if has_density(site)}
+            given = {name: site.value for name, site in drawn.items() if site.is_drawn}
             _, guide, args, kwargs = self.programs
             with seeded(self._seed):
                 sites = trace_program(guide, args, kwargs, given, count, self.frame.nesting)
             parts.append(sum(sites[name].log_prob().double().cpu().reshape(count, -1).sum(1) for name in given))
         return torch.cat(parts)
-
-
-def has_density(site: Site) -> bool:
-    """Return whether the guide draws a site."""
-    return site.role in ("latent", "auxiliary") and not is_point(site.fn)

@@ -23,7 +23,7 @@ RECORD = "log likelihood of "
 
 
 def draw_summed_out(model: Program, guide: Program, shapes: TracePair) -> Program:
-    """Return a guide that draws every latent of the model; the guide itself where it does already.
+    """Return a guide that also draws the latents that the model sums out.
 
     Args:
         shapes: a run of both programs.
@@ -31,8 +31,6 @@ def draw_summed_out(model: Program, guide: Program, shapes: TracePair) -> Progra
     Raises:
         SiteError: the guide enumerates a site itself, or a site is the state of a scan.
     """
-    if not shapes.enumerated:
-        return guide
     if states := [n for n in shapes.summed_out if isinstance(shapes.model[n].fn, StackedDistribution)]:
         raise SiteError(
             f"The states {states} of a pe.scan are summed out: whole paths of them are not drawn. Take their posterior "

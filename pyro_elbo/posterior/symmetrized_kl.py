@@ -21,10 +21,8 @@ from pyro_elbo.programs import (
     Plate,
     Program,
     SameRows,
-    Site,
     TracePair,
     evaluating,
-    is_point,
     seeded,
     shared_plate,
     trace_pair,
@@ -99,7 +97,7 @@ class SymmetrizedKL:
             return {
                 name: _Drawn(site.value, align(site.log_prob().double().cpu(), self._count, self._nesting), site.plates)
                 for name, site in sites.items()
-                if _has_density(site)
+                if site.is_drawn
             }
 
     @contextmanager
@@ -114,10 +112,6 @@ class SymmetrizedKL:
                 return all(_draws(site.log_prob(), self._nesting) in (1, VECTORIZED) for site in sites.values())
         except Exception:  # single runs raise it again if the guide itself is at fault
             return False
-
-
-def _has_density(site: Site) -> bool:
-    return site.role in ("latent", "auxiliary") and not is_point(site.fn)
 
 
 def _draws(x: Tensor, nesting: int) -> int:

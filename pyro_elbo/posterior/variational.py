@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_elbo.errors import GuideError, NonFiniteError, SiteError, WeightsError, count_nonfinite
 from pyro_elbo.posterior.draws import Arrays, Frame, ProgramCall
-from pyro_elbo.posterior.fixed_draws import FixedDraws, has_density
+from pyro_elbo.posterior.fixed_draws import FixedDraws
 from pyro_elbo.posterior.stationary import Point
 from pyro_elbo.posterior.weights import find_point_error, is_discrete, unconstrain
 from pyro_elbo.programs import collect_modules, sort_by_dim, trace_pair, trace_program
@@ -81,7 +81,7 @@ def check_programs_respond(programs: ProgramCall, frame: Frame) -> None:
     values = {s.name: torch.stack([s.value, again[s.name].value]) for s in latents}
     if (error := find_point_error(values, frame.shapes)) is not None:
         raise GuideError(f"Linear response needs a guide with a density for every latent. {error}") from error
-    if rough := [s.name for s in guide.values() if has_density(s) and not s.fn.has_rsample]:
+    if rough := [s.name for s in guide.values() if s.is_drawn and not s.fn.has_rsample]:
         raise GuideError(
             f"The guide's draws at {rough} have no pathwise gradient. Use reparameterized distributions there, such "
             "as Normal, or AutoNormal."

@@ -18,7 +18,7 @@ from pyro_elbo.programs.parameters import Parameters, check_gradients, check_ini
 from pyro_elbo.programs.rng import mix_seed, seed_cpu, seeded
 from pyro_elbo.programs.sites import Baseline, Plate, Site, fixed_sites, is_point, shared_plate, sort_by_dim
 from pyro_elbo.programs.tracing import (
-    FixedDraws,
+    HeldDraws,
     Program,
     ResampleObserved,
     RunData,
@@ -39,7 +39,7 @@ __all__ = [
     "named_columns",
     "program_arguments",
     "Baseline",
-    "FixedDraws",
+    "HeldDraws",
     "Parameters",
     "Plate",
     "Program",

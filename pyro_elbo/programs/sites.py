@@ -104,6 +104,11 @@ class Site:
         return self.role != "deterministic" or (self.mask is not False and steps_count)
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether the guide draws the site, and does not compute it from others."""
+        return self.role in ("latent", "auxiliary") and not is_point(self.fn)
+
+    @property
     def event_dim(self) -> int:
         """The number of dimensions of one event, on the right of the value."""
         return len(self.fn.event_shape)
@@ -133,12 +138,13 @@ class Site:
         return self._evaluate(self.fn.score_parts).scale_and_mask(1.0, self.mask)
 
     def stepwise(self) -> "Site":
-        """Return the site of a scan with time as its innermost plate.
+        """Return the site of a scan with time as its innermost plate, and any other site as it is.
 
         Time is a plate in shape only: the steps are not independent.
         """
         fn, mask, scale = self.fn, self.mask, self.scale
-        assert isinstance(fn, StackedDistribution)
+        if not isinstance(fn, StackedDistribution):
+            return self
         mask = mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask
         scale = scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale
         if fn.counted is not None and fn.counted is not True:

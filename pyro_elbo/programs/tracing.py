@@ -23,7 +23,7 @@ from pyro_elbo.programs.messages import (
     read_guide,
     read_model,
 )
-from pyro_elbo.programs.sites import Site, is_point
+from pyro_elbo.programs.sites import Site
 from pyro_elbo.sequences import Filter, StackedDistribution, filtering
 
 Program = Callable[..., Any]
@@ -100,11 +100,10 @@ def trace_fixed(
     Raises:
         GuideError: the programs draw random numbers outside of ``pyro.sample``, which would differ between both runs.
     """
-    sites = [s for s in pair.guide.values() if s.role in ("latent", "auxiliary")]
-    drawn = [s for s in sites if not is_point(s.fn) and s.enum_dim is None]
+    drawn = [s for s in pair.guide.values() if s.is_drawn and s.enum_dim is None]
     nesting = max_plate_nesting if pair.particle_dim is None else -pair.particle_dim - 1
     before = None if is_capturing() else _random_states()
-    with FixedDraws({s.name: s.value.detach() for s in drawn}):
+    with HeldDraws({s.name: s.value.detach() for s in drawn}):
         again = trace_pair(model, guide, args, kwargs, 1 if pair.particle_dim is None else num_particles, nesting)
     if before is not None and not all(map(torch.equal, before, _random_states())):
         raise GuideError(
@@ -131,7 +130,7 @@ def _random_states() -> list[Tensor]:
     return states + (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
 
 
-class FixedDraws(poutine.messenger.Messenger):
+class HeldDraws(poutine.messenger.Messenger):
     """Give sites these values, as draws and not as observations."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """The carry of a scan: its structure from step to step, and its values where sequences have ended."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.errors import ArgumentError
+from pyro_elbo.masking import broadcasts
 
 
 def pair_carries(old: Any, new: Any, t: int, grows: bool) -> tuple[list[tuple[Any, Any]], Any]:
@@ -33,14 +34,6 @@ def pair_carries(old: Any, new: Any, t: int, grows: bool) -> tuple[list[tuple[An
                 f"got {b.dtype} of shape {tuple(b.shape)}. Let init have the shape and dtype that step returns."
             )
     return pairs, spec
-
-
-def broadcasts(small: Tensor, shape: Sequence[int]) -> bool:
-    """Return whether a tensor can be expanded to a shape."""
-    try:
-        return torch.broadcast_shapes(small.shape, tuple(shape)) == tuple(shape)
-    except RuntimeError:
-        return False
 
 
 def possible_event_dims(shape: torch.Size, sequences: torch.Size, sizes: Mapping[int, int]) -> list[int]:

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_elbo.errors import SiteError
-from pyro_elbo.masking import unmask
-from pyro_elbo.sequences.carry import broadcasts
+from pyro_elbo.masking import broadcasts, unmask
 from pyro_elbo.sequences.stacked import StackedDistribution, copy_without_cache
 
 SUMS_PATHS = "_sums_paths"

@@ -115,14 +115,15 @@ class _EnumeratedRun:
         if not (site.depends_on or (q is not None and q.depends_on)):
             return _Part(site_term(site, q, name in self.exact, name in self.fixed))
         if name in self.summed:
-            steps = _steps(site)
+            steps = site.stepwise()
             return _Part(term_of(steps, "latent", steps.value, is_analytic=True), None, log_prior(site))
         if site.role == "latent":
             assert q is not None
             return _latent_part(site, q, name in self.exact, changed)
         kind = "auxiliary" if site.role == "deterministic" else likelihood_kind(site, name in self.fixed)
-        log_p = _label(_steps(site).log_prob(), site)
-        term = term_of(_steps(site), kind, log_p.x, draws=_single(site))
+        steps = site.stepwise()
+        log_p = label_steps(steps.log_prob(), site)
+        term = term_of(steps, kind, log_p.x, draws=_single(site))
         if changed:
             return _Part(term, None, log_p)
         return _Part(term, log_p * -1.0 if term.is_kl else log_p)
@@ -220,16 +221,6 @@ def _enumerated_outside(name: str, variables: Iterable[str]) -> SiteError:
     )
 
 
-def _steps(site: Site) -> Site:
-    """Return a site, that of a scan with time as its innermost plate."""
-    return site.stepwise() if isinstance(site.fn, StackedDistribution) else site
-
-
-def _label(x: Tensor, site: Site) -> Labeled:
-    """Name the dimensions of the density of ``_steps(site)``."""
-    return label_steps(x, site) if isinstance(site.fn, StackedDistribution) else label_site(x, site)
-
-
 def _over_time(site: Site, steps: Term) -> Term:
     """Return the term of a scan's site from that of its steps, whose rows may be coupled."""
     whole = replace(sum_over_time(site, steps), draws=steps.draws, independent=steps.independent)
@@ -245,11 +236,12 @@ def _latent_part(p: Site, q: Site, exact: bool, changed: bool) -> _Part:
     if exact and not changed and q.enum_dim is None and all(variables[d] == v for d, v in p.variables.items()):
         term = replace(latent_term(p, q, True), per_dim=None, draws=_single(q))
         return _split(term, label(term.nats, variables), None, term.score, q)
-    log_q, score = log_density(_steps(q)) if q.enum_dim is None else (q.log_prob(), None)
+    log_q, score = log_density(q.stepwise()) if q.enum_dim is None else (q.log_prob(), None)
     if not alike(p.scale, q.scale):
         log_q = log_q * (q.scale / p.scale)
-    rest, log_p = _label(log_q, q), _label(_steps(p).log_prob(), p)
-    term = term_of(_steps(p), "latent", log_q, is_analytic=q.enum_dim is not None, draws=_single(q))
+    steps = p.stepwise()
+    rest, log_p = label_steps(log_q, q), label_steps(steps.log_prob(), p)
+    term = term_of(steps, "latent", log_q, is_analytic=q.enum_dim is not None, draws=_single(q))
     return _split(term, rest if changed else rest - log_p, log_p if changed else None, score, q)
 
 

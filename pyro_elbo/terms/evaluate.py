@@ -306,7 +306,7 @@ def _warn_of_infinity(name: str, q: str, p: str) -> None:
 
 def auxiliary_term(site: Site) -> Term:
     """Return log q of a site that the guide alone has."""
-    steps = site.stepwise() if isinstance(site.fn, StackedDistribution) else site
+    steps = site.stepwise()
     nats, score = log_density(steps)
     term = term_of(steps, "auxiliary", nats, score=score)
     return replace(term if steps is site else sum_over_time(site, term), draws=(site,))

@@ -119,7 +119,9 @@ def label_site(x: Tensor, site: Site, event_dim: int = 0) -> Labeled:
 
 
 def label_steps(x: Tensor, site: Site) -> Labeled:
-    """Name the dimensions of the densities of all steps of a scan, time on the right."""
+    """Name the dimensions of the density of ``site.stepwise()``: that of a scan has time on the right."""
+    if not isinstance(site.fn, StackedDistribution):
+        return label_site(x, site)
     named = label(x, site.variables, site.enum_dim, 1)
     return Labeled(named.x, tuple(time_label(site) if a.kind == "event" else a for a in named.labels))
 

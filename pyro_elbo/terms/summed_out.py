@@ -27,7 +27,6 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.programs import Plate, Site, step_before
-from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms.elimination import Factor, Plates, log_sum_product, shared_rows
 from pyro_elbo.terms.labeled import (
     Label,
@@ -35,7 +34,6 @@ from pyro_elbo.terms.labeled import (
     combine,
     is_time,
     label,
-    label_site,
     label_steps,
     plate_labels,
 )
@@ -99,10 +97,10 @@ def log_prior(site: Site) -> Labeled:
 
     Values of probability zero are impossible, where torch's distributions give them a tiny probability.
     """
-    steps = site.stepwise() if isinstance(site.fn, StackedDistribution) else site
+    steps = site.stepwise()
     log_p, support = steps.fn.log_prob(steps.value), _log_support(steps)
     log_p = log_p if support is None else torch.where(support > -torch.inf, log_p, -torch.inf)
-    return label_site(log_p, site) if steps is site else label_steps(log_p, site)
+    return label_steps(log_p, site)
 
 
 def _log_support(site: Site) -> Tensor | None:

@@ -6,7 +6,6 @@ captured (:mod:`pyro_elbo.compile.capture`) and compiled (:mod:`pyro_elbo.compil
 runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed.
 """
 
-import math
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,8 +28,9 @@ from pyro_elbo.compile.reach import guard_of
 from pyro_elbo.compile.refusals import check_reachable, check_sites, explain_capture, refuse_side_effects
 from pyro_elbo.compile.start import Start
 from pyro_elbo.compile.traced_update import trace_update
+from pyro_elbo.compile.unusable import explain_unusable
 from pyro_elbo.compile.versions import check_version
-from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError
+from pyro_elbo.errors import ArgumentError, CompileError
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import (
     Parameters,
@@ -283,7 +283,6 @@ class CompiledSVI:
 
         scans, recording = ScanLowering(), collect_code
         names, validate = list(self._scalars(step, 0)), pyro.settings.get("validate_distributions_pyro")
-
         ran: list[Any] = []
 
         def function(*inputs: Tensor) -> Tensor:
@@ -371,35 +370,14 @@ class CompiledSVI:
         return step.names, record[:, :-2]
 
     def _explain_unusable(self, step: _KnownStep, row: np.ndarray, args: tuple, kwargs: dict[str, Any]) -> None:
-        with torch.no_grad(), step.execute.unchanged():
-            self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises an error that names site and rows, if any
-        values = dict(zip(step.names, row.tolist(), strict=False))
-        bad = [name for name, x in values.items() if not math.isfinite(x)]
-        if not bad and not row[-2]:
-            raise NonFiniteError(
-                f"The gradient is not finite for {self._not_finite(step, args, kwargs)} although the objective is; the "
-                "parameters are those before this step. Look for a root, norm or division at 0, and for a torch.where "
-                "whose other branch is not finite."
-            )
-        if not bad:
-            raise CompileError(
-                "The masks or scales of a site were equal in model and guide when the step was captured, and now "
-                "differ. Use the same mask in both programs, or compile=False."
-            )
-        raise NonFiniteError(
-            f"The objective is not finite ({', '.join(f'{name} {values[name]}' for name in bad)}). The step changed no "
-            "parameter. Look for data outside the support, NaN in the data or a diverging parameter."
-        )
+        def loss() -> Tensor:
+            return self._loss(self.loss.evaluate(self.model, self.guide, args, kwargs, lambda s: s(self.loss.step)))
 
-    def _not_finite(self, step: _KnownStep, args: tuple, kwargs: dict[str, Any]) -> str:
-        """Return the names of parameters whose gradient is not finite at another draw."""
-        trained = {name: p for name, p in step.parameters.items() if p.requires_grad}
         with step.execute.unchanged():
-            loss = self._loss(self.loss.evaluate(self.model, self.guide, args, kwargs, lambda s: s(self.loss.step)))
-            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        pairs = zip(trained, gradients, strict=True)
-        bad = [f"'{name}'" for name, g in pairs if g is not None and not torch.isfinite(g).all()]
-        return ", ".join(bad) or "a parameter"
+            with torch.no_grad():
+                self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises an error that names site and rows
+            totals = dict(zip(step.names, row.tolist(), strict=False))
+            explain_unusable(totals, bool(row[-2]), loss, step.parameters)
 
 
 def _held(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:

@@ -9,7 +9,13 @@ Imports terms and below.
 from pyro_elbo.information.aggregate import AggregatePosterior, Mixture, in_blocks
 from pyro_elbo.information.critics import Critic
 from pyro_elbo.information.estimators import AttributeSource, PenaltyContext, information_on_data
-from pyro_elbo.information.penalties import Estimator, MutualInformation, Penalty, TotalCorrelation
+from pyro_elbo.information.penalties import (
+    Estimator,
+    MutualInformation,
+    Penalty,
+    TotalCorrelation,
+    check_penalties,
+)
 from pyro_elbo.information.penalty_term import PenaltyTerm, critic_gradients
 
 __all__ = [
@@ -23,6 +29,7 @@ __all__ = [
     "PenaltyContext",
     "PenaltyTerm",
     "TotalCorrelation",
+    "check_penalties",
     "critic_gradients",
     "in_blocks",
     "information_on_data",

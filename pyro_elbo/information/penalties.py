@@ -10,7 +10,7 @@ full data, like the terms.
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -336,3 +336,17 @@ def _check_attribute(what: str, attribute: Any) -> None:
 @cache
 def _say_once(text: str) -> None:
     warnings.warn(text, stacklevel=5)
+
+
+def check_penalties(penalties: Sequence[Penalty]) -> tuple[Penalty, ...]:
+    """Return penalties that can stand beside each other."""
+    if not isinstance(penalties, Sequence) or not all(isinstance(p, Penalty) for p in penalties):
+        wrong = [p for p in penalties if not isinstance(p, Penalty)] if isinstance(penalties, Sequence) else [penalties]
+        raise ArgumentError(
+            "penalties must be a list of penalties such as [pe.MutualInformation('z', attribute='s')], got "
+            f"{describe(wrong[0])}."
+        )
+    names = [penalty.name for penalty in penalties]
+    if len(set(names)) < len(names):
+        raise ArgumentError(f"Each penalty needs a name of its own, got {names}: pass name=... to tell them apart.")
+    return tuple(penalties)

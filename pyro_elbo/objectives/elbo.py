@@ -19,8 +19,8 @@ from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, SiteError, check_count, describe
-from pyro_elbo.information import Critic, Penalty, critic_gradients
+from pyro_elbo.errors import ArgumentError, SiteError, check_count
+from pyro_elbo.information import Critic, Penalty, check_penalties, critic_gradients
 from pyro_elbo.objectives.gradients import BoundKind, Gradient, Runs, check_gradient
 from pyro_elbo.objectives.score_function import moved_averages, surrogate
 from pyro_elbo.objectives.step_count import advance_after_backward
@@ -121,7 +121,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         if self.estimator.samples:
             self.kl = "sampled"
         self.averages: dict[str, Tensor] = {}
-        self.penalties = _check_penalties(penalties)
+        self.penalties = check_penalties(penalties)
         self.critics: dict[str, Critic] = {}
         self.step = 0
 
@@ -245,8 +245,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         """The class with β, the form of the KL, and every other setting that is not the default."""
         inits = [c.__init__ for c in reversed(type(self).__mro__) if issubclass(c, TraceBeta_ELBO)]
         defaults = {p.name: p.default for init in inits for p in inspect.signature(init).parameters.values()}
-        always = ("beta", "kl")
-        shown = {n: x for n, x in self.settings.items() if n in always or x != defaults[n]}
+        shown = {n: x for n, x in self.settings.items() if n in ("beta", "kl") or x != defaults[n]}
         return f"{type(self).__name__}({', '.join(f'{n}={_brief(x)}' for n, x in shown.items())})"
 
     @property
@@ -257,8 +256,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     @property
     def settled(self) -> int:
         """The step from which no schedule changes any more; 0 for constant weights."""
-        schedules = [p.weight for p in self.penalties if isinstance(p.weight, Schedule)]
-        return max([self.weighting.settled, *(schedule.settled for schedule in schedules)])
+        return max([self.weighting.settled, *(schedule.settled for schedule in self.schedules)])
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
@@ -301,8 +299,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def _sites(self, runs: Sequence[Runs], weight_of: WeightOf | None = None) -> tuple[dict[str, Term], int | None]:
         """Return the terms of all particles; ``weight_of`` as in :func:`evaluate_run`."""
         sites, particle_dim = self._terms_of([pair for pair, _ in runs], weight_of)
-        fixed = [pair for _, pair in runs if pair is not None]
-        if fixed:
+        if fixed := [pair for _, pair in runs if pair is not None]:
             direct = self._terms_of(fixed, weight_of)[0]
             sites = {name: replace(t, direct=direct[name].nats) for name, t in sites.items()}
         return sites, particle_dim
@@ -401,17 +398,3 @@ def _brief(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_brief, value))}]"
     return value.name if isinstance(value, Penalty) else repr(value)
-
-
-def _check_penalties(penalties: Sequence[Penalty]) -> tuple[Penalty, ...]:
-    """Return penalties that can stand beside each other."""
-    if not isinstance(penalties, Sequence) or not all(isinstance(p, Penalty) for p in penalties):
-        wrong = [p for p in penalties if not isinstance(p, Penalty)] if isinstance(penalties, Sequence) else [penalties]
-        raise ArgumentError(
-            "penalties must be a list of penalties such as [pe.MutualInformation('z', attribute='s')], got "
-            f"{describe(wrong[0])}."
-        )
-    names = [penalty.name for penalty in penalties]
-    if len(set(names)) < len(names):
-        raise ArgumentError(f"Each penalty needs a name of its own, got {names}: pass name=... to tell them apart.")
-    return tuple(penalties)

@@ -34,6 +34,7 @@ from pyro_elbo.programs import (
     check_initialized,
     check_programs,
     collect_parameters,
+    each_branch,
     evaluating,
     find_plate_nesting,
     program_arguments,
@@ -41,7 +42,7 @@ from pyro_elbo.programs import (
     trace_pair,
 )
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms import KLForm, Term, Terms, WeightOf, evaluate_run, stack_particles
+from pyro_elbo.terms import KLForm, Term, Terms, WeightOf, evaluate_branches, stack_particles
 
 _nesting_found: "WeakKeyDictionary[TraceBeta_ELBO, tuple[Program, Program, int]]" = WeakKeyDictionary()
 """The batch dimensions that a trial run found, with its programs: of the last programs of each objective."""
@@ -286,7 +287,8 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         for critic in self.critics.values():
             critic.step()
 
-    def _runs(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> list[Runs]:
+    def _runs(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> list[list[Runs]]:
+        """Run the programs for each particle, once per value of the sites that a guide marks ``"sequential"``."""
         programs, count = (model, guide, args, kwargs), self.num_particles
         nesting = 0 if math.isinf(self.max_plate_nesting) else int(self.max_plate_nesting)
         vectorized = self.vectorize_particles and count > 1
@@ -294,19 +296,25 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         with SameRows():
             once = partial(trace, *programs)
             again = lambda pair: trace_fixed(pair, *programs, count, nesting)  # noqa: E731
-            return [self.estimator.run(once, again) for _ in range(1 if vectorized else count)]
+            run = partial(self.estimator.run, once, again)
+            return [each_branch(run) for _ in range(1 if vectorized else count)]
 
-    def _sites(self, runs: Sequence[Runs], weight_of: WeightOf | None = None) -> tuple[dict[str, Term], int | None]:
+    def _sites(
+        self, runs: Sequence[Sequence[Runs]], weight_of: WeightOf | None = None
+    ) -> tuple[dict[str, Term], int | None]:
         """Return the terms of all particles; ``weight_of`` as in :func:`evaluate_run`."""
-        sites, particle_dim = self._terms_of([pair for pair, _ in runs], weight_of)
-        if fixed := [pair for _, pair in runs if pair is not None]:
+        sites, particle_dim = self._terms_of([[pair for pair, _ in branches] for branches in runs], weight_of)
+        fixed = [[pair for _, pair in branches if pair is not None] for branches in runs]
+        if all(fixed):
             direct = self._terms_of(fixed, weight_of)[0]
             sites = {name: replace(t, direct=direct[name].nats) for name, t in sites.items()}
         return sites, particle_dim
 
-    def _terms_of(self, runs: Sequence[TracePair], weight_of: WeightOf | None) -> tuple[dict[str, Term], int | None]:
-        sites, particle_dim = stack_particles([evaluate_run(run, self.kl, weight_of) for run in runs])
-        return sites, particle_dim if len(runs) > 1 else runs[0].particle_dim
+    def _terms_of(
+        self, runs: Sequence[Sequence[TracePair]], weight_of: WeightOf | None
+    ) -> tuple[dict[str, Term], int | None]:
+        sites, particle_dim = stack_particles([evaluate_branches(branches, self.kl, weight_of) for branches in runs])
+        return sites, particle_dim if len(runs) > 1 else runs[0][0].particle_dim
 
     def _vectorized(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> TracePair:
         for _ in range(2):

@@ -6,6 +6,7 @@ are summed out) and ``Terms``, the value that users see.
 Imports programs and below.
 """
 
+from pyro_elbo.terms.branches import evaluate_branches
 from pyro_elbo.terms.enumerated import evaluate_run
 from pyro_elbo.terms.evaluate import KLForm, univariate
 from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
@@ -23,6 +24,7 @@ __all__ = [
     "WeightOf",
     "connected",
     "divisor",
+    "evaluate_branches",
     "evaluate_run",
     "frames",
     "is_one",

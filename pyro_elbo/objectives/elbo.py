@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from pyro.infer import ELBO
-from pyro.infer.elbo import ELBOModule
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError, check_count
 from pyro_elbo.information import Critic, Penalty, check_penalties, critic_gradients
 from pyro_elbo.objectives.gradients import BoundKind, Gradient, Runs, check_gradient
+from pyro_elbo.objectives.module import TermsModule
 from pyro_elbo.objectives.score_function import moved_averages, surrogate
 from pyro_elbo.objectives.step_count import advance_after_backward
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
@@ -31,7 +31,6 @@ from pyro_elbo.programs import (
     TracePair,
     check_arguments,
     check_gradients,
-    check_initialized,
     check_programs,
     collect_parameters,
     each_branch,
@@ -302,7 +301,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def _sites(
         self, runs: Sequence[Sequence[Runs]], weight_of: WeightOf | None = None
     ) -> tuple[dict[str, Term], int | None]:
-        """Return the terms of all particles; ``weight_of`` as in :func:`evaluate_run`."""
+        """Return the terms of all particles; ``weight_of`` as in :func:`evaluate_branches`."""
         sites, particle_dim = self._terms_of([[pair for pair, _ in branches] for branches in runs], weight_of)
         fixed = [[pair for _, pair in branches if pair is not None] for branches in runs]
         if all(fixed):
@@ -360,41 +359,6 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
                 kept.copy_(new)
             else:
                 self.averages[name] = new.clone()
-
-
-class TermsModule(ELBOModule):
-    """Pyro's ELBOModule with the terms of the bound; its state_dict carries the step count of the schedules."""
-
-    elbo: TraceBeta_ELBO
-
-    def terms(self, *args: Any, **kwargs: Any) -> Terms:
-        """Evaluate every term of the bound: see :meth:`TraceBeta_ELBO.terms`."""
-        return self.elbo.terms(self.model, self.guide, *args, **kwargs)
-
-    def train(self, mode: bool = True) -> "TermsModule":
-        """Set the mode as in torch, also of modules whose methods are the programs (dropout, batch norm)."""
-        for program in (self.model, self.guide):
-            owner = getattr(program, "__self__", None)
-            if isinstance(owner, torch.nn.Module):
-                owner.train(mode)
-        return super().train(mode)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """List parameters as in torch, but refuse guides that have none yet: an optimizer would miss them.
-
-        Raises:
-            GuideError: an AutoGuide inside has never run.
-        """
-        check_initialized(self)
-        return super().named_parameters(*args, **kwargs)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return step count and critics, saved with the parameters."""
-        return self.elbo.state_dict()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore step count and critics."""
-        self.elbo.load_state_dict(state)
 
 
 def _brief(value: Any) -> str:

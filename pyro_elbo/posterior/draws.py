@@ -42,6 +42,7 @@ from pyro_elbo.programs import (
     sort_by_dim,
     trace_pair,
     trace_program,
+    without_marks,
 )
 from pyro_elbo.sequences import StackedDistribution
 
@@ -203,6 +204,9 @@ def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, F
         programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
         data = read_data(*programs)
     shapes = trace_pair(*programs)
+    if any(s.is_enumerated for s in shapes.guide.values()):
+        programs = programs._replace(guide=without_marks(programs.guide))
+        shapes = trace_pair(*programs)
     if shapes.enumerated:
         programs = programs._replace(guide=draw_summed_out(programs.model, programs.guide, shapes))
         shapes = trace_pair(*programs)

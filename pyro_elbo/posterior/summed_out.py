@@ -29,17 +29,12 @@ def draw_summed_out(model: Program, guide: Program, shapes: TracePair) -> Progra
         shapes: a run of both programs.
 
     Raises:
-        SiteError: the guide enumerates a site itself, or a site is the state of a scan.
+        SiteError: a site is the state of a scan.
     """
     if states := [n for n in shapes.summed_out if isinstance(shapes.model[n].fn, StackedDistribution)]:
         raise SiteError(
             f"The states {states} of a pe.scan are summed out: whole paths of them are not drawn. Take their posterior "
             "from terms.posterior, or write the scan as a loop with pyro.markov, whose states are drawn."
-        )
-    if marked := [n for n in shapes.enumerated if n in shapes.guide]:
-        raise SiteError(
-            f"The guide enumerates {marked}: its draws would be all values at once. Remove the mark from the guide to "
-            "have them drawn."
         )
     return complete_guide(model, guide, _posterior, _log_likelihoods)
 

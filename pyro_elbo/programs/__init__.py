@@ -10,7 +10,7 @@ Imports sequences and below.
 from pyro_elbo.programs.checks import check_options, check_programs
 from pyro_elbo.programs.completion import complete_guide
 from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns, program_arguments
-from pyro_elbo.programs.enumeration import HeldDraws, each_branch, step_before
+from pyro_elbo.programs.enumeration import HeldDraws, each_branch, step_before, without_marks
 from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
 from pyro_elbo.programs.modules import collect_modules, program_name
@@ -74,5 +74,6 @@ __all__ = [
     "seeded",
     "step_before",
     "trace_program",
+    "without_marks",
     "without_own_gradient",
 ]

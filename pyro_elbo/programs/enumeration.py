@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.poutine import Trace
+from pyro.poutine import Trace, infer_config
 from pyro.poutine.enum_messenger import EnumMessenger, enumerate_site
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -158,6 +158,11 @@ def each_branch(run: Callable[[], T]) -> list[T]:
             found.append(run())
         pending += branch.others
     return found
+
+
+def without_marks(guide: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a guide that draws the sites that it marks for enumeration."""
+    return infer_config(guide, lambda msg: {"enumerate": None})
 
 
 def _check_support(msg: Any) -> None:

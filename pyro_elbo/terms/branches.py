@@ -45,11 +45,13 @@ def _add(shares: Sequence[Share]) -> Term:
             )
     if not is_capturing():
         _check_outside(shares)
+    per_dim = [t.per_dim for t in terms if t.per_dim is not None and t.event_shape == first.event_shape]
     steps = [t.steps for t in terms if t.steps is not None]
     averaged = [t.averaged for t in terms if t.averaged is not None]
     return replace(
         _sum_terms(terms),
         steps=_sum_terms(steps) if steps else None,
+        per_dim=(lambda: _sum(x() for x in per_dim)) if len(per_dim) == len(terms) else None,
         is_analytic=all(t.is_analytic for t in terms),
         averaged=(lambda: _sum(x() for x in averaged)) if averaged else None,
     )

@@ -15,7 +15,7 @@ References:
     estimator, arXiv:1802.05098.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import mul
@@ -184,6 +184,8 @@ class _EnumeratedRun:
             raise _enumerated_outside(site.name, nats.variables)
         expected = bool(nats.variables or self.turns)
         term = replace(term, nats=unlabel(self._expect(site, nats)), expected=expected)
+        if term.per_dim is not None:
+            term = replace(term, per_dim=self._average_per_dim(site, term))
         if site.name in self.log_q or any(s.name == site.name for s, _ in self.turns):
             term = replace(term, averaged=lambda: self._averaged(site))
         if posterior is None or part.log_p is None:
@@ -204,7 +206,16 @@ class _EnumeratedRun:
         w = unlabel(self._expect(site, weight))
         share = lambda x, w: torch.where(w > 0, x, torch.zeros_like(x)) * w  # noqa: E731
         steps = None if term.steps is None else replace(term.steps, nats=share(term.steps.nats, w.unsqueeze(-1)))
-        return replace(term, nats=share(term.nats, w), steps=steps, per_dim=None, expected=True)
+        steps = steps and replace(steps, per_dim=None)
+        per_dim = None if term.per_dim is None else self._average_per_dim(site, term)
+        return replace(term, nats=share(term.nats, w), steps=steps, per_dim=per_dim, expected=True)
+
+    def _average_per_dim(self, site: Site, term: Term) -> Callable[[], Tensor]:
+        """Return the KL per element of the event, averaged like its sum."""
+        variables, per_dim = {**site.variables, **self.run.guide[site.name].variables}, term.per_dim
+        assert per_dim is not None
+        named = lambda: label(per_dim(), variables, None, site.event_dim)  # noqa: E731
+        return lambda: unlabel(self._expect(site, self._times_branch(site, named())))
 
     def _branch_weight(self, site: Site) -> Labeled:
         """Return q of this branch; a site outside of a plate of it is met in all its branches, and counts once."""
@@ -303,7 +314,7 @@ def _latent_part(p: Site, q: Site, exact: bool, changed: bool) -> _Part:
     """Return the part of a latent that the guide has too."""
     variables = {**p.variables, **q.variables}
     if exact and not changed and not q.is_enumerated and all(variables[d] == v for d, v in p.variables.items()):
-        term = replace(latent_term(p, q, True), per_dim=None, draws=_single(q))
+        term = replace(latent_term(p, q, True), draws=_single(q))
         return _split(term, label(term.nats, variables), None, term.score, q)
     log_q, score = (q.log_prob(), None) if q.is_enumerated else log_density(q.stepwise())
     if not alike(p.scale, q.scale):

@@ -1,6 +1,6 @@
 """A semi-supervised variational autoencoder of images, of which few have a label (M2).
 
-    y_n ~ Categorical(π),    z_n ~ Normal(0, I),    x_n | y_n, z_n ~ Binomial(total, logits = decoder(z_n, y_n))
+    y_n ~ Categorical(1/K),    z_n ~ Normal(0, I),    x_n | y_n, z_n ~ Binomial(total, logits = decoder(z_n, y_n))
     q(y_n | x_n) = Categorical(classifier(x_n)),    q(z_n | x_n, y_n) = Normal(mean(x_n, y_n), diag(scale(x_n, y_n)²))
 
 The class says which digit, and z how it is written. Where a label is known, q(y) is a point on it; elsewhere the bound
@@ -25,7 +25,8 @@ UNKNOWN = -1
 class SSVAE(nn.Module):
     """Model and guide: ``model(x, label)`` and ``guide(x, label)``, with the latents ``y`` and ``z``.
 
-    Observed sites are ``x`` and, in rows with a label, ``label``. Without the argument ``label`` no row has one.
+    Observed sites are ``x`` and, in rows with a label, ``label``. Without the argument ``label`` no row has one, and
+    ``terms.posterior["y"]`` is q(y | x).
 
     Args:
         x_dim: columns of x, counts from 0 to ``total``.
@@ -33,7 +34,8 @@ class SSVAE(nn.Module):
         z_dim: latent dimensions.
         hidden: width of the hidden layer of each network.
         total: largest count of a column.
-        alpha: the weight of log q(label | x). At 0 the bound is one on log p(x, label).
+        alpha: the weight of log q(label | x). At 0 the objective is a bound on log p(x, label) that leaves the
+            classifier to the rows without a label.
         size: rows of the full data, of which x and label are minibatches; those given if omitted.
     """
 
@@ -53,11 +55,10 @@ class SSVAE(nn.Module):
         self.classifier = layers(x_dim, hidden, classes)
         self.encoder = layers(x_dim + classes, hidden, 2 * z_dim)
         self.decoder = layers(z_dim + classes, hidden, x_dim)
-        self.class_logits = nn.Parameter(torch.zeros(classes))
 
     def model(self, x: Float[Tensor, "n x_dim"], label: Int[Tensor, " n"] | None = None) -> None:
         with self._data(len(x)):
-            y = pyro.sample("y", dist.Categorical(logits=self.class_logits))
+            y = pyro.sample("y", dist.Categorical(logits=x.new_zeros(self.classes)))
             z = pyro.sample("z", dist.Normal(x.new_zeros(self.z_dim), 1.0).to_event(1))
             pyro.sample("x", dist.Binomial(self.total, logits=self.decode(z, y)).to_event(1), obs=x)
             if label is not None:

@@ -14,6 +14,7 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
+import pyro
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -79,6 +80,7 @@ def run(seed: int, epochs: int, out: Path, compile: bool) -> Outcome:
     torch.manual_seed(seed)
     classifier = supervised(train, steps=500)
     torch.manual_seed(seed)
+    pyro.clear_param_store()  # it would hand the parameters of the split before to this one
     vae = SSVAE(train.x.shape[1], CLASSES, z_dim=32, total=TOTAL, alpha=100.0)
     result = pe.fit(
         vae.model,

@@ -34,7 +34,7 @@ class SSVAE(nn.Module):
         z_dim: latent dimensions.
         hidden: width of the hidden layer of each network.
         total: largest count of a column.
-        alpha: the weight of log q(label | x). At 0 the objective is a bound on log p(x, label) that leaves the
+        alpha: the weight of log q(label | x). At 0 there is no such site, and the objective is a bound on log p(x, label) that leaves the
             classifier to the rows without a label.
         size: rows of the full data, of which x and label are minibatches; those given if omitted.
     """
@@ -61,7 +61,7 @@ class SSVAE(nn.Module):
             y = pyro.sample("y", dist.Categorical(logits=x.new_zeros(self.classes)))
             z = pyro.sample("z", dist.Normal(x.new_zeros(self.z_dim), 1.0).to_event(1))
             pyro.sample("x", dist.Binomial(self.total, logits=self.decode(z, y)).to_event(1), obs=x)
-            if label is not None:
+            if label is not None and self.alpha > 0:
                 with pyro.poutine.mask(mask=label != UNKNOWN), pyro.poutine.scale(scale=self.alpha):
                     pyro.sample("label", dist.Categorical(logits=self.classify(x)), obs=label.clamp(min=0))
 

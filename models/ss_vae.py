@@ -34,8 +34,8 @@ class SSVAE(nn.Module):
         z_dim: latent dimensions.
         hidden: width of the hidden layer of each network.
         total: largest count of a column.
-        alpha: the weight of log q(label | x). At 0 there is no such site, and the objective is a bound on log p(x, label) that leaves the
-            classifier to the rows without a label.
+        alpha: the weight of log q(label | x). At 0 there is no such site: the objective is a bound on log p(x, label),
+            and leaves the classifier to the rows without a label.
         size: rows of the full data, of which x and label are minibatches; those given if omitted.
     """
 

@@ -296,8 +296,8 @@ class _EnumeratedRun:
 
 def _enumerated_outside(name: str, variables: Iterable[str]) -> SiteError:
     return SiteError(
-        f"Site '{name}' of a pe.scan depends on {sorted(variables)}, which the guide enumerates. Draw that site in the "
-        "guide, without a mark for enumeration."
+        f"Site '{name}' of a pe.scan depends on {sorted(variables)}, which the guide enumerates. Mark that site "
+        "'sequential', which runs the scan once per value, or draw it in the guide without a mark."
     )
 
 

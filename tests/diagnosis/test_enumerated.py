@@ -60,7 +60,7 @@ def test_a_fit_with_enumerated_latents_says_what_it_knows(mark):
     noise = 0.3 if mark is None else 1e-4  # the prior of z, a mixture, has no analytic KL
     assert float(of_z[last]) == pytest.approx(float(history.kl.sel(latent="z", split="valid")[last]), rel=noise)
     kl_of_k = float(history.kl.sel(latent="k", split="valid")[last])
-    assert float(history.kl_per_dim.sel(unit="k", split="valid")[last]) == pytest.approx(kl_of_k, rel=0.05)
+    assert float(history.kl_per_dim.sel(unit="k", split="valid")[last]) == pytest.approx(kl_of_k, rel=max(noise, 0.05))
     if mark is None:  # z is drawn once per row
         assert float(history.active_units.sel(latent="z", split="valid")[last]) == 1
         assert np.isnan(history.active_units.sel(latent="k")).all()

@@ -162,7 +162,8 @@ def each_branch(run: Callable[[], T]) -> list[T]:
 
 def without_marks(guide: Callable[..., Any]) -> Callable[..., Any]:
     """Return a guide that draws the sites that it marks for enumeration."""
-    return infer_config(guide, lambda msg: {"enumerate": None})
+    unmarked: Any = {"enumerate": None}
+    return infer_config(guide, lambda msg: unmarked)
 
 
 def _check_support(msg: Any) -> None:

@@ -109,11 +109,11 @@ def semi_supervised(batch: int, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--lengths", type=int, nargs="+", default=[100, 500, 2000])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[100, 500, 2000])
     parser.add_argument("--longest-loop", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--images", type=int, nargs="+", default=[32, 128], help="batches of the autoencoder")
+    parser.add_argument("--images", type=int, nargs="*", default=[32, 128], help="batches of the autoencoder")
     options = parser.parse_args()
     print(f"K = {K}, batch {options.batch}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
     for batch in options.images:

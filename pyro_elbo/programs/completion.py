@@ -10,7 +10,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from pyro_elbo.programs.explain import PARTICLE_PLATE
 from pyro_elbo.programs.messages import Recorder
 from pyro_elbo.programs.tracing import Program, Traced, TracePair, pair_traces
 
-Posterior = Callable[[TracePair, str], TorchDistributionMixin]
+DrawSite = Callable[[TracePair, str], None]
 Record = Callable[[TracePair], Mapping[str, Tensor]]
 
 
@@ -56,14 +55,14 @@ class _InPlace(poutine.messenger.Messenger):
         msg["mask"] = both(msg["mask"], self.place.mask)
 
 
-def complete_guide(model: Program, guide: Program, posterior: Posterior, record: Record) -> Program:
+def complete_guide(model: Program, guide: Program, draw: DrawSite, record: Record) -> Program:
     """Return a guide that also draws the sites that the model sums out, each given those before.
 
     Args:
         model: the model, with sites marked for enumeration that the guide lacks.
         guide: the guide; it marks none itself.
-        posterior: the exact posterior of one of the sites of a run, given what is drawn, with the batch dimensions of
-            the run.
+        draw: a program that draws one of the sites of a run from its exact posterior given what is drawn, with the batch
+            dimensions of the run.
         record: values to keep as deterministic sites of the guide, from the run before anything is drawn.
     """
 
@@ -76,7 +75,7 @@ def complete_guide(model: Program, guide: Program, posterior: Posterior, record:
             while pair.summed_out:
                 name = pair.summed_out[0]
                 with _InPlace(places[name]):
-                    pyro.sample(name, posterior(pair, name))
+                    draw(pair, name)
                 pair, places = _trace_given(model, drawn.trace, args, kwargs)
             return result
 

@@ -160,7 +160,9 @@ class _EnumeratedRun:
         if posterior is None or part.log_p is None:
             return term
         if site.name in self.summed:
-            term = replace(term, posterior=self._probabilities(site, posterior.marginals[site.name]))
+            marginal, before = posterior.marginals[site.name], step_before(site.name)
+            pairs = self._probabilities(site, marginal, before, site.name) if before in marginal.variables else None
+            term = replace(term, posterior=self._probabilities(site, marginal, site.name), pairs=pairs)
             return _over_time(site, term) if isinstance(site.fn, StackedDistribution) else term
         if isinstance(site.fn, StackedDistribution):
             return _over_time(site, term)
@@ -185,12 +187,13 @@ class _EnumeratedRun:
     def _is_row(self, a: Label) -> bool:
         return a.kind == "batch" and a.dim != self.run.particle_dim
 
-    def _probabilities(self, site: Site, marginal: Labeled) -> Tensor:
-        """Return the posterior over the values of a site, which are the last dimension."""
-        own = next(a for a in marginal.labels if a.name == site.name)
-        alone = marginal.sum([a for a in marginal.labels if a.kind == "value" and a.name in self.values and a != own])
-        i, event = alone.labels.index(own), Label("event", "", 0, own.size)
-        moved = Labeled(alone.x.movedim(i, -1), (*alone.labels[:i], *alone.labels[i + 1 :], event))
+    def _probabilities(self, site: Site, marginal: Labeled, *names: str) -> Tensor:
+        """Return the posterior over the values of variables, which are the last dimensions."""
+        alone = marginal.sum([a for a in marginal.labels if a.name in self.values and a.name not in names])
+        own = [next(a for a in alone.labels if a.name == n) for n in names]
+        events = [Label("event", "", i, a.size) for i, a in enumerate(own)]
+        x = alone.x.movedim([alone.labels.index(a) for a in own], list(range(-len(own), 0)))
+        moved = Labeled(x, (*(a for a in alone.labels if a not in own), *events))
         return unlabel(self._expect(site, moved))
 
     def _expect(self, site: Site, x: Labeled) -> Labeled:
@@ -227,7 +230,7 @@ def _over_time(site: Site, steps: Term) -> Term:
     if steps.independent is not None:
         moved = tuple(p._replace(dim=p.dim - 1) for p in steps.independent)
         whole = replace(whole, steps=replace(steps, independent=moved))
-    return replace(whole, posterior=steps.posterior)
+    return replace(whole, posterior=steps.posterior, pairs=steps.pairs)
 
 
 def _latent_part(p: Site, q: Site, exact: bool, changed: bool) -> _Part:

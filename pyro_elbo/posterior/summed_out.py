@@ -66,16 +66,16 @@ def _draw(run: TracePair, name: str) -> None:
     check_masked(site, term)
     assert term.posterior is not None
     if not isinstance(site.fn, StackedDistribution):
-        pyro.sample(name, _over_support(site, _in_plates(run, site, term.posterior, 1)))
+        pyro.sample(name, _over_support(site, in_plates(run, site, term.posterior, 1)))
         return
     pairs = term.posterior.unsqueeze(-2) if term.pairs is None else term.pairs  # without a carry: one state before
-    pairs = _in_plates(run, site, pairs, 3).movedim(-3, 0)
+    pairs = in_plates(run, site, pairs, 3).movedim(-3, 0)
     total = pairs.sum(-1, keepdim=True)
     chain = torch.where(total > 0, pairs / total, torch.ones_like(pairs) / pairs.shape[-1])
-    counted = torch.as_tensor(True if site.fn.counted is None else site.fn.counted)
+    counted: Any = torch.as_tensor(True if site.fn.counted is None else site.fn.counted)
     counted = counted.expand(torch.broadcast_shapes(counted.shape, (len(chain),))).movedim(-1, 0)
 
-    def step(before: Tensor, x: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+    def step(before: Tensor, x: tuple[Tensor, Any]) -> tuple[Tensor, None]:
         transition, counts = x
         with poutine.mask(mask=counts):
             k = pyro.sample(name, _over_support(site, (before.unsqueeze(-1) * transition).sum(-2)))
@@ -96,7 +96,7 @@ def check_masked(site: Site, term: Term) -> None:
         )
 
 
-def _in_plates(run: TracePair, site: Site, probs: Tensor, event_dim: int) -> Tensor:
+def in_plates(run: TracePair, site: Site, probs: Tensor, event_dim: int) -> Tensor:
     """Expand probabilities to the plates of a site, and to the particles on which they depend."""
     sizes = {p.dim: p.size for p in site.plates}
     if run.particle_dim is not None and probs.dim() - event_dim >= -run.particle_dim:
@@ -115,8 +115,8 @@ def _over_support(site: Site, probs: Tensor) -> TorchDistributionMixin:
     if isinstance(fn, Categorical):
         return dist.Categorical(probs)
     raise SiteError(
-        f"Site '{site.name}' is summed out with a {type(fn).__name__}: draws are offered for Bernoulli, Categorical and "
-        "OneHotCategorical. Write the site as a Categorical over its support, or give it a place in the guide."
+        f"Site '{site.name}' is summed out with a {type(fn).__name__}: draws are offered for Bernoulli, Categorical "
+        "and OneHotCategorical. Write the site as a Categorical over its support, or give it a place in the guide."
     )
 
 

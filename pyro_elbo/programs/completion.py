@@ -61,7 +61,7 @@ def complete_guide(model: Program, guide: Program, draw: DrawSite, record: Recor
     Args:
         model: the model, with sites marked for enumeration that the guide lacks.
         guide: the guide; it marks none itself.
-        draw: a program that draws one of the sites of a run from its exact posterior given what is drawn, with the batch
+        draw: a program that draws one site of a run from its exact posterior given what is drawn, with the batch
             dimensions of the run.
         record: values to keep as deterministic sites of the guide, from the run before anything is drawn.
     """

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.posterior.draws import ProgramCall
-from pyro_elbo.posterior.layout import drop_gaps
 from pyro_elbo.posterior.summed_out import check_masked, draw_summed_out, in_plates
 from pyro_elbo.programs import (
     Program,
@@ -25,7 +24,7 @@ from pyro_elbo.terms import evaluate_run, most_probable
 
 
 def infer_discrete(
-    model: Program, guide: Program, *args: Any, temperature: int = 1, seed: int | None = 0, **kwargs: Any
+    model: Program, guide: Program, *args: Any, temperature: float = 1, seed: int | None = 0, **kwargs: Any
 ) -> dict[str, Tensor]:
     r"""Return values of the discrete latents that a model sums out, given its data and one draw of the guide's latents.
 
@@ -44,8 +43,9 @@ def infer_discrete(
         seed: seed of all draws; None continues the caller's random stream.
 
     Returns:
-        By site, values of shape plates × (time of a scan ×) event. Steps after the end of a sequence, and rows that a
-        mask leaves out, have a draw from the prior at temperature 1, and the first value of the support at 0.
+        By site, values of shape plates × (time of a scan ×) event, as in a run of the model. Steps after the end of a
+        sequence, and rows that a mask leaves out, have a draw from the prior at temperature 1, and the first value of
+        the support at 0.
 
     Raises:
         ArgumentError: another temperature, or an option is misspelled.
@@ -86,7 +86,7 @@ def infer_discrete(
         if temperature == 0:
             return _mode(run)
         drawn = trace_pair(*programs._replace(guide=completed)).model
-        return {n: drop_gaps(drawn[n].value, drawn[n]) for n in run.summed_out}
+        return {n: drawn[n].value for n in run.summed_out}
 
 
 def _mode(run: TracePair) -> dict[str, Tensor]:
@@ -96,8 +96,7 @@ def _mode(run: TracePair) -> dict[str, Tensor]:
         site, term = run.model[name], terms[name]
         check_masked(site, term)
         steps = 0 if term.steps is None else 1
-        values = _support(site)[in_plates(run, site, best[name], 1 + steps).argmax(-1)]
-        found[name] = drop_gaps(values, site)
+        found[name] = _support(site)[in_plates(run, site, best[name], 1 + steps).argmax(-1)]
     return found
 
 

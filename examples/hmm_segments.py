@@ -135,7 +135,7 @@ def draw(data: Simulated, found: Segmented, counts: Tensor, path: Path) -> None:
     right = (guess == data.k[data.valid]).double()
     bins = torch.linspace(0.25, 1, 11)
     where = torch.bucketize(sure, bins[1:-1])
-    points = [(sure[where == b].mean(), right[where == b].mean()) for b in range(10) if (where == b).sum() > 30]
+    points = [(sure[where == b].mean(), right[where == b].mean()) for b in range(10) if (where == b).sum() > 100]
     axes["sure"].plot([0.25, 1], [0.25, 1], color="#9aa5b1", linewidth=1)
     axes["sure"].plot(*zip(*points, strict=True), "o-", color=COLORS[0])
     axes["sure"].set(

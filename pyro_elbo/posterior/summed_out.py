@@ -65,25 +65,29 @@ def _draw(run: TracePair, name: str) -> None:
     term, site = evaluate_run(run, "sampled")[name], run.model[name]
     check_masked(site, term)
     assert term.posterior is not None
-    if not isinstance(site.fn, StackedDistribution):
+    if isinstance(site.fn, StackedDistribution):
+        pairs = term.posterior.unsqueeze(-2) if term.pairs is None else term.pairs  # without a carry: one state before
+        _draw_path(site, site.fn, in_plates(run, site, pairs, 3).movedim(-3, 0))
+    else:
         pyro.sample(name, _over_support(site, in_plates(run, site, term.posterior, 1)))
-        return
-    pairs = term.posterior.unsqueeze(-2) if term.pairs is None else term.pairs  # without a carry: one state before
-    pairs = in_plates(run, site, pairs, 3).movedim(-3, 0)
+
+
+def _draw_path(site: Site, fn: StackedDistribution, pairs: Tensor) -> None:
+    """Draw the path of a scan's state by a scan, given the posterior of each pair of states, time first."""
     total = pairs.sum(-1, keepdim=True)
     chain = torch.where(total > 0, pairs / total, torch.ones_like(pairs) / pairs.shape[-1])
-    counted: Any = torch.as_tensor(True if site.fn.counted is None else site.fn.counted)
+    counted: Any = torch.as_tensor(True if fn.counted is None else fn.counted)
     counted = counted.expand(torch.broadcast_shapes(counted.shape, (len(chain),))).movedim(-1, 0)
 
     def step(before: Tensor, x: tuple[Tensor, Any]) -> tuple[Tensor, None]:
         transition, counts = x
         with poutine.mask(mask=counts):
-            k = pyro.sample(name, _over_support(site, (before.unsqueeze(-1) * transition).sum(-2)))
+            k = pyro.sample(site.name, _over_support(site, (before.unsqueeze(-1) * transition).sum(-2)))
         return _one_hot(site, k, transition.shape[-1]).to(before.dtype), None
 
     start = torch.zeros_like(chain[0, ..., 0])
     start[..., 0] = 1
-    scan(step, start, (chain, counted), name=site.fn.run.time)
+    scan(step, start, (chain, counted), name=fn.run.time)
 
 
 def check_masked(site: Site, term: Term) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_elbo.masking import both
 from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, separate_dimensions
 from pyro_elbo.programs.explain import PARTICLE_PLATE
-from pyro_elbo.programs.messages import Recorder
+from pyro_elbo.programs.messages import Recorder, is_subsample
 from pyro_elbo.programs.tracing import Program, Traced, TracePair, pair_traces
 
 DrawSite = Callable[[TracePair, str], None]
@@ -24,11 +24,12 @@ Record = Callable[[TracePair], Mapping[str, Tensor]]
 
 
 class _Apart(poutine.messenger.Messenger):
-    """Hides the sites inside from all handlers around but the plate of the particles."""
+    """Hides the sites inside from all handlers around but the plate of the particles, where draws differ in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, drawn: poutine.Trace) -> None:
         super().__init__()
-        self.particles = next((h for h in _PYRO_STACK if getattr(h, "name", None) == PARTICLE_PLATE), None)
+        plate = next((h for h in _PYRO_STACK if getattr(h, "name", None) == PARTICLE_PLATE), None)
+        self.particles = plate if plate is not None and _differ_along(plate.dim, drawn) else None
 
     def _process_message(self, msg: Any) -> None:
         if self.particles is not None and msg["type"] == "sample":
@@ -72,14 +73,22 @@ def complete_guide(model: Program, guide: Program, draw: DrawSite, record: Recor
             pair, places = _trace_given(model, drawn.trace, args, kwargs)
             for name, value in record(pair).items():
                 pyro.deterministic(name, value)
-            while pair.summed_out:
-                name = pair.summed_out[0]
+            for i, name in enumerate(pair.summed_out):
+                if i > 0:
+                    pair, places = _trace_given(model, drawn.trace, args, kwargs)
                 with _InPlace(places[name]):
                     draw(pair, name)
-                pair, places = _trace_given(model, drawn.trace, args, kwargs)
             return result
 
     return program
+
+
+def _differ_along(dim: int, trace: poutine.Trace) -> bool:
+    """Return whether some value of a guide extends along a batch dimension."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    sites = (m for m in nodes.values() if m["type"] == "sample" and not is_subsample(m))
+    shapes = (m["value"].shape[: m["value"].dim() - m["fn"].event_dim] for m in sites)
+    return any(len(shape) >= -dim and shape[dim] > 1 for shape in shapes)
 
 
 def _as_draws(trace: poutine.Trace) -> poutine.Trace:
@@ -97,7 +106,7 @@ def _trace_given(
     model: Program, drawn: poutine.Trace, args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[TracePair, dict[str, _Place]]:
     """Run the model with the values of a trace, its other marked sites enumerated."""
-    apart, drawn = _Apart(), _as_draws(drawn)
+    apart, drawn = _Apart(drawn), _as_draws(drawn)
     particles = apart.particles
     leftmost = -1 - ROOM_FOR_PLATES if particles is None else particles.dim - 1
     recorder = Recorder()

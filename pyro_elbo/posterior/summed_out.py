@@ -11,6 +11,7 @@ posterior of each pair of states over that of the first of them:
 .. math:: p(k_{1:T} \mid x) = \prod_t \frac{\xi_t(k_{t-1}, k_t)}{\sum_k \xi_t(k_{t-1}, k)}.
 """
 
+import math
 from typing import Any
 
 import pyro
@@ -23,7 +24,7 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import masked
-from pyro_elbo.programs import Program, Site, TracePair, complete_guide
+from pyro_elbo.programs import MOST_ENTRIES, Program, Site, TracePair, complete_guide
 from pyro_elbo.sequences import StackedDistribution, scan
 from pyro_elbo.terms import Term, connected, evaluate_run
 
@@ -46,6 +47,16 @@ def draw_summed_out(model: Program, guide: Program, shapes: TracePair) -> Progra
             "have them drawn."
         )
     return complete_guide(model, guide, _draw, _log_likelihoods)
+
+
+def room_for_draws(shapes: TracePair) -> float:
+    """Return how many draws fit into one run of the programs, at least 2; no bound where nothing is summed out.
+
+    Every draw of the guide has densities of its own over all values of the sites that are summed out after it.
+    """
+    drawn = [n for n, s in shapes.guide.items() if s.is_drawn] + shapes.summed_out
+    sizes = [s.stepwise().log_prob().numel() for s in shapes.model.values() if s.depends_on]
+    return max(2, MOST_ENTRIES // max(sizes)) if sizes and len(drawn) > 1 else math.inf
 
 
 def _log_likelihoods(run: TracePair) -> dict[str, Tensor]:

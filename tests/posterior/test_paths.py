@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 import pyro_elbo as pe
 from models.hmm import HMM
 from pyro_elbo.errors import ArgumentError, SiteError
-from pyro_elbo.posterior.draws import draw
+from pyro_elbo.posterior.draws import _collect, draw
 from tests.programs_chains import CHAINS, LENGTHS, STEPS
 from tests.programs_discrete import DISCRETE, assignments, log_density, nothing
 from tests.support.refusing import refusing
@@ -317,3 +317,17 @@ def test_forecasts_continue_the_path_from_its_end():
             sd = (1 + last @ means**2 - mean**2).sqrt()
             assert ((found[..., h].mean(0) - mean).abs() <= 5 * sd / count**0.5).all()
     assert result.sample(10)["k"].dims == ("draw", "sequences", "time")
+
+
+def test_draws_with_densities_of_their_own_come_in_chunks_that_fit_in_memory(monkeypatch):
+    """A draw of the level has a density over 9 pairs of states, 2 sequences and 4 steps."""
+    counts = []
+
+    def collect(pair, frame, count):
+        counts.append(count)
+        return _collect(pair, frame, count)
+
+    monkeypatch.setattr("pyro_elbo.posterior.summed_out.MOST_ENTRIES", 72 * 20)
+    monkeypatch.setattr("pyro_elbo.posterior.draws._collect", collect)
+    assert drawn(by_name["a level around it"], 50).way == "plate"
+    assert counts == [20, 20, 10]

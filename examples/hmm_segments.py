@@ -124,26 +124,30 @@ def draw(data: Simulated, found: Segmented, counts: Tensor, path: Path) -> None:
     )
     i = int(data.lengths.argmax())
     n = int(data.lengths[i])
-    axes["x"].scatter(range(n), data.x[i, :n], c=[COLORS[k] for k in data.k[i, :n].tolist()], s=14)
+    axes["x"].scatter(range(n), data.x[i, :n].numpy(), c=[COLORS[k] for k in data.k[i, :n].tolist()], s=14)
     axes["x"].set(xlim=(-0.5, n - 0.5), ylabel="x", title="one sequence, colored by its true states")
     bands = torch.stack([data.k[i, :n], found.path[i, :n]])
-    axes["bands"].imshow(bands, aspect="auto", cmap=ListedColormap(COLORS), vmin=0, vmax=STATES - 1)
+    axes["bands"].imshow(bands.numpy(), aspect="auto", cmap=ListedColormap(COLORS), vmin=0, vmax=STATES - 1)
     axes["bands"].set_yticks([0, 1], ["truth", "best path"])
-    axes["marginals"].stackplot(range(n), found.marginals[i, :n].T, colors=COLORS)
+    axes["marginals"].stackplot(range(n), found.marginals[i, :n].T.numpy(), colors=COLORS)
     axes["marginals"].set(xlim=(-0.5, n - 0.5), ylim=(0, 1), xlabel="time", ylabel="smoothing marginals")
     sure, guess = found.marginals[data.valid].max(-1)
     right = (guess == data.k[data.valid]).double()
     bins = torch.linspace(0.25, 1, 11)
     where = torch.bucketize(sure, bins[1:-1])
-    points = [(sure[where == b].mean(), right[where == b].mean()) for b in range(10) if (where == b).sum() > 100]
+    points = [
+        (sure[where == b].mean().item(), right[where == b].mean().item()) for b in range(10) if (where == b).sum() > 100
+    ]
     axes["sure"].plot([0.25, 1], [0.25, 1], color="#9aa5b1", linewidth=1)
     axes["sure"].plot(*zip(*points, strict=True), "o-", color=COLORS[0])
     axes["sure"].set(
         xlabel="largest marginal", ylabel="share of frames that it names right", title="how sure, how right"
     )
     axes["counts"].hist(counts.numpy(), bins=25, color=COLORS[0], alpha=0.7, label="draws")
-    axes["counts"].axvline(count_segments(data.k, data.valid), color="black", label="truth")
-    axes["counts"].axvline(count_segments(found.path, data.valid), color=COLORS[3], linestyle="--", label="best path")
+    axes["counts"].axvline(count_segments(data.k, data.valid).item(), color="black", label="truth")
+    axes["counts"].axvline(
+        count_segments(found.path, data.valid).item(), color=COLORS[3], linestyle="--", label="best path"
+    )
     axes["counts"].set(xlabel="segments", yticks=[])
     axes["counts"].legend(fontsize=8)
     figure.savefig(path, dpi=100)

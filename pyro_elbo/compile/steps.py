@@ -2,8 +2,8 @@
 
 A new step (another shape, another mode, another value of something that the graph froze) first runs once in Python.
 That run makes lazy parameters and the optimizer's state, and raises Pyro's own errors. The second time, the step is
-captured (:mod:`pyro_elbo.compile.capture`) and compiled (:mod:`pyro_elbo.compile.inductor`). From then on its graph
-runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed.
+recorded (:mod:`pyro_elbo.compile.record`), and its machine code is made or found (:mod:`pyro_elbo.compile.store`). From
+then on the code runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed.
 """
 
 import warnings
@@ -43,8 +43,8 @@ from pyro_elbo.programs import (
 from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
-    from pyro_elbo.compile.capture import Graph
-    from pyro_elbo.compile.inductor import Executable
+    from pyro_elbo.compile.executable import Executable
+    from pyro_elbo.compile.record import Recording
 
 Compile = bool | Literal["auto"]
 StepKind = Literal["train", "evaluate"]
@@ -276,10 +276,11 @@ class CompiledSVI:
 
     def _capture(self, step: _KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
-        from pyro_elbo.compile._torch import config, lazy_graph_modules
-        from pyro_elbo.compile.capture import capture  # Inductor takes a second to import
-        from pyro_elbo.compile.inductor import Executable, compiling
+        from pyro_elbo.compile._torch import config, lazy_graph_modules  # what they import takes half a second
+        from pyro_elbo.compile.executable import Executable, compiling
+        from pyro_elbo.compile.record import record as record_call
         from pyro_elbo.compile.scan.lower import ScanLowering
+        from pyro_elbo.compile.store import machine_code
 
         scans, recording = ScanLowering(), collect_code
         names, validate = list(self._scalars(step, 0)), pyro.settings.get("validate_distributions_pyro")
@@ -312,10 +313,10 @@ class CompiledSVI:
             alive.copy_(usable)
             return usable
 
-        def trace() -> "Graph":
+        def trace() -> "Recording":
             validation = pyro.settings.context(**dict.fromkeys(_VALIDATION, False))
             with refuse_side_effects(step.guard), validation:
-                return capture(function, inputs, kept=2, lift_noise=not self.fallback_random)
+                return record_call(function, inputs)
 
         device = next((p.device for p in step.parameters.values()), torch.get_default_device())
         scalars, record = (
@@ -331,16 +332,17 @@ class CompiledSVI:
         ):
             check_reachable(step.guard)
             check_traceable(step.plan.optimizers, step.parameters)
-            graph = trace()
+            call = trace()
             if step.execution is not None and step.execution.misses(ran[-1]):
                 scans, recording = ScanLowering(), record_execution  # the first run took another branch
-                graph = trace()
+                call = trace()
                 step.execution.update(ran[-1])
                 args, kwargs = with_tensors(leaves, spec, [x for x in leaves if isinstance(x, Tensor)])
                 step.guard = self._guard(step.execution, args, kwargs, step.parameters, step.plan.optimizers)
                 check_reachable(step.guard)
             scans.compile()
-            step.execute = Executable(graph, row, scans.owned)
+            code = machine_code(call, kept=2, lift_noise=not self.fallback_random)
+            step.execute = Executable(call, code, row, scans.owned)
 
     def _scalars(self, step: _KnownStep, ahead: int) -> dict[Hashable, float]:
         """Return the Python numbers of the step after ``ahead`` more: each schedule's, and the optimizers'."""

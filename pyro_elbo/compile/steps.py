@@ -90,6 +90,9 @@ class CompiledSVI:
         fallback_random: draw with torch's own operators in the program's order, which reproduces the stream of an
             uncompiled run. Otherwise all noise of a step is drawn at once.
 
+    Attributes:
+        trains: whether the objective depends on a parameter.
+
     Raises:
         CompileError: ``compile`` is True and compiled steps do not work with this version of torch.
     """
@@ -111,6 +114,7 @@ class CompiledSVI:
         self._known: dict[Key, list[_KnownStep]] = {}
         self._modules: list[nn.Module] = []
         self._misses = 0
+        self.trains = True
         self._start, self._first_step = Start(), loss.step
         if compile:
             with self._or_python():
@@ -228,6 +232,8 @@ class CompiledSVI:
                 self._modules = stack.enter_context(evaluating(self.model, self.guide))
             terms = self.loss.checked_terms(self.model, self.guide, args, kwargs)
             loss = self._loss(terms)
+        if kind == "train":
+            self.trains = loss.requires_grad
         if kind == "train" and loss.requires_grad:
             self._start.note(parameters)
             self.loss.count_step(loss, terms).backward()

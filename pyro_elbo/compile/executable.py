@@ -23,6 +23,7 @@ from pyro_elbo.compile.code import Code, on_cpu
 from pyro_elbo.compile.noise import Noise, Segment
 from pyro_elbo.compile.record import Recording
 from pyro_elbo.compile.store import load_library
+from pyro_elbo.errors import CompileError
 
 AHEAD = 2**18  # numbers of noise drawn at once
 
@@ -177,6 +178,41 @@ class Executable:
             with torch.no_grad():
                 for x, old in zip(self._externals, before, strict=True):
                     x.detach().copy_(old)
+
+    def check(self, recording: Recording, lift_noise: bool, values: Sequence[float]) -> None:
+        """Compare one step of the machine code with its graph, run operator by operator on the same noise.
+
+        Raises:
+            CompileError: they differ by more than rounding.
+        """
+        from pyro_elbo.compile.capture import functional_graph
+
+        graph = functional_graph(recording, len(self._row) - 1, lift_noise)
+        data = recording.inputs[: -len(self._row)]
+
+        def in_python() -> None:
+            rows, _ = self._rows_for(1)
+            rows.fill([values], self._noise, self._stream)
+            inputs = zip([*self._externals, *data, *rows.inputs], graph.fakes, strict=True)
+            with torch.no_grad():
+                graph.module(*(x[: len(fake)] if fake.dim() == 1 else x for x, fake in inputs))
+
+        found, noise = [], torch.get_rng_state()
+        for run in (lambda: self._run(data, [values]), in_python):
+            torch.set_rng_state(noise)
+            with self.unchanged():
+                run()
+                found.append([x.detach().clone() for x in (*self._externals, self._rows_for(1)[0].record)])
+        torch.set_rng_state(noise)
+        self.flag.fill_(True)
+        for stored, expected in zip(*found, strict=True):
+            try:
+                torch.testing.assert_close(stored, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
+            except AssertionError as error:
+                raise CompileError(
+                    f"The machine code of a step does something else than its graph: {error} Empty the folder "
+                    "TORCHINDUCTOR_CACHE_DIR, and please report the program."
+                ) from error
 
     def _run(self, data: Sequence[Tensor], values: Sequence[Sequence[float]]) -> np.ndarray:
         rows, handles = self._rows_for(len(values))

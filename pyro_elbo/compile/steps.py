@@ -6,6 +6,7 @@ recorded (:mod:`pyro_elbo.compile.record`), and its machine code is made or foun
 then on the code runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed.
 """
 
+import os
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -320,8 +321,7 @@ class CompiledSVI:
             return usable
 
         def trace() -> "Recording":
-            validation = pyro.settings.context(**dict.fromkeys(_VALIDATION, False))
-            with refuse_side_effects(step.guard), validation:
+            with refuse_side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
                 return record_call(function, inputs)
 
         device = next((p.device for p in step.parameters.values()), torch.get_default_device())
@@ -349,6 +349,8 @@ class CompiledSVI:
             scans.compile()
             code = machine_code(call, kept=2, lift_noise=not self.fallback_random)
             step.execute = Executable(call, code, row, scans.owned)
+            if os.environ.get("PYRO_ELBO_CHECK"):
+                step.execute.check(call, not self.fallback_random, list(self._scalars(step, 0).values()))
 
     def _scalars(self, step: _KnownStep, ahead: int) -> dict[Hashable, float]:
         """Return the Python numbers of the step after ``ahead`` more: each schedule's, and the optimizers'."""

@@ -120,11 +120,16 @@ def test_settings_of_inductor_decide_on_the_key():
     assert key() == before
 
 
-def train():
+def train(beta=1.0, **options):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    svi = pe.SVI(model, guide, adam(), sampled(), compile=True)
+    svi = pe.SVI(model, guide, adam(), sampled(beta), compile=True, **options)
     return [svi.step(X) for _ in range(4)]
+
+
+def steps_in(folder):
+    """The libraries of steps; the driver has one too."""
+    return {p for p in folder.glob("*.so") if "noise" in json.loads(p.with_suffix(".json").read_text())}
 
 
 def damage_json(path):
@@ -137,7 +142,9 @@ def name_another_type(path):
 
 
 def cut_library(path):
-    path.write_bytes(path.read_bytes()[:1000])
+    content = path.read_bytes()
+    path.unlink()  # this process has mapped the file
+    path.write_bytes(content[:1000])
 
 
 def open_folder(path):
@@ -147,11 +154,23 @@ def open_folder(path):
 @pytest.mark.parametrize("damage", [damage_json, name_another_type, cut_library, open_folder])
 def test_what_is_not_what_was_written_is_compiled_anew(folder, damage, caplog):
     expected = train()
-    steps = [p for p in folder.glob("*.so") if "noise" in json.loads(p.with_suffix(".json").read_text())]
-    assert len(steps) == 1
-    damage(steps[0])
+    (step,) = steps_in(folder)
+    damage(step)
     assert train() == expected
     assert "anew" in caplog.text or "others than you" in caplog.text
+
+
+def test_code_of_another_graph_is_found_out(folder, monkeypatch):
+    """The code for β = 2, taken for that for β = 1."""
+    monkeypatch.setenv("PYRO_ELBO_CHECK", "1")
+    train()
+    right = steps_in(folder)
+    train()
+    train(beta=2.0)
+    (wrong,) = steps_in(folder) - right
+    monkeypatch.setattr(store, "key_of", lambda *arguments: wrong.stem)
+    with pytest.raises(CompileError, match="something else than its graph"):
+        train()
 
 
 def test_a_full_disk_costs_nothing_but_time(folder, monkeypatch, caplog):

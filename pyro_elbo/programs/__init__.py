@@ -7,7 +7,7 @@ Pyro and torch, ``rng`` derives seeds.
 Imports sequences and below.
 """
 
-from pyro_elbo.programs.checks import check_options, check_programs
+from pyro_elbo.programs.checks import MOST_ENTRIES, check_options, check_programs
 from pyro_elbo.programs.completion import complete_guide
 from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns, program_arguments
 from pyro_elbo.programs.enumeration import HeldDraws, each_branch, step_before, without_marks
@@ -33,6 +33,7 @@ from pyro_elbo.programs.tracing import (
 )
 
 __all__ = [
+    "MOST_ENTRIES",
     "as_tensors",
     "check_arguments",
     "named_columns",

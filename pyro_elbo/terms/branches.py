@@ -58,9 +58,18 @@ def _add(shares: Sequence[Share]) -> Term:
 
 
 def _sum_terms(terms: Sequence[Term]) -> Term:
-    posteriors = [t.posterior for t in terms if t.posterior is not None]
-    posterior = _sum(posteriors) if posteriors else None
-    return replace(terms[0], nats=_sum(t.nats for t in terms), mask=_any([t.mask for t in terms]), posterior=posterior)
+    return replace(
+        terms[0],
+        nats=_sum(t.nats for t in terms),
+        mask=_any([t.mask for t in terms]),
+        posterior=_sum_known(t.posterior for t in terms),
+        pairs=_sum_known(t.pairs for t in terms),
+    )
+
+
+def _sum_known(parts: Iterable[Tensor | None]) -> Tensor | None:
+    known = [x for x in parts if x is not None]
+    return _sum(known) if known else None
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:

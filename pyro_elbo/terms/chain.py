@@ -10,6 +10,8 @@ References:
     Rabiner (1989), A tutorial on hidden Markov models and selected applications in speech recognition.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,18 +29,27 @@ def log_sum_paths(log_f: Labeled, state: str, before: str) -> Labeled:
         state: the variable of the state now.
         before: that of the state before.
     """
+    return over_paths(log_f, state, before, _log_sum)
+
+
+def over_paths(log_f: Labeled, state: str, before: str, add_up: Callable[[Tensor], Tensor]) -> Labeled:
+    """Return the shares of all steps that ``add_up`` finds for log factors of shape (T, K before, K, *rest)."""
     size = next(a.size for a in log_f.labels if a.kind == "value" and a.name in (state, before))
     log_f = log_f.expand([Label("value", n, 0, size) for n in (state, before)])
     labels = log_f.labels
     time = next(a for a in labels if is_time(a))
     own = [time, Label("value", before, 0, size), Label("value", state, 0, size)]
     f = log_f.x.movedim([labels.index(a) for a in own], [0, 1, 2])
+    shares = add_up(f)
+    order = sort_labels([a for a in labels if a == time or a not in own])
+    return Labeled(shares.movedim(0, order.index(time)), order)
+
+
+def _log_sum(f: Tensor) -> Tensor:
     with torch.no_grad():
         increments, pairs = _forward_backward(f)
     possible = torch.where(pairs > 0, f, torch.zeros_like(f))
-    shares = increments + (pairs * (possible - possible.detach())).sum((1, 2))
-    order = sort_labels([a for a in labels if a == time or a not in own])
-    return Labeled(shares.movedim(0, order.index(time)), order)
+    return increments + (pairs * (possible - possible.detach())).sum((1, 2))
 
 
 def _forward_backward(f: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pyro_elbo.errors import ArgumentError, SiteError
+from pyro_elbo.masking import masked
 from pyro_elbo.programs import Plate, Site, step_before
 from pyro_elbo.terms.elimination import Factor, Plates, log_sum_product, shared_rows
 from pyro_elbo.terms.labeled import (
@@ -37,6 +38,7 @@ from pyro_elbo.terms.labeled import (
     label_steps,
     plate_labels,
 )
+from pyro_elbo.terms.semiring import MAXIMUM, SUM, Semiring
 from pyro_elbo.terms.term import alike
 
 WeightOf = Callable[[str], float | Tensor]
@@ -92,15 +94,18 @@ def connected(sites: Mapping[str, set[str]]) -> list[set[str]]:
     return [members for members, _ in groups]
 
 
-def log_prior(site: Site) -> Labeled:
+def log_prior(site: Site, mask: Tensor | bool | None = None) -> Labeled:
     """Return log p of a site over its support: without its mask, so that what is masked below it counts for nothing.
 
     Values of probability zero are impossible, where torch's distributions give them a tiny probability.
+
+    Args:
+        mask: zero is returned where it is false, aligned with ``site.stepwise()``.
     """
     steps = site.stepwise()
     log_p, support = steps.fn.log_prob(steps.value), _log_support(steps)
     log_p = log_p if support is None else torch.where(support > -torch.inf, log_p, -torch.inf)
-    return label_steps(log_p, site)
+    return label_steps(masked(log_p, mask), site)
 
 
 def _log_support(site: Site) -> Tensor | None:
@@ -140,6 +145,40 @@ def sum_out(
         SiteError: the sites differ in scale, or their plates do not allow the sum.
         ArgumentError: the summed-out sites have different weights.
     """
+    plates, rows = _arrange(sites, summed, guide, particle_dim)
+    names = [*summed, *map(step_before, summed)]
+    exponents = _exponents(sites, summed, guide, weight_of, rows)
+    full = _expand(sites, summed, plates)
+    logs = {n: _raise(_detached(x), exponents.get(n, 1.0)) for n, x in full.items()}
+    log_z, marginals = _differentiate(logs, plates, names, SUM)
+    nats = {n: _expected(marginals[n], x, names) for n, x in full.items()}
+    nats |= {n: _entropy_term(n, marginals[n], names) - nats[n] for n in summed}
+    shares = [_sum_rows(_raise(_detached(x), exponents.get(n, 1.0)), rows) for n, x in nats.items() if n not in summed]
+    shares += [_detached(_sum_rows(nats[n], rows)) * -1.0 for n in summed]
+    first = next((n for n in summed if plates[n] == rows), None)
+    if first is not None:  # the states of a scan are a chain, whose conditionals are all of its posterior
+        nats[first] = nats[first] + combine(_total, *shares, log_z.map(-log_z.x.detach()))
+    independent = tuple(p for p in sites[summed[0]].site.plates if all(p in sites[n].site.plates for n in summed))
+    return Posterior(nats, marginals, independent)
+
+
+def choose_best(
+    sites: Mapping[str, Joined], summed: list[str], guide: Mapping[str, Site], particle_dim: int | None
+) -> dict[str, Labeled]:
+    """Return the most probable joint values of the summed-out sites of one connected group.
+
+    They are 1, and all others 0, over the values that each site depends on. Arguments and errors are those of
+    :func:`sum_out`.
+    """
+    plates, _ = _arrange(sites, summed, guide, particle_dim)
+    logs = {n: _detached(x) for n, x in _expand(sites, summed, plates).items()}
+    return _differentiate(logs, plates, [*summed, *map(step_before, summed)], MAXIMUM)[1]
+
+
+def _arrange(
+    sites: Mapping[str, Joined], summed: list[str], guide: Mapping[str, Site], particle_dim: int | None
+) -> tuple[dict[str, Plates], Plates]:
+    """Return the plates of each site, and of each state at the step before, and the rows that all sites share."""
     names = [*summed, *map(step_before, summed)]
     beside = frozenset(a for j in sites.values() for a in j.log_p.labels if _is_beside(a, names, particle_dim))
     plates = {n: plate_labels(j.site) | beside for n, j in sites.items()}
@@ -151,25 +190,25 @@ def sum_out(
             _check_plates(name, v, plates[v] if v in names else plate_labels(guide[v]), plates[name])
             if v not in names:
                 _check_coupling(v, plate_labels(guide[v]), rows, summed)
-    exponents = _exponents(sites, summed, guide, weight_of, rows)
+    return plates, rows
+
+
+def _expand(sites: Mapping[str, Joined], summed: list[str], plates: Mapping[str, Plates]) -> dict[str, Labeled]:
+    """Return the log density of each site in all its plates, a state's also over its values at the step before."""
     joint = {n: _states_before(n, sites.values()) if n in summed else frozenset() for n in sites}
-    full = {n: joined.log_p.expand(plates[n] | joint[n]) for n, joined in sites.items()}
+    return {n: joined.log_p.expand(plates[n] | joint[n]) for n, joined in sites.items()}
+
+
+def _differentiate(
+    logs: Mapping[str, Labeled], plates: Mapping[str, Plates], names: list[str], semiring: Semiring
+) -> tuple[Labeled, dict[str, Labeled]]:
+    """Return log Z, and its derivatives with respect to the log factors of all sites."""
     with torch.enable_grad():
-        logs = {n: _raise(x.map(x.x.detach()), exponents.get(n, 1.0)) for n, x in full.items()}
         leaves = {n: x.map(x.x.detach().requires_grad_()) for n, x in logs.items()}
         factors = [Factor(x, plates[n]) for n, x in leaves.items()]
-        log_z = log_sum_product(factors, {v: plates[v] for v in names})
+        log_z = log_sum_product(factors, {v: plates[v] for v in names}, semiring)
         gradients = torch.autograd.grad(log_z.x.sum(), [x.x for x in leaves.values()])
-    marginals = {n: x.map(g) for (n, x), g in zip(full.items(), gradients, strict=True)}
-    nats = {n: _expected(marginals[n], x, names) for n, x in full.items()}
-    nats |= {n: _entropy_term(n, marginals[n], names) - nats[n] for n in summed}
-    shares = [_sum_rows(_raise(_detached(x), exponents.get(n, 1.0)), rows) for n, x in nats.items() if n not in summed]
-    shares += [_detached(_sum_rows(nats[n], rows)) * -1.0 for n in summed]
-    first = next((n for n in summed if plates[n] == rows), None)
-    if first is not None:  # the states of a scan are a chain, whose conditionals are all of its posterior
-        nats[first] = nats[first] + combine(_total, *shares, log_z.map(-log_z.x.detach()))
-    independent = tuple(p for p in sites[summed[0]].site.plates if all(p in sites[n].site.plates for n in summed))
-    return Posterior(nats, marginals, independent)
+    return log_z, {n: x.map(g) for (n, x), g in zip(logs.items(), gradients, strict=True)}
 
 
 def _states_before(name: str, sites: Iterable[Joined]) -> Plates:

@@ -79,6 +79,13 @@ def test_what_the_guide_enumerates_is_drawn_from_it(name):
     assert abs(found.total - exact) < 5 * found.total_standard_error
 
 
+@pytest.mark.parametrize("name", ["guide and model: chain", "in turn: global, local summed out"])
+def test_values_given_a_draw_are_not_those_of_an_enumerated_site(name):
+    program = by_name[name]
+    with refuses(SiteError, "enumerates", "mark"):
+        pe.infer_discrete(program.model, program.guide, *program.args)
+
+
 def test_other_supports_cannot_be_drawn():
     def model(x):
         with pyro.plate("data", len(x)):

@@ -79,8 +79,8 @@ def infer_discrete(
         run = trace_pair(*programs)
         if marked := [n for n, s in run.guide.items() if s.is_enumerated]:
             raise SiteError(
-                f"The guide enumerates {marked}, where values are asked for given one draw of the guide. Remove the mark "
-                "from the guide to have them drawn, or take terms.posterior."
+                f"The guide enumerates {marked}, where values are asked for given one draw of the guide. Remove the "
+                "mark from the guide to have them drawn, or take terms.posterior."
             )
         completed = draw_summed_out(model, guide, run)
         if not run.summed_out:

@@ -2,13 +2,15 @@
 
 Takes programs, objective and optimizer; gives steps with the totals of each. ``steps`` decides when to compile,
 ``capture`` traces a step on ``fakes`` with its ``noise`` as an input, ``batch_scalars`` and ``flat_state`` shrink the
-graph, ``inductor`` compiles it. ``execution`` records what a step ran, ``reach`` finds what that reads, ``guard``
-watches it, ``refusals`` explain what no graph can hold. ``gradients``, ``optimizer`` and ``traced_update`` step
-parameters. ``_torch`` holds all private names of torch, ``versions`` those tested.
+graph, ``inductor`` compiles it, with ``snapshots`` of parameters on the way. ``execution`` records what a step ran,
+``reach`` finds what that reads, ``guard`` watches it, ``refusals`` explain what no graph can hold. ``gradients``,
+``optimizer`` and ``traced_update`` step parameters. ``_torch`` holds all private names of torch, ``versions`` those
+tested.
 Imports objectives and below.
 """
 
 from pyro_elbo.compile.optimizer import PyroUpdate, TorchUpdate
+from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.steps import Compile, CompiledSVI, StepTotals
 
-__all__ = ["Compile", "PyroUpdate", "StepTotals", "CompiledSVI", "TorchUpdate"]
+__all__ = ["Compile", "PyroUpdate", "Snapshots", "StepTotals", "CompiledSVI", "TorchUpdate"]

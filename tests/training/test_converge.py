@@ -255,7 +255,7 @@ def test_constrained_parameters_are_averaged_unconstrained():
 
 def test_many_parameters_are_watched_in_part_and_averaged_in_full():
     iterates = Iterates([torch.zeros(100), torch.zeros(30, 40)])
-    assert iterates.watched(iterates.read()).shape == (256,)
+    assert iterates.watched(iterates.read()[None]).shape == (1, 256)
     x = torch.arange(1300.0)
     iterates.write(x)
     assert torch.equal(iterates.read(), x)

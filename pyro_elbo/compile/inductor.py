@@ -3,7 +3,6 @@
 import ctypes
 import inspect
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,4 +108,4 @@ def entry_point(compiled: Any) -> ctypes.c_void_p:
 
 def _library(compiled: Any) -> str:
     binding = inspect.getclosurevars(compiled.current_callable).nonlocals["f"]
-    return str(sys.modules[binding.__module__].__file__)
+    return str(binding.__self__.__file__)

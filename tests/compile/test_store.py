@@ -173,6 +173,12 @@ def test_code_of_another_graph_is_found_out(folder, monkeypatch):
         train()
 
 
+def test_without_caches_steps_are_compiled_anew(folder):
+    with config.patch(force_disable_caches=True):
+        assert len(train()) == 4
+    assert not folder.exists()
+
+
 def test_a_full_disk_costs_nothing_but_time(folder, monkeypatch, caplog):
     def full(path):
         raise OSError(28, "No space left on device")

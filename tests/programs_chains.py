@@ -33,6 +33,12 @@ class Chain:
     vectorizes: bool = True
 
 
+def start(chain):
+    """Create the parameters of both programs."""
+    pyro.set_rng_seed(7)
+    pe.TraceBeta_ELBO().loss(chain.loop, chain.loop_guide, STEPS)
+
+
 def over(steps):
     """The steps of a loop with their numbers."""
     return pyro.markov(list(enumerate(steps)))

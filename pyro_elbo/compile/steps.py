@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from pyro_elbo.assumptions import capturing
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
 from pyro_elbo.compile.execution import Execution, collect_code, record_execution
-from pyro_elbo.compile.gradients import Hooks, hooks_of, network_gradients, program_gradients
+from pyro_elbo.compile.gradients import hooks_of, network_gradients, program_gradients
 from pyro_elbo.compile.guard import Guard
+from pyro_elbo.compile.known_step import KnownStep
 from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, watch
 from pyro_elbo.compile.reach import guard_of
 from pyro_elbo.compile.refusals import check_reachable, check_sites, explain_capture, refuse_side_effects
@@ -45,7 +45,6 @@ from pyro_elbo.programs import (
 from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
-    from pyro_elbo.compile.executable import Executable
     from pyro_elbo.compile.record import Recording
 
 Compile = bool | Literal["auto"]
@@ -56,31 +55,6 @@ StepTotals = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names):
 _VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine")
 MAX_MISSES = 8  # steps in a row for which something has changed
 MAX_SHAPES = 64  # kinds of data
-
-
-@dataclass
-class _KnownStep:
-    """A step that ran once in Python, with what its graph relies on; the second run adds the graph."""
-
-    parameters: dict[str, Tensor]
-    plan: UpdatePlan
-    gradients: dict[Tensor, Tensor]
-    hooks: Hooks
-    sites: tuple[str, ...]
-    names: tuple[str, ...]
-    guard: Guard
-    execution: Execution | None
-    execute: "Executable | None" = None
-
-    def broken(self) -> str | None:
-        """Return the name of something that the step relies on and that has changed, or None."""
-        if (changed := self.guard.broken() or self.plan.broken()) is not None or self.execute is None:
-            return changed
-        return (
-            None
-            if self.execute.fits()
-            else "the layout of a parameter, or the values of a buffer that the programs read"
-        )
 
 
 class CompiledSVI:
@@ -114,7 +88,7 @@ class CompiledSVI:
         self.model, self.guide, self.loss, self.update = model, guide, loss, update
         self.compile: Compile = compile
         self.per_datum, self.fallback_random = per_datum, fallback_random
-        self._known: dict[Key, list[_KnownStep]] = {}
+        self._known: dict[Key, list[KnownStep]] = {}
         self._modules: list[nn.Module] = []
         self._misses = 0
         self.trains = True
@@ -184,7 +158,7 @@ class CompiledSVI:
             return names, first
         return names, np.concatenate([first, self._run(kind, args, kwargs, steps - 1, snapshots)[1]])
 
-    def _captured(self, key: Key, kind: StepKind, leaves: list[Any], spec: Any) -> _KnownStep | None:
+    def _captured(self, key: Key, kind: StepKind, leaves: list[Any], spec: Any) -> KnownStep | None:
         """Return a step whose graph can run, captured now where it ran once in Python; None for a new step."""
         known = self._known.setdefault(key, [])
         changed = "the program"
@@ -255,7 +229,7 @@ class CompiledSVI:
             pyro.infer.util.zero_grads(parameters.values())
         return terms, self._record(terms, loss), parameters
 
-    def _record_step(self, kind: StepKind, args: tuple, kwargs: Kwargs) -> tuple[_KnownStep, StepTotals]:
+    def _record_step(self, kind: StepKind, args: tuple, kwargs: Kwargs) -> tuple[KnownStep, StepTotals]:
         """Take a step in Python and note everything that its graph will rely on."""
         with record_execution() as execution:
             terms, record, parameters = self._in_python(kind, args, kwargs)
@@ -266,7 +240,7 @@ class CompiledSVI:
             guard = self._guard(execution, args, kwargs, parameters, optimizers)
         gradients = {p: p.grad for p in _held(optimizers) if p.grad is not None}
         hooks, sites = hooks_of(parameters), tuple(terms.sites)
-        step = _KnownStep(parameters, plan, gradients, hooks, sites, tuple(record), guard, execution)
+        step = KnownStep(parameters, plan, gradients, hooks, sites, tuple(record), guard, execution)
         return step, (step.names, np.array([[x.item() for x in record.values()]]))
 
     def _guard(
@@ -292,7 +266,7 @@ class CompiledSVI:
         guard.watch_attributes("grad", [p for p in _held(optimizers) if id(p) not in map(id, parameters.values())])
         return guard
 
-    def _capture(self, step: _KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
+    def _capture(self, step: KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
         from pyro_elbo.compile._torch import config, lazy_graph_modules  # what they import takes half a second
         from pyro_elbo.compile.executable import Executable, compiling
@@ -363,13 +337,13 @@ class CompiledSVI:
             if os.environ.get("PYRO_ELBO_CHECK"):
                 step.execute.check(call, not self.fallback_random, list(self._scalars(step, 0).values()))
 
-    def _scalars(self, step: _KnownStep, ahead: int) -> dict[Hashable, float]:
+    def _scalars(self, step: KnownStep, ahead: int) -> dict[Hashable, float]:
         """Return the Python numbers of the step after ``ahead`` more: each schedule's, and the optimizers'."""
         taken = self.loss.step + ahead
         return {schedule: schedule(taken) for schedule in self.loss.schedules} | step.plan.numbers(ahead)
 
     def _execute(
-        self, step: _KnownStep, args: tuple, kwargs: Kwargs, data: list[Tensor], steps: int, snapshots: Snapshots | None
+        self, step: KnownStep, args: tuple, kwargs: Kwargs, data: list[Tensor], steps: int, snapshots: Snapshots | None
     ) -> StepTotals:
         constant = self.loss.step >= self.loss.settled and not step.plan.counts_in_python
         values = [list(self._scalars(step, ahead).values()) for ahead in range(1 if constant else steps)]
@@ -390,7 +364,7 @@ class CompiledSVI:
             self._explain_unusable(step, record[usable], args, kwargs)
         return step.names, record[:, :-2]
 
-    def _explain_unusable(self, step: _KnownStep, row: np.ndarray, args: tuple, kwargs: Kwargs) -> None:
+    def _explain_unusable(self, step: KnownStep, row: np.ndarray, args: tuple, kwargs: Kwargs) -> None:
         def loss() -> Tensor:
             return self._loss(self.loss.evaluate(self.model, self.guide, args, kwargs, lambda s: s(self.loss.step)))
 

@@ -219,7 +219,7 @@ def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, F
         shapes = trace_pair(*programs)
     most = room_for_draws(shapes)
     if shapes.enumerated:
-        programs = programs._replace(guide=draw_summed_out(programs.model, programs.guide, shapes))
+        programs = programs._replace(guide=draw_summed_out(programs.model, programs.guide))
         shapes = trace_pair(*programs)
     frame = Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs), most)
     return programs, frame, data._replace(rows=rows)

@@ -82,7 +82,6 @@ def infer_discrete(
                 f"The guide enumerates {marked}, where values are asked for given one draw of the guide. Remove the "
                 "mark from the guide to have them drawn, or take terms.posterior."
             )
-        completed = draw_summed_out(model, guide, run)
         if not run.summed_out:
             raise SiteError(
                 "The model sums no site out. Mark its discrete sites, infer={'enumerate': 'parallel'} or "
@@ -90,7 +89,7 @@ def infer_discrete(
             )
         if temperature == 0:
             return _mode(run)
-        drawn = trace_pair(*programs._replace(guide=completed)).model
+        drawn = trace_pair(*programs._replace(guide=draw_summed_out(model, guide))).model
         return {n: drawn[n].value for n in run.summed_out}
 
 

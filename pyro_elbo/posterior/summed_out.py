@@ -32,12 +32,8 @@ RECORD = "log likelihood of "
 """The sites of a completed guide that hold the log likelihood of data without what is summed out."""
 
 
-def draw_summed_out(model: Program, guide: Program, shapes: TracePair) -> Program:
-    """Return a guide that also draws the latents that the model sums out.
-
-    Args:
-        shapes: a run of both programs.
-    """
+def draw_summed_out(model: Program, guide: Program) -> Program:
+    """Return a guide that also draws the latents that the model sums out."""
     return complete_guide(model, guide, _draw, _log_likelihoods)
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from pyro_elbo.masking import both
 from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, separate_dimensions
 from pyro_elbo.programs.explain import PARTICLE_PLATE
-from pyro_elbo.programs.messages import Recorder, is_subsample
+from pyro_elbo.programs.messages import Recorder
 from pyro_elbo.programs.tracing import Program, Traced, TracePair, pair_traces
+from pyro_elbo.sequences import is_subsample
 
 DrawSite = Callable[[TracePair, str], None]
 Record = Callable[[TracePair], Mapping[str, Tensor]]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs.sites import Turn
-from pyro_elbo.sequences import SUMS_PATHS
+from pyro_elbo.sequences import SUMS_PATHS, is_subsample
 
 ROOM_FOR_PLATES = 6
 """Batch dimensions left for plates where nobody gave their number: a dimension of size one costs next to nothing."""
@@ -28,6 +28,7 @@ ROOM_FOR_PLATES = 6
 T = TypeVar("T")
 TURN = "_turn"
 """Where a message keeps the turn of its value."""
+_VALUES = "_values"
 
 
 class Enumerator(EnumMessenger):
@@ -96,9 +97,6 @@ class Enumerator(EnumMessenger):
             )
 
 
-_VALUES = "_values"
-
-
 def _take(msg: Any, index: int) -> None:
     values = msg["infer"][_VALUES]
     msg["infer"][TURN] = Turn(index, len(values))
@@ -145,7 +143,7 @@ class Branch(HeldDraws):
         _take(msg, self.turns.setdefault(name, turn.index))
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and type(msg["fn"]).__name__ != "_Subsample":
+        if not msg["is_observed"] and not is_subsample(msg):
             self._drawn[msg["name"]] = msg["value"]
 
 

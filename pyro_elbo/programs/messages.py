@@ -22,16 +22,11 @@ from pyro_elbo.programs.data import observed_tensor
 from pyro_elbo.programs.enumeration import TURN
 from pyro_elbo.programs.explain import PARTICLE_PLATE
 from pyro_elbo.programs.sites import Plate, Site, SiteRole, is_point, shared_plate
-from pyro_elbo.sequences import StackedDistribution, fill_masked
+from pyro_elbo.sequences import StackedDistribution, fill_masked, is_subsample
 
 Message = Any
 Variables = Mapping[int, tuple[str, int]]
 NO_VARIABLES: Variables = {}
-
-
-def is_subsample(message: Message) -> bool:
-    """Return whether a message is a plate's choice of rows."""
-    return type(message.get("fn")).__name__ == "_Subsample"
 
 
 class Recorder(poutine.trace_messenger.TraceMessenger):

@@ -24,13 +24,12 @@ from pyro_elbo.programs.messages import (
     GivenRows,
     Recorder,
     enumerated_sites,
-    is_subsample,
     plate_nesting,
     read_guide,
     read_model,
 )
 from pyro_elbo.programs.sites import Site
-from pyro_elbo.sequences import Filter, StackedDistribution, filtering
+from pyro_elbo.sequences import Filter, StackedDistribution, filtering, is_subsample
 
 Program = Callable[..., Any]
 

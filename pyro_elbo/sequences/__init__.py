@@ -8,9 +8,18 @@ model and guide together and resamples, ``particles`` lets modules broadcast ove
 Imports masking, assumptions and errors.
 """
 
-from pyro_elbo.sequences.collect import SUMS_PATHS
+from pyro_elbo.sequences.collect import SUMS_PATHS, is_subsample
 from pyro_elbo.sequences.scan import scan
 from pyro_elbo.sequences.smc import Filter, filtering, run_loop
 from pyro_elbo.sequences.stacked import StackedDistribution, fill_masked
 
-__all__ = ["SUMS_PATHS", "Filter", "StackedDistribution", "fill_masked", "filtering", "run_loop", "scan"]
+__all__ = [
+    "SUMS_PATHS",
+    "Filter",
+    "StackedDistribution",
+    "fill_masked",
+    "filtering",
+    "is_subsample",
+    "run_loop",
+    "scan",
+]

@@ -22,6 +22,11 @@ SUMS_PATHS = "_sums_paths"
 """The entry of ``infer`` by which a handler that enumerates says that it sums over the paths of a scan's states."""
 
 
+def is_subsample(message: Any) -> bool:
+    """Return whether a message is a plate's choice of rows."""
+    return type(message.get("fn")).__name__ == "_Subsample"
+
+
 @dataclass(frozen=True)
 class Support:
     """All values of a discrete site at once, as the handlers around the scan enumerate them.
@@ -100,7 +105,7 @@ class Collector(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         msg["stop"] = True
         name, fn = msg["name"], msg["fn"]
-        if type(fn).__name__ == "_Subsample":
+        if is_subsample(msg):
             _check_full(name, fn)
             return
         if isinstance(fn, StackedDistribution):
@@ -123,7 +128,7 @@ class Collector(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if type(msg["fn"]).__name__ == "_Subsample":
+        if is_subsample(msg):
             return
         if name in self.sites:
             raise SiteError(f"Site '{name}' appears twice in step {self.t} of a scan. Give each site its own name.")

@@ -14,7 +14,7 @@ import pyro_elbo as pe
 from models.hmm import HMM
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.posterior.draws import _collect, draw
-from tests.programs_chains import CHAINS, LENGTHS, STEPS
+from tests.programs_chains import CHAINS, LENGTHS, STEPS, start
 from tests.programs_discrete import DISCRETE, assignments, log_density, nothing
 from tests.support.refusing import refusing
 
@@ -31,12 +31,6 @@ def _double():
 
 def rows(cases):
     return pytest.mark.parametrize("case", cases, ids=lambda c: c.name)
-
-
-def start(chain):
-    """Create the parameters of both programs."""
-    pyro.set_rng_seed(7)
-    pe.TraceBeta_ELBO().loss(chain.loop, chain.loop_guide, STEPS)
 
 
 def drawn(chain, num_samples):

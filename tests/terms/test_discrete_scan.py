@@ -7,7 +7,7 @@ import torch
 
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError, SiteError
-from tests.programs_chains import CHAINS, LENGTHS, START, STEPS
+from tests.programs_chains import CHAINS, LENGTHS, START, STEPS, start
 from tests.programs_discrete import nothing
 from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
 from tests.support.compiled import assert_same as compiled_equals_eager
@@ -35,12 +35,6 @@ def _double():
 
 def rows(chains):
     return pytest.mark.parametrize("chain", chains, ids=lambda c: c.name)
-
-
-def start(chain):
-    """Create the parameters of both programs."""
-    pyro.set_rng_seed(7)
-    pe.TraceBeta_ELBO().loss(chain.loop, chain.loop_guide, STEPS)
 
 
 @rows(CHAINS)

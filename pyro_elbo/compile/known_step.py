@@ -1,0 +1,39 @@
+"""What is known of a training or evaluation step that has run."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pyro_elbo.compile.execution import Execution
+from pyro_elbo.compile.gradients import Hooks
+from pyro_elbo.compile.guard import Guard
+from pyro_elbo.compile.optimizer import UpdatePlan
+
+if TYPE_CHECKING:
+    from pyro_elbo.compile.executable import Executable
+
+
+@dataclass
+class KnownStep:
+    """A step that ran once in Python, with what its graph relies on; the second run adds the graph."""
+
+    parameters: dict[str, Tensor]
+    plan: UpdatePlan
+    gradients: dict[Tensor, Tensor]
+    hooks: Hooks
+    sites: tuple[str, ...]
+    names: tuple[str, ...]
+    guard: Guard
+    execution: Execution | None
+    execute: "Executable | None" = None
+
+    def broken(self) -> str | None:
+        """Return the name of something that the step relies on and that has changed, or None."""
+        if (changed := self.guard.broken() or self.plan.broken()) is not None or self.execute is None:
+            return changed
+        return (
+            None
+            if self.execute.fits()
+            else "the layout of a parameter, or the values of a buffer that the programs read"
+        )

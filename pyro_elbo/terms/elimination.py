@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs import step_before
-from pyro_elbo.terms.chain import log_sum_paths
+from pyro_elbo.terms.chain import Paths, sum_paths
 from pyro_elbo.terms.labeled import Label, Labeled, align, is_time, sort_labels
 
 Plates = frozenset[Label]
@@ -33,8 +33,11 @@ class Factor(NamedTuple):
     plates: Plates
 
 
-def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates]) -> Labeled:
-    """Return log Z per row of the plates that all factors share, over all of time.
+def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates]) -> tuple[Labeled, dict[str, Paths]]:
+    """Return log Z per row of the plates that all factors share, over all of time, and the paths of scans' states.
+
+    The gradient of log Z reaches all factors but those that join a state with the step before: their posterior is that
+    of the paths, weighted by the gradient of ``Paths.shares``.
 
     Args:
         factors: those that depend on the variables.
@@ -43,7 +46,7 @@ def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates]) 
     Raises:
         SiteError: a factor joins variables of two plates that lie beside each other.
     """
-    pending = list(factors)
+    pending, found = list(factors), {}
     root = shared_rows(f.plates for f in pending)
     while True:
         leaf = max((f.plates for f in pending), key=len)
@@ -51,10 +54,10 @@ def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates]) 
         pending = [f for f in pending if f.plates != leaf]
         inside = [v for v, plates in variables.items() if plates == leaf]
         for v in inside:
-            here = _sum_out_chain(here, v)
+            here = _sum_out_chain(here, v, leaf, found)
         here = _sum_out(here, inside)
         if leaf == root:
-            return _add(here)
+            return _add(here), found
         pending += [_multiply_rows(x, leaf, root, variables) for x in here]
 
 
@@ -63,14 +66,19 @@ def shared_rows(plates: Iterable[Plates]) -> Plates:
     return frozenset(a for a in frozenset.intersection(*plates) if not is_time(a))
 
 
-def _sum_out_chain(factors: list[Labeled], state: str) -> list[Labeled]:
+def _sum_out_chain(factors: list[Labeled], state: str, plates: Plates, found: dict[str, Paths]) -> list[Labeled]:
     """Sum a state of a scan out of factors over all paths, where one of them joins it with the step before."""
     before = step_before(state)
     if not any(before in x.variables for x in factors):
         return factors
-    joined = [x for x in factors if x.variables & {state, before}]
+    pairs = [x for x in factors if before in x.variables]
+    nodes = [x for x in factors if before not in x.variables and state in x.variables]
     others = [x for x in factors if not x.variables & {state, before}]
-    return [*others, log_sum_paths(_add(joined), state, before)]
+    own = next(a for x in factors for a in x.labels if a.name == state)
+    rows = sort_labels({own, *plates})
+    zero = Labeled(pairs[0].x.new_zeros([a.size for a in rows], requires_grad=True), rows)
+    found[state] = sum_paths(pairs, _add([zero, *nodes]), state, before)
+    return [*others, found[state].shares]
 
 
 def _multiply_rows(x: Labeled, leaf: Plates, root: Plates, variables: Mapping[str, Plates]) -> Factor:

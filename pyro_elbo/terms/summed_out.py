@@ -16,7 +16,7 @@ References:
     (2003), A differential approach to inference in Bayesian networks.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,6 +27,8 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.programs import Plate, Site, step_before
+from pyro_elbo.sequences import StackedDistribution
+from pyro_elbo.terms.chain import Paths
 from pyro_elbo.terms.elimination import Factor, Plates, log_sum_product, shared_rows
 from pyro_elbo.terms.labeled import (
     Label,
@@ -97,22 +99,22 @@ def log_prior(site: Site) -> Labeled:
 
     Values of probability zero are impossible, where torch's distributions give them a tiny probability.
     """
-    steps = site.stepwise()
-    log_p, support = steps.fn.log_prob(steps.value), _log_support(steps)
+    fn: Any = site.fn
+    fn, value = (fn.narrow or (fn.steps, fn.value)) if isinstance(fn, StackedDistribution) else (fn, site.value)
+    log_p, support = fn.log_prob(value), _log_support(fn, value)
     log_p = log_p if support is None else torch.where(support > -torch.inf, log_p, -torch.inf)
     return label_steps(log_p, site)
 
 
-def _log_support(site: Site) -> Tensor | None:
-    """Return 0 at the values of positive ``probs``, -inf at the others; None for a site that gives no ``probs``."""
-    fn: Any = site.fn
+def _log_support(fn: Any, value: Tensor) -> Tensor | None:
+    """Return 0 at the values of positive ``probs``, -inf at the others; None where no ``probs`` are given."""
     categorical = fn._categorical if isinstance(fn, OneHotCategorical) else fn
     if "probs" not in categorical.__dict__:
         return None
     if isinstance(categorical, Categorical):
-        return type(fn)(logits=_log_of(categorical.probs > 0), validate_args=False).log_prob(site.value)
+        return type(fn)(logits=_log_of(categorical.probs > 0), validate_args=False).log_prob(value)
     if isinstance(fn, Bernoulli):
-        return torch.where(site.value > 0.5, _log_of(fn.probs > 0), _log_of(fn.probs < 1))
+        return torch.where(value > 0.5, _log_of(fn.probs > 0), _log_of(fn.probs < 1))
     return None
 
 
@@ -152,17 +154,18 @@ def sum_out(
             if v not in names:
                 _check_coupling(v, plate_labels(guide[v]), rows, summed)
     exponents = _exponents(sites, summed, guide, weight_of, rows)
-    joint = {n: _states_before(n, sites.values()) if n in summed else frozenset() for n in sites}
-    full = {n: joined.log_p.expand(plates[n] | joint[n]) for n, joined in sites.items()}
-    with torch.enable_grad():
-        logs = {n: _raise(x.map(x.x.detach()), exponents.get(n, 1.0)) for n, x in full.items()}
-        leaves = {n: x.map(x.x.detach().requires_grad_()) for n, x in logs.items()}
-        factors = [Factor(x, plates[n]) for n, x in leaves.items()]
-        log_z = log_sum_product(factors, {v: plates[v] for v in names})
-        gradients = torch.autograd.grad(log_z.x.sum(), [x.x for x in leaves.values()])
-    marginals = {n: x.map(g) for (n, x), g in zip(full.items(), gradients, strict=True)}
-    nats = {n: _expected(marginals[n], x, names) for n, x in full.items()}
-    nats |= {n: _entropy_term(n, marginals[n], names) - nats[n] for n in summed}
+    full = {n: j.log_p if _joins_steps(j.log_p, summed) else j.log_p.expand(plates[n]) for n, j in sites.items()}
+    log_z, marginals, chains = _differentiate(full, exponents, plates, names)
+    nats = {n: _expected(q, full[n], names) for n, q in marginals.items()}
+    for n in full.keys() - marginals.keys():
+        state = next(v for v in summed if step_before(v) in full[n].variables)
+        nats[n] = _sum_values(chains[state].expect(full[n], plates[n]), names)
+    entropies = {
+        n: chains[n].entropy_term(n, full[n].variables, names) if n in chains else _entropy_term(n, marginals[n], names)
+        for n in summed
+    }
+    nats |= {n: entropies[n] - nats[n] for n in summed}
+    marginals |= {n: chain.now() for n, chain in chains.items()}
     shares = [_sum_rows(_raise(_detached(x), exponents.get(n, 1.0)), rows) for n, x in nats.items() if n not in summed]
     shares += [_detached(_sum_rows(nats[n], rows)) * -1.0 for n in summed]
     first = next((n for n in summed if plates[n] == rows), None)
@@ -172,9 +175,53 @@ def sum_out(
     return Posterior(nats, marginals, independent)
 
 
-def _states_before(name: str, sites: Iterable[Joined]) -> Plates:
-    """Return the label of a state at the step before, where a density depends on it."""
-    return frozenset(a for j in sites for a in j.log_p.labels if a.kind == "value" and a.name == step_before(name))
+def _joins_steps(log_p: Labeled, summed: list[str]) -> bool:
+    """Return whether a density depends on a state at the step before."""
+    return any(step_before(n) in log_p.variables for n in summed)
+
+
+@dataclass(frozen=True)
+class _PathsPosterior:
+    """The posterior of a state's paths: given what tells the rows apart, and that of the rows."""
+
+    paths: Paths
+    rows: Labeled
+
+    def now(self) -> Labeled:
+        return self.paths.now() * self.rows
+
+    def pairs(self) -> Labeled:
+        return self.paths.pairs() * self.rows
+
+    def expect(self, x: Labeled, plates: Plates) -> Labeled:
+        """Return the terms of the expectation of x for each value that tells rows apart."""
+        x = x.expand(plates.difference(self.paths.labels))
+        if set(x.labels) <= {*self.paths.labels, *self.paths.own}:
+            return self.paths.expect(x) * self.rows
+        return combine(_possible, self.pairs(), x).sum(self.paths.own)
+
+    def entropy_term(self, name: str, variables: set[str], summed: list[str]) -> Labeled:
+        """Return E[log q(k | k before, parents)] of a state."""
+        others = [a for a in _values(self.rows, summed) if a.name not in variables]
+        if others:
+            return _entropy_term(name, self.pairs().sum(others), summed)
+        return _sum_values(self.paths.log_conditional() * self.rows, summed)
+
+
+def _differentiate(
+    full: Mapping[str, Labeled], exponents: Mapping[str, Exponent], plates: Mapping[str, Plates], names: list[str]
+) -> tuple[Labeled, dict[str, Labeled], dict[str, _PathsPosterior]]:
+    """Return log Z, the posterior over what each site depends on, unless it joins two steps, and that of the paths."""
+    with torch.enable_grad():
+        leaves = {n: _raise(_detached(x), exponents.get(n, 1.0)) for n, x in full.items()}
+        apart = {n: x.map(x.x.detach().requires_grad_()) for n, x in leaves.items() if not _joins_steps(x, names)}
+        factors = [Factor(x, plates[n]) for n, x in (leaves | apart).items()]
+        log_z, paths = log_sum_product(factors, {v: plates[v] for v in names})
+        inputs = [*apart.values(), *(p.shares for p in paths.values())]
+        gradients = torch.autograd.grad(log_z.x.sum(), [x.x for x in inputs])
+    posteriors = [x.map(g) for x, g in zip(inputs, gradients, strict=True)]
+    chains = {n: _PathsPosterior(p, q) for (n, p), q in zip(paths.items(), posteriors[len(apart) :], strict=True)}
+    return log_z, dict(zip(apart, posteriors, strict=False)), chains
 
 
 def _is_beside(a: Label, summed: list[str], particle_dim: int | None) -> bool:
@@ -199,14 +246,21 @@ def _values(x: Labeled, summed: list[str]) -> list[Label]:
     return [a for a in x.labels if a.kind == "value" and a.name in summed]
 
 
+def _sum_values(x: Labeled, summed: list[str]) -> Labeled:
+    return x.sum(_values(x, summed))
+
+
 def _sum_rows(x: Labeled, rows: Plates) -> Labeled:
     return x.sum([a for a in x.labels if a not in rows])
 
 
 def _expected(q: Labeled, log_p: Labeled, summed: list[str]) -> Labeled:
     """Return E_q[log p]; what is impossible counts zero."""
-    nats = q.x * torch.where(q.x > 0, log_p.x, torch.zeros_like(log_p.x))
-    return q.map(nats).sum(_values(q, summed))
+    return _sum_values(combine(_possible, q, log_p), summed)
+
+
+def _possible(q: Tensor, x: Tensor) -> Tensor:
+    return q * torch.where(q > 0, x, torch.zeros_like(x))
 
 
 def _entropy_term(name: str, q: Labeled, summed: list[str]) -> Labeled:

@@ -6,6 +6,7 @@ are summed out) and ``Terms``, the value that users see.
 Imports programs and below.
 """
 
+from pyro_elbo.terms.chain import Chain, messages
 from pyro_elbo.terms.enumerated import evaluate_run
 from pyro_elbo.terms.evaluate import KLForm, univariate
 from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
@@ -15,6 +16,8 @@ from pyro_elbo.terms.term import Term, frames, is_one, num_data, scaled_sum
 from pyro_elbo.terms.terms import Terms
 
 __all__ = [
+    "Chain",
+    "messages",
     "KLForm",
     "Normalize",
     "SequenceBound",

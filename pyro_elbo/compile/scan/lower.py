@@ -17,6 +17,7 @@ from pyro_elbo.compile._torch import (
     disable_proxy_modes_tracing,
 )
 from pyro_elbo.compile.noise import RANDOM, NoiseKind, fill_noise
+from pyro_elbo.compile.scan.chain_ops import CapturedChain, captured_messages
 from pyro_elbo.compile.scan.operators import DrawStream, Loop, register, register_draws
 from pyro_elbo.compile.scan.partition import (
     StepValues,
@@ -250,6 +251,10 @@ class ScanLowering:
         last = dict(zip(rest, finals, strict=True))
         last |= {i: other.finals[j] for i, j in shared.items() if other is not None}
         return [last[i] for i in range(len(carry))], outs
+
+    def messages(self, pair: Tensor, node: Tensor) -> CapturedChain:
+        """Return a chain with its messages: see :func:`pyro_elbo.terms.messages`."""
+        return captured_messages(pair, node)
 
     def compile(self) -> None:
         """Compile the recurrences of the graph."""

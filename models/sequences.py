@@ -40,6 +40,12 @@ def load_vowels(path: str | Path) -> dict[str, Sequences]:
         return {split: _split(data[f"{split}_flat"], data[f"{split}_lengths"]) for split in ("train", "test")}
 
 
+def load_speakers(path: str | Path) -> dict[str, Int[Tensor, " utterances"]]:
+    """The speaker of each utterance of the splits ``train`` and ``test``, 0 to 8."""
+    with np.load(path, allow_pickle=False) as data:
+        return {split: torch.tensor(data[f"{split}_label"].astype(int) - 1) for split in ("train", "test")}
+
+
 def digits() -> Float[Tensor, "n 8 8"]:
     """The 1797 digits bundled with scikit-learn, counts from 0 to 16: sequences of 8 rows of 8 pixels."""
     from sklearn.datasets import load_digits

@@ -15,7 +15,7 @@ from pyro_elbo.evidence import (
 from pyro_elbo.information import MutualInformation, Penalty, PenaltyContext, PenaltyTerm, TotalCorrelation
 from pyro_elbo.objectives import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
 from pyro_elbo.plots import plot_history, plot_tradeoff
-from pyro_elbo.posterior import LinearResponse, ParetoK, linear_response, loo, pareto_k, to_arviz
+from pyro_elbo.posterior import LinearResponse, ParetoK, infer_discrete, linear_response, loo, pareto_k, to_arviz
 from pyro_elbo.representation import Audit, KLDecomposition, audit, kl_decomposition
 from pyro_elbo.schedules import Capacity, Constant, Cyclical, LinearWarmup, Schedule, SigmoidWarmup
 from pyro_elbo.sequences import scan
@@ -68,6 +68,7 @@ __all__ = [
     "compare_splits",
     "diagnose",
     "fit",
+    "infer_discrete",
     "kl_decomposition",
     "linear_response",
     "load",

@@ -11,6 +11,7 @@ from examples import (
     em_mixture,
     fair_representation,
     generalization,
+    hmm_segments,
     quickstart,
     rate_distortion,
     svi_script,
@@ -205,3 +206,17 @@ def test_em_mixture(tmp_path, capsys):
     em_mixture.main(tmp_path, smoke_test=True)
     assert "no step lowered a bound" in capsys.readouterr().out
     assert (tmp_path / "em_mixture.png").stat().st_size > 10_000
+
+
+def test_hmm_segments(tmp_path, capsys):
+    hmm_segments.main(None, tmp_path, smoke_test=True)
+    assert "the draws hold their number" in capsys.readouterr().out
+    assert (tmp_path / "hmm_segments.png").stat().st_size > 10_000
+    k = az.from_netcdf(str(tmp_path / "posterior.nc"))["posterior"]["k"]
+    assert k.dims == ("chain", "draw", "sequences", "time")
+
+
+@pytest.mark.thorough
+def test_hmm_segments_of_vowels(data_dir, tmp_path, capsys):
+    hmm_segments.main(data_dir / "ts_japanesevowels.npz", tmp_path, smoke_test=True)
+    assert "of 370 utterances are given to their speaker" in capsys.readouterr().out

@@ -1,10 +1,12 @@
 """Training steps, in Python or as one compiled graph under guard.
 
 Takes programs, objective and optimizer; gives steps with the totals of each. ``steps`` decides when to compile,
-``capture`` traces a step on ``fakes`` with its ``noise`` as an input, ``batch_scalars`` and ``flat_state`` shrink the
-graph, ``inductor`` compiles it. ``execution`` records what a step ran, ``reach`` finds what that reads, ``guard``
-watches it, ``refusals`` explain what no graph can hold. ``gradients``, ``optimizer`` and ``traced_update`` step
-parameters. ``_torch`` holds all private names of torch, ``versions`` those tested.
+``record`` runs a step on ``fakes``, ``store`` finds its machine ``code`` on disk. What no process has compiled,
+``capture`` makes a functional graph with its ``noise`` as an input, ``graphs``, ``batch_scalars`` and ``flat_state``
+shrink it, and ``inductor`` compiles it. ``executable`` runs the code. ``execution`` records what a step ran, ``reach``
+finds what that reads, ``guard`` watches it, ``refusals`` explain what no graph can hold, ``unusable`` why a step
+changed nothing. ``gradients``, ``optimizer`` and ``traced_update`` step parameters; ``start`` takes steps back.
+``_torch`` holds all private names of torch, ``versions`` those tested.
 Imports objectives and below.
 """
 

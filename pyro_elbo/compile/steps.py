@@ -2,10 +2,11 @@
 
 A new step (another shape, another mode, another value of something that the graph froze) first runs once in Python.
 That run makes lazy parameters and the optimizer's state, and raises Pyro's own errors. The second time, the step is
-captured (:mod:`pyro_elbo.compile.capture`) and compiled (:mod:`pyro_elbo.compile.inductor`). From then on its graph
-runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed.
+recorded (:mod:`pyro_elbo.compile.record`), and its machine code is made or found (:mod:`pyro_elbo.compile.store`). From
+then on the code runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed.
 """
 
+import os
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -43,8 +44,8 @@ from pyro_elbo.programs import (
 from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
-    from pyro_elbo.compile.capture import Graph
-    from pyro_elbo.compile.inductor import Executable
+    from pyro_elbo.compile.executable import Executable
+    from pyro_elbo.compile.record import Recording
 
 Compile = bool | Literal["auto"]
 StepKind = Literal["train", "evaluate"]
@@ -90,6 +91,9 @@ class CompiledSVI:
         fallback_random: draw with torch's own operators in the program's order, which reproduces the stream of an
             uncompiled run. Otherwise all noise of a step is drawn at once.
 
+    Attributes:
+        trains: whether the objective depends on a parameter.
+
     Raises:
         CompileError: ``compile`` is True and compiled steps do not work with this version of torch.
     """
@@ -111,6 +115,7 @@ class CompiledSVI:
         self._known: dict[Key, list[_KnownStep]] = {}
         self._modules: list[nn.Module] = []
         self._misses = 0
+        self.trains = True
         self._start, self._first_step = Start(), loss.step
         if compile:
             with self._or_python():
@@ -228,6 +233,8 @@ class CompiledSVI:
                 self._modules = stack.enter_context(evaluating(self.model, self.guide))
             terms = self.loss.checked_terms(self.model, self.guide, args, kwargs)
             loss = self._loss(terms)
+        if kind == "train":
+            self.trains = loss.requires_grad
         if kind == "train" and loss.requires_grad:
             self._start.note(parameters)
             self.loss.count_step(loss, terms).backward()
@@ -276,10 +283,11 @@ class CompiledSVI:
 
     def _capture(self, step: _KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
-        from pyro_elbo.compile._torch import config, lazy_graph_modules
-        from pyro_elbo.compile.capture import capture  # Inductor takes a second to import
-        from pyro_elbo.compile.inductor import Executable, compiling
+        from pyro_elbo.compile._torch import config, lazy_graph_modules  # what they import takes half a second
+        from pyro_elbo.compile.executable import Executable, compiling
+        from pyro_elbo.compile.record import record as record_call
         from pyro_elbo.compile.scan.lower import ScanLowering
+        from pyro_elbo.compile.store import machine_code
 
         scans, recording = ScanLowering(), collect_code
         names, validate = list(self._scalars(step, 0)), pyro.settings.get("validate_distributions_pyro")
@@ -312,10 +320,9 @@ class CompiledSVI:
             alive.copy_(usable)
             return usable
 
-        def trace() -> "Graph":
-            validation = pyro.settings.context(**dict.fromkeys(_VALIDATION, False))
-            with refuse_side_effects(step.guard), validation:
-                return capture(function, inputs, kept=2, lift_noise=not self.fallback_random)
+        def trace() -> "Recording":
+            with refuse_side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
+                return record_call(function, inputs)
 
         device = next((p.device for p in step.parameters.values()), torch.get_default_device())
         scalars, record = (
@@ -331,16 +338,19 @@ class CompiledSVI:
         ):
             check_reachable(step.guard)
             check_traceable(step.plan.optimizers, step.parameters)
-            graph = trace()
+            call = trace()
             if step.execution is not None and step.execution.misses(ran[-1]):
                 scans, recording = ScanLowering(), record_execution  # the first run took another branch
-                graph = trace()
+                call = trace()
                 step.execution.update(ran[-1])
                 args, kwargs = with_tensors(leaves, spec, [x for x in leaves if isinstance(x, Tensor)])
                 step.guard = self._guard(step.execution, args, kwargs, step.parameters, step.plan.optimizers)
                 check_reachable(step.guard)
             scans.compile()
-            step.execute = Executable(graph, row, scans.owned)
+            code = machine_code(call, kept=2, lift_noise=not self.fallback_random)
+            step.execute = Executable(call, code, row, scans.owned)
+            if os.environ.get("PYRO_ELBO_CHECK"):
+                step.execute.check(call, not self.fallback_random, list(self._scalars(step, 0).values()))
 
     def _scalars(self, step: _KnownStep, ahead: int) -> dict[Hashable, float]:
         """Return the Python numbers of the step after ``ahead`` more: each schedule's, and the optimizers'."""

@@ -2,13 +2,14 @@
 
 Takes model, guide and data; gives ``Draws`` with log p and log q, all at once or in chunks, how densities add up
 (``Weighting``), Pareto-smoothed weights, k-hat, leave-one-out, draws and predictions as labeled arrays, ArviZ's groups,
-linear response, and the KL between a guide before and after it moved.
+linear response, the most probable discrete latents, and the KL between a guide before and after it moved.
 Imports terms and below.
 """
 
 from pyro_elbo.posterior.arviz import to_arviz, to_container
 from pyro_elbo.posterior.draws import Draws, draw_in_chunks
 from pyro_elbo.posterior.importance import ParetoK, judge, loo, pareto_k
+from pyro_elbo.posterior.infer_discrete import infer_discrete
 from pyro_elbo.posterior.layout import lead
 from pyro_elbo.posterior.linear_response import linear_response
 from pyro_elbo.posterior.predict import label_arrays, label_latents, predict_data, sample_guide
@@ -24,6 +25,7 @@ __all__ = [
     "Weighting",
     "draw_in_chunks",
     "find_weighting",
+    "infer_discrete",
     "is_discrete",
     "judge",
     "label_arrays",

@@ -5,6 +5,7 @@ broadcast. All others are made one by one. Every array has the dimension of the 
 then its event, as in one run of the programs.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ from pyro_elbo.errors import ArgumentError, PyroElboError, SiteError
 from pyro_elbo.posterior.layout import count_data, drop_gaps, lead, lead_unconstrained, per_plate, with_gaps
 from pyro_elbo.posterior.mapped import are_valid, map_draws
 from pyro_elbo.posterior.psis import PSIS, psis
-from pyro_elbo.posterior.summed_out import RECORD, draw_summed_out
+from pyro_elbo.posterior.summed_out import RECORD, draw_summed_out, room_for_draws
 from pyro_elbo.posterior.weights import (
     Weighting,
     find_point_error,
@@ -138,11 +139,19 @@ class Draws:
 
 
 class Frame(NamedTuple):
-    """What all runs share: the sites of a single run, how their densities add up, and the plates' dimensions."""
+    """What all runs share.
+
+    Attributes:
+        shapes: the sites of a single run.
+        weighting: how their densities add up.
+        nesting: the number of batch dimensions of the plates.
+        most: the largest number of draws whose densities over summed-out values fit in memory.
+    """
 
     shapes: TracePair
     weighting: Weighting
     nesting: int
+    most: float = math.inf
 
 
 def draw(
@@ -170,6 +179,7 @@ def draw(
     check_initialized(guide)
     with torch.no_grad(), seeded(seed), evaluating(model, guide):
         programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), rows)
+        chunk_size = int(min(chunk_size, frame.most))
         sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
         way, runs = _begin(programs, frame, sizes[0])
         for count in sizes[1:]:
@@ -187,7 +197,7 @@ def draw_in_chunks(
     """
     programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), None)
     largest = max((s.value.numel() for s in frame.shapes.model.values()), default=1)
-    size = min(num_samples, max(2, max_elements // max(largest, 1)))
+    size = int(min(num_samples, frame.most, max(2, max_elements // max(largest, 1))))
     way, runs = _begin(programs, frame, size)
     yield _concatenate(runs, frame, way, data)
     for done in range(size, num_samples, size):
@@ -203,10 +213,11 @@ def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, F
         programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
         data = read_data(*programs)
     shapes = trace_pair(*programs)
+    most = room_for_draws(shapes)
     if shapes.enumerated:
         programs = programs._replace(guide=draw_summed_out(programs.model, programs.guide, shapes))
         shapes = trace_pair(*programs)
-    frame = Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs))
+    frame = Frame(shapes, find_weighting(shapes), find_plate_nesting(*programs), most)
     return programs, frame, data._replace(rows=rows)
 
 
@@ -329,7 +340,7 @@ def _collect(pair: TracePair, frame: Frame, count: int) -> dict[str, Any]:
     def value(site: Site, like: Site) -> Tensor:
         return lead(site.value, like.value.shape, count, like)
 
-    model, (shapes, weighting, nesting) = pair.model, frame
+    model, (shapes, weighting, nesting, _) = pair.model, frame
     if model.keys() != shapes.model.keys():
         raise SiteError(
             f"The sites of the model change from run to run: {sorted(model.keys() ^ shapes.model.keys())}. Draws can "
@@ -354,7 +365,7 @@ def _collect(pair: TracePair, frame: Frame, count: int) -> dict[str, Any]:
 
 
 def _concatenate(runs: list[dict[str, Any]], frame: Frame, way: Way, data: RunData) -> Draws:
-    shapes, weighting, nesting = frame
+    shapes, weighting, nesting, _ = frame
 
     def join(name: str) -> Arrays:
         return {site: torch.cat([r[name][site] for r in runs]) for site in runs[0][name]}

@@ -137,7 +137,7 @@ class FixedDraws:
             return False
 
     def _collect(self, pair: TracePair, count: int) -> Evaluated:
-        shapes, weighting, nesting = self.frame
+        shapes, weighting, nesting, _ = self.frame
         sums: Any = weighting.sums(pair, count, nesting)
         values, unconstrained = {}, {}
         for name, site in pair.model.items():

@@ -7,7 +7,7 @@ Pyro and torch, ``rng`` derives seeds.
 Imports sequences and below.
 """
 
-from pyro_elbo.programs.checks import check_options, check_programs
+from pyro_elbo.programs.checks import MOST_ENTRIES, check_options, check_programs
 from pyro_elbo.programs.completion import complete_guide
 from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns, program_arguments
 from pyro_elbo.programs.enumeration import step_before
@@ -34,6 +34,7 @@ from pyro_elbo.programs.tracing import (
 )
 
 __all__ = [
+    "MOST_ENTRIES",
     "as_tensors",
     "check_arguments",
     "named_columns",

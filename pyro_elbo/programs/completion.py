@@ -10,26 +10,26 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from pyro_elbo.masking import both
 from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, separate_dimensions
 from pyro_elbo.programs.explain import PARTICLE_PLATE
-from pyro_elbo.programs.messages import Recorder
+from pyro_elbo.programs.messages import Recorder, is_subsample
 from pyro_elbo.programs.tracing import Program, Traced, TracePair, pair_traces
 
-Posterior = Callable[[TracePair, str], TorchDistributionMixin]
+DrawSite = Callable[[TracePair, str], None]
 Record = Callable[[TracePair], Mapping[str, Tensor]]
 
 
 class _Apart(poutine.messenger.Messenger):
-    """Hides the sites inside from all handlers around but the plate of the particles."""
+    """Hides the sites inside from all handlers around but the plate of the particles, where draws differ in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, drawn: poutine.Trace) -> None:
         super().__init__()
-        self.particles = next((h for h in _PYRO_STACK if getattr(h, "name", None) == PARTICLE_PLATE), None)
+        plate = next((h for h in _PYRO_STACK if getattr(h, "name", None) == PARTICLE_PLATE), None)
+        self.particles = plate if plate is not None and _differ_along(plate.dim, drawn) else None
 
     def _process_message(self, msg: Any) -> None:
         if self.particles is not None and msg["type"] == "sample":
@@ -56,14 +56,14 @@ class _InPlace(poutine.messenger.Messenger):
         msg["mask"] = both(msg["mask"], self.place.mask)
 
 
-def complete_guide(model: Program, guide: Program, posterior: Posterior, record: Record) -> Program:
+def complete_guide(model: Program, guide: Program, draw: DrawSite, record: Record) -> Program:
     """Return a guide that also draws the sites that the model sums out, each given those before.
 
     Args:
         model: the model, with sites marked for enumeration that the guide lacks.
         guide: the guide; it marks none itself.
-        posterior: the exact posterior of one of the sites of a run, given what is drawn, with the batch dimensions of
-            the run.
+        draw: a program that draws one site of a run from its exact posterior given what is drawn, with the batch
+            dimensions of the run.
         record: values to keep as deterministic sites of the guide, from the run before anything is drawn.
     """
 
@@ -73,14 +73,22 @@ def complete_guide(model: Program, guide: Program, posterior: Posterior, record:
             pair, places = _trace_given(model, drawn.trace, args, kwargs)
             for name, value in record(pair).items():
                 pyro.deterministic(name, value)
-            while pair.summed_out:
-                name = pair.summed_out[0]
+            for i, name in enumerate(pair.summed_out):
+                if i > 0:
+                    pair, places = _trace_given(model, drawn.trace, args, kwargs)
                 with _InPlace(places[name]):
-                    pyro.sample(name, posterior(pair, name))
-                pair, places = _trace_given(model, drawn.trace, args, kwargs)
+                    draw(pair, name)
             return result
 
     return program
+
+
+def _differ_along(dim: int, trace: poutine.Trace) -> bool:
+    """Return whether some value of a guide extends along a batch dimension."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    sites = (m for m in nodes.values() if m["type"] == "sample" and not is_subsample(m))
+    shapes = (m["value"].shape[: m["value"].dim() - m["fn"].event_dim] for m in sites)
+    return any(len(shape) >= -dim and shape[dim] > 1 for shape in shapes)
 
 
 def _as_draws(trace: poutine.Trace) -> poutine.Trace:
@@ -98,7 +106,7 @@ def _trace_given(
     model: Program, drawn: poutine.Trace, args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[TracePair, dict[str, _Place]]:
     """Run the model with the values of a trace, its other marked sites enumerated."""
-    apart, drawn = _Apart(), _as_draws(drawn)
+    apart, drawn = _Apart(drawn), _as_draws(drawn)
     particles = apart.particles
     leftmost = -1 - ROOM_FOR_PLATES if particles is None else particles.dim - 1
     recorder = Recorder()

@@ -37,7 +37,8 @@ def run_enumerated(
     if reverse or inputs.total > inputs.given:
         raise SiteError(
             f"Site '{name}' is summed out in a pe.scan that {'runs backward' if reverse else 'forecasts'}: it is "
-            "summed over forward scans of given data. Flip xs and run forward, or leave out the horizon."
+            "summed over forward scans of given data. Flip xs and run forward; forecast by predict(horizon=...) of the "
+            "result of pe.fit, which draws the path of the past."
         )
     carry, first = steps.peek(init, inputs.at(0), inputs.valid_at(0))
     support = steps.renew_support(name, first.sites[name].fn)

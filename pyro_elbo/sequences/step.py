@@ -250,9 +250,8 @@ class StepProgram:
         if valid is not None:
             valid = valid.movedim(0, -1)
             mask = _ragged(name, site, valid, mask)
-            if (
-                not site.fn.has_rsample and site.narrow is None
-            ):  # score functions are not masked, since later steps may depend on the draw
+            # Score functions are not masked, since later steps may depend on the draw.
+            if not site.fn.has_rsample and site.narrow is None:
                 tensors = [_without_gradient(x, valid, position) for x in tensors]
         steps = RecordedDensity(site.fn, value, tensors[0]) if spec is None else spec.unflatten(tensors, width)
         narrow = None if spec is None or site.narrow is None else Narrow(steps, value)

@@ -7,7 +7,7 @@ Imports programs and below.
 """
 
 from pyro_elbo.terms.chain import Chain, messages
-from pyro_elbo.terms.enumerated import evaluate_run
+from pyro_elbo.terms.enumerated import evaluate_run, most_probable
 from pyro_elbo.terms.evaluate import KLForm, univariate
 from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
 from pyro_elbo.terms.particles import stack_particles
@@ -31,6 +31,7 @@ __all__ = [
     "is_one",
     "num_data",
     "join_numbered_sites",
+    "most_probable",
     "scaled_sum",
     "stack_particles",
     "univariate",

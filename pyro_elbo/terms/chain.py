@@ -3,8 +3,8 @@ r"""Sum a discrete state over all its paths through time: the forward-backward a
 .. math:: \log \sum_{k_{1:T}} \prod_t A_t(k_{t-1}, k_t)\, e_t(k_t)
 
 With forward messages :math:`\alpha_t(k)` and backward messages :math:`\beta_t(k)` the posterior of a pair of states is
-proportional to :math:`\alpha_{t-1}(k')\, A_t(k', k)\, e_t(k)\, \beta_t(k)`. It is the derivative of the sum with respect
-to :math:`\log A_t(k', k)`. Messages are logarithms, normalized at every step. The cost is linear in T.
+proportional to :math:`\alpha_{t-1}(k')\, A_t(k', k)\, e_t(k)\, \beta_t(k)`. It is the derivative of the sum with
+respect to :math:`\log A_t(k', k)`. Messages are logarithms, normalized at every step. The cost is linear in T.
 
 A, which joins two states, seldom depends on the row; e depends on one state. They are kept apart: only the posterior of
 a pair has an entry for each row, step and pair of states, and a compiled step averages over it without storing it.
@@ -14,7 +14,7 @@ References:
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.assumptions import active_loop
+from pyro_elbo.programs import step_before
 from pyro_elbo.sequences import run_loop
 from pyro_elbo.terms.labeled import Label, Labeled, is_time, sort_labels
 
@@ -35,7 +36,7 @@ class Chain(NamedTuple):
         before: the message of the state before each step from the data before it, normalized; then that of the last
             state, (T + 1, rows, K).
         after: the message of the state before each step from the data at and after it, (T, rows, K).
-        later: the message of the state now from the data after it: that of the next step up to a constant, (T, rows, K).
+        later: that of the state now from the data after it: the next ``after`` up to a constant, (T, rows, K).
         increments: log p(x_t | x_<t) of each step, (T, rows).
     """
 
@@ -95,17 +96,16 @@ class Paths:
         return _name(x, self.labels, own)
 
 
-def sum_paths(pairs: Iterable[Labeled], nodes: Labeled, state: str, before: str) -> Paths:
+def sum_paths(pairs: Sequence[Labeled], nodes: Labeled, state: str) -> Paths:
     """Sum a state over all its paths.
 
     Args:
         pairs: the log factors of both states. At the first step all states before are one.
         nodes: the log factor of the state now, with time and all labels that its rows may have.
-        state: the variable of the state now.
-        before: that of the state before.
+        state: the variable of the state.
     """
     size = next(a.size for a in nodes.labels if a.name == state)
-    own = Label("value", before, 0, size), Label("value", state, 0, size)
+    own = Label("value", step_before(state), 0, size), Label("value", state, 0, size)
     every = {a for x in (nodes, *pairs) for a in x.labels if a not in own}
     labels = (next(a for a in every if is_time(a)), *sort_labels(a for a in every if not is_time(a)))
     node = _flatten(nodes.expand(every), labels, own[1:])

@@ -15,13 +15,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs import step_before
-from pyro_elbo.terms.chain import Paths, sum_paths
 from pyro_elbo.terms.labeled import Label, Labeled, align, is_time, sort_labels
+from pyro_elbo.terms.semiring import Semiring
 
 Plates = frozenset[Label]
 
@@ -33,20 +30,18 @@ class Factor(NamedTuple):
     plates: Plates
 
 
-def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates]) -> tuple[Labeled, dict[str, Paths]]:
-    """Return log Z per row of the plates that all factors share, over all of time, and the paths of scans' states.
-
-    The gradient of log Z reaches all factors but those that join a state with the step before: their posterior is that
-    of the paths, weighted by the gradient of ``Paths.shares``.
+def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates], semiring: Semiring) -> Labeled:
+    """Return log Z per row of the plates that all factors share, over all of time.
 
     Args:
         factors: those that depend on the variables.
         variables: the plates of each variable.
+        semiring: how values are added up; for ``MAXIMUM``, log Z is the largest product.
 
     Raises:
         SiteError: a factor joins variables of two plates that lie beside each other.
     """
-    pending, found = list(factors), {}
+    pending = list(factors)
     root = shared_rows(f.plates for f in pending)
     while True:
         leaf = max((f.plates for f in pending), key=len)
@@ -54,10 +49,10 @@ def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates]) 
         pending = [f for f in pending if f.plates != leaf]
         inside = [v for v, plates in variables.items() if plates == leaf]
         for v in inside:
-            here = _sum_out_chain(here, v, leaf, found)
-        here = _sum_out(here, inside)
+            here = _sum_out_chain(here, v, leaf, semiring)
+        here = _sum_out(here, inside, semiring)
         if leaf == root:
-            return _add(here), found
+            return _add(here)
         pending += [_multiply_rows(x, leaf, root, variables) for x in here]
 
 
@@ -66,7 +61,7 @@ def shared_rows(plates: Iterable[Plates]) -> Plates:
     return frozenset(a for a in frozenset.intersection(*plates) if not is_time(a))
 
 
-def _sum_out_chain(factors: list[Labeled], state: str, plates: Plates, found: dict[str, Paths]) -> list[Labeled]:
+def _sum_out_chain(factors: list[Labeled], state: str, plates: Plates, semiring: Semiring) -> list[Labeled]:
     """Sum a state of a scan out of factors over all paths, where one of them joins it with the step before."""
     before = step_before(state)
     if not any(before in x.variables for x in factors):
@@ -74,11 +69,9 @@ def _sum_out_chain(factors: list[Labeled], state: str, plates: Plates, found: di
     pairs = [x for x in factors if before in x.variables]
     nodes = [x for x in factors if before not in x.variables and state in x.variables]
     others = [x for x in factors if not x.variables & {state, before}]
-    own = next(a for x in factors for a in x.labels if a.name == state)
-    rows = sort_labels({own, *plates})
+    rows = sort_labels({*plates, *(a for x in factors for a in x.labels if a.name == state)})
     zero = Labeled(pairs[0].x.new_zeros([a.size for a in rows], requires_grad=True), rows)
-    found[state] = sum_paths(pairs, _add([zero, *nodes]), state, before)
-    return [*others, found[state].shares]
+    return [*others, semiring.over_paths(pairs, _add([zero, *nodes]), state)]
 
 
 def _multiply_rows(x: Labeled, leaf: Plates, root: Plates, variables: Mapping[str, Plates]) -> Factor:
@@ -96,7 +89,7 @@ def _multiply_rows(x: Labeled, leaf: Plates, root: Plates, variables: Mapping[st
     return Factor(total if repeats == 1 else total * float(repeats), parent)
 
 
-def _sum_out(factors: list[Labeled], variables: list[str]) -> list[Labeled]:
+def _sum_out(factors: list[Labeled], variables: list[str], semiring: Semiring) -> list[Labeled]:
     """Sum variables out of factors, the cheapest first."""
     by_id = dict(enumerate(factors))
     variables = [v for v in variables if any(v in x.variables for x in factors)]
@@ -109,7 +102,7 @@ def _sum_out(factors: list[Labeled], variables: list[str]) -> list[Labeled]:
     for i in range(len(factors), len(factors) + len(variables)):
         v = min(costs, key=costs.__getitem__)
         parts = where.pop(v)
-        new = by_id[i] = log_sum_exp(_add([by_id.pop(j) for j in sorted(parts)]), v)
+        new = by_id[i] = semiring.over_values(_add([by_id.pop(j) for j in sorted(parts)]), v)
         del costs[v]
         for other in where:
             if where[other] & parts:
@@ -122,17 +115,3 @@ def _sum_out(factors: list[Labeled], variables: list[str]) -> list[Labeled]:
 def _add(factors: list[Labeled]) -> Labeled:
     order = sort_labels({a for x in factors for a in x.labels})
     return Labeled(sum((align(x, order) for x in factors[1:]), start=align(factors[0], order)), order)
-
-
-def log_sum_exp(x: Labeled, variable: str) -> Labeled:
-    """Return log Σ exp over the values of a site; where every value is impossible, -inf with gradient zero."""
-    dim = next(i for i, a in enumerate(x.labels) if a.kind == "value" and a.name == variable)
-    top = x.x.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(x.x.dtype).min)
-    total = (x.x - top).exp().sum(dim)
-    possible = total > 0
-    log = torch.where(possible, total, torch.ones_like(total)).log() + top.squeeze(dim)
-    return Labeled(_or_minus_infinity(possible, log), x.labels[:dim] + x.labels[dim + 1 :])
-
-
-def _or_minus_infinity(possible: Tensor, log: Tensor) -> Tensor:
-    return torch.where(possible, log, log.new_full((), -math.inf))

@@ -14,7 +14,7 @@ References:
     estimator, arXiv:1802.05098.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,7 +50,7 @@ from pyro_elbo.terms.labeled import (
     sort_labels,
     unlabel,
 )
-from pyro_elbo.terms.summed_out import Joined, Posterior, WeightOf, connected, log_prior, sum_out
+from pyro_elbo.terms.summed_out import Joined, Posterior, WeightOf, choose_best, connected, log_prior, sum_out
 from pyro_elbo.terms.term import Term, alike
 
 
@@ -68,6 +68,23 @@ def evaluate_run(run: TracePair, kl: KLForm, weight_of: WeightOf | None = None) 
         ArgumentError: sites that are summed out together have different weights.
     """
     return _EnumeratedRun(run, kl).terms(weight_of) if run.enumerated else evaluate_terms(run, kl)
+
+
+def most_probable(run: TracePair) -> dict[str, Tensor]:
+    """Return the most probable joint values of all sites that are summed out, given all others.
+
+    Rows and steps that a mask leaves out have no part in it; they have the first value of the support.
+
+    Args:
+        run: the sites of model and guide; the guide enumerates none.
+
+    Returns:
+        By site, 1 at its value and 0 at the others, shaped like ``Term.posterior``.
+
+    Raises:
+        SiteError: as from :func:`evaluate_run`.
+    """
+    return _EnumeratedRun(run, "sampled").most_probable()
 
 
 @dataclass(frozen=True)
@@ -102,13 +119,25 @@ class _EnumeratedRun:
 
     def terms(self, weight_of: WeightOf | None) -> dict[str, Term]:
         """Return the terms under the posterior of the given weights."""
-        counted = (s for s in self.run.model.values() if s.has_density)
-        parts = {s.name: self._part(s, self.run.guide.get(s.name)) for s in counted}
+        parts = self._parts()
         auxiliary = {s.name: _auxiliary_part(s) for s in self.run.guide.values() if s.role == "auxiliary"}
         scores = [p.score for p in (parts | auxiliary).values() if p.score is not None]
         posteriors = self._posteriors(parts, weight_of)
         terms = {n: self._term(self.run.model[n], p, posteriors.get(n), scores) for n, p in parts.items()}
         return add_auxiliary(terms, (self._term(self.run.guide[n], p, None, scores) for n, p in auxiliary.items()))
+
+    def most_probable(self) -> dict[str, Tensor]:
+        """Return the most probable values: see :func:`most_probable`."""
+        parts, model = self._parts(), self.run.model
+        for n in self.summed:
+            parts[n] = replace(parts[n], log_p=log_prior(model[n], model[n].stepwise().mask))
+        best: dict[str, Labeled] = {}
+        for group, summed in self._groups(parts):
+            best |= choose_best(group, summed, self.run.guide, self.run.particle_dim)
+        return {n: self._probabilities(model[n], best[n], n) for n in self.summed}
+
+    def _parts(self) -> dict[str, _Part]:
+        return {n: self._part(s, self.run.guide.get(n)) for n, s in self.run.model.items() if s.has_density}
 
     def _part(self, site: Site, q: Site | None) -> _Part:
         name, changed = site.name, bool(site.depends_on.intersection(self.values))
@@ -130,15 +159,18 @@ class _EnumeratedRun:
 
     def _posteriors(self, parts: Mapping[str, _Part], weight_of: WeightOf | None) -> dict[str, Posterior]:
         """Return the posterior that each site depends on, by the site."""
-        joined = {n: Joined(self.run.model[n], p.log_p, p.term.scale) for n, p in parts.items() if p.log_p is not None}
         found = {}
+        for group, summed in self._groups(parts):
+            found |= dict.fromkeys(group, sum_out(group, summed, self.run.guide, self.run.particle_dim, weight_of))
+        return found
+
+    def _groups(self, parts: Mapping[str, _Part]) -> Iterator[tuple[dict[str, Joined], list[str]]]:
+        """Yield the sites that are summed out together with those that depend on them, and the names of the former."""
+        joined = {n: Joined(self.run.model[n], p.log_p, p.term.scale) for n, p in parts.items() if p.log_p is not None}
         depends_on = {n: j.log_p.variables & self.values for n, j in joined.items()}
         now = {step_before(n): n for n in self.summed}
         for names in connected({n: {now.get(v, v) for v in variables} for n, variables in depends_on.items()}):
-            group = {n: joined[n] for n in joined if n in names}
-            summed = [n for n in self.summed if n in names]
-            found |= dict.fromkeys(group, sum_out(group, summed, self.run.guide, self.run.particle_dim, weight_of))
-        return found
+            yield {n: joined[n] for n in joined if n in names}, [n for n in self.summed if n in names]
 
     def _term(self, site: Site, part: _Part, posterior: Posterior | None, scores: list[Labeled]) -> Term:
         term, nats = part.term, part.rest
@@ -160,7 +192,10 @@ class _EnumeratedRun:
         if posterior is None or part.log_p is None:
             return term
         if site.name in self.summed:
-            term = replace(term, posterior=self._probabilities(site, posterior.marginals[site.name]))
+            marginal, chain = posterior.marginals[site.name], posterior.chains.get(site.name)
+            names = step_before(site.name), site.name
+            pairs = None if chain is None else lambda: self._probabilities(site, chain.pairs(), *names)
+            term = replace(term, posterior=self._probabilities(site, marginal, site.name), pairs=pairs)
             return _over_time(site, term) if isinstance(site.fn, StackedDistribution) else term
         if isinstance(site.fn, StackedDistribution):
             return _over_time(site, term)
@@ -185,12 +220,13 @@ class _EnumeratedRun:
     def _is_row(self, a: Label) -> bool:
         return a.kind == "batch" and a.dim != self.run.particle_dim
 
-    def _probabilities(self, site: Site, marginal: Labeled) -> Tensor:
-        """Return the posterior over the values of a site, which are the last dimension."""
-        own = next(a for a in marginal.labels if a.name == site.name)
-        alone = marginal.sum([a for a in marginal.labels if a.kind == "value" and a.name in self.values and a != own])
-        i, event = alone.labels.index(own), Label("event", "", 0, own.size)
-        moved = Labeled(alone.x.movedim(i, -1), (*alone.labels[:i], *alone.labels[i + 1 :], event))
+    def _probabilities(self, site: Site, marginal: Labeled, *names: str) -> Tensor:
+        """Return the posterior over the values of variables, which are the last dimensions."""
+        alone = marginal.sum([a for a in marginal.labels if a.name in self.values and a.name not in names])
+        own = [next(a for a in alone.labels if a.name == n) for n in names]
+        events = [Label("event", "", i, a.size) for i, a in enumerate(own)]
+        x = alone.x.movedim([alone.labels.index(a) for a in own], list(range(-len(own), 0)))
+        moved = Labeled(x, (*(a for a in alone.labels if a not in own), *events))
         return unlabel(self._expect(site, moved))
 
     def _expect(self, site: Site, x: Labeled) -> Labeled:
@@ -227,7 +263,7 @@ def _over_time(site: Site, steps: Term) -> Term:
     if steps.independent is not None:
         moved = tuple(p._replace(dim=p.dim - 1) for p in steps.independent)
         whole = replace(whole, steps=replace(steps, independent=moved))
-    return replace(whole, posterior=steps.posterior)
+    return replace(whole, posterior=steps.posterior, pairs=steps.pairs)
 
 
 def _latent_part(p: Site, q: Site, exact: bool, changed: bool) -> _Part:

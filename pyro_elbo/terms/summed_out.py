@@ -16,7 +16,7 @@ References:
     (2003), A differential approach to inference in Bayesian networks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pyro_elbo.errors import ArgumentError, SiteError
+from pyro_elbo.masking import masked
 from pyro_elbo.programs import Plate, Site, step_before
 from pyro_elbo.sequences import StackedDistribution
-from pyro_elbo.terms.chain import Paths
+from pyro_elbo.terms.chain import Paths, sum_paths
 from pyro_elbo.terms.elimination import Factor, Plates, log_sum_product, shared_rows
 from pyro_elbo.terms.labeled import (
     Label,
@@ -39,6 +40,7 @@ from pyro_elbo.terms.labeled import (
     label_steps,
     plate_labels,
 )
+from pyro_elbo.terms.semiring import MAXIMUM, Semiring, log_sum_exp
 from pyro_elbo.terms.term import alike
 
 WeightOf = Callable[[str], float | Tensor]
@@ -71,12 +73,15 @@ class Posterior:
 
     Attributes:
         nats: the KL of each summed-out site, E_q*[log p] of each other site.
-        marginals: the posterior over the values that each site depends on.
+        marginals: the posterior over the values that each site depends on; of a state of a scan, over its own, and
+            of other sites that depend on the state before none.
+        chains: the posterior of the paths of states.
         independent: the plates by whose rows the sites are independent.
     """
 
     nats: Mapping[str, Labeled]
     marginals: Mapping[str, Labeled]
+    chains: Mapping[str, "PathsPosterior"]
     independent: tuple[Plate, ...]
 
 
@@ -94,16 +99,19 @@ def connected(sites: Mapping[str, set[str]]) -> list[set[str]]:
     return [members for members, _ in groups]
 
 
-def log_prior(site: Site) -> Labeled:
+def log_prior(site: Site, mask: Tensor | bool | None = None) -> Labeled:
     """Return log p of a site over its support: without its mask, so that what is masked below it counts for nothing.
 
     Values of probability zero are impossible, where torch's distributions give them a tiny probability.
+
+    Args:
+        mask: zero is returned where it is false, aligned with ``site.stepwise()``.
     """
     fn: Any = site.fn
     fn, value = (fn.narrow or (fn.steps, fn.value)) if isinstance(fn, StackedDistribution) else (fn, site.value)
     log_p, support = fn.log_prob(value), _log_support(fn, value)
     log_p = log_p if support is None else torch.where(support > -torch.inf, log_p, -torch.inf)
-    return label_steps(log_p, site)
+    return label_steps(masked(log_p, mask), site)
 
 
 def _log_support(fn: Any, value: Tensor) -> Tensor | None:
@@ -142,24 +150,16 @@ def sum_out(
         SiteError: the sites differ in scale, or their plates do not allow the sum.
         ArgumentError: the summed-out sites have different weights.
     """
+    plates, rows = _arrange(sites, summed, guide, particle_dim)
     names = [*summed, *map(step_before, summed)]
-    beside = frozenset(a for j in sites.values() for a in j.log_p.labels if _is_beside(a, names, particle_dim))
-    plates = {n: plate_labels(j.site) | beside for n, j in sites.items()}
-    rows = shared_rows(plates.values())
-    _check_scales(sites, rows)
-    plates |= {step_before(n): plates[n] for n in summed}
-    for name, joined in sites.items():
-        for v in joined.log_p.variables:
-            _check_plates(name, v, plates[v] if v in names else plate_labels(guide[v]), plates[name])
-            if v not in names:
-                _check_coupling(v, plate_labels(guide[v]), rows, summed)
     exponents = _exponents(sites, summed, guide, weight_of, rows)
     full = {n: j.log_p if _joins_steps(j.log_p, summed) else j.log_p.expand(plates[n]) for n, j in sites.items()}
-    log_z, marginals, chains = _differentiate(full, exponents, plates, names)
+    logs = {n: _raise(_detached(x), exponents.get(n, 1.0)) for n, x in full.items()}
+    log_z, marginals, chains = _sum(logs, plates, names)
     nats = {n: _expected(q, full[n], names) for n, q in marginals.items()}
     for n in full.keys() - marginals.keys():
-        state = next(v for v in summed if step_before(v) in full[n].variables)
-        nats[n] = _sum_values(chains[state].expect(full[n], plates[n]), names)
+        chain = next(c for state, c in chains.items() if step_before(state) in full[n].variables)
+        nats[n] = _sum_values(chain.expect(full[n], plates[n]), names)
     entropies = {
         n: chains[n].entropy_term(n, full[n].variables, names) if n in chains else _entropy_term(n, marginals[n], names)
         for n in summed
@@ -172,7 +172,52 @@ def sum_out(
     if first is not None:  # the states of a scan are a chain, whose conditionals are all of its posterior
         nats[first] = nats[first] + combine(_total, *shares, log_z.map(-log_z.x.detach()))
     independent = tuple(p for p in sites[summed[0]].site.plates if all(p in sites[n].site.plates for n in summed))
-    return Posterior(nats, marginals, independent)
+    return Posterior(nats, marginals, chains, independent)
+
+
+def choose_best(
+    sites: Mapping[str, Joined], summed: list[str], guide: Mapping[str, Site], particle_dim: int | None
+) -> dict[str, Labeled]:
+    """Return the most probable joint values of the summed-out sites of one connected group.
+
+    They are 1, and all others 0, over the values that each site depends on. Arguments and errors are those of
+    :func:`sum_out`.
+    """
+    plates, _ = _arrange(sites, summed, guide, particle_dim)
+    with torch.enable_grad():
+        leaves = {n: x.map(x.x.detach().requires_grad_()) for n, x in _expand(sites, summed, plates).items()}
+        best = _log_z(leaves, plates, [*summed, *map(step_before, summed)], MAXIMUM)
+        gradients = torch.autograd.grad(best.x.sum(), [x.x for x in leaves.values()])
+    return {n: x.map(g) for (n, x), g in zip(leaves.items(), gradients, strict=True)}
+
+
+def _arrange(
+    sites: Mapping[str, Joined], summed: list[str], guide: Mapping[str, Site], particle_dim: int | None
+) -> tuple[dict[str, Plates], Plates]:
+    """Return the plates of each site, and of each state at the step before, and the rows that all sites share."""
+    names = [*summed, *map(step_before, summed)]
+    beside = frozenset(a for j in sites.values() for a in j.log_p.labels if _is_beside(a, names, particle_dim))
+    plates = {n: plate_labels(j.site) | beside for n, j in sites.items()}
+    rows = shared_rows(plates.values())
+    _check_scales(sites, rows)
+    plates |= {step_before(n): plates[n] for n in summed}
+    for name, joined in sites.items():
+        for v in joined.log_p.variables:
+            _check_plates(name, v, plates[v] if v in names else plate_labels(guide[v]), plates[name])
+            if v not in names:
+                _check_coupling(v, plate_labels(guide[v]), rows, summed)
+    return plates, rows
+
+
+def _expand(sites: Mapping[str, Joined], summed: list[str], plates: Mapping[str, Plates]) -> dict[str, Labeled]:
+    """Return the log density of each site in all its plates, a state's also over its values at the step before."""
+    joint = {n: _states_before(n, sites.values()) if n in summed else frozenset() for n in sites}
+    return {n: joined.log_p.expand(plates[n] | joint[n]) for n, joined in sites.items()}
+
+
+def _states_before(name: str, sites: Iterable[Joined]) -> Plates:
+    """Return the label of a state at the step before, where a density depends on it."""
+    return frozenset(a for j in sites for a in j.log_p.labels if a.kind == "value" and a.name == step_before(name))
 
 
 def _joins_steps(log_p: Labeled, summed: list[str]) -> bool:
@@ -181,47 +226,57 @@ def _joins_steps(log_p: Labeled, summed: list[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class _PathsPosterior:
-    """The posterior of a state's paths: given what tells the rows apart, and that of the rows."""
+class PathsPosterior:
+    """The posterior of a scan's state: given what tells the rows of its paths apart, and that of the rows."""
 
     paths: Paths
     rows: Labeled
 
     def now(self) -> Labeled:
+        """Return the posterior of the state."""
         return self.paths.now() * self.rows
 
     def pairs(self) -> Labeled:
+        """Return the posterior of the state before and now, which has an entry for each row, step and pair."""
         return self.paths.pairs() * self.rows
 
     def expect(self, x: Labeled, plates: Plates) -> Labeled:
-        """Return the terms of the expectation of x for each value that tells rows apart."""
+        """Return E[x] over both states, at each value of what tells rows apart, in all plates of x."""
         x = x.expand(plates.difference(self.paths.labels))
         if set(x.labels) <= {*self.paths.labels, *self.paths.own}:
             return self.paths.expect(x) * self.rows
         return combine(_possible, self.pairs(), x).sum(self.paths.own)
 
     def entropy_term(self, name: str, variables: set[str], summed: list[str]) -> Labeled:
-        """Return E[log q(k | k before, parents)] of a state."""
-        others = [a for a in _values(self.rows, summed) if a.name not in variables]
-        if others:
+        """Return E[log q(k | k before, parents)] of the state, whose density depends on ``variables``."""
+        if others := [a for a in _values(self.rows, summed) if a.name not in variables]:
             return _entropy_term(name, self.pairs().sum(others), summed)
         return _sum_values(self.paths.log_conditional() * self.rows, summed)
 
 
-def _differentiate(
-    full: Mapping[str, Labeled], exponents: Mapping[str, Exponent], plates: Mapping[str, Plates], names: list[str]
-) -> tuple[Labeled, dict[str, Labeled], dict[str, _PathsPosterior]]:
-    """Return log Z, the posterior over what each site depends on, unless it joins two steps, and that of the paths."""
+def _sum(
+    logs: Mapping[str, Labeled], plates: Mapping[str, Plates], names: list[str]
+) -> tuple[Labeled, dict[str, Labeled], dict[str, PathsPosterior]]:
+    """Return log Z, the posterior over what each site depends on, and that of states; of sites that join steps none."""
+    found: dict[str, Paths] = {}
+
+    def over_paths(pairs: Sequence[Labeled], nodes: Labeled, state: str) -> Labeled:
+        found[state] = sum_paths(pairs, nodes, state)
+        return found[state].shares
+
     with torch.enable_grad():
-        leaves = {n: _raise(_detached(x), exponents.get(n, 1.0)) for n, x in full.items()}
-        apart = {n: x.map(x.x.detach().requires_grad_()) for n, x in leaves.items() if not _joins_steps(x, names)}
-        factors = [Factor(x, plates[n]) for n, x in (leaves | apart).items()]
-        log_z, paths = log_sum_product(factors, {v: plates[v] for v in names})
-        inputs = [*apart.values(), *(p.shares for p in paths.values())]
+        apart = {n: x.map(x.x.requires_grad_()) for n, x in logs.items() if not _joins_steps(x, names)}
+        log_z = _log_z(logs, plates, names, Semiring(log_sum_exp, over_paths))
+        inputs = [*apart.values(), *(p.shares for p in found.values())]
         gradients = torch.autograd.grad(log_z.x.sum(), [x.x for x in inputs])
     posteriors = [x.map(g) for x, g in zip(inputs, gradients, strict=True)]
-    chains = {n: _PathsPosterior(p, q) for (n, p), q in zip(paths.items(), posteriors[len(apart) :], strict=True)}
+    chains = {n: PathsPosterior(p, q) for (n, p), q in zip(found.items(), posteriors[len(apart) :], strict=True)}
     return log_z, dict(zip(apart, posteriors, strict=False)), chains
+
+
+def _log_z(logs: Mapping[str, Labeled], plates: Mapping[str, Plates], names: list[str], semiring: Semiring) -> Labeled:
+    factors = [Factor(x, plates[n]) for n, x in logs.items()]
+    return log_sum_product(factors, {v: plates[v] for v in names}, semiring)
 
 
 def _is_beside(a: Label, summed: list[str], particle_dim: int | None) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_elbo.compile import CompiledSVI, TorchUpdate
 from pyro_elbo.diagnosis import Probe, diagnose
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.errors import ArgumentError, GuideError
 from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed, seeded
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.converge import Convergence, Goal
@@ -137,7 +137,9 @@ class LightningPrograms(lightning.LightningModule):
                 "train with pe.SVI and a pyro.optim optimizer."
             )
         self._show(values)
-        return self.module.elbo.count_step(-terms.per_datum.objective, terms)
+        loss = self.module.elbo.count_step(-terms.per_datum.objective, terms)
+        _check_depends(loss.requires_grad)
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse a step along a gradient that is not finite."""
@@ -192,6 +194,8 @@ class LightningPrograms(lightning.LightningModule):
             self.trainer.should_stop = True  # with its own max_steps, Lightning neither validates here nor resumes
         if batch_idx > 0:
             return
+        if self.svi is not None:
+            _check_depends(self.svi.trains)
         parts = [(type(part).__name__, *item) for part in self.used for item in part.named_parameters()]
         if unknown := [f"{kind}.{name}" for kind, name, p in parts if p.grad is not None and id(p) not in self.held]:
             raise ArgumentError(
@@ -271,6 +275,15 @@ class LightningPrograms(lightning.LightningModule):
             others = {name: x for name, x in values.items() if name != "elbo"}
             others |= {f"beta/{site}": x for site, x in beta.items()} if split == "train" else {}
             self.log_dict({f"{split}_{name}": x for name, x in others.items()}, batch_size=1)
+
+
+def _check_depends(depends: bool) -> None:
+    """Raise GuideError if the objective depends on no parameter."""
+    if not depends:
+        raise GuideError(
+            "The objective depends on none of the parameters, so there is nothing to train. Use the parameters in the "
+            "distributions of model or guide, or evaluate the terms: loss.terms(model, guide, ...)."
+        )
 
 
 def _elbo_per_datum(terms: Terms) -> Tensor:

@@ -286,6 +286,8 @@ if __name__ == "__main__":
     torch.set_num_threads(args.threads)
     pyro.enable_validation(False)  # the data are known
     data, table = load_chorales(args.data), []
+    if args.save is not None:
+        args.save.mkdir(parents=True, exist_ok=True)
     for key in args.model:
         chosen = shortened(RECIPES[key], args.epochs) if args.epochs else RECIPES[key]
         print(key, chosen, flush=True)

@@ -16,7 +16,7 @@ from pyro.nn import PyroModule
 from torch import nn, optim
 
 import pyro_elbo as pe
-from pyro_elbo.compile import inductor as executable
+from pyro_elbo.compile import inductor
 from pyro_elbo.errors import ArgumentError, CompileError, NonFiniteError, PyroElboError, SiteError
 from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
     X,
@@ -416,7 +416,7 @@ def test_a_torch_newer_than_the_tested_ones_is_tried_once(interpreted, graphs, m
 @pytest.mark.parametrize("compile", [True, "auto"])
 def test_a_torch_whose_graphs_are_wrong(interpreted, monkeypatch, compile):
     torch_version(monkeypatch, f"2.98.{len(str(compile))}")
-    monkeypatch.setattr(executable, "compile_graph", lambda graph, on_cpu: lambda inputs: None)
+    monkeypatch.setattr(inductor, "compile_graph", lambda graph, on_cpu: lambda inputs: None)
     tested = r"tested up to torch 2.14, this is 2.98.4, where a small program fails \(\w+"
     if compile == "auto":
         with pytest.warns(UserWarning, match=f"(?s)Steps run in Python.*{tested}"):

@@ -49,7 +49,7 @@ def inner(wrapper):
 
 
 def flat_tensors(graph):
-    return sum(x.shape == FLAT for x in graph.externals)
+    return sum(x.shape == FLAT for x in graph.fakes[: graph.externals])
 
 
 def trains_alike(optimizer, between=lambda opt: None, program=guide, **options):

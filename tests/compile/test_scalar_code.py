@@ -164,7 +164,7 @@ REFUSED = {
 def test_what_is_not_written_out(monkeypatch, caplog, name):
     step, dtype, limit, reason = REFUSED[name]
     monkeypatch.setattr(operators, "SCALARS", limit)
-    monkeypatch.setattr(inductor, "compile_graph", lambda graph, on_cpu: "machine code of a step")
+    monkeypatch.setattr(inductor, "code_of", lambda graph, on_cpu: "machine code of a step")
     carry, inputs = [torch.zeros(3, dtype=dtype)], [torch.ones(T, 3, dtype=dtype)]
     with caplog.at_level(logging.DEBUG, logger="pyro_elbo.compile.scan"):
         loop = loop_of(step, [], carry, inputs)

@@ -20,3 +20,14 @@ def test_the_bound_is_the_evidence_and_training_raises_it(symbols, lengths):
     assert terms.posterior["k"].shape == (4, 20, 3)
     pe.SVI(hmm.model, hmm.guide, pyro.optim.Adam({"lr": 0.05}), pe.TraceBeta_ELBO()).run(10, x, lengths, progress=False)
     assert hmm.log_evidence(x, lengths).sum() > evidence + 1
+
+
+def test_vectors_have_the_evidence_of_their_channels_and_padding_has_none():
+    torch.set_default_dtype(torch.float64)
+    pyro.set_rng_seed(0)
+    hmm, x, lengths = HMM(3, channels=2), torch.randn(4, 6, 2), torch.tensor([6, 2, 4, 1])
+    hmm.start_from([torch.randn(5, 2) for _ in range(3)])
+    evidence = hmm.log_evidence(x, lengths)
+    x[1, 2:] = torch.nan
+    torch.testing.assert_close(hmm.log_evidence(x, lengths), evidence)
+    torch.testing.assert_close(pe.TraceBeta_ELBO().terms(hmm.model, hmm.guide, x, lengths).elbo, evidence.sum())

@@ -15,8 +15,7 @@ from pyro.distributions import constraints
 from torch import nn
 
 import pyro_elbo as pe
-from pyro_elbo.compile import capture
-from pyro_elbo.compile import inductor as executable
+from pyro_elbo.compile import capture, inductor, store
 from pyro_elbo.compile.scan import operators
 from pyro_elbo.errors import PyroElboError
 
@@ -38,8 +37,9 @@ def interpret(monkeypatch):
 
         return torch.no_grad()(call)
 
-    monkeypatch.setattr(executable, "compile_graph", compiled)
-    monkeypatch.setattr(executable, "entry_point", lambda compiled: None)
+    monkeypatch.setattr(inductor, "compile_graph", compiled)
+    monkeypatch.setattr(inductor, "entry_point", lambda compiled: None)
+    monkeypatch.setattr(store, "key_of", lambda *arguments: None)
     monkeypatch.setattr(operators, "scalars_of", lambda *arguments: None)
     monkeypatch.setattr(operators, "_loops", weakref.WeakValueDictionary())
 
@@ -80,13 +80,14 @@ def _scalar_loops(monkeypatch):
 def _graphs(monkeypatch):
     """The graphs that are made during a test."""
     made = []
+    make = capture.functional_graph
 
-    class Counting(executable.Executable):
-        def __init__(self, graph, *args, **kwargs):
-            made.append(graph)
-            super().__init__(graph, *args, **kwargs)
+    def noted(*arguments):
+        made.append(make(*arguments))
+        return made[-1]
 
-    monkeypatch.setattr(executable, "Executable", Counting)
+    monkeypatch.setattr(capture, "functional_graph", noted)
+    monkeypatch.setattr(store, "key_of", lambda *arguments: None)
     return made
 
 

@@ -227,9 +227,3 @@ def test_a_site_outside_of_the_scan_that_depends_on_the_last_state_is_refused():
 
     with refuses(SiteError, "'y'", "'k'", "outside of the pe.scan"):
         pe.TraceBeta_ELBO().terms(model, nothing, STEPS)
-
-
-def test_draws_of_summed_out_states_are_refused():
-    chain = by_name["HMM"]
-    with refuses(SiteError, "'k'", "terms.posterior", "pyro.markov"):
-        pe.to_arviz(chain.scan, nothing, STEPS, num_samples=3)

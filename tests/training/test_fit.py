@@ -318,6 +318,10 @@ def test_optimizers_that_would_train_nothing():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     expect(GuideError, "nor guide has a parameter", model, without, torch.ones(5))
+    network = torch.nn.Linear(1, 1)
+    unused = lambda x: (pyro.module("unused", network), without(x))  # noqa: E731
+    for compiled in (False, True):
+        expect(GuideError, "depends on none", model, unused, torch.ones(5), compile=compiled)
 
 
 def test_unusable_data():

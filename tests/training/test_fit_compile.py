@@ -7,7 +7,7 @@ import xarray
 
 import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
-from pyro_elbo.compile import inductor as executable
+from pyro_elbo.compile import inductor
 from pyro_elbo.errors import ArgumentError
 from tests.support.compiled import _interpreted  # noqa: F401  (a fixture)
 
@@ -22,8 +22,8 @@ with torch.random.fork_rng():
 def compiled(interpreted, monkeypatch):
     """The graphs that get compiled."""
     graphs = []
-    compile = executable.compile_graph
-    monkeypatch.setattr(executable, "compile_graph", lambda graph, cpu: graphs.append(graph) or compile(graph, cpu))
+    compile = inductor.compile_graph
+    monkeypatch.setattr(inductor, "compile_graph", lambda graph, cpu: graphs.append(graph) or compile(graph, cpu))
     return graphs
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_elbo.compile.inductor import load_library
-from pyro_elbo.compile.scan.operators import library, on_cpu
+from pyro_elbo.compile.scan.operators import library
+from pyro_elbo.compile.store import load_library, on_cpu
 from pyro_elbo.terms import Chain, messages
 
 LOST = {torch.float32: "1e-18f", torch.float64: "1e-140"}
@@ -144,7 +144,7 @@ static void each(const real* pair, const real* node, const real* before, const r
 extern "C" void average(const real* pair, const real* node, const real* before, const real* later, const real* f,
                         real* out, int64_t steps, int64_t rows, int64_t time, int64_t row, int64_t f_time,
                         int64_t f_row) {{
-  each(pair, node, before, later, steps, rows, time, row, [=](int64_t t, int64_t r, int64_t at, const real* q, real w) {{
+  each(pair, node, before, later, steps, rows, time, row, [=](int64_t t, int64_t r, int64_t at, real* q, real w) {{
     const real* x = f + t * f_time + r * f_row;
     real sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -156,7 +156,7 @@ extern "C" void average(const real* pair, const real* node, const real* before, 
 extern "C" void spread(const real* pair, const real* node, const real* before, const real* later, const real* g,
                        real* out, int64_t steps, int64_t rows, int64_t time, int64_t row, int64_t f_time,
                        int64_t f_row) {{
-  each(pair, node, before, later, steps, rows, time, row, [=](int64_t t, int64_t r, int64_t at, const real* q, real w) {{
+  each(pair, node, before, later, steps, rows, time, row, [=](int64_t t, int64_t r, int64_t at, real* q, real w) {{
     real* x = out + t * f_time + r * f_row;
     const real scale = g[at] * w;
 #pragma omp simd
@@ -187,7 +187,7 @@ def _strides(x: Tensor) -> tuple[int, int]:
 
 def _room(pair: Tensor, node: Tensor) -> list[Tensor]:
     steps, rows, k = node.shape
-    return [node.new_empty(steps + 1, rows, k), *(torch.empty_like(node) for _ in "al"), node.new_empty(steps, rows)]
+    return [node.new_empty(steps + 1, rows, k), *(node.new_empty(node.shape) for _ in "al"), node.new_empty(steps, rows)]
 
 
 def _messages(pair: Tensor, node: Tensor) -> list[Tensor]:

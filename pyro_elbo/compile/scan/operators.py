@@ -8,19 +8,19 @@ live as long as it does.
 import hashlib
 import logging
 import weakref
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pyro_elbo.compile import inductor
+from pyro_elbo.compile import executable
 from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, rand_ops
-from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
 from pyro_elbo.compile.noise import SCAN_DRAWS, NoiseKind, fill_noise
 from pyro_elbo.compile.scan.scalar_code import Layout, ScalarLoop, scalar_loop
 from pyro_elbo.compile.scan.scalar_ops import UnsupportedError
+from pyro_elbo.compile.store import on_cpu
 
 # The work of a step, in additions, up to which it is written out: a few microseconds, as long as a call would take.
 SCALARS = 4096
@@ -50,6 +50,9 @@ class Loop:
         """Compile the recurrence, unless another graph has done so."""
         if self.machine is not None or self.scalars is not None:
             return
+        from pyro_elbo.compile import inductor  # takes a second to import
+        from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
+
         mode = FakeTensorMode(shape_env=ShapeEnv())
         real = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in self.layout.like]
         fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in real)
@@ -59,7 +62,7 @@ class Loop:
         graph = optimize(graph, mode, fakes)
         self.scalars = scalars_of(graph, self.layout, self.reverse) if on_cpu(real) else None
         if self.scalars is None:
-            self.machine = inductor.compile_graph(Graph(graph, (), (), fakes), on_cpu(real))
+            self.machine = inductor.code_of(Graph(graph, fakes), on_cpu(real))
 
 
 def scalars_of(graph: fx.GraphModule, layout: Layout, reverse: bool) -> ScalarLoop | None:
@@ -113,21 +116,15 @@ def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], ste
     columns = [x.unbind() for x in (*(s[before] for s in states), *inputs, *(s[after] for s in states), *exports)]
     rows = list(zip(*columns, strict=True))
     rows = rows[::-1] if loop.reverse else rows
-    entry = inductor.entry_point(loop.machine) if on_cpu(fixed + list(rows[0])) else None
-    if entry is None:
+    if loop.machine.entry is None:
         for row in rows:
-            loop.machine([*fixed, *row])
+            loop.machine.call([*fixed, *row])
         return room
-    handles = inductor.Handles(fixed), inductor.Handles(x for row in rows for x in row)
-    message = inductor.driver().run(entry, handles[0].capsules, [], handles[1].capsules, steps)
+    handles = executable.Handles(fixed), executable.Handles(x for row in rows for x in row)
+    message = executable.driver().run(loop.machine.entry, handles[0].capsules, [], handles[1].capsules, steps)
     if message is not None:
         raise RuntimeError(f"The compiled step failed: {message.decode()}")
     return room
-
-
-def on_cpu(tensors: Iterable[Tensor]) -> bool:
-    """Return whether the C++ driver can call code compiled for these tensors."""
-    return all(x.device.type == "cpu" for x in tensors)
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from pyro_elbo.compile.inductor import load_library
 from pyro_elbo.compile.scan.scalar_ops import (
     FOLDS,
     LOGIC,
@@ -35,6 +34,7 @@ from pyro_elbo.compile.scan.scalar_ops import (
     product,
     rows_of,
 )
+from pyro_elbo.compile.store import load_library
 
 aten = torch.ops.aten
 

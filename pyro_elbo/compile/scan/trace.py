@@ -13,7 +13,7 @@ from pyro_elbo.compile._torch import (
     make_fx,
     unset_fake_temporarily,
 )
-from pyro_elbo.compile.capture import lift, remove_identities, remove_repetition
+from pyro_elbo.compile.graphs import lift, remove_identities, remove_repetition
 from pyro_elbo.compile.noise import (
     RANDOM,
     location_scale,

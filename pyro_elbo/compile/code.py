@@ -1,0 +1,39 @@
+"""The machine code of a graph."""
+
+import ctypes
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pyro_elbo.compile.noise import Noise, Segment
+
+_ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"
+
+
+@dataclass(frozen=True)
+class Code:
+    """The machine code of a functional graph, with what the graph takes and changes.
+
+    Attributes:
+        call: Inductor's wrapper; None where the code comes from the disk.
+        entry: the address of the C++ function; None on devices that need the wrapper.
+        noise, stream, written: as in :class:`pyro_elbo.compile.capture.Graph`.
+    """
+
+    call: Callable[[list[Tensor]], Any] | None
+    entry: ctypes.c_void_p | None
+    noise: tuple[Noise, ...] = ()
+    stream: tuple[Segment, ...] = ()
+    written: tuple[int, ...] = ()
+
+
+def on_cpu(tensors: Iterable[Tensor]) -> bool:
+    """Return whether the C++ driver can call code compiled for these tensors."""
+    return all(x.device.type == "cpu" for x in tensors)
+
+
+def entry_of(library: str) -> ctypes.c_void_p:
+    """Return the address of the C++ function of a graph."""
+    return ctypes.cast(getattr(ctypes.PyDLL(library), _ENTRY), ctypes.c_void_p)

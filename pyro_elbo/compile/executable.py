@@ -1,0 +1,270 @@
+"""Run many steps of machine code without Python in between.
+
+On a CPU a small C++ driver calls the function of a graph directly, without dispatcher or wrapper, for any number of
+steps in a row. On other devices Inductor's own wrapper calls it.
+"""
+
+import ctypes
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_elbo.compile._torch import tensor_handles
+from pyro_elbo.compile.code import Code, on_cpu
+from pyro_elbo.compile.noise import Noise, Segment
+from pyro_elbo.compile.record import Recording
+from pyro_elbo.compile.store import load_library
+from pyro_elbo.errors import CompileError
+
+AHEAD = 2**18  # numbers of noise drawn at once
+
+# A compiled function takes ownership of its handles, so every step makes new ones.
+_DRIVER = r"""
+#include <Python.h>
+#include <cstdint>
+#include <exception>
+#include <string>
+#include <vector>
+
+extern "C" int aoti_torch_new_tensor_handle(void* tensor, void** handle);
+extern "C" int aoti_torch_delete_tensor_object(void* tensor);
+
+static void* pointer(PyObject* list, int64_t i) { return PyCapsule_GetPointer(PyList_GET_ITEM(list, i), nullptr); }
+
+extern "C" void release(PyObject* list) {
+  for (int64_t i = 0; i < PyList_GET_SIZE(list); i++) aoti_torch_delete_tensor_object(pointer(list, i));
+}
+
+extern "C" int aoti_torch_get_dim(void* tensor, int64_t* result);
+extern "C" int aoti_torch_get_dtype(void* tensor, int32_t* result);
+extern "C" int aoti_torch_get_size(void* tensor, int64_t dim, int64_t* result);
+extern "C" int aoti_torch_get_stride(void* tensor, int64_t dim, int64_t* result);
+
+// Write dtype, dimension, sizes and strides of every tensor to `layout`, or compare them with `layout`.
+extern "C" int64_t layout(PyObject* list, int64_t* layout, int64_t compare) {
+  int64_t k = 0;
+  auto note = [&](int64_t x) { if (compare && layout[k] != x) return false; layout[k++] = x; return true; };
+  for (int64_t i = 0; i < PyList_GET_SIZE(list); i++) {
+    void* tensor = pointer(list, i);
+    int32_t dtype;
+    int64_t dim, x;
+    aoti_torch_get_dtype(tensor, &dtype);
+    aoti_torch_get_dim(tensor, &dim);
+    if (!note(dtype) || !note(dim)) return 0;
+    for (int64_t d = 0; d < dim; d++) {
+      aoti_torch_get_size(tensor, d, &x);
+      if (!note(x)) return 0;
+      aoti_torch_get_stride(tensor, d, &x);
+      if (!note(x)) return 0;
+    }
+  }
+  return 1;
+}
+
+extern "C" const char* run(void* entry, PyObject* fixed, PyObject* data, PyObject* rows, int64_t steps) {
+  static thread_local std::string message;
+  auto function = reinterpret_cast<void (*)(void**, void**)>(entry);
+  const int64_t n = PyList_GET_SIZE(fixed), m = PyList_GET_SIZE(data), width = PyList_GET_SIZE(rows) / steps;
+  std::vector<void*> inputs(n + m + width);
+  const char* result = nullptr;
+  try {
+    for (int64_t step = 0; step < steps; step++) {
+      for (int64_t i = 0; i < n; i++) aoti_torch_new_tensor_handle(pointer(fixed, i), &inputs[i]);
+      for (int64_t i = 0; i < m; i++) aoti_torch_new_tensor_handle(pointer(data, i), &inputs[n + i]);
+      for (int64_t i = 0; i < width; i++)
+        aoti_torch_new_tensor_handle(pointer(rows, step * width + i), &inputs[n + m + i]);
+      function(inputs.data(), nullptr);
+    }
+  } catch (const std::exception& error) {
+    message = error.what();
+    result = message.c_str();
+  }
+  release(data);
+  return result;
+}
+"""
+
+
+class Handles:
+    """C++ handles of tensors, valid as long as this object lives."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.capsules = tensor_handles(list(tensors))
+        weakref.finalize(self, driver().release, self.capsules)
+
+
+class StepInputs:
+    """The scalars, records and noise of ``count`` steps: the inputs that differ between steps."""
+
+    def __init__(self, count: int, scalars: Tensor, flag: Tensor, record: Tensor, noise: Sequence[Noise]) -> None:
+        self.values: Sequence[Sequence[float]] = ()
+        self.scalars, self.record = scalars.new_empty(count, len(scalars)), record.new_empty(count, len(record))
+        self.noise = [n.rows(count, flag.device) for n in noise]
+        columns = [self.scalars.unbind(), [flag] * count, self.record.unbind(), *(x.unbind() for x in self.noise)]
+        self.inputs = [x for row in zip(*columns, strict=True) for x in row]
+        self.width = len(columns)
+
+    def fill(self, values: Sequence[Sequence[float]], noise: Sequence[Noise], stream: Sequence[Segment]) -> None:
+        """Set the scalars of each step and draw new noise: in the order of ``stream``, or all at once without one."""
+        if values != self.values:
+            self.scalars.copy_(torch.tensor(values, dtype=self.scalars.dtype))
+            self.values = values
+        for step in range(len(self.record)) if stream else ():
+            for row, start, stop in stream:
+                noise[row].draw(self.noise[row][step, start:stop])
+        for n, x in zip(noise, self.noise, strict=True) if not stream else ():
+            n.draw(x)
+
+
+class Executable:
+    """Machine code with the tensors that it works on.
+
+    Args:
+        recording: the call that was compiled; its inputs are data, then the row of a step.
+        code: its machine code.
+        row: the scalars, the flag that all steps so far were usable, and the record of a step.
+        owned: what operators of the graph find by a key, to live as long as the graph.
+    """
+
+    def __init__(
+        self, recording: Recording, code: Code, row: tuple[Tensor, Tensor, Tensor], owned: Sequence[Any] = ()
+    ) -> None:
+        self.flag, self._owned = row[1], owned
+        self._row, self._noise, self._stream = row, code.noise, code.stream
+        self._externals, self._frozen = list(recording.externals), recording.frozen
+        self._ahead = max(1, AHEAD // max([1, *(n.size for n in code.noise)]))
+        self._rows: dict[int, tuple[StepInputs, Handles | None]] = {}
+        self._entry = code.entry
+        self._call: Any = code.call
+        self._handles = Handles(self._externals) if on_cpu(recording.tensors) else None
+        self._layout = self._layouts()
+
+    def __call__(self, data: Sequence[Tensor], values: Sequence[Sequence[float]]) -> np.ndarray:
+        """Run one step per entry of ``values`` (its scalars) on the same data; return the record of each."""
+        parts = [values[i : i + self._ahead] for i in range(0, len(values), self._ahead)]
+        return np.concatenate([self._run(data, part) for part in parts])
+
+    def fits(self) -> bool:
+        """Return whether external tensors still have the layout and frozen ones the values that the code assumes."""
+        if not all(torch.equal(x, value) for x, value in self._frozen):
+            return False
+        if self._handles is not None:
+            return bool(driver().layout(self._handles.capsules, self._layout, 1))
+        return self._layout == self._layouts()
+
+    def _layouts(self) -> Any:
+        if self._handles is None:
+            return [(x.shape, x.stride(), x.dtype) for x in self._externals]
+        layout = (ctypes.c_int64 * sum(2 + 2 * x.dim() for x in self._externals))()
+        driver().layout(self._handles.capsules, layout, 0)
+        return layout
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Restore the contents of the graph's external tensors at the end."""
+        before = [x.detach().clone() for x in self._externals]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for x, old in zip(self._externals, before, strict=True):
+                    x.detach().copy_(old)
+
+    def check(self, recording: Recording, lift_noise: bool, values: Sequence[float]) -> None:
+        """Compare one step of the machine code with its graph, run operator by operator on the same noise.
+
+        Raises:
+            CompileError: they differ by more than rounding.
+        """
+        from pyro_elbo.compile.capture import functional_graph
+
+        graph = functional_graph(recording, len(self._row) - 1, lift_noise)
+        data = recording.inputs[: -len(self._row)]
+
+        def in_python() -> None:
+            rows, _ = self._rows_for(1)
+            rows.fill([values], self._noise, self._stream)
+            inputs = zip([*self._externals, *data, *rows.inputs], graph.fakes, strict=True)
+            with torch.no_grad():
+                graph.module(*(x[: len(fake)] if fake.dim() == 1 else x for x, fake in inputs))
+
+        found, noise = [], torch.get_rng_state()
+        for run in (lambda: self._run(data, [values]), in_python):
+            torch.set_rng_state(noise)
+            with self.unchanged():
+                run()
+                found.append([x.detach().clone() for x in (*self._externals, self._rows_for(1)[0].record)])
+        torch.set_rng_state(noise)
+        self.flag.fill_(True)
+        for stored, expected in zip(*found, strict=True):
+            try:
+                torch.testing.assert_close(stored, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
+            except AssertionError as error:
+                raise CompileError(
+                    f"The machine code of a step does something else than its graph: {error} Empty the folder "
+                    "TORCHINDUCTOR_CACHE_DIR, and please report the program."
+                ) from error
+
+    def _run(self, data: Sequence[Tensor], values: Sequence[Sequence[float]]) -> np.ndarray:
+        rows, handles = self._rows_for(len(values))
+        rows.fill(values, self._noise, self._stream)
+        if self._entry is not None:
+            arguments = (self._handles.capsules, tensor_handles(list(data)), handles.capsules, len(values))
+            if (message := driver().run(self._entry, *arguments)) is not None:
+                raise RuntimeError(f"The compiled step failed: {message.decode()}")
+        else:
+            for i in range(0, len(rows.inputs), rows.width):
+                self._call([*self._externals, *data, *rows.inputs[i : i + rows.width]])
+        return rows.record.cpu().numpy().copy()  # later steps write to the same rows
+
+    def _rows_for(self, count: int) -> tuple[StepInputs, Handles | None]:
+        if count not in self._rows:
+            for other in [n for n in self._rows if n != 1]:
+                del self._rows[other]
+            rows = StepInputs(count, *self._row, self._noise)
+            self._rows[count] = rows, None if self._entry is None else Handles(rows.inputs)
+        return self._rows[count]
+
+
+@cache
+def driver() -> ctypes.PyDLL:
+    """Build and load the C++ library that calls compiled functions."""
+    library = load_library(_DRIVER)
+    library.run.restype = ctypes.c_char_p
+    library.run.argtypes = [ctypes.c_void_p, *(ctypes.py_object,) * 3, ctypes.c_int64]
+    library.release.restype, library.release.argtypes = None, [ctypes.py_object]
+    library.layout.restype = ctypes.c_int64
+    library.layout.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int64]
+    return library
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Show on a terminal for how many seconds the compilation has run."""
+    start, done = time.monotonic(), threading.Event()
+
+    def show(end: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\rcompiling … {time.monotonic() - start:.0f} s", end=end, file=sys.stderr, flush=True)
+
+    def tick() -> None:
+        while not done.wait(1.0):
+            show("")
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        ticker.join()
+        show("\n")

@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_elbo.assumptions import active_loop
 from pyro_elbo.programs import step_before
 from pyro_elbo.sequences import run_loop
-from pyro_elbo.terms.labeled import Label, Labeled, is_time, sort_labels
+from pyro_elbo.terms.labeled import Label, Labeled, add, is_time, sort_labels
 
 
 class Chain(NamedTuple):
@@ -62,12 +62,14 @@ class Paths:
 
     Attributes:
         chain: the log factors and messages.
+        log_pair: log A, with its labels.
         own: the labels of the state before and now.
         labels: time, then those of the rows.
         shares: the share of each step in the log sum; it has the gradient of ``chain.node``.
     """
 
     chain: Any
+    log_pair: Labeled
     own: tuple[Label, Label]
     labels: tuple[Label, ...]
     shares: Labeled
@@ -87,10 +89,9 @@ class Paths:
 
     def log_conditional(self) -> Labeled:
         """Return E[log q(k_t | k_{t-1})] of each step, q the posterior."""
-        pair, node, before, after, later, _ = self.chain
-        joined = self.chain.average(torch.where(pair > -torch.inf, pair, torch.zeros_like(pair)))
-        given = _mean(_normalize(before[:-1] + after, 1), after)
-        return self._named(joined + _mean(_now(self.chain), node + later) - given)
+        _, node, before, after, later, _ = self.chain
+        rest = _mean(_now(self.chain), node + later) - _mean(_normalize(before[:-1] + after, 1), after)
+        return self.expect(self.log_pair) + self._named(rest)
 
     def _named(self, x: Tensor, *own: Label) -> Labeled:
         return _name(x, self.labels, own)
@@ -108,15 +109,14 @@ def sum_paths(pairs: Sequence[Labeled], nodes: Labeled, state: str) -> Paths:
     own = Label("value", step_before(state), 0, size), Label("value", state, 0, size)
     every = {a for x in (nodes, *pairs) for a in x.labels if a not in own}
     labels = (next(a for a in every if is_time(a)), *sort_labels(a for a in every if not is_time(a)))
-    node = _flatten(nodes.expand(every), labels, own[1:])
+    node, log_pair = _flatten(nodes.expand(every), labels, own[1:]), add(pairs)
     with torch.no_grad():
-        pair = _sum([_flatten(x, labels, own) for x in pairs])
-        loop = active_loop()
+        pair, loop = _flatten(log_pair, labels, own), active_loop()
         chain = messages(pair, node) if loop is None else loop.messages(pair, node)
         now = _now(chain)
     possible = torch.where(now > 0, node, torch.zeros_like(node))
     shares = chain.increments + (now * (possible - possible.detach())).sum(-1)
-    return Paths(chain, own, labels, _name(shares, labels, ()))
+    return Paths(chain, log_pair, own, labels, _name(shares, labels, ()))
 
 
 def messages(pair: Tensor, node: Tensor) -> Chain:
@@ -160,10 +160,6 @@ def _mean(q: Tensor, x: Tensor) -> Tensor:
     return (q * torch.where(q > 0, x, torch.zeros_like(x))).sum(-1)
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    return sum(parts[1:], start=parts[0])
-
-
 def _flatten(x: Labeled, labels: tuple[Label, ...], own: tuple[Label, ...]) -> Tensor:
     """Return a tensor of time (or 1), rows (or 1) and the states of ``own``."""
     time, *rows = labels
@@ -172,7 +168,7 @@ def _flatten(x: Labeled, labels: tuple[Label, ...], own: tuple[Label, ...]) -> T
     order = [a for a in (time, *rows, *own) if a in x.labels]
     y = x.x.permute([x.labels.index(a) for a in order])
     size = math.prod(a.size for a in rows if a in x.labels)
-    return y.reshape(time.size if time in x.labels else 1, size, *(a.size for a in own))
+    return y.reshape(time.size if time in x.labels else 1, size, *(a.size for a in own)).contiguous()
 
 
 def _name(x: Tensor, labels: tuple[Label, ...], own: tuple[Label, ...]) -> Labeled:

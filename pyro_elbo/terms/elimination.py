@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs import step_before
-from pyro_elbo.terms.labeled import Label, Labeled, align, is_time, sort_labels
+from pyro_elbo.terms.labeled import Label, Labeled, add, is_time, sort_labels
 from pyro_elbo.terms.semiring import Semiring
 
 Plates = frozenset[Label]
@@ -52,7 +52,7 @@ def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates], 
             here = _sum_out_chain(here, v, leaf, semiring)
         here = _sum_out(here, inside, semiring)
         if leaf == root:
-            return _add(here)
+            return add(here)
         pending += [_multiply_rows(x, leaf, root, variables) for x in here]
 
 
@@ -71,7 +71,7 @@ def _sum_out_chain(factors: list[Labeled], state: str, plates: Plates, semiring:
     others = [x for x in factors if not x.variables & {state, before}]
     rows = sort_labels({*plates, *(a for x in factors for a in x.labels if a.name == state)})
     zero = Labeled(pairs[0].x.new_zeros([a.size for a in rows], requires_grad=True), rows)
-    return [*others, semiring.over_paths(pairs, _add([zero, *nodes]), state)]
+    return [*others, semiring.over_paths(pairs, add([zero, *nodes]), state)]
 
 
 def _multiply_rows(x: Labeled, leaf: Plates, root: Plates, variables: Mapping[str, Plates]) -> Factor:
@@ -102,7 +102,7 @@ def _sum_out(factors: list[Labeled], variables: list[str], semiring: Semiring) -
     for i in range(len(factors), len(factors) + len(variables)):
         v = min(costs, key=costs.__getitem__)
         parts = where.pop(v)
-        new = by_id[i] = semiring.over_values(_add([by_id.pop(j) for j in sorted(parts)]), v)
+        new = by_id[i] = semiring.over_values(add([by_id.pop(j) for j in sorted(parts)]), v)
         del costs[v]
         for other in where:
             if where[other] & parts:
@@ -110,8 +110,3 @@ def _sum_out(factors: list[Labeled], variables: list[str], semiring: Semiring) -
                 costs[other] = cost(other)
         assert v not in new.variables
     return list(by_id.values())
-
-
-def _add(factors: list[Labeled]) -> Labeled:
-    order = sort_labels({a for x in factors for a in x.labels})
-    return Labeled(sum((align(x, order) for x in factors[1:]), start=align(factors[0], order)), order)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.programs import step_before
-from pyro_elbo.terms.labeled import Label, Labeled, combine, is_time
+from pyro_elbo.terms.labeled import Label, Labeled, add, is_time
 
 
 class Semiring(NamedTuple):
@@ -50,15 +50,11 @@ def maximum_over_paths(pairs: Sequence[Labeled], nodes: Labeled, state: str) -> 
     """Return the share of each step in the maximum over paths: arguments as of :func:`sum_paths`."""
     size = next(a.size for a in nodes.labels if a.name == state)
     own = [Label("value", n, 0, size) for n in (step_before(state), state)]
-    log_f = combine(_total, nodes, *pairs).expand(own)
+    log_f = add([nodes, *pairs]).expand(own)
     time = next(a for a in log_f.labels if is_time(a))
     shares = _viterbi(log_f.x.movedim([log_f.labels.index(a) for a in (time, *own)], [0, 1, 2]))
     order = tuple(a for a in log_f.labels if a not in own)
     return Labeled(shares.movedim(0, order.index(time)), order)
-
-
-def _total(*parts: Tensor) -> Tensor:
-    return sum(parts[1:], start=parts[0])
 
 
 def _viterbi(f: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from pyro_elbo.terms.elimination import Factor, Plates, log_sum_product, shared_
 from pyro_elbo.terms.labeled import (
     Label,
     Labeled,
+    add,
     combine,
     is_time,
     label,
@@ -170,7 +171,7 @@ def sum_out(
     shares += [_detached(_sum_rows(nats[n], rows)) * -1.0 for n in summed]
     first = next((n for n in summed if plates[n] == rows), None)
     if first is not None:  # the states of a scan are a chain, whose conditionals are all of its posterior
-        nats[first] = nats[first] + combine(_total, *shares, log_z.map(-log_z.x.detach()))
+        nats[first] = nats[first] + add([*shares, _detached(log_z) * -1.0])
     independent = tuple(p for p in sites[summed[0]].site.plates if all(p in sites[n].site.plates for n in summed))
     return Posterior(nats, marginals, chains, independent)
 
@@ -286,10 +287,6 @@ def _is_beside(a: Label, summed: list[str], particle_dim: int | None) -> bool:
 
 def _detached(x: Labeled) -> Labeled:
     return x.map(x.x.detach())
-
-
-def _total(*parts: Tensor) -> Tensor:
-    return sum(parts[1:], start=parts[0])
 
 
 def _raise(log: Labeled, exponent: Exponent) -> Labeled:

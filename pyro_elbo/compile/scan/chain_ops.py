@@ -187,7 +187,11 @@ def _strides(x: Tensor) -> tuple[int, int]:
 
 def _room(pair: Tensor, node: Tensor) -> list[Tensor]:
     steps, rows, k = node.shape
-    return [node.new_empty(steps + 1, rows, k), *(node.new_empty(node.shape) for _ in "al"), node.new_empty(steps, rows)]
+    return [
+        node.new_empty(steps + 1, rows, k),
+        *(node.new_empty(node.shape) for _ in "al"),
+        node.new_empty(steps, rows),
+    ]
 
 
 def _messages(pair: Tensor, node: Tensor) -> list[Tensor]:

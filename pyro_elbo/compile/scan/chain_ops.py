@@ -24,6 +24,7 @@ LOST = {torch.float32: "1e-18f", torch.float64: "1e-140"}
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 _SOURCE = r"""
+#include <ATen/cpu/vec/functional.h>
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -31,6 +32,7 @@ _SOURCE = r"""
 #include <vector>
 
 using real = {real};
+using Vec = at::vec::Vectorized<real>;
 constexpr int64_t K = {size};
 constexpr real LOST = {lost}, NEVER = -std::numeric_limits<real>::infinity();
 
@@ -42,103 +44,128 @@ static inline real top(const real* x) {{
 
 static inline real bounded(real x) {{ return std::max(x, std::numeric_limits<real>::lowest()); }}
 
-static inline real scaled(const real* x, real* p) {{
-  const real m = bounded(top(x));
-  for (int64_t k = 0; k < K; k++) p[k] = std::exp(x[k] - m);
-  return m;
+static inline void exp_all(real* x, int64_t n) {{ at::vec::map([](Vec v) {{ return v.exp(); }}, x, x, n); }}
+
+// p = exp(x - top) for each row, tops = top
+static inline void scaled(const real* x, real* p, real* tops, int64_t rows) {{
+  for (int64_t r = 0; r < rows; r++) {{
+    tops[r] = bounded(top(x + r * K));
+    for (int64_t k = 0; k < K; k++) p[r * K + k] = x[r * K + k] - tops[r];
+  }}
+  exp_all(p, rows * K);
 }}
 
-// out[k] = log sum_j exp(x[j] + log_a[j][k]); log_a[j * along + k * across], a = exp(log_a) by rows of j
-static inline void step(const real* x, const real* a, const real* log_a, int64_t along, int64_t across, real* out) {{
-  real p[K], sum[K];
-  const real m = scaled(x, p);
-  for (int64_t k = 0; k < K; k++) sum[k] = 0;
-  for (int64_t j = 0; j < K; j++) {{
+// log A of each row of one step: its element of states j and k stands at j * along + k * across
+struct Matrix {{
+  const real* log;
+  int64_t row, along, across;
+  real exponents[K * K];
+
+  const real* operator()(int64_t r) {{
+    if (row || r == 0) {{
+      for (int64_t j = 0; j < K; j++)
+        for (int64_t k = 0; k < K; k++) exponents[j * K + k] = log[r * row + j * along + k * across];
+      exp_all(exponents, K * K);
+    }}
+    return exponents;
+  }}
+}};
+
+// out[k] = log sum_j exp(x[j]) A[j][k] for each row
+static void step(const real* x, Matrix matrix, real* out, real* p, real* tops, int64_t rows) {{
+  scaled(x, p, tops, rows);
+  for (int64_t r = 0; r < rows; r++) {{
+    const real* a = matrix(r);
+    real sum[K] = {{}};
+    for (int64_t j = 0; j < K; j++) {{
+      const real w = p[r * K + j];
 #pragma omp simd
-    for (int64_t k = 0; k < K; k++) sum[k] += p[j] * a[j * K + k];
+      for (int64_t k = 0; k < K; k++) sum[k] += w * a[j * K + k];
+    }}
+    for (int64_t k = 0; k < K; k++) out[r * K + k] = sum[k];
   }}
-  for (int64_t k = 0; k < K; k++) {{
-    if (sum[k] > LOST) {{ out[k] = m + std::log(sum[k]); continue; }}
-    real high = NEVER, total = 0;
-    for (int64_t j = 0; j < K; j++) high = std::max(high, x[j] + log_a[j * along + k * across]);
-    high = bounded(high);
-    for (int64_t j = 0; j < K; j++) total += std::exp(x[j] + log_a[j * along + k * across] - high);
-    out[k] = high + std::log(total);
-  }}
-}}
-
-static inline void exponents(const real* log_a, real* a, int64_t along, int64_t across) {{
-  for (int64_t j = 0; j < K; j++)
-    for (int64_t k = 0; k < K; k++) a[j * K + k] = std::exp(log_a[j * along + k * across]);
+  at::vec::map([](Vec v) {{ return v.log(); }}, p, out, rows * K);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t k = 0; k < K; k++) {{
+      real& value = out[r * K + k];
+      if (value > LOST) {{
+        value = tops[r] + p[r * K + k];
+        continue;
+      }}
+      const real* log = matrix.log + r * matrix.row + k * matrix.across;
+      real high = NEVER, total = 0;
+      for (int64_t j = 0; j < K; j++) high = std::max(high, x[r * K + j] + log[j * matrix.along]);
+      high = bounded(high);
+      for (int64_t j = 0; j < K; j++) total += std::exp(x[r * K + j] + log[j * matrix.along] - high);
+      value = high + std::log(total);
+    }}
 }}
 
 extern "C" void messages(const real* pair, const real* node, real* before, real* after, real* later, real* increments,
                          int64_t steps, int64_t rows, int64_t time, int64_t row) {{
-  real x[K], a[K * K];
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t k = 0; k < K; k++) {{
-      before[r * K + k] = k ? NEVER : 0;
-      later[((steps - 1) * rows + r) * K + k] = 0;
-    }}
-  for (int64_t t = 0; t < steps; t++)
+  const int64_t n = rows * K;
+  std::vector<real> x(n), p(n), tops(rows);
+  for (int64_t i = 0; i < n; i++) {{
+    before[i] = i % K ? NEVER : 0;
+    later[(steps - 1) * n + i] = 0;
+  }}
+  for (int64_t t = 0; t < steps; t++) {{
+    real* next = before + (t + 1) * n;
+    step(before + t * n, {{pair + t * time, row, K, 1}}, next, p.data(), tops.data(), rows);
+    for (int64_t i = 0; i < n; i++) next[i] += node[t * n + i];
+    scaled(next, p.data(), tops.data(), rows);
     for (int64_t r = 0; r < rows; r++) {{
-      const int64_t at = t * rows + r;
-      const real* log_a = pair + t * time + r * row;
-      if (row || r == 0) exponents(log_a, a, K, 1);
-      real* next = before + (at + rows) * K;
-      step(before + at * K, a, log_a, K, 1, x);
-      real p[K], total = 0;
-      for (int64_t k = 0; k < K; k++) x[k] += node[at * K + k];
-      const real m = scaled(x, p);
-      for (int64_t k = 0; k < K; k++) total += p[k];
-      increments[at] = m + std::log(total);
-      for (int64_t k = 0; k < K; k++) next[k] = x[k] - bounded(increments[at]);
+      real total = 0;
+      for (int64_t k = 0; k < K; k++) total += p[r * K + k];
+      increments[t * rows + r] = tops[r] + std::log(total);
+      for (int64_t k = 0; k < K; k++) next[r * K + k] -= bounded(increments[t * rows + r]);
     }}
-  for (int64_t t = steps - 1; t >= 0; t--)
-    for (int64_t r = 0; r < rows; r++) {{
-      const int64_t at = t * rows + r;
-      const real* log_a = pair + t * time + r * row;
-      if (row || r == 0) exponents(log_a, a, 1, K);
-      for (int64_t k = 0; k < K; k++) x[k] = node[at * K + k] + later[at * K + k];
-      step(x, a, log_a, 1, K, after + at * K);
-      if (t == 0) continue;
-      const real m = bounded(top(after + at * K));
-      for (int64_t k = 0; k < K; k++) later[(at - rows) * K + k] = after[at * K + k] - m;
+  }}
+  for (int64_t t = steps - 1; t >= 0; t--) {{
+    for (int64_t i = 0; i < n; i++) x[i] = node[t * n + i] + later[t * n + i];
+    step(x.data(), {{pair + t * time, row, 1, K}}, after + t * n, p.data(), tops.data(), rows);
+    for (int64_t r = 0; t && r < rows; r++) {{
+      const real* now = after + t * n + r * K;
+      for (int64_t k = 0; k < K; k++) later[(t - 1) * n + r * K + k] = now[k] - bounded(top(now));
     }}
+  }}
 }}
 
 // The posterior of each pair of states, one row of one step after the other
 template <typename Use>
 static void each(const real* pair, const real* node, const real* before, const real* later, int64_t steps, int64_t rows,
                  int64_t time, int64_t row, Use use) {{
-  real x[K], a[K * K], u[K], v[K], q[K * K];
-  for (int64_t t = 0; t < steps; t++)
+  const int64_t n = rows * K;
+  std::vector<real> x(n), u(n), v(n), tops(rows);
+  real q[K * K];
+  for (int64_t t = 0; t < steps; t++) {{
+    Matrix matrix{{pair + t * time, row, K, 1}};
+    for (int64_t i = 0; i < n; i++) x[i] = node[t * n + i] + later[t * n + i];
+    scaled(before + t * n, u.data(), tops.data(), rows);
+    scaled(x.data(), v.data(), tops.data(), rows);
     for (int64_t r = 0; r < rows; r++) {{
-      const int64_t at = t * rows + r;
-      const real* log_a = pair + t * time + r * row;
-      if (row || r == 0) exponents(log_a, a, K, 1);
-      for (int64_t k = 0; k < K; k++) x[k] = node[at * K + k] + later[at * K + k];
-      scaled(before + at * K, u);
-      scaled(x, v);
+      const real* a = matrix(r);
       real total = 0;
       for (int64_t j = 0; j < K; j++) {{
+        const real w = u[r * K + j];
 #pragma omp simd
-        for (int64_t k = 0; k < K; k++) q[j * K + k] = u[j] * a[j * K + k] * v[k];
+        for (int64_t k = 0; k < K; k++) q[j * K + k] = w * a[j * K + k] * v[r * K + k];
       }}
 #pragma omp simd reduction(+ : total)
       for (int64_t i = 0; i < K * K; i++) total += q[i];
       if (total <= LOST) {{
         real high = NEVER;
         for (int64_t i = 0; i < K * K; i++) {{
-          q[i] = before[at * K + i / K] + log_a[i] + x[i % K];
+          q[i] = before[t * n + r * K + i / K] + matrix.log[r * row + i] + x[r * K + i % K];
           high = std::max(high, q[i]);
         }}
         high = bounded(high);
         total = 0;
         for (int64_t i = 0; i < K * K; i++) total += q[i] = std::exp(q[i] - high);
       }}
-      use(t, r, at, q, 1 / std::max(total, std::numeric_limits<real>::min()));
+      use(t, r, t * rows + r, q, 1 / std::max(total, std::numeric_limits<real>::min()));
     }}
+  }}
 }}
 
 extern "C" void average(const real* pair, const real* node, const real* before, const real* later, const real* f,

@@ -85,7 +85,8 @@ class Paths:
     def expect(self, x: Labeled) -> Labeled:
         """Return the mean of a function of both states; what is impossible counts zero."""
         possible = torch.where(x.x > -torch.inf, x.x, torch.zeros_like(x.x))
-        return self._named(self.chain.average(_flatten(x.map(possible), self.labels, self.own)))
+        flat = _flatten(x.map(possible), self.labels, self.own).to(self.chain.node.dtype)
+        return self._named(self.chain.average(flat))
 
     def log_conditional(self) -> Labeled:
         """Return E[log q(k_t | k_{t-1})] of each step, q the posterior."""
@@ -111,7 +112,7 @@ def sum_paths(pairs: Sequence[Labeled], nodes: Labeled, state: str) -> Paths:
     labels = (next(a for a in every if is_time(a)), *sort_labels(a for a in every if not is_time(a)))
     node, log_pair = _flatten(nodes.expand(every), labels, own[1:]), add(pairs)
     with torch.no_grad():
-        pair, loop = _flatten(log_pair, labels, own), active_loop()
+        pair, loop = _flatten(log_pair, labels, own).to(node.dtype), active_loop()
         chain = messages(pair, node) if loop is None else loop.messages(pair, node)
         now = _now(chain)
     possible = torch.where(now > 0, node, torch.zeros_like(node))

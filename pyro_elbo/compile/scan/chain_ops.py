@@ -4,12 +4,13 @@ On a CPU each is one loop in C++. A message is a product of probabilities with a
 
 .. math:: \log \sum_j e^{a_j - \max a} A_{jk} + \max a,
 
-and the exact sum of logarithms for those k where less than ``LOST`` of the scale is left, such as where the transition
-from the most probable state is impossible. No operator makes a tensor of rows, steps and pairs of states.
+and the sum of logarithms for those k where less than ``_LOST`` of the scale is left, such as where the transition from
+the most probable state is impossible. No operator makes a tensor of rows, steps and pairs of states.
 """
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from pyro_elbo.compile.scan.operators import library
 from pyro_elbo.compile.store import load_library, on_cpu
 from pyro_elbo.terms import Chain, messages
 
-LOST = {torch.float32: "1e-18f", torch.float64: "1e-140"}
+_LOST = {torch.float32: "1e-18f", torch.float64: "1e-140"}
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 _SOURCE = r"""
@@ -196,9 +197,13 @@ extern "C" void spread(const real* pair, const real* node, const real* before, c
 @cache
 def _machine(dtype: torch.dtype, size: int) -> ctypes.CDLL:
     """Compile the loops for one type and number of states."""
-    found = load_library(_SOURCE.format(real=_TYPES[dtype], size=size, lost=LOST[dtype]))
+    found = load_library(_SOURCE.format(real=_TYPES[dtype], size=size, lost=_LOST[dtype]))
     found.messages.restype = found.average.restype = found.spread.restype = None
     return found
+
+
+def _has_code(x: Tensor) -> bool:
+    return on_cpu([x]) and x.dtype in _TYPES
 
 
 def _call(name: str, tensors: Sequence[Tensor], *numbers: int) -> None:
@@ -214,15 +219,11 @@ def _strides(x: Tensor) -> tuple[int, int]:
 
 def _room(pair: Tensor, node: Tensor) -> list[Tensor]:
     steps, rows, k = node.shape
-    return [
-        node.new_empty(steps + 1, rows, k),
-        *(node.new_empty(node.shape) for _ in "al"),
-        node.new_empty(steps, rows),
-    ]
+    return [node.new_empty(x) for x in ((steps + 1, rows, k), node.shape, node.shape, (steps, rows))]
 
 
 def _messages(pair: Tensor, node: Tensor) -> list[Tensor]:
-    if not on_cpu([node]):
+    if not _has_code(node):
         return list(messages(pair, node)[2:])
     room = _room(pair, node)
     pair, node = pair.contiguous(), node.contiguous()
@@ -232,7 +233,7 @@ def _messages(pair: Tensor, node: Tensor) -> list[Tensor]:
 
 def _average(chain: list[Tensor], x: Tensor) -> Tensor:
     pair, node, before, later = (y.contiguous() for y in chain)
-    if not on_cpu([node]):
+    if not _has_code(node):
         return Chain(pair, node, before, later, later, later).average(x)
     out, x = node.new_empty(node.shape[:2]), x.contiguous()
     _call("average", [pair, node, before, later, x, out], *node.shape[:2], *_strides(pair), *_strides(x))
@@ -241,7 +242,7 @@ def _average(chain: list[Tensor], x: Tensor) -> Tensor:
 
 def _spread(chain: list[Tensor], g: Tensor, steps: int, rows: int) -> Tensor:
     pair, node, before, later = (y.contiguous() for y in chain)
-    if not on_cpu([node]):
+    if not _has_code(node):
         q = Chain(pair, node, before, later, later, later).pairs() * g[..., None, None]
         return q.sum_to_size(steps, rows, *pair.shape[2:])
     out, g = pair.new_zeros(steps, rows, *pair.shape[2:]), g.contiguous()
@@ -282,6 +283,20 @@ class CapturedChain(Chain):
     def average(self, x: Tensor) -> Tensor:
         """Return the mean of x (T or 1, rows or 1, K, K) under the posterior of each pair of states, (T, rows)."""
         return _Average.apply(x, self.pair, self.node, self.before, self.later)
+
+
+@dataclass(frozen=True)
+class ChainCode:
+    """The loops of a chain with numbers of one type and so many states, which are compiled with its graph."""
+
+    dtype: torch.dtype
+    size: int
+    on_cpu: bool
+
+    def compile(self) -> None:
+        """Compile the loops, unless another graph has done so."""
+        if self.on_cpu and self.dtype in _TYPES:
+            _machine(self.dtype, self.size)
 
 
 def captured_messages(pair: Tensor, node: Tensor) -> CapturedChain:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -345,12 +346,63 @@ def scored_guide(x, family=NonreparameterizedNormal):
         pyro.sample("z", family((y * loc("q_m", 3)).sum(-1), scale("q_s")))
 
 
+def branching(x):
+    """Other latents for each value of a switch, which is a plain number."""
+    k = pyro.sample("k", dist.Categorical(simplex("p", 3)))
+    with pyro.plate("data", len(x)):
+        if k == 0:
+            pyro.sample("x", dist.Normal(loc("a"), scale("s")), obs=x)
+        elif k == 1:
+            z = pyro.sample("z", dist.Normal(loc("m"), 1.0))
+            pyro.sample("x", dist.Normal(z, scale("s")), obs=x)
+        else:
+            j = pyro.sample("j", dist.Bernoulli(simplex("q", 2)[0]))
+            pyro.sample("x", dist.Laplace(loc("b") * j, scale("t")), obs=x)
+
+
+def branching_guide(x):
+    k = pyro.sample("k", dist.Categorical(simplex("qk", 3)))
+    with pyro.plate("data", len(x)):
+        if k == 1:
+            pyro.sample("z", dist.Normal(0.5 * x, scale("q_s")))
+        elif k == 2:
+            pyro.sample("j", dist.Bernoulli(simplex("qj", 4, 2)[:, 0]))
+
+
+def drawn_before(x):
+    """A latent before the switch, which the branches share, and one after."""
+    w = pyro.sample("w", dist.Normal(loc("w0"), 1.0))
+    k = pyro.sample("k", dist.Bernoulli(simplex("p", 2)[0]))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(w * k, 1.0))
+        pyro.sample("x", dist.Normal(z, scale("s")), obs=x)
+
+
+def drawn_before_guide(x):
+    w = pyro.sample("w", dist.Normal(loc("q_w"), scale("q_ws")))
+    k = pyro.sample("k", dist.Bernoulli((loc("q_k") * w).sigmoid()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.5 * x + loc("q_m") * k, scale("q_s")))
+
+
+def in_turn_guide(x, **marks):
+    """A chain in rows, of which ``marks`` say how each site is enumerated."""
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Categorical(simplex("qa", 2, 2)), infer={"enumerate": marks["a"]})
+        probs = Vindex(simplex("qb", 2, 2, 3))[torch.arange(2), a]
+        pyro.sample("b", dist.Categorical(probs), infer={"enumerate": marks["b"]})
+
+
 def row(name, model, guide=nothing, **more):
     return Discrete(name, config_enumerate(model), guide, **more)
 
 
 def both(name, model, guide, **more):
     return Discrete(name, config_enumerate(model), config_enumerate(guide), **more)
+
+
+def in_turn(name, model, guide, **more):
+    return Discrete(name, config_enumerate(model), config_enumerate(guide, default="sequential"), **more)
 
 
 DISCRETE = [
@@ -386,6 +438,15 @@ DISCRETE = [
     both("guide and model: chain", chain_in_rows, chain_guide, args=(X[:2],)),
     both("guide and model: global and local", global_and_local, global_guide, args=(X[:3],)),
     both("guide: scored", ssvae, scored_guide, looped=False, pyro_runs=False),
+    in_turn("in turn: mixture", mixture, mixture_guide, args=(X[:3],)),
+    in_turn("in turn: SS-VAE", ssvae, ssvae_guide, looped=False),
+    in_turn("in turn: nested", nested, nested_guide, args=(X2[:2],), nesting=2),
+    in_turn("in turn: global, local summed out", global_and_local, global_guide, args=(X[:3],)),
+    in_turn("in turn: branching", branching, branching_guide, looped=False),
+    in_turn("in turn: drawn before", drawn_before, drawn_before_guide, looped=False),
+    in_turn("in turn: scored", ssvae, scored_guide, looped=False, pyro_runs=False),
+    row("in turn, then beside", chain_in_rows, partial(in_turn_guide, a="sequential", b="parallel"), args=(X[:2],)),
+    row("beside, then in turn", chain_in_rows, partial(in_turn_guide, a="parallel", b="sequential"), args=(X[:2],)),
 ]
 
 
@@ -395,7 +456,7 @@ DISCRETE = [
 def marked(trace):
     """The sites of a trace that are marked for enumeration."""
     sites = {n: m for n, m in trace.nodes.items() if m["type"] == "sample" and not m["is_observed"]}
-    return {n: m for n, m in sites.items() if m["infer"].get("enumerate") == "parallel"}
+    return {n: m for n, m in sites.items() if m["infer"].get("enumerate")}
 
 
 def assignments(program, args, given):

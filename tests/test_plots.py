@@ -127,6 +127,7 @@ def test_history_draws_the_bound_and_its_parts():
     history = xarray.Dataset(
         {
             "elbo": (("epoch", "split"), curve),
+            "loss": (("epoch", "split"), -curve),
             "distortion": (("epoch", "split"), -curve - 0.5),
             "rate": (("epoch", "split"), np.full((3, 2), 0.5)),
             "kl": (("epoch", "split", "latent"), np.full((3, 2, 1), 0.5)),

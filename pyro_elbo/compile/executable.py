@@ -22,6 +22,7 @@ from pyro_elbo.compile._torch import tensor_handles
 from pyro_elbo.compile.code import Code, on_cpu
 from pyro_elbo.compile.noise import Noise, Segment
 from pyro_elbo.compile.record import Recording
+from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.store import load_library
 from pyro_elbo.errors import CompileError
 
@@ -31,6 +32,7 @@ AHEAD = 2**18  # numbers of noise drawn at once
 _DRIVER = r"""
 #include <Python.h>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <string>
 #include <vector>
@@ -70,7 +72,18 @@ extern "C" int64_t layout(PyObject* list, int64_t* layout, int64_t compare) {
   return 1;
 }
 
-extern "C" const char* run(void* entry, PyObject* fixed, PyObject* data, PyObject* rows, int64_t steps) {
+// Copy tensors, one after the other, whenever it is time after a step; see Snapshots.passed.
+static void copy(int64_t* kept, int64_t step) {
+  if (!kept || (kept[2] + step + 1) % kept[1] != 0) return;
+  for (int64_t i = 0; i < kept[3]; i++) {
+    const int64_t source = kept[4 + 2 * i], size = kept[5 + 2 * i];
+    std::memcpy(reinterpret_cast<void*>(kept[0]), reinterpret_cast<void*>(source), size);
+    kept[0] += size;
+  }
+}
+
+extern "C" const char* run(
+    void* entry, PyObject* fixed, PyObject* data, PyObject* rows, int64_t steps, int64_t* kept) {
   static thread_local std::string message;
   auto function = reinterpret_cast<void (*)(void**, void**)>(entry);
   const int64_t n = PyList_GET_SIZE(fixed), m = PyList_GET_SIZE(data), width = PyList_GET_SIZE(rows) / steps;
@@ -83,6 +96,7 @@ extern "C" const char* run(void* entry, PyObject* fixed, PyObject* data, PyObjec
       for (int64_t i = 0; i < width; i++)
         aoti_torch_new_tensor_handle(pointer(rows, step * width + i), &inputs[n + m + i]);
       function(inputs.data(), nullptr);
+      copy(kept, step);
     }
   } catch (const std::exception& error) {
     message = error.what();
@@ -148,10 +162,12 @@ class Executable:
         self._handles = Handles(self._externals) if on_cpu(recording.tensors) else None
         self._layout = self._layouts()
 
-    def __call__(self, data: Sequence[Tensor], values: Sequence[Sequence[float]]) -> np.ndarray:
+    def __call__(
+        self, data: Sequence[Tensor], values: Sequence[Sequence[float]], snapshots: Snapshots | None = None
+    ) -> np.ndarray:
         """Run one step per entry of ``values`` (its scalars) on the same data; return the record of each."""
         parts = [values[i : i + self._ahead] for i in range(0, len(values), self._ahead)]
-        return np.concatenate([self._run(data, part) for part in parts])
+        return np.concatenate([self._run(data, part, snapshots) for part in parts])
 
     def fits(self) -> bool:
         """Return whether external tensors still have the layout and frozen ones the values that the code assumes."""
@@ -214,16 +230,21 @@ class Executable:
                     "TORCHINDUCTOR_CACHE_DIR, and please report the program."
                 ) from error
 
-    def _run(self, data: Sequence[Tensor], values: Sequence[Sequence[float]]) -> np.ndarray:
+    def _run(
+        self, data: Sequence[Tensor], values: Sequence[Sequence[float]], snapshots: Snapshots | None = None
+    ) -> np.ndarray:
         rows, handles = self._rows_for(len(values))
         rows.fill(values, self._noise, self._stream)
         if self._entry is not None:
-            arguments = (self._handles.capsules, tensor_handles(list(data)), handles.capsules, len(values))
+            kept = None if snapshots is None else snapshots.passed(len(values))
+            arguments = (self._handles.capsules, tensor_handles(list(data)), handles.capsules, len(values), kept)
             if (message := driver().run(self._entry, *arguments)) is not None:
                 raise RuntimeError(f"The compiled step failed: {message.decode()}")
         else:
             for i in range(0, len(rows.inputs), rows.width):
                 self._call([*self._externals, *data, *rows.inputs[i : i + rows.width]])
+                if snapshots is not None:
+                    snapshots.note()
         return rows.record.cpu().numpy().copy()  # later steps write to the same rows
 
     def _rows_for(self, count: int) -> tuple[StepInputs, Handles | None]:
@@ -240,7 +261,7 @@ def driver() -> ctypes.PyDLL:
     """Build and load the C++ library that calls compiled functions."""
     library = load_library(_DRIVER)
     library.run.restype = ctypes.c_char_p
-    library.run.argtypes = [ctypes.c_void_p, *(ctypes.py_object,) * 3, ctypes.c_int64]
+    library.run.argtypes = [ctypes.c_void_p, *(ctypes.py_object,) * 3, ctypes.c_int64, ctypes.c_void_p]
     library.release.restype, library.release.argtypes = None, [ctypes.py_object]
     library.layout.restype = ctypes.c_int64
     library.layout.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int64]

@@ -27,6 +27,7 @@ from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, watch
 from pyro_elbo.compile.reach import guard_of
 from pyro_elbo.compile.refusals import check_reachable, check_sites, explain_capture, refuse_side_effects
+from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.start import Start
 from pyro_elbo.compile.traced_update import trace_update
 from pyro_elbo.compile.unusable import explain_unusable
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 Compile = bool | Literal["auto"]
 StepKind = Literal["train", "evaluate"]
+Kwargs = dict[str, Any]
 StepTotals = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names): loss and totals in nats
 
 _VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine")
@@ -124,17 +126,17 @@ class CompiledSVI:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_known": {}, "_misses": 0}  # a copy has other tensors than those of the graphs
 
-    def train(self, args: tuple, kwargs: dict[str, Any], steps: int = 1) -> StepTotals:
-        """Take ``steps`` steps on the same data.
+    def train(self, args: tuple, kwargs: Kwargs, steps: int = 1, snapshots: Snapshots | None = None) -> StepTotals:
+        """Take ``steps`` steps on the same data, with ``snapshots`` of parameters on the way.
 
         Raises:
             CompileError: the step cannot be captured as one graph, or something that a graph freezes changes from step
                 to step.
             NonFiniteError: the objective is not finite. That step changes nothing.
         """
-        return self._run("train", args, kwargs, steps)
+        return self._run("train", args, kwargs, steps, snapshots)
 
-    def evaluate(self, args: tuple, kwargs: dict[str, Any]) -> StepTotals:
+    def evaluate(self, args: tuple, kwargs: Kwargs) -> StepTotals:
         """Return the loss and the totals, with modules in evaluation mode; change nothing."""
         with self._evaluating():
             return self._run("evaluate", args, kwargs, 1)
@@ -160,22 +162,27 @@ class CompiledSVI:
                 stack.enter_context(module_evaluating(module))
             yield
 
-    def _run(self, kind: StepKind, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:
+    def _run(
+        self, kind: StepKind, args: tuple, kwargs: Kwargs, steps: int, snapshots: Snapshots | None = None
+    ) -> StepTotals:
         if not self.compile or _PYRO_STACK:  # a graph would freeze the handlers around the step
-            return self._run_in_python(kind, args, kwargs, steps)
+            return self._run_in_python(kind, args, kwargs, steps, snapshots)
         key, leaves, spec = describe(kind, args, kwargs)
         step = None
         with self._or_python():
             step = self._captured(key, kind, leaves, spec)
         if step is not None:
-            return self._execute(step, args, kwargs, [x for x in leaves if isinstance(x, Tensor)], steps)
+            data = [x for x in leaves if isinstance(x, Tensor)]
+            return self._execute(step, args, kwargs, data, steps, snapshots)
         if not self.compile:
-            return self._run_in_python(kind, args, kwargs, steps)
+            return self._run_in_python(kind, args, kwargs, steps, snapshots)
         step, (names, first) = self._record_step(kind, args, kwargs)
+        if snapshots is not None:
+            snapshots.note()
         self._known[key][:] = [step, *self._known[key][: MAX_MISSES - 1]]
         if steps == 1:
             return names, first
-        return names, np.concatenate([first, self._run(kind, args, kwargs, steps - 1)[1]])
+        return names, np.concatenate([first, self._run(kind, args, kwargs, steps - 1, snapshots)[1]])
 
     def _captured(self, key: Key, kind: StepKind, leaves: list[Any], spec: Any) -> _KnownStep | None:
         """Return a step whose graph can run, captured now where it ran once in Python; None for a new step."""
@@ -220,13 +227,17 @@ class CompiledSVI:
         totals = (terms.per_datum if self.per_datum else terms).totals()
         return {"loss": loss.detach()} | {name: x.detach() for name, x in totals.items()}
 
-    def _run_in_python(self, kind: StepKind, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:
-        records = [self._in_python(kind, args, kwargs)[1] for _ in range(steps)]
+    def _run_in_python(
+        self, kind: StepKind, args: tuple, kwargs: Kwargs, steps: int, snapshots: Snapshots | None
+    ) -> StepTotals:
+        records = []
+        for _ in range(steps):
+            records.append(self._in_python(kind, args, kwargs)[1])
+            if snapshots is not None:
+                snapshots.note()
         return tuple(records[0]), np.array([[x.item() for x in record.values()] for record in records])
 
-    def _in_python(
-        self, kind: StepKind, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[Terms, dict[str, Tensor], Parameters]:
+    def _in_python(self, kind: StepKind, args: tuple, kwargs: Kwargs) -> tuple[Terms, dict[str, Tensor], Parameters]:
         """Take a step as pyro.infer.SVI does; return its terms, its record and the parameters that it used."""
         with torch.set_grad_enabled(kind == "train"), collect_parameters() as parameters, ExitStack() as stack:
             if kind == "evaluate":
@@ -244,7 +255,7 @@ class CompiledSVI:
             pyro.infer.util.zero_grads(parameters.values())
         return terms, self._record(terms, loss), parameters
 
-    def _record_step(self, kind: StepKind, args: tuple, kwargs: dict[str, Any]) -> tuple[_KnownStep, StepTotals]:
+    def _record_step(self, kind: StepKind, args: tuple, kwargs: Kwargs) -> tuple[_KnownStep, StepTotals]:
         """Take a step in Python and note everything that its graph will rely on."""
         with record_execution() as execution:
             terms, record, parameters = self._in_python(kind, args, kwargs)
@@ -262,7 +273,7 @@ class CompiledSVI:
         self,
         execution: Execution | None,
         args: tuple,
-        kwargs: dict[str, Any],
+        kwargs: Kwargs,
         parameters: Mapping[str, Tensor],
         optimizers: list[torch.optim.Optimizer],
     ) -> Guard:
@@ -358,14 +369,14 @@ class CompiledSVI:
         return {schedule: schedule(taken) for schedule in self.loss.schedules} | step.plan.numbers(ahead)
 
     def _execute(
-        self, step: _KnownStep, args: tuple, kwargs: dict[str, Any], data: list[Tensor], steps: int
+        self, step: _KnownStep, args: tuple, kwargs: Kwargs, data: list[Tensor], steps: int, snapshots: Snapshots | None
     ) -> StepTotals:
         constant = self.loss.step >= self.loss.settled and not step.plan.counts_in_python
         values = [list(self._scalars(step, ahead).values()) for ahead in range(1 if constant else steps)]
         values *= steps if constant else 1
         execute: Any = step.execute
         try:
-            record = execute(data, values)
+            record = execute(data, values, snapshots)
         except RuntimeError:
             with torch.no_grad():
                 self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises Pyro's or torch's own error, if any
@@ -379,7 +390,7 @@ class CompiledSVI:
             self._explain_unusable(step, record[usable], args, kwargs)
         return step.names, record[:, :-2]
 
-    def _explain_unusable(self, step: _KnownStep, row: np.ndarray, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _explain_unusable(self, step: _KnownStep, row: np.ndarray, args: tuple, kwargs: Kwargs) -> None:
         def loss() -> Tensor:
             return self._loss(self.loss.evaluate(self.model, self.guide, args, kwargs, lambda s: s(self.loss.step)))
 

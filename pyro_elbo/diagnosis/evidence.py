@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 FEWEST = 6  # epochs that show a trend
 FINAL = 0.1  # of the epochs under the final weights: fewer are no training
-SURE = 5.0  # standard errors, where the best of many epochs is compared
-LOST = 0.05  # of what was gained: less is the noise of a fit that has settled
+SURE = 5.0  # standard errors of an average, where the best of many epochs is compared, or one half with the other
+LOST = 0.05  # of what was gained: less is the noise of a fit that has settled,
+SLIGHT = 0.01  # unless it is more than this, and
+UNLIKE = 3.0  # times as deep as any fall before
 SPLITS = {"train": "training", "valid": "validation"}
-TOTALS = {"elbo", "distortion", "rate", "beta", "kl"}
+TOTALS = {"elbo", "loss", "distortion", "rate", "beta", "kl"}
 
 
 class Fall(NamedTuple):
@@ -27,17 +29,25 @@ class Fall(NamedTuple):
         drop: nats from the best to the end, both averaged over neighbors.
         share: the drop as a part of what was gained before it, after the first tenth of the epochs.
         noise: standard deviation of the averages.
+        dip: nats of the deepest fall before it, after the first tenth of the epochs.
     """
 
     since: int
     drop: float
     share: float
     noise: float
+    dip: float
 
     @property
     def is_sure(self) -> bool:
         """Whether the fall is more than noise, and worth a word."""
         return self.drop > SURE * self.noise and self.share > LOST
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether what is trained has fallen, which never should: by little, but unlike any fall before, is enough."""
+        stands_out = self.share > SLIGHT and self.drop > max(SURE * self.noise, UNLIKE * self.dip)
+        return self.is_sure or stands_out
 
 
 @dataclass(frozen=True)
@@ -87,9 +97,10 @@ class Curve:
         smooth = self.smooth
         best = int(smooth.values.argmax())
         drop = float(smooth.values[best] - smooth.values[-1])
-        gained = float(smooth.values[best] - smooth.values[min(best, len(smooth) // 10) : best + 1].min())
+        before = smooth.values[min(best, len(smooth) // 10) : best + 1]
+        gained, dip = float(before[-1] - before.min()), float((np.maximum.accumulate(before) - before).max())
         share = drop / gained if gained > 0 else float("inf") if drop > 0 else 0.0
-        return Fall(int(smooth.epochs[best]), drop, share, self.noise / self.window**0.5)
+        return Fall(int(smooth.epochs[best]), drop, share, self.noise / self.window**0.5, dip)
 
     def below_since(self, number: float) -> int:
         """Return the first epoch from which the curve stays below a number until the end."""

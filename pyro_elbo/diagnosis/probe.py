@@ -1,7 +1,8 @@
 r"""The probe of a fit: what the bound does not show, measured on a few rows while training goes on.
 
 Per unit of a local latent its KL, and whether it is active; per local latent two estimates of :math:`I_q(z; x)`; the
-distortion of rows that exchange their latents; and the gradient's size beside its noise. With gradients g, g' of two
+distortion of rows that exchange their latents; and the gradient's size beside its noise. Of what is enumerated, and of
+what the guide draws given it, there is the KL alone. With gradients g, g' of two
 independent batches,
 
 .. math:: |E g|^2 = E\, g \cdot g', \qquad \mathrm{tr}\,\mathrm{Var}(g) = \tfrac12\, E\,|g - g'|^2.
@@ -77,19 +78,20 @@ class Probe:
             local = local_latents(terms)
             if plate is None or not local:
                 return {}
+            drawn = [name for name in local if terms.sites[name].draws]
             kl = {name: _kl_per_dim(terms, name) for name in local}
             record: ProbeRecord = {
                 "kl_per_dim": {unit: x for of_latent in kl.values() for unit, x in of_latent.items()},
                 "unit_latent": {unit: name for name, of_latent in kl.items() for unit in of_latent},
             }
             for figure, measure in (("active_units", _count_active), ("information", _information)):
-                record[figure] = {n: x for n in local if (x := _if_possible(measure, terms, call, n, plate)) != {}}
+                record[figure] = {n: x for n in drawn if (x := _if_possible(measure, terms, call, n, plate)) != {}}
             return record | _if_possible(self._exchange, terms, call, plate)
 
     def _exchange(self, terms: Terms, call: Call, plate: Plate) -> ProbeRecord:
         """Return the distortion of the rows under their own latents, and under those of other rows."""
         if any(not t.draws for t in terms.sites.values() if t.kind == "latent"):
-            return {}  # a latent that is summed out has no value to exchange
+            return {}  # a latent that is enumerated has no value to exchange
         drawn = {name: t.draws[0].value for name, t in terms.sites.items() if t.kind == "latent"}
         moved = {name: _exchanged(terms.sites[name], plate, value) for name, value in drawn.items()}
         own, swapped = (self._distortion(call, values) / terms.num_data for values in (drawn, moved))
@@ -143,7 +145,7 @@ def are_local(terms: Terms) -> bool:
 def local_latents(terms: Terms) -> list[str]:
     """Return the latents that have a value for each row of the data and a KL of their own."""
     plate = terms.data_plate
-    return [n for n, t in terms.sites.items() if t.kind == "latent" and plate in t.plates and not t.joint and t.draws]
+    return [n for n, t in terms.sites.items() if t.kind == "latent" and plate in t.plates and not t.joint]
 
 
 def _kl_per_dim(terms: Terms, name: str) -> dict[str, float]:

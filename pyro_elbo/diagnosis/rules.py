@@ -86,7 +86,11 @@ def _unsaid(evidence: Evidence) -> Iterator[str]:
         yield f"whether training is done or goes wrong: a trend takes {FEWEST} epochs under the final weights."
     if not len(evidence.curve("elbo", "valid")):
         yield "whether it overfits: there is no validation."
-    if not len(evidence.curve("swapped_distortion", evidence.judged)):
+    if len(evidence.curve("swapped_distortion", evidence.judged)):
+        return
+    if any(map(evidence.units, evidence.latents)):
+        yield "whether data depend on the latents: rows cannot exchange their values (enumerated ones, for example)."
+    else:
         yield "whether latents collapse: none of them has a value per row of the data that a probe could judge."
 
 

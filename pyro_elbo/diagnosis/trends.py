@@ -1,14 +1,17 @@
 r"""What the curves of a fit show: a bound that falls, lags, wanders, or still rises.
 
-Whether a fit goes wrong is read from the bound at β = 1, and why from its two parts. What is lost, is lost to
-distortion or to rate: by the training data after their best epoch, or by new rows beside the training data.
+Whether a fit goes wrong is read from the bound at β = 1, and why from what falls with it. A training bound that falls
+together with the objective that is trained is a step size too large; one that falls while the objective rises is sold
+for something else. New rows lose to one of the two parts of their bound.
 
-=================  =======================  ===========================
-lost to ...        training falls           validation falls or lags
-=================  =======================  ===========================
-distortion         diverging                overfitting
-rate               exploding KL             KL shrinkage
-=================  =======================  ===========================
+============================  ============
+what falls                    finding
+============================  ============
+training, with the objective  diverging
+training alone, by the rate   exploding KL
+validation, by distortion     overfitting
+validation, by the rate       KL shrinkage
+============================  ============
 """
 
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyro_elbo.diagnosis.evidence import FEWEST, SPLITS, Curve, Evidence
+from pyro_elbo.diagnosis.evidence import FEWEST, SPLITS, SURE, Curve, Evidence
 from pyro_elbo.diagnosis.findings import Finding, FindingName
 
 BEHIND = 0.15  # of what was gained after the first tenth: new rows are always explained a little worse
@@ -24,13 +27,13 @@ WIDENED = 0.25  # of the gap, since a quarter of training: less is the differenc
 RISING = 3.0  # standard errors of the gain of a quarter
 LEFT = 0.05  # of what was gained: as much may be left to gain
 LONGEST = 0.9  # the largest ratio of the gains of two quarters from which the rest is extrapolated
-ROUGH = 2.0  # noise of the gradient over its norm, at half of the probes
-WANDERS = 0.05  # of what was gained: the standard deviation of the bound from epoch to epoch
+ROUGH = 1.0  # noise of the gradient over its norm, at half of the probes
+WANDERS = 0.025  # of what was gained: the standard deviation of the bound from epoch to epoch
 MOST = 1000.0  # more cannot be told from two batches
 
 
 def diverging(evidence: Evidence) -> Iterator[Finding]:
-    """Find NaN, or a training bound that falls and is lost to distortion."""
+    """Find NaN, or a training bound that falls together with the objective."""
     values = evidence.history.elbo.sel(split="train").values
     if len(gone := np.flatnonzero(~np.isfinite(values))):
         since = int(evidence.history.epoch.values[gone[0]])
@@ -42,12 +45,16 @@ def diverging(evidence: Evidence) -> Iterator[Finding]:
             since=since,
         )
         return
-    yield from _fallen(evidence, "distortion", _DIVERGING)
+    if _objective(evidence).fall.is_wrong:
+        since = evidence.curve("elbo", "train").fall.since
+        grown = {part: evidence.curve(part, "train").change(since) for part in ("distortion", "rate")}
+        yield from _fallen(evidence, max(grown, key=grown.__getitem__), _DIVERGING)
 
 
 def exploding_kl(evidence: Evidence) -> Iterator[Finding]:
-    """Find a training bound that falls because the rate grows."""
-    yield from _fallen(evidence, "rate", _EXPLODING)
+    """Find a training bound that falls because the rate grows, while the objective does not fall."""
+    if not _objective(evidence).fall.is_wrong:
+        yield from _fallen(evidence, "rate", _EXPLODING)
 
 
 def overfitting(evidence: Evidence) -> Iterator[Finding]:
@@ -69,7 +76,8 @@ class _Words(NamedTuple):
 _DIVERGING = _Words(
     "diverging",
     "steps overshoot: the parameters are worse than those of earlier epochs.",
-    "lower the learning rate (a third, a tenth), clip gradients (grad_clip=10.0), or restore_best=True.",
+    "lower the learning rate (a third, a tenth), clip gradients (grad_clip=10.0), or restore_best=True; where the rate "
+    "grew, bound the scale of the guide from below.",
 )
 _EXPLODING = _Words(
     "exploding KL",
@@ -90,10 +98,10 @@ _SHRINKAGE = _Words(
 
 
 def _fallen(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
-    """Find a training bound that has fallen since its best epoch, more than half of it lost to one of its two parts."""
+    """Find a training bound that has fallen since its best epoch, at least half of it lost to one of its two parts."""
     fall = evidence.curve("elbo", "train").fall
     lost = evidence.curve(part, "train").change(fall.since)
-    if not fall.is_sure or lost <= fall.drop / 2:
+    if not fall.is_wrong or lost < fall.drop / 2:
         return
     yield Finding(
         words.name,
@@ -104,6 +112,12 @@ def _fallen(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
         since=fall.since,
         evidence={"drop": fall.drop, "share": fall.share, part: lost},
     )
+
+
+def _objective(evidence: Evidence) -> Curve:
+    """Return what is trained, over the epochs under its final weights."""
+    loss = evidence.steady("loss", "train")
+    return Curve(loss.epochs, -loss.values)
 
 
 def _lagging(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
@@ -146,24 +160,25 @@ def warm_up_too_long(evidence: Evidence) -> Iterator[Finding]:
 
 
 def noisy_objective(evidence: Evidence) -> Iterator[Finding]:
-    """Find a gradient whose noise dwarfs it at every probe, while the bound wanders."""
+    """Find a gradient whose noise exceeds it, while the bound wanders more than it moves."""
     norm, noise = evidence.curve("gradient_norm"), evidence.curve("gradient_noise")
     elbo = evidence.steady("elbo", evidence.judged)
     if not len(norm) or len(elbo) < FEWEST:
         return
     least = np.maximum(norm.values, noise.values / MOST)
     rough = float(np.median(noise.values / np.where(least > 0, least, 1.0)))
-    gained = float(np.ptp(elbo.smooth.values))
-    if rough < ROUGH or elbo.noise < WANDERS * gained:
+    smooth = elbo.smooth.values
+    gained, late = float(np.ptp(smooth)), abs(float(smooth[-1] - smooth[len(smooth) // 2]))
+    if rough < ROUGH or elbo.noise < WANDERS * gained or late > SURE * elbo.noise / elbo.window**0.5:
         return
     yield Finding(
         "noisy objective",
         f"the gradient's standard deviation is {rough:.0f} times its norm; the bound varies by {elbo.noise:.3g} nats "
-        f"per datum from epoch to epoch, beside {gained:.3g} gained.",
+        f"per datum from epoch to epoch, where the second half of the epochs has changed it by {late:.3g}.",
         "steps go in random directions: more of them do not help.",
         "more rows per batch, num_particles, a lower learning rate; reparameterized latents in place of a "
         "score-function gradient.",
-        evidence={"noise over norm": rough, "noise of the bound": elbo.noise},
+        evidence={"noise over norm": rough, "noise of the bound": elbo.noise, "late change": late},
     )
 
 

@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from pyro.infer import ELBO
-from pyro.infer.elbo import ELBOModule
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError, check_count
 from pyro_elbo.information import Critic, Penalty, check_penalties, critic_gradients
 from pyro_elbo.objectives.gradients import BoundKind, Gradient, Runs, check_gradient
+from pyro_elbo.objectives.module import TermsModule
 from pyro_elbo.objectives.score_function import moved_averages, surrogate
 from pyro_elbo.objectives.step_count import advance_after_backward
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
@@ -31,9 +31,9 @@ from pyro_elbo.programs import (
     TracePair,
     check_arguments,
     check_gradients,
-    check_initialized,
     check_programs,
     collect_parameters,
+    each_branch,
     evaluating,
     find_plate_nesting,
     program_arguments,
@@ -41,7 +41,7 @@ from pyro_elbo.programs import (
     trace_pair,
 )
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms import KLForm, Term, Terms, WeightOf, evaluate_run, stack_particles
+from pyro_elbo.terms import KLForm, Term, Terms, WeightOf, evaluate_branches, stack_particles
 
 _nesting_found: "WeakKeyDictionary[TraceBeta_ELBO, tuple[Program, Program, int]]" = WeakKeyDictionary()
 """The batch dimensions that a trial run found, with its programs: of the last programs of each objective."""
@@ -286,7 +286,8 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         for critic in self.critics.values():
             critic.step()
 
-    def _runs(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> list[Runs]:
+    def _runs(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> list[list[Runs]]:
+        """Run the programs for each particle, once per value of the sites that a guide marks ``"sequential"``."""
         programs, count = (model, guide, args, kwargs), self.num_particles
         nesting = 0 if math.isinf(self.max_plate_nesting) else int(self.max_plate_nesting)
         vectorized = self.vectorize_particles and count > 1
@@ -294,19 +295,25 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         with SameRows():
             once = partial(trace, *programs)
             again = lambda pair: trace_fixed(pair, *programs, count, nesting)  # noqa: E731
-            return [self.estimator.run(once, again) for _ in range(1 if vectorized else count)]
+            run = partial(self.estimator.run, once, again)
+            return [each_branch(run) for _ in range(1 if vectorized else count)]
 
-    def _sites(self, runs: Sequence[Runs], weight_of: WeightOf | None = None) -> tuple[dict[str, Term], int | None]:
-        """Return the terms of all particles; ``weight_of`` as in :func:`evaluate_run`."""
-        sites, particle_dim = self._terms_of([pair for pair, _ in runs], weight_of)
-        if fixed := [pair for _, pair in runs if pair is not None]:
+    def _sites(
+        self, runs: Sequence[Sequence[Runs]], weight_of: WeightOf | None = None
+    ) -> tuple[dict[str, Term], int | None]:
+        """Return the terms of all particles; ``weight_of`` as in :func:`evaluate_branches`."""
+        sites, particle_dim = self._terms_of([[pair for pair, _ in branches] for branches in runs], weight_of)
+        fixed = [[pair for _, pair in branches if pair is not None] for branches in runs]
+        if all(fixed):
             direct = self._terms_of(fixed, weight_of)[0]
             sites = {name: replace(t, direct=direct[name].nats) for name, t in sites.items()}
         return sites, particle_dim
 
-    def _terms_of(self, runs: Sequence[TracePair], weight_of: WeightOf | None) -> tuple[dict[str, Term], int | None]:
-        sites, particle_dim = stack_particles([evaluate_run(run, self.kl, weight_of) for run in runs])
-        return sites, particle_dim if len(runs) > 1 else runs[0].particle_dim
+    def _terms_of(
+        self, runs: Sequence[Sequence[TracePair]], weight_of: WeightOf | None
+    ) -> tuple[dict[str, Term], int | None]:
+        sites, particle_dim = stack_particles([evaluate_branches(branches, self.kl, weight_of) for branches in runs])
+        return sites, particle_dim if len(runs) > 1 else runs[0][0].particle_dim
 
     def _vectorized(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> TracePair:
         for _ in range(2):
@@ -352,41 +359,6 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
                 kept.copy_(new)
             else:
                 self.averages[name] = new.clone()
-
-
-class TermsModule(ELBOModule):
-    """Pyro's ELBOModule with the terms of the bound; its state_dict carries the step count of the schedules."""
-
-    elbo: TraceBeta_ELBO
-
-    def terms(self, *args: Any, **kwargs: Any) -> Terms:
-        """Evaluate every term of the bound: see :meth:`TraceBeta_ELBO.terms`."""
-        return self.elbo.terms(self.model, self.guide, *args, **kwargs)
-
-    def train(self, mode: bool = True) -> "TermsModule":
-        """Set the mode as in torch, also of modules whose methods are the programs (dropout, batch norm)."""
-        for program in (self.model, self.guide):
-            owner = getattr(program, "__self__", None)
-            if isinstance(owner, torch.nn.Module):
-                owner.train(mode)
-        return super().train(mode)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """List parameters as in torch, but refuse guides that have none yet: an optimizer would miss them.
-
-        Raises:
-            GuideError: an AutoGuide inside has never run.
-        """
-        check_initialized(self)
-        return super().named_parameters(*args, **kwargs)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return step count and critics, saved with the parameters."""
-        return self.elbo.state_dict()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore step count and critics."""
-        self.elbo.load_state_dict(state)
 
 
 def _brief(value: Any) -> str:

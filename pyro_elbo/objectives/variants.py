@@ -248,7 +248,9 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         sites = evaluate_run(pair, "sampled")
         return Terms(sites, pair.particle_dim, log_evidence.sum() * shared_scale(sites))
 
-    def _terms_of(self, runs: Sequence[TracePair], weight_of: WeightOf | None) -> tuple[dict[str, Term], int | None]:
+    def _terms_of(
+        self, runs: Sequence[Sequence[TracePair]], weight_of: WeightOf | None
+    ) -> tuple[dict[str, Term], int | None]:
         sites, particle_dim = super()._terms_of(runs, weight_of)
         return join_numbered_sites(sites), particle_dim
 

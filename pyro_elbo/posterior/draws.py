@@ -43,6 +43,7 @@ from pyro_elbo.programs import (
     sort_by_dim,
     trace_pair,
     trace_program,
+    without_marks,
 )
 from pyro_elbo.sequences import StackedDistribution
 
@@ -213,6 +214,9 @@ def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, F
         programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
         data = read_data(*programs)
     shapes = trace_pair(*programs)
+    if any(s.is_enumerated for s in shapes.guide.values()):
+        programs = programs._replace(guide=without_marks(programs.guide))
+        shapes = trace_pair(*programs)
     most = room_for_draws(shapes)
     if shapes.enumerated:
         programs = programs._replace(guide=draw_summed_out(programs.model, programs.guide, shapes))

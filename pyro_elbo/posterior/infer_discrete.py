@@ -77,6 +77,11 @@ def infer_discrete(
     programs = ProgramCall(model, guide, *program_arguments(model, args, kwargs))
     with torch.no_grad(), seeded(seed), evaluating(model, guide):
         run = trace_pair(*programs)
+        if marked := [n for n, s in run.guide.items() if s.is_enumerated]:
+            raise SiteError(
+                f"The guide enumerates {marked}, where values are asked for given one draw of the guide. Remove the "
+                "mark from the guide to have them drawn, or take terms.posterior."
+            )
         completed = draw_summed_out(model, guide, run)
         if not run.summed_out:
             raise SiteError(

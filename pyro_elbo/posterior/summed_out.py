@@ -37,15 +37,7 @@ def draw_summed_out(model: Program, guide: Program, shapes: TracePair) -> Progra
 
     Args:
         shapes: a run of both programs.
-
-    Raises:
-        SiteError: the guide enumerates a site itself.
     """
-    if marked := [n for n in shapes.enumerated if n in shapes.guide]:
-        raise SiteError(
-            f"The guide enumerates {marked}: its draws would be all values at once. Remove the mark from the guide to "
-            "have them drawn."
-        )
     return complete_guide(model, guide, _draw, _log_likelihoods)
 
 

@@ -58,7 +58,7 @@ class SymmetrizedKL:
         self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], write: Callable[[Tensor], None]
     ) -> None:
         self._guide, self._args, self._kwargs, self._write = guide, args, kwargs, write
-        with self._undisturbed(0), evaluating(model):
+        with _undisturbed(0), evaluating(model, guide):
             pair, other = (trace_pair(model, guide, args, kwargs) for _ in range(2))
         _check_densities(pair, other)
         self._rows = shared_plate(s.plates for s in pair.model.values() if s.role == "observed")
@@ -67,7 +67,8 @@ class SymmetrizedKL:
 
     def __call__(self, first: Tensor, second: Tensor) -> float:
         """Return the root of J plus twice its standard error; the guide has one of the vectors afterwards."""
-        runs = [self._ratios(first, second, seed) for seed in range(SINGLE if self._count == 1 else 1)]
+        with evaluating(self._guide):
+            runs = [self._ratios(first, second, seed) for seed in range(SINGLE if self._count == 1 else 1)]
         shared, rows = (torch.cat(parts) for parts in zip(*runs, strict=True))
         return math.sqrt(max((_upper(shared) + _upper(rows)).item(), 0.0))
 
@@ -92,7 +93,7 @@ class SymmetrizedKL:
     def _run(self, parameters: Tensor, seed: int, replay: Mapping[str, Tensor] | None = None) -> dict[str, _Drawn]:
         """Run the guide alone, and evaluate its densities while it has these parameters."""
         self._write(parameters)
-        with self._undisturbed(seed):
+        with _undisturbed(seed):
             sites = trace_program(self._guide, self._args, self._kwargs, replay, self._count, self._nesting)
             return {
                 name: _Drawn(site.value, align(site.log_prob().double().cpu(), self._count, self._nesting), site.plates)
@@ -100,18 +101,19 @@ class SymmetrizedKL:
                 if site.is_drawn
             }
 
-    @contextmanager
-    def _undisturbed(self, seed: int) -> Iterator[None]:
-        with torch.no_grad(), seeded(seed), evaluating(self._guide):
-            yield
-
     def _vectorizes(self) -> bool:
         try:
-            with self._undisturbed(0):
+            with _undisturbed(0), evaluating(self._guide):
                 sites = trace_program(self._guide, self._args, self._kwargs, None, VECTORIZED, self._nesting)
                 return all(_draws(site.log_prob(), self._nesting) in (1, VECTORIZED) for site in sites.values())
         except Exception:  # single runs raise it again if the guide itself is at fault
             return False
+
+
+@contextmanager
+def _undisturbed(seed: int) -> Iterator[None]:
+    with torch.no_grad(), seeded(seed):
+        yield
 
 
 def _draws(x: Tensor, nesting: int) -> int:

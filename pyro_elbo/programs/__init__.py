@@ -10,7 +10,7 @@ Imports sequences and below.
 from pyro_elbo.programs.checks import MOST_ENTRIES, check_options, check_programs
 from pyro_elbo.programs.completion import complete_guide
 from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns, program_arguments
-from pyro_elbo.programs.enumeration import step_before
+from pyro_elbo.programs.enumeration import HeldDraws, each_branch, step_before, without_marks
 from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
 from pyro_elbo.programs.modules import collect_modules, program_name
@@ -18,7 +18,6 @@ from pyro_elbo.programs.parameters import Parameters, check_gradients, check_ini
 from pyro_elbo.programs.rng import mix_seed, seed_cpu, seeded
 from pyro_elbo.programs.sites import Baseline, Plate, Site, fixed_sites, is_point, shared_plate, sort_by_dim
 from pyro_elbo.programs.tracing import (
-    HeldDraws,
     Program,
     ResampleObserved,
     RunData,
@@ -61,6 +60,7 @@ __all__ = [
     "check_initialized",
     "check_options",
     "check_programs",
+    "each_branch",
     "evaluating",
     "failed_line",
     "find_plate_nesting",
@@ -75,5 +75,6 @@ __all__ = [
     "seeded",
     "step_before",
     "trace_program",
+    "without_marks",
     "without_own_gradient",
 ]

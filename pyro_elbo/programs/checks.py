@@ -106,12 +106,12 @@ def check_guide_site(site: Site, observed: bool, infer: Mapping[str, Any], in_mo
             f"Site '{site.name}' is observed in the guide, where its log density would count as a negative KL. Remove "
             "it from the guide, or give model and guide in this order if they are swapped."
         )
-    if infer.get("enumerate") and site.enum_dim is None:
+    if infer.get("enumerate") and not site.is_enumerated:
         raise SiteError(
             f"Site '{site.name}' of the guide is marked for enumeration ({infer['enumerate']!r}), which objectives "
-            "here do for 'parallel', and not with the filtering bound nor for a guide that is itself a handler of "
-            "Pyro. Mark it 'parallel' (config_enumerate does), remove the mark to draw it with the score-function "
-            "gradient, or use pyro.infer.TraceEnum_ELBO."
+            "here do for 'parallel' and 'sequential', and not with the filtering bound nor for a guide that is itself "
+            "a handler of Pyro. Mark it 'parallel' (config_enumerate does), remove the mark to draw it with the "
+            "score-function gradient, or use pyro.infer.TraceEnum_ELBO."
         )
     if not observed and not in_model and site.role != "deterministic" and not infer.get("is_auxiliary"):
         raise SiteError(

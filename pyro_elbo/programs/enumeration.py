@@ -3,43 +3,68 @@
 A marked site has one value per element of its support, along a batch dimension of its own, left of all plates. Pyro
 recycles these dimensions inside ``pyro.markov``, so a dimension alone does not name a variable: the messages also
 record an identifier of the variable behind each dimension.
+
+A site of the guide that is marked ``"sequential"`` has one value at a time instead: the programs run once per value,
+each time as a :class:`Branch`.
 """
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.poutine import Trace
-from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine import Trace, infer_config
+from pyro.poutine.enum_messenger import EnumMessenger, enumerate_site
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
 
 from pyro_elbo.errors import SiteError
+from pyro_elbo.programs.sites import Turn
 from pyro_elbo.sequences import SUMS_PATHS
 
 ROOM_FOR_PLATES = 6
 """Batch dimensions left for plates where nobody gave their number: a dimension of size one costs next to nothing."""
 
 
+T = TypeVar("T")
+TURN = "_turn"
+"""Where a message keeps the turn of its value."""
+
+
 class Enumerator(EnumMessenger):
     """Enumerates the sites marked ``infer={"enumerate": "parallel"}``; does nothing before the first of them.
+
+    In a guide, sites marked ``"sequential"`` take the value whose turn it is in the :class:`Branch` around; the last
+    one without a branch.
 
     Args:
         leftmost: the first dimension left of all plates.
         before: the handler of the program that ran before, whose dimensions stay taken; None for the first program.
         given: the sites whose values come from elsewhere.
+        is_guide: whether the program is a guide.
 
     Attributes:
         active: whether a marked site was met.
     """
 
-    def __init__(self, leftmost: int, before: "Enumerator | None" = None, given: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        leftmost: int,
+        before: "Enumerator | None" = None,
+        given: Collection[str] = (),
+        is_guide: bool = False,
+    ) -> None:
         super().__init__(leftmost if before is None else None)
-        self.leftmost, self.given = leftmost, given
+        self.leftmost, self.given, self.is_guide = leftmost, given, is_guide
         self.active = before is not None and before.active
 
     def _pyro_sample(self, msg: Any) -> None:
         if not isinstance(msg["fn"], TorchDistributionMixin):
             return
         infer, given = msg["infer"], msg["done"] or msg["name"] in self.given
+        if self.is_guide and infer.get("enumerate") == "sequential" and not given and not msg["is_observed"]:
+            _check_support(msg)
+            infer[_VALUES] = list(enumerate_site(msg))
+            _take(msg, len(infer[_VALUES]) - 1)
         marked = infer.get("enumerate") == "parallel" and not given and not msg["is_observed"]
         self.active = self.active or marked
         marked = marked and "_enumerate_before" not in infer  # the scan that states the site has enumerated it
@@ -69,6 +94,76 @@ class Enumerator(EnumMessenger):
                 f"Site '{msg['name']}': its plates use {deepest} batch dimensions, and enumerated sites start left of "
                 f"{-self.leftmost - 1}. Give the objective max_plate_nesting={deepest}."
             )
+
+
+_VALUES = "_values"
+
+
+def _take(msg: Any, index: int) -> None:
+    values = msg["infer"][_VALUES]
+    msg["infer"][TURN] = Turn(index, len(values))
+    msg["value"], msg["done"] = values[index], True
+
+
+class HeldDraws(Messenger):
+    """Give sites these values, as draws and not as observations."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self._values and not msg["done"] and not msg["is_observed"]:
+            msg["value"], msg["done"] = self._values[msg["name"]], True
+
+
+class Branch(HeldDraws):
+    """One run of the programs for one value of each sequential site that its guide comes upon.
+
+    Args:
+        values: the draws that this branch shares with the one that it left.
+        turns: the number of the value of each site up to where it left.
+
+    Attributes:
+        others: the branches that leave this one.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor] | None = None, turns: Mapping[str, int] | None = None) -> None:
+        super().__init__(values or {})
+        self.turns = dict(turns or {})
+        self.others: list[Branch] = []
+        self._drawn: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        turn, name = msg["infer"].get(TURN), msg["name"]
+        if turn is None:
+            super()._pyro_sample(msg)
+            return
+        if name not in self.turns:
+            others = ({**self.turns, name: i} for i in range(turn.index))
+            self.others += [Branch(dict(self._drawn), turns) for turns in others]
+        _take(msg, self.turns.setdefault(name, turn.index))
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and type(msg["fn"]).__name__ != "_Subsample":
+            self._drawn[msg["name"]] = msg["value"]
+
+
+def each_branch(run: Callable[[], T]) -> list[T]:
+    """Run programs once per value of the sites that a guide marks ``"sequential"``, the last value first as in Pyro."""
+    pending, found = [Branch()], []
+    while pending:
+        branch = pending.pop()
+        with branch:
+            found.append(run())
+        pending += branch.others
+    return found
+
+
+def without_marks(guide: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a guide that draws the sites that it marks for enumeration."""
+    unmarked: Any = {"enumerate": None}
+    return infer_config(guide, lambda msg: unmarked)
 
 
 def _check_support(msg: Any) -> None:

@@ -19,6 +19,7 @@ from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import unmask
 from pyro_elbo.programs.checks import check_batch_shape, check_entries, check_guide_site, check_wide, read_baseline
 from pyro_elbo.programs.data import observed_tensor
+from pyro_elbo.programs.enumeration import TURN
 from pyro_elbo.programs.explain import PARTICLE_PLATE
 from pyro_elbo.programs.sites import Plate, Site, SiteRole, is_point, shared_plate
 from pyro_elbo.sequences import StackedDistribution, fill_masked
@@ -164,7 +165,8 @@ def _read_site(
     behind = {d: variables[i] for d, i in message["infer"].get("_dim_to_id", {}).items() if i in variables}
     names, enum_dim = {d: v for d, (v, _) in behind.items()}, message["infer"].get("_enumerate_dim")
     marked = bool(message["infer"].get("enumerate"))
-    enumeration: dict[str, Any] = {"variables": names, "enum_dim": enum_dim, "marked": marked}
+    turn = message["infer"].get(TURN) if role == "latent" or role == "auxiliary" else None
+    enumeration: dict[str, Any] = {"variables": names, "enum_dim": enum_dim, "marked": marked, "turn": turn}
     site = Site(name, role, fn, value, tuple(plates), message["scale"], mask, **enumeration)
     sizes |= {d: size for d, (_, size) in behind.items()}
     if behind:

@@ -1,5 +1,6 @@
 """Derive random seeds and use them inside a block."""
 
+import functools
 import random
 
 import numpy as np
@@ -29,8 +30,13 @@ class seeded:  # noqa: N801  (used as a statement)
         self.state = pyro.util.get_rng_state()
         if self.seed is not None:
             # mixed: data simulated under the same seed must not return as noise
-            pyro.set_rng_seed(mix_seed(self.seed, 1))
+            (pyro.set_rng_seed if _has_accelerator() else seed_cpu)(mix_seed(self.seed, 1))
 
     def __exit__(self, *_: object) -> None:
         if self.seed is not None:
             pyro.util.set_rng_state(self.state)
+
+
+@functools.cache
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()

@@ -61,6 +61,13 @@ class Plate(NamedTuple):
     full_size: int
 
 
+class Turn(NamedTuple):
+    """Which of the values of its support a site has in one of the runs that take them in turn."""
+
+    index: int
+    count: int
+
+
 @dataclass(frozen=True)
 class Site:
     """A sample statement of one run.
@@ -81,6 +88,7 @@ class Site:
         variables: the enumerated site behind each batch dimension left of the plates that the density may have.
         marked: whether the program asks for enumeration of the site.
         enum_dim: the batch dimension along which the value holds the whole support; None for one value.
+        turn: of a site of the guide that has one value of its support in this run, and the others in further runs.
     """
 
     name: str
@@ -96,6 +104,7 @@ class Site:
     variables: Mapping[int, str] = field(default_factory=dict)
     enum_dim: int | None = None
     marked: bool = False
+    turn: Turn | None = None
 
     @property
     def has_density(self) -> bool:
@@ -107,6 +116,11 @@ class Site:
     def is_drawn(self) -> bool:
         """Whether the guide draws the site, and does not compute it from others."""
         return self.role in ("latent", "auxiliary") and not is_point(self.fn)
+
+    @property
+    def is_enumerated(self) -> bool:
+        """Whether the site has all values of its support, side by side or in turn."""
+        return self.enum_dim is not None or self.turn is not None
 
     @property
     def event_dim(self) -> int:

@@ -12,7 +12,13 @@ from torch import Tensor
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import GuideError, SiteError
 from pyro_elbo.programs.checks import check_pair, check_rows, mask_unobserved
-from pyro_elbo.programs.enumeration import ROOM_FOR_PLATES, Enumerator, enumerated_variables, separate_dimensions
+from pyro_elbo.programs.enumeration import (
+    ROOM_FOR_PLATES,
+    Enumerator,
+    HeldDraws,
+    enumerated_variables,
+    separate_dimensions,
+)
 from pyro_elbo.programs.explain import PARTICLE_PLATE, explain_failure
 from pyro_elbo.programs.messages import (
     GivenRows,
@@ -46,9 +52,9 @@ class TracePair:
 
     @property
     def enumerated(self) -> list[str]:
-        """The sites that have all the values of their support."""
+        """The sites that have all the values of their support, in this run or over several."""
         sites = (*self.model.values(), *self.guide.values())
-        return list(dict.fromkeys(s.name for s in sites if s.enum_dim is not None))
+        return list(dict.fromkeys(s.name for s in sites if s.is_enumerated))
 
     @property
     def summed_out(self) -> list[str]:
@@ -100,7 +106,7 @@ def trace_fixed(
     Raises:
         GuideError: the programs draw random numbers outside of ``pyro.sample``, which would differ between both runs.
     """
-    drawn = [s for s in pair.guide.values() if s.is_drawn and s.enum_dim is None]
+    drawn = [s for s in pair.guide.values() if s.is_drawn and not s.is_enumerated]
     nesting = max_plate_nesting if pair.particle_dim is None else -pair.particle_dim - 1
     before = None if is_capturing() else _random_states()
     with HeldDraws({s.name: s.value.detach() for s in drawn}):
@@ -128,18 +134,6 @@ def without_own_gradient(pair: TracePair, fixed: TracePair) -> TracePair:
 def _random_states() -> list[Tensor]:
     states = [torch.get_rng_state()]
     return states + (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
-
-
-class HeldDraws(poutine.messenger.Messenger):
-    """Give sites these values, as draws and not as observations."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self._values and not msg["done"] and not msg["is_observed"]:
-            msg["value"], msg["done"] = self._values[msg["name"]], True
 
 
 def pair_traces(model: Traced, guide: Traced, particle_dim: int | None) -> TracePair:
@@ -317,7 +311,7 @@ def _trace_both(
             model_trace, guide_trace = unwrapped.get_traces()
             return Traced(model_trace), Traced(guide_trace)
     leftmost = -2 - max_plate_nesting if num_particles > 1 else -1 - max(max_plate_nesting, ROOM_FOR_PLATES)
-    in_guide = Enumerator(leftmost)
+    in_guide = Enumerator(leftmost, is_guide=True)
     drawn = _trace(in_guide(program), args, kwargs)
     given, in_model = GivenRows(), Enumerator(leftmost, in_guide, drawn.trace.nodes)
     values = separate_dimensions(drawn.trace) if in_guide.active else drawn.trace

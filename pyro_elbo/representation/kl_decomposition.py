@@ -136,6 +136,13 @@ def _only_latent(terms: Terms, latent: str | None) -> str:
             f"Latent '{name}' lies in no plate: all data share one value, so that there is no aggregate posterior to "
             f"decompose its KL with. Name a latent of the data's plate, or read terms.kl['{name}']."
         )
+    latents = [(n, t) for n, t in terms.sites.items() if t.kind == "latent"]
+    if enumerated := [n for n, t in latents if t.plates and (t.posterior is not None or t.expected)]:
+        raise SiteError(
+            f"The sites {enumerated} are enumerated, or depend on one that is: there is no draw of each whose density "
+            "could be compared with those of other rows. Remove the marks from the guide, or name a latent that it "
+            "draws once per row."
+        )
     asked = "Several latents lie in plates" if latent is None else f"'{latent}' is no latent inside of a plate"
     raise SiteError(f"{asked}: expected one of {local}. Pass latent=... with its name.")
 

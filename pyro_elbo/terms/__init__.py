@@ -1,11 +1,12 @@
 """The terms of the bound: the log-likelihood or KL of each site before any reduction, and their totals.
 
 Takes a ``TracePair``; gives a ``Term`` per site (``evaluate``; ``enumerated`` where discrete sites
-are summed out) and ``Terms``, the value that users see.
+are summed out, ``branches`` where the programs run once per value) and ``Terms``, the value that users see.
 ``numbered_sites`` joins the sites ``z_0, z_1, ...`` of a written-out loop into one term over time.
 Imports programs and below.
 """
 
+from pyro_elbo.terms.branches import evaluate_branches
 from pyro_elbo.terms.chain import Chain, messages
 from pyro_elbo.terms.enumerated import evaluate_run, most_probable
 from pyro_elbo.terms.evaluate import KLForm, univariate
@@ -26,6 +27,7 @@ __all__ = [
     "WeightOf",
     "connected",
     "divisor",
+    "evaluate_branches",
     "evaluate_run",
     "frames",
     "is_one",

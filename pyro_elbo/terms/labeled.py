@@ -150,6 +150,14 @@ def unlabel(x: Labeled) -> Tensor:
     return x.x.reshape([*(sizes.get(d, 1) for d in range(min(sizes, default=0), last)), *events])
 
 
+def values_last(x: Labeled, *names: str) -> Labeled:
+    """Return a tensor whose dimensions of the values of sites are the last ones, of an event."""
+    own = [next(a for a in x.labels if a.kind == "value" and a.name == n) for n in names]
+    events = [Label("event", "", i, a.size) for i, a in enumerate(own)]
+    moved = x.x.movedim([x.labels.index(a) for a in own], list(range(-len(own), 0)))
+    return Labeled(moved, (*(a for a in x.labels if a not in own), *events))
+
+
 def plate_labels(site: Site) -> frozenset[Label]:
     """Return the labels of a site's plates, and of its time in a scan; a plate of one row needs none."""
     plates = frozenset(Label("batch", "", p.dim, p.size) for p in site.plates if p.size > 1)

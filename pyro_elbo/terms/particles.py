@@ -53,7 +53,9 @@ def _merge(runs: Sequence[Term | None], depth: int) -> Term:
         given = [default if x is None else x for x in values]
         return stack([torch.as_tensor(x, dtype=dtype, device=like.device) for x in given])
 
-    per_dim = None
+    per_dim = averaged = None
+    if all(t.averaged is not None for t in found):
+        averaged = lambda: stack((t and t.averaged and t.averaged() for t in runs), 1)  # noqa: E731
     if all(t.per_dim is not None for t in found):
         per_dim = lambda: stack([t and t.per_dim and t.per_dim() for t in runs], len(term.event_shape))  # noqa: E731
     return replace(
@@ -64,6 +66,7 @@ def _merge(runs: Sequence[Term | None], depth: int) -> Term:
         is_analytic=all(t.is_analytic for t in found),
         score=None if all(t.score is None for t in found) else stack(t and t.score for t in runs),
         per_dim=per_dim,
+        averaged=averaged,
         steps=None if term.steps is None else _merge([t and t.steps for t in runs], depth + 1),
         draws=tuple(site for t in found for site in t.draws),
         joint=any(t.joint for t in found),

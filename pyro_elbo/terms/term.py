@@ -39,6 +39,8 @@ class Term:
             of the batch dimensions; otherwise None.
         pairs: of the state of a scan that is summed out: gives the probabilities of its values at the step before and
             now, on the right of ``posterior``'s batch dimensions and time; otherwise None.
+        averaged: of a site that the guide enumerates: a function that returns the guide's probabilities of its values,
+            on the right of the batch dimensions; otherwise None.
         independent: the plates whose rows are independent in this term, where they are not all its plates: the rows
             of others are coupled by a site that is summed out.
         expected: True for an expectation over sites that the guide enumerates.
@@ -61,6 +63,7 @@ class Term:
     transformed: bool = False
     posterior: Tensor | None = None
     pairs: Callable[[], Tensor] | None = None
+    averaged: Callable[[], Tensor] | None = None
     independent: tuple[Plate, ...] | None = None
     expected: bool = False
 

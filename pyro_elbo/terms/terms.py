@@ -154,9 +154,13 @@ class Terms:
 
     @cached_property
     def posterior(self) -> dict[str, Tensor]:
-        """Posterior probabilities of the values of each summed-out site given data and latents, shape plates + (K,)."""
+        """Posterior probabilities of the values of each enumerated site, shape plates + (K,).
+
+        Exact given data and latents for a site that is summed out of the model; q(k | x) for one that the guide has.
+        """
         terms = {n: (t, t.steps or t) for n, t in self.sites.items()}
-        return {n: self._shaped(t, s, s.posterior, 1) for n, (t, s) in terms.items() if s.posterior is not None}
+        found = {n: s.averaged() if s.averaged else s.posterior for n, (_, s) in terms.items()}
+        return {n: self._shaped(*terms[n], x, 1) for n, x in found.items() if x is not None}
 
     @cached_property
     def is_analytic(self) -> dict[str, bool]:

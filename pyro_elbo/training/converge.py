@@ -38,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_elbo.compile import Snapshots
 from pyro_elbo.errors import ArgumentError, NonFiniteError, PyroElboError
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.posterior import SymmetrizedKL
@@ -50,6 +51,9 @@ from pyro_elbo.training.stationarity import R_HAT, RATIO, is_level, is_worse, pr
 
 LONG = 16  # a window of this fraction of all steps is long: parameters need not rest if the bound does
 LEAST_FACTOR = RATIO**20  # of the first step size: below it, what is not finite is an error
+BLOCK = 1024  # steps between two looks at progress: taken at once, since looking at each iterate may take longer
+ROOM = 2**20  # parameters in the iterates of a block
+DRAWS = 10  # of the bound of the start, before a step size counts as too large
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,10 @@ class Progress:
 
 
 class Convergence:
-    """One run to convergence. Whoever takes the steps reads ``due`` and passes at most so many of them to ``observe``.
+    """One run to convergence.
+
+    Whoever takes the steps reads ``due`` and passes at most so many of them to ``observe``, or takes several times as
+    many at once with :meth:`snapshots`.
 
     Args:
         model, guide, loss: what the steps train.
@@ -131,7 +138,7 @@ class Convergence:
         show: Callable[[Window], None] = lambda window: None,
     ) -> None:
         self._loss, self._goal, self._show = loss, goal, show
-        parameters, self._start = first_runs(model, guide, loss, data, bound)
+        parameters, self._bound, self._start = first_runs(model, guide, loss, data, bound)
         self._iterates = Iterates(trained_once(parameters))
         self._distance = SymmetrizedKL(model, guide, *data, self._iterates.write)
         start = self._iterates.read()
@@ -151,8 +158,27 @@ class Convergence:
         limit = self._goal.limit if limit is None else limit
         return ConvergenceReport(self._goal.accuracy, self._goal.max_steps, self.windows, limit)
 
-    def observe(self, bounds: Float[np.ndarray, " steps"]) -> None:
-        """Note that steps were taken, at these bounds; judge the window once it is full."""
+    def snapshots(self) -> tuple[int, Snapshots | None]:
+        """Return how many steps may be taken at once, and what is to keep the iterates among them.
+
+        Such a block has about as many steps as two looks at a progress bar are apart, and ends with half a window.
+        """
+        half = RECORDS // 2
+        room = min(
+            half - len(self._window.watched) % half, max(1, BLOCK // self.due), max(1, ROOM // self._iterates.size)
+        )
+        kept = self._iterates.snapshots(self.due, room) if room > 1 and self._rates and not self._pending else None
+        return self.due * (1 if kept is None else room), kept
+
+    def observe(
+        self, bounds: Float[np.ndarray, " steps"], iterates: Float[Tensor, "iterates parameters"] | None = None
+    ) -> None:
+        """Note that steps were taken, at these bounds; judge the window once it is full.
+
+        Args:
+            bounds: the bound of each step.
+            iterates: the parameters after every ``due`` of them; read now, when so many were taken, if omitted.
+        """
         self._pending.append(bounds)
         self.due -= len(bounds)
         if self.due > 0:
@@ -161,14 +187,14 @@ class Convergence:
         if self._rates is None:
             self._begin()
             return
-        x = self._iterates.read()
+        x = self._iterates.read()[None] if iterates is None else iterates
         self._window.add(x, self._iterates.watched(x), taken, RECORDS)
         self.due = self._progress.plan.thin
         if len(self._window.watched) == RECORDS:
             self._end_window(self._judged())
 
-    def fail(self, error: ValueError) -> None:
-        """Note that a step failed, and go back; raise the error if no step size helps.
+    def fail(self, error: ValueError, steps: int = 1) -> None:
+        """Note that one of ``steps`` failed, and go back; raise the error if no step size helps.
 
         Pyro raises a ValueError where parameters leave the domain of a distribution. Errors of this library other than
         NonFiniteError tell of programs and data, and are raised.
@@ -179,8 +205,8 @@ class Convergence:
         self._go_back()
         if self._progress.plan.factor <= LEAST_FACTOR:
             raise error
+        steps += sum(map(len, (*self._window.bounds, *self._pending)))
         self._pending = []
-        steps = self._progress.plan.thin * (len(self._window.watched) + 1)
         self._end_window(Window(self._step_size, steps, "too large"))
 
     def close(self) -> None:
@@ -257,7 +283,7 @@ class Convergence:
         window = Window(self._step_size, len(bounds), "drifts", split_r_hat(iterates), float(bounds.mean()))
         if self._moving:
             return replace(window, verdict="weights move")
-        if not self._progress.averaged and is_worse(bounds, self._start):
+        if not self._progress.averaged and self._is_worse(bounds):
             self._go_back()
             return replace(window, verdict="too large")
         if window.r_hat < R_HAT:
@@ -267,6 +293,15 @@ class Convergence:
             self._progress.certified = False
             return replace(window, verdict="level")
         return window
+
+    def _is_worse(self, bounds: Float[np.ndarray, " steps"]) -> bool:
+        """Return whether a window has left the start for the worse, by several draws of its bound or by a few."""
+        if is_worse(bounds, self._start):
+            here = self._iterates.read()
+            self._iterates.write(self._progress.origin)
+            self._start = min(self._bound(seed) for seed in range(DRAWS))
+            self._iterates.write(here)
+        return is_worse(bounds, self._start)
 
     def _average(self, taken: Collected) -> dict[str, float]:
         """Go on from the average of stationary iterates, and return what is known of it."""

@@ -10,6 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_elbo.compile import Snapshots
 from pyro_elbo.errors import ArgumentError
 
 WATCHED = 256  # parameters whose iterates are kept
@@ -20,7 +21,7 @@ class Iterates:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = list(parameters)
-        size = sum(p.numel() for p in self._parameters)
+        self.size = size = sum(p.numel() for p in self._parameters)
         chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:WATCHED]
         self._watched = chosen.sort().values.to(self._parameters[0].device)
 
@@ -35,9 +36,13 @@ class Iterates:
             for p, part in zip(self._parameters, parts, strict=True):
                 p.copy_(part.view(p.shape))
 
-    def watched(self, x: Float[Tensor, " parameters"]) -> Float[np.ndarray, " watched"]:
+    def snapshots(self, every: int, count: int) -> Snapshots | None:
+        """Return what keeps iterates of steps that run on; None if it cannot, and they have to be read one by one."""
+        return Snapshots(self._parameters, every, count) if Snapshots.can_be_of(self._parameters) else None
+
+    def watched(self, x: Float[Tensor, "iterates parameters"]) -> Float[np.ndarray, "iterates watched"]:
         """Return the elements whose iterates are kept: all, or a random choice of many."""
-        return x[self._watched].cpu().numpy()
+        return x[:, self._watched].cpu().numpy()
 
     def drop_gradients(self) -> None:
         """Forget gradients: those of a step that failed would be added to the next ones."""
@@ -59,10 +64,16 @@ class Collected:
         """Return an empty window for vectors like ``x``."""
         return Collected(torch.zeros(2, len(x), dtype=torch.float64, device=x.device))
 
-    def add(self, x: Tensor, watched: np.ndarray, bounds: np.ndarray, records: int) -> None:
-        """Add one of ``records`` iterates, and the bounds of the steps that led to it."""
-        self.halves[2 * len(self.watched) // records].add_(x, alpha=2 / records)
-        self.watched.append(watched)
+    def add(
+        self,
+        x: Float[Tensor, "iterates parameters"],
+        watched: Float[np.ndarray, "iterates watched"],
+        bounds: Float[np.ndarray, " steps"],
+        records: int,
+    ) -> None:
+        """Add some of ``records`` iterates, all of one half, and the bounds of the steps that led to them."""
+        self.halves[2 * len(self.watched) // records].add_(x.double().sum(0), alpha=2 / records)
+        self.watched.extend(watched)
         self.bounds.append(bounds)
 
     @property

@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from typing import Any
 
@@ -14,16 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, StepTotals, TorchUpdate
+from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, Snapshots, StepTotals, TorchUpdate
 from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
 from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss
-from pyro_elbo.training.comparable import Arguments, check_limits, repeat
-from pyro_elbo.training.converge import Convergence, Goal
+from pyro_elbo.training.comparable import check_limits, repeat
+from pyro_elbo.training.converge import BLOCK, Convergence, Goal
 from pyro_elbo.training.convergence import ConvergenceReport, Window
-
-CHUNK = 1000  # steps between two looks at the progress bar
 
 
 class SVI:
@@ -118,8 +116,8 @@ class SVI:
         args, kwargs = self._arguments(args, kwargs)
         losses = np.empty(num_steps)
         with tqdm(total=num_steps, disable=not progress, unit=" steps") as bar:
-            for start in range(0, num_steps, CHUNK):
-                part = losses[start : start + CHUNK]
+            for start in range(0, num_steps, BLOCK):
+                part = losses[start : start + BLOCK]
                 names, values = self._train(args, kwargs, len(part))
                 part[:] = values[:, 0]
                 bar.update(len(part))
@@ -194,18 +192,16 @@ class SVI:
             run = Convergence(self.model, self.guide, self.loss, next(data), made, goal, show=show)
             with closing(run):
                 while run.due:
-                    bar.update(run.due)
+                    steps, snapshots = run.snapshots() if batches is None else (1, None)
+                    bar.update(steps)
                     try:
-                        run.observe(self._bounds(data, run.due, together=batches is None))
+                        names, values = self._train(*next(data), steps, snapshots)
                     except ValueError as error:
-                        run.fail(error)
+                        run.fail(error, steps)
+                    else:
+                        iterates = None if snapshots is None else snapshots.rows
+                        run.observe(values[:, names.index("elbo")], iterates)
             return run.report()
-
-    def _bounds(self, data: Iterator[Arguments], steps: int, together: bool) -> Float64[np.ndarray, " steps"]:
-        """Take steps, on the same data at once or on batches one by one, and return the ELBO of each."""
-        counts = [steps] if together else [1] * steps
-        parts = [self._train(*next(data), count) for count in counts]
-        return np.concatenate([values[:, names.index("elbo")] for names, values in parts])
 
     def reset(self) -> None:
         """Forget the training: parameters, optimizer and schedules become what they were before the first step.
@@ -246,13 +242,13 @@ class SVI:
             return args, kwargs
         return program_arguments(self.model, args, kwargs)
 
-    def _train(self, args: tuple, kwargs: dict[str, Any], steps: int) -> StepTotals:
+    def _train(self, args: tuple, kwargs: dict[str, Any], steps: int, snapshots: Snapshots | None = None) -> StepTotals:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ArgumentError(
                 "SVI trains in one process: its steps do not average gradients over ranks. Use pe.fit(..., "
                 "devices=n), or the objective as a module under torch's DistributedDataParallel."
             )
-        return self._steps.train(args, kwargs, steps)
+        return self._steps.train(args, kwargs, steps, snapshots)
 
 
 def _check_optim(optim: Any, grad_clip: float | None) -> None:

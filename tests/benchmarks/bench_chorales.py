@@ -100,7 +100,7 @@ class Recipe:
 RECIPES = {
     "vrnn": Recipe(
         make=lambda: VRNN(KEYS, z_dim=32, hidden=128),
-        stages=(Stage(epochs=140, lr=8e-3, floor=0.5, warmup=40), Stage(epochs=30, lr=3e-3, particles=4, look=5)),
+        stages=(Stage(epochs=140, lr=8e-3, floor=0.5, warmup=40), Stage(epochs=90, lr=3e-3, particles=4, look=10)),
         weight_decay=1e-3,
         transposed=0.75,
         targets={"ELBO": -8.0, "FIVO": -6.7},

@@ -1,7 +1,7 @@
 """What the probes of a fit cost: ``pe.fit`` with and without them, alternating.
 
-Run with ``python -m tests.benchmarks.bench_probe [--only PART ...] [--repeats N]``. Medians of the times of whole fits,
-and of the ratios of neighbors, with the range of these.
+Run with ``python -m tests.benchmarks.bench_probe [--only PART ...] [--repeats N]``. Medians of the processor time of
+whole and of the ratios of neighbors, with the range of these.
 """
 
 import argparse
@@ -28,13 +28,13 @@ FITS = {
 
 def seconds(run: Run, compile: bool, probed: bool) -> float:
     """Time one fit."""
-    start = time.perf_counter()
+    start = time.process_time()
     if probed:
         run.fit(compile=compile)
     else:
         with patch.object(Probe, "__call__", lambda self, move=None: {}):
             run.fit(compile=compile)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:

@@ -33,17 +33,18 @@ def history(
         curves[:, missing] = np.nan
         return curves
 
+    weights = np.broadcast_to(beta, (EPOCHS,)).astype(float)
     d, r = by_split(100 + 30 * SETTLING, distortion), by_split(4 - 2 * SETTLING, rate)
     probed = np.isin(T, (0, 10, 20, 30, EPOCHS - 1))
     seen = np.where(probed[:, None] & ~np.isnan(d), 1.0, np.nan)
     units = seen[..., None] * np.broadcast_to(kl_per_dim, (EPOCHS, 2, 2))
     variables = {
         "elbo": (("epoch", "split"), -d - r),
-        "loss": (("epoch", "split"), d + r),
+        "loss": (("epoch", "split"), d + weights[:, None] * r),
         "distortion": (("epoch", "split"), d),
         "rate": (("epoch", "split"), r),
         "kl": (("epoch", "split", "latent"), r[..., None]),
-        "beta": (("epoch", "latent"), np.broadcast_to(beta, (EPOCHS,))[:, None].astype(float)),
+        "beta": (("epoch", "latent"), weights[:, None]),
         "kl_per_dim": (("epoch", "split", "unit"), units),
         "active_units": (("epoch", "split", "latent"), (seen * np.sum(np.asarray(kl_per_dim) > 0.05))[..., None]),
         "own_distortion": (("epoch", "split"), seen * 100),
@@ -72,7 +73,7 @@ CASES = {
     "warm-up too long": {"beta": T / (EPOCHS - 1)},
     "diverging": {"distortion": LATE},
     "dead decoder": {"exchange": 0.0},
-    "exploding KL": {"rate": LATE},
+    "exploding KL": {"rate": LATE, "distortion": -0.1 * LATE, "beta": 0.01},
     "noisy objective": {
         "distortion": -30 * SETTLING + 5 * np.random.default_rng(1).normal(size=EPOCHS),
         "gradient": (1.0, 50.0),

@@ -11,7 +11,7 @@ import torch
 import pyro_elbo as pe
 from pyro_elbo.diagnosis.findings import FindingName
 from pyro_elbo.errors import ArgumentError
-from tests.diagnosis.histories import CASES, EPOCHS, LATE, T, history
+from tests.diagnosis.histories import CASES, EPOCHS, LATE, SETTLING, T, history
 
 diagnose = inspect.unwrap(pe.diagnose)  # without the tests' type checks
 
@@ -58,6 +58,29 @@ def test_the_epoch_of_a_fall_is_named(name):
     (finding,) = pe.diagnose(history(**CASES[name])).findings
     assert abs(finding.since - 20) <= 4
     assert finding.evidence["drop"] == pytest.approx(LATE[-1], rel=0.25)
+
+
+def test_an_objective_that_falls_diverges_whichever_part_it_loses_to():
+    """The same rate is sold for distortion under a small weight, and lost under one of 1."""
+    (finding,) = pe.diagnose(history(rate=LATE)).findings
+    assert (finding.name, finding.evidence["rate"]) == ("diverging", pytest.approx(LATE[-1], rel=0.25))
+    assert pe.diagnose(history(rate=LATE, distortion=-0.1 * LATE, beta=0.01)).names == ("exploding KL",)
+    assert pe.diagnose(history(distortion=LATE, rate=-0.9 * LATE, beta=1.4)).names == ("healthy",)
+
+
+def test_a_small_fall_of_training_counts_if_it_is_unlike_any_before():
+    """A fiftieth of what was gained after the first tenth; not where as deep a fall has been made up for."""
+    last = np.maximum(T - 35, 0.0) / 12
+    assert pe.diagnose(history(distortion=last)).names == ("diverging",)
+    assert pe.diagnose(history(distortion=(0.0, last))).names == ("healthy",)
+    assert pe.diagnose(history(distortion=last + 0.4 * ((T >= 20) & (T < 25)))).names == ("healthy",)
+
+
+def test_a_bound_that_wanders_on_its_way_is_no_noise():
+    """The same noise, where the second half of the epochs still gains ten times as much."""
+    noise = -30 * SETTLING + 5 * np.random.default_rng(1).normal(size=EPOCHS)
+    assert pe.diagnose(history(distortion=noise, gradient=(1.0, 50.0))).names == ("noisy objective",)
+    assert pe.diagnose(history(distortion=noise - 3.0 * T, gradient=(1.0, 50.0))).names == ("not converged",)
 
 
 def test_collapse_names_site_and_units():

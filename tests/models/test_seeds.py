@@ -9,6 +9,7 @@ from models.conditional_vae import ConditionalVAE
 from models.dmm import DMM
 from models.fair_vae import FairVAE
 from models.srnn import SRNN
+from models.ss_vae import SSVAE
 from models.vae import VAEGuide, VAEModel
 from models.vrnn import VRNN, MarkovVRNN
 from tests.support.rows import every_other, thorough
@@ -39,6 +40,7 @@ MODELS = {
     "MarkovVRNN": sequential(MarkovVRNN),
     "VAE": vae,
     "FairVAE": fair_vae,
+    "SSVAE": lambda: (SSVAE(64, 2, z_dim=3, hidden=16), (counts, torch.where(classes == 0, 0, -1))),
     "ConditionalVAE": lambda: (ConditionalVAE(64, 2, z_dim=3, hidden=16), (counts, classes)),
 }
 SEEDS = [0, *map(thorough, range(1, 20))]

@@ -297,6 +297,20 @@ def test_amortized_guides():
     np.testing.assert_allclose(response.sd["z"], 0.5**0.5, rtol=1e-7)
 
 
+def test_amortized_guides_whose_units_are_active_for_few_rows():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 1)).double()
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+
+    def guide(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x[:, None])[:, 0], 0.7))
+
+    with refuses(GuideError, "plate 'data'", "'z'", "amortized"):
+        pe.linear_response(local, guide, x)
+
+
 def test_batch_norm():
     net = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1)).double()
 

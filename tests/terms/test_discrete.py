@@ -74,9 +74,8 @@ def test_value_and_gradient_equal_the_sum_over_all_assignments(program):
     start(program)
     for beta in (1.0, 0.4):
         loss = pe.TraceBeta_ELBO(beta, kl="sampled")
-        exact = (
-            brute_force(program, draws(program), beta) if beta == 1 or not program.name.startswith("guide") else None
-        )
+        averaged = program.name.startswith(("guide", "in turn", "beside"))
+        exact = brute_force(program, draws(program), beta) if beta == 1 or not averaged else None
         value, gradient = value_and_gradient(loss, program.model, program.guide, program.args)
         if exact is not None:
             assert -value == pytest.approx(exact.item(), rel=1e-9, abs=1e-9)
@@ -95,7 +94,7 @@ def test_equals_trace_enum_elbo(program):
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5])
-@pytest.mark.parametrize("name", ["coupled draws", "guide: scored"])
+@pytest.mark.parametrize("name", ["coupled draws", "guide: scored", "in turn: scored"])
 def test_draws_without_pathwise_gradient_are_rewarded_by_what_they_change(name, beta):
     """Against the same guide with pathwise gradient: means of 40 x 500 particles within 5 SE (1 in 40 000).
 
@@ -104,9 +103,10 @@ def test_draws_without_pathwise_gradient_are_rewarded_by_what_they_change(name, 
     program = by_name[name]
     start(program)
     loss = pe.TraceBeta_ELBO(beta, num_particles=500, vectorize_particles=True, max_plate_nesting=1)
-    found, guides = [], {"coupled draws": programs.coupled_guide, "guide: scored": programs.scored_guide}
+    found, guide_of = [], programs.coupled_guide if name == "coupled draws" else programs.scored_guide
     for family in (NonreparameterizedNormal, dist.Normal):
-        guide = config_enumerate(partial(guides[name], family=family))
+        mark = "sequential" if name.startswith("in turn") else "parallel"
+        guide = config_enumerate(partial(guide_of, family=family), default=mark)
         runs = [value_and_gradient(loss, program.model, guide, program.args, seed)[1] for seed in range(40)]
         found.append({n: torch.stack([g[n] for g in runs]) for n in runs[0]})
     for n, ours in found[0].items():
@@ -126,7 +126,8 @@ def test_terms_add_up_and_have_the_shape_of_their_plates(program):
             assert x.shape == tuple(p.size for p in terms.plates[name])
         for name, q in terms.posterior.items():
             assert q.shape[:-1] == terms.kl[name].shape
-            torch.testing.assert_close(q.sum(-1), torch.ones(q.shape[:-1]))
+            exists = terms.posterior["k"][2] if name == "j" and "branching" in program.name else torch.ones(())
+            torch.testing.assert_close(q.sum(-1), exists.expand(q.shape[:-1]))
             assert terms.is_analytic[name]
             assert (terms.kl[name] > -1e-9).all()
         pyro.set_rng_seed(1)
@@ -195,7 +196,16 @@ def test_gradient_of_the_weighted_objective_equals_finite_differences(program):
 @rows(
     [
         by_name[n]
-        for n in ("mixture", "global and local", "LDA", "mixture VAE", "HMM 3", "guide: SS-VAE", "coupled draws")
+        for n in (
+            "mixture",
+            "global and local",
+            "LDA",
+            "mixture VAE",
+            "HMM 3",
+            "guide: SS-VAE",
+            "coupled draws",
+            "in turn: branching",
+        )
     ]
 )
 @pytest.mark.parametrize("beta", [1.0, pe.LinearWarmup(0.2, 1.0, steps=4)], ids=["beta=1", "warm-up"])
@@ -237,6 +247,8 @@ def many(make, gradient):
         (partial(pe.TraceBeta_ELBO, 0.5), "stl", "guide: SS-VAE"),
         (partial(pe.TraceBeta_ELBO, 0.5), "vargrad", "mixture VAE"),
         (partial(pe.TraceBeta_ELBO, 0.5), "rloo", "guide: scored"),
+        (partial(pe.TraceBeta_ELBO, 0.5), "stl", "in turn: drawn before"),
+        (partial(pe.TraceBeta_ELBO, 0.5), "vargrad", "in turn: SS-VAE"),
         (pe.TraceIW_ELBO, "dreg", "mixture VAE"),
     ],
 )

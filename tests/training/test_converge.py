@@ -11,6 +11,7 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_elbo as pe
+from pyro_elbo.compile import Snapshots
 from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError
 from pyro_elbo.posterior import SymmetrizedKL
 from pyro_elbo.training import comparable, converge
@@ -255,7 +256,7 @@ def test_constrained_parameters_are_averaged_unconstrained():
 
 def test_many_parameters_are_watched_in_part_and_averaged_in_full():
     iterates = Iterates([torch.zeros(100), torch.zeros(30, 40)])
-    assert iterates.watched(iterates.read()).shape == (256,)
+    assert iterates.watched(iterates.read()[None]).shape == (1, 256)
     x = torch.arange(1300.0)
     iterates.write(x)
     assert torch.equal(iterates.read(), x)
@@ -304,6 +305,33 @@ def test_seeds_repeat_a_run(brief):
     first = run(max_steps=60)
     assert run(max_steps=60) == first
     assert run(max_steps=60, seed=2)[1:] != first[1:]
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": True, "fallback_random": True}], ids=["python", "graph"])
+def test_iterates_of_blocks_are_those_of_single_looks(options, brief, interpreted, monkeypatch):
+    blocks = run(max_steps=160, **options)
+    monkeypatch.setattr(converge, "BLOCK", 1)
+    assert run(max_steps=160, **options) == blocks
+
+
+def test_machine_code_keeps_the_iterates_on_its_way():
+    """Three copies among twelve steps, the first of them in Python, are those of three runs of four."""
+
+    def train(*parts):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = pe.SVI(model, guide, adam(), pe.TraceBeta_ELBO(), compile=True, fallback_random=True)
+        guide(X)
+        tensors = [pyro.param(name).unconstrained() for name in ("loc", "scale")]
+        found = []
+        for steps in parts:
+            snapshots = Snapshots(tensors, 4, steps // 4)
+            svi._steps.train((X,), {}, steps, snapshots)
+            assert torch.equal(snapshots.rows[-1], torch.stack(tensors).detach())
+            found.append(snapshots.rows)
+        return torch.cat(found)
+
+    assert torch.equal(train(12), train(4, 4, 4))
 
 
 def test_a_step_size_that_is_far_too_large_is_lowered(brief):

@@ -92,7 +92,8 @@ def combine(function: Callable[..., Tensor], *parts: Labeled) -> Labeled:
 
 def add(parts: Sequence[Labeled]) -> Labeled:
     """Return the sum of tensors."""
-    return combine(lambda first, *others: sum(others, start=first), *parts)
+    order = sort_labels({a for x in parts for a in x.labels})
+    return Labeled(sum((align(x, order) for x in parts[1:]), start=align(parts[0], order)), order)
 
 
 def label(x: Tensor, variables: Mapping[int, str], own: int | None = None, event_dim: int = 0) -> Labeled:

@@ -33,7 +33,7 @@ def is_capturing() -> bool:
     return _assumptions.get() is not None
 
 
-def active_loop() -> Callable[..., Any] | None:
+def active_loop() -> Any:
     """Return the function that captures the loop of a scan; None outside a capture."""
     return _loop.get()
 

@@ -65,7 +65,8 @@ def _draw(run: TracePair, name: str) -> None:
     check_masked(site, term)
     assert term.posterior is not None
     if isinstance(site.fn, StackedDistribution):
-        pairs = term.posterior.unsqueeze(-2) if term.pairs is None else term.pairs  # without a carry: one state before
+        # Without a carry there is one state before.
+        pairs = term.posterior.unsqueeze(-2) if term.pairs is None else term.pairs()
         _draw_path(site, site.fn, in_plates(run, site, pairs, 3).movedim(-3, 0))
     else:
         pyro.sample(name, _over_support(site, in_plates(run, site, term.posterior, 1)))

@@ -70,12 +70,14 @@ class StepSite:
     """One site of one step, after all handlers within the step.
 
     Attributes:
+        narrow: the distribution as the step wrote it, before its plates broadcast it, if all its values are enumerated.
         mask: its mask within the step.
         frames: its plates within the step.
         outside: its context, as set by the handlers around the scan.
     """
 
     fn: Distribution
+    narrow: Distribution | None
     value: Tensor
     mask: Tensor | bool | None
     scale: float | Tensor
@@ -101,6 +103,7 @@ class Collector(Messenger):
         self.sites: dict[str, StepSite] = {}
         self._inside: dict[str, tuple[Any, ...]] = {}
         self._fns: dict[str, Distribution] = {}
+        self._narrow: dict[str, Distribution] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["stop"] = True
@@ -116,6 +119,8 @@ class Collector(Messenger):
             self.outside[name] = _ask(msg, _PYRO_STACK[: _PYRO_STACK.index(self)])
         outside = self.outside[name]
         msg["cond_indep_stack"] = outside.frames
+        if outside.support is not None:
+            self._narrow[name] = unmask(copy_without_cache(fn), None)[0]
         BroadcastMessenger._pyro_sample(msg)
         self._fns[name] = copy_without_cache(msg["fn"])
         if msg["is_observed"] and not outside.observed:
@@ -136,7 +141,9 @@ class Collector(Messenger):
         _check_mask(name, fn, mask)
         infer, observed, inside = dict(msg["infer"]), msg["is_observed"], self._inside[name]
         outside = self.outside[name]
-        self.sites[name] = StepSite(fn, msg["value"], mask, msg["scale"], inside, outside, infer, observed)
+        self.sites[name] = StepSite(
+            fn, self._narrow.get(name), msg["value"], mask, msg["scale"], inside, outside, infer, observed
+        )
 
 
 class StepContext(Messenger):

@@ -9,7 +9,7 @@ event: steps are not independent, so they are no plate.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -55,6 +55,13 @@ class ScanRun:
     reverse: bool
 
 
+class Narrow(NamedTuple):
+    """A distribution of all steps before its plates broadcast it, and all values of its site."""
+
+    steps: Distribution
+    value: Tensor
+
+
 class StackedDistribution(TorchDistribution):
     """The distribution of one site over all steps; sampling returns the values of the scan.
 
@@ -63,14 +70,20 @@ class StackedDistribution(TorchDistribution):
         value: the values drawn or given in the scan, shape plates + (T,) + event.
         counted: the mask of the steps that count, broadcastable to plates + (T,); None or True for all.
         run: the scan that produced it.
+        narrow: of a site whose values are enumerated: what its density needs, which many plates leave the same.
     """
 
     arg_constraints: Any = {}
 
     def __init__(
-        self, steps: Distribution, value: Tensor, counted: Bool[Tensor, "..."] | bool | None, run: ScanRun
+        self,
+        steps: Distribution,
+        value: Tensor,
+        counted: Bool[Tensor, "..."] | bool | None,
+        run: ScanRun,
+        narrow: Narrow | None = None,
     ) -> None:
-        self.steps, self.value, self.counted, self.run = steps, value, counted, run
+        self.steps, self.value, self.counted, self.run, self.narrow = steps, value, counted, run, narrow
         batch_shape = steps.batch_shape
         super().__init__(batch_shape[:-1], batch_shape[-1:] + steps.event_shape, validate_args=False)
 
@@ -105,7 +118,8 @@ class StackedDistribution(TorchDistribution):
         if batch_shape == self.batch_shape:
             return self
         steps = self.steps.expand(batch_shape + self.event_shape[:1])
-        return StackedDistribution(steps, self.value.expand(batch_shape + self.event_shape), self.counted, self.run)
+        value = self.value.expand(batch_shape + self.event_shape)
+        return StackedDistribution(steps, value, self.counted, self.run, self.narrow)
 
 
 def _kl_stacked(q: StackedDistribution, p: StackedDistribution) -> Tensor:

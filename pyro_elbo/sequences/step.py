@@ -33,6 +33,7 @@ from pyro_elbo.sequences.collect import (
 )
 from pyro_elbo.sequences.stacked import (
     DistributionSpec,
+    Narrow,
     RecordedDensity,
     ScanRun,
     StackedDistribution,
@@ -239,7 +240,8 @@ class StepProgram:
     ) -> tuple[StackedDistribution, Tensor]:
         assert self._layout is not None
         spec, position = self._layout.specs[name], len(site.fn.batch_shape)
-        tensors = [next(columns).movedim(0, position) for _ in range(1 if spec is None else spec.count)]
+        width = position if spec is None or site.narrow is None else len(site.narrow.batch_shape)
+        tensors = [next(columns).movedim(0, width) for _ in range(1 if spec is None else spec.count)]
         value = next(columns).movedim(0, -1 - len(site.fn.event_shape))
         given = self.outside[name].value
         if given is not None and given.shape == value.shape:
@@ -248,10 +250,13 @@ class StepProgram:
         if valid is not None:
             valid = valid.movedim(0, -1)
             mask = _ragged(name, site, valid, mask)
-            if not site.fn.has_rsample:  # score functions are not masked, since later steps may depend on the draw
+            # Score functions are not masked, since later steps may depend on the draw.
+            if not site.fn.has_rsample and site.narrow is None:
                 tensors = [_without_gradient(x, valid, position) for x in tensors]
-        steps = RecordedDensity(site.fn, value, tensors[0]) if spec is None else spec.unflatten(tensors, position)
-        return StackedDistribution(steps, value, mask, run), value
+        steps = RecordedDensity(site.fn, value, tensors[0]) if spec is None else spec.unflatten(tensors, width)
+        narrow = None if spec is None or site.narrow is None else Narrow(steps, value)
+        steps = steps if narrow is None else steps.expand((*site.fn.batch_shape, self.total))
+        return StackedDistribution(steps, value, mask, run, narrow), value
 
     def _emit_site(self, name: str, site: StepSite, fn: StackedDistribution, value: Tensor) -> None:
         given = self.outside[name].value
@@ -266,7 +271,7 @@ class StepProgram:
 def _append_tensors(site: StepSite, tensors: list[Tensor]) -> DistributionSpec | None:
     """Append the tensors of a site's distribution (or only its log density), its value and its mask."""
     own: list[Tensor] = []
-    spec = flatten_distribution(site.fn, own)
+    spec = flatten_distribution(site.fn if site.narrow is None else site.narrow, own)
     if spec is None:
         value = fill_masked(site.fn, fill_masked(site.fn, site.value, site.mask), site.outside.mask)
         own = [site.fn.log_prob(value)]

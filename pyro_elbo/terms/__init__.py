@@ -7,6 +7,7 @@ Imports programs and below.
 """
 
 from pyro_elbo.terms.branches import evaluate_branches
+from pyro_elbo.terms.chain import Chain, messages
 from pyro_elbo.terms.enumerated import evaluate_run, most_probable
 from pyro_elbo.terms.evaluate import KLForm, univariate
 from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
@@ -16,6 +17,8 @@ from pyro_elbo.terms.term import Term, frames, is_one, num_data, scaled_sum
 from pyro_elbo.terms.terms import Terms
 
 __all__ = [
+    "Chain",
+    "messages",
     "KLForm",
     "Normalize",
     "SequenceBound",

@@ -1,7 +1,7 @@
 """Add up the terms of the branches of a run: one for each value of the sites that a guide marks ``"sequential"``."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -47,13 +47,12 @@ def _add(shares: Sequence[Share]) -> Term:
         _check_outside(shares)
     per_dim = [t.per_dim for t in terms if t.per_dim is not None and t.event_shape == first.event_shape]
     steps = [t.steps for t in terms if t.steps is not None]
-    averaged = [t.averaged for t in terms if t.averaged is not None]
     return replace(
         _sum_terms(terms),
         steps=_sum_terms(steps) if steps else None,
         per_dim=(lambda: _sum(x() for x in per_dim)) if len(per_dim) == len(terms) else None,
         is_analytic=all(t.is_analytic for t in terms),
-        averaged=(lambda: _sum(x() for x in averaged)) if averaged else None,
+        averaged=_sum_later(t.averaged for t in terms),
     )
 
 
@@ -63,13 +62,18 @@ def _sum_terms(terms: Sequence[Term]) -> Term:
         nats=_sum(t.nats for t in terms),
         mask=_any([t.mask for t in terms]),
         posterior=_sum_known(t.posterior for t in terms),
-        pairs=_sum_known(t.pairs for t in terms),
+        pairs=_sum_later(t.pairs for t in terms),
     )
 
 
 def _sum_known(parts: Iterable[Tensor | None]) -> Tensor | None:
     known = [x for x in parts if x is not None]
     return _sum(known) if known else None
+
+
+def _sum_later(parts: Iterable[Callable[[], Tensor] | None]) -> Callable[[], Tensor] | None:
+    known = [x for x in parts if x is not None]
+    return (lambda: _sum(x() for x in known)) if known else None
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs import step_before
-from pyro_elbo.terms.labeled import Label, Labeled, align, is_time, sort_labels
-from pyro_elbo.terms.semiring import SUM, Semiring
+from pyro_elbo.terms.labeled import Label, Labeled, add, is_time, sort_labels
+from pyro_elbo.terms.semiring import Semiring
 
 Plates = frozenset[Label]
 
@@ -30,7 +30,7 @@ class Factor(NamedTuple):
     plates: Plates
 
 
-def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates], semiring: Semiring = SUM) -> Labeled:
+def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates], semiring: Semiring) -> Labeled:
     """Return log Z per row of the plates that all factors share, over all of time.
 
     Args:
@@ -49,10 +49,10 @@ def log_sum_product(factors: Iterable[Factor], variables: Mapping[str, Plates], 
         pending = [f for f in pending if f.plates != leaf]
         inside = [v for v, plates in variables.items() if plates == leaf]
         for v in inside:
-            here = _sum_out_chain(here, v, semiring)
+            here = _sum_out_chain(here, v, leaf, semiring)
         here = _sum_out(here, inside, semiring)
         if leaf == root:
-            return _add(here)
+            return add(here)
         pending += [_multiply_rows(x, leaf, root, variables) for x in here]
 
 
@@ -61,14 +61,17 @@ def shared_rows(plates: Iterable[Plates]) -> Plates:
     return frozenset(a for a in frozenset.intersection(*plates) if not is_time(a))
 
 
-def _sum_out_chain(factors: list[Labeled], state: str, semiring: Semiring) -> list[Labeled]:
+def _sum_out_chain(factors: list[Labeled], state: str, plates: Plates, semiring: Semiring) -> list[Labeled]:
     """Sum a state of a scan out of factors over all paths, where one of them joins it with the step before."""
     before = step_before(state)
     if not any(before in x.variables for x in factors):
         return factors
-    joined = [x for x in factors if x.variables & {state, before}]
+    pairs = [x for x in factors if before in x.variables]
+    nodes = [x for x in factors if before not in x.variables and state in x.variables]
     others = [x for x in factors if not x.variables & {state, before}]
-    return [*others, semiring.over_paths(_add(joined), state, before)]
+    rows = sort_labels({*plates, *(a for x in factors for a in x.labels if a.name == state)})
+    zero = Labeled(pairs[0].x.new_zeros([a.size for a in rows], requires_grad=True), rows)
+    return [*others, semiring.over_paths(pairs, add([zero, *nodes]), state)]
 
 
 def _multiply_rows(x: Labeled, leaf: Plates, root: Plates, variables: Mapping[str, Plates]) -> Factor:
@@ -99,7 +102,7 @@ def _sum_out(factors: list[Labeled], variables: list[str], semiring: Semiring) -
     for i in range(len(factors), len(factors) + len(variables)):
         v = min(costs, key=costs.__getitem__)
         parts = where.pop(v)
-        new = by_id[i] = semiring.over_values(_add([by_id.pop(j) for j in sorted(parts)]), v)
+        new = by_id[i] = semiring.over_values(add([by_id.pop(j) for j in sorted(parts)]), v)
         del costs[v]
         for other in where:
             if where[other] & parts:
@@ -107,8 +110,3 @@ def _sum_out(factors: list[Labeled], variables: list[str], semiring: Semiring) -
                 costs[other] = cost(other)
         assert v not in new.variables
     return list(by_id.values())
-
-
-def _add(factors: list[Labeled]) -> Labeled:
-    order = sort_labels({a for x in factors for a in x.labels})
-    return Labeled(sum((align(x, order) for x in factors[1:]), start=align(factors[0], order)), order)

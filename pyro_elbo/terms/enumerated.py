@@ -224,8 +224,9 @@ class _EnumeratedRun:
         if posterior is None or part.log_p is None:
             return term
         if site.name in self.summed:
-            marginal, before = posterior.marginals[site.name], step_before(site.name)
-            pairs = self._probabilities(site, marginal, before, site.name) if before in marginal.variables else None
+            marginal, chain = posterior.marginals[site.name], posterior.chains.get(site.name)
+            names = step_before(site.name), site.name
+            pairs = None if chain is None else lambda: self._probabilities(site, chain.pairs(), *names)
             term = replace(term, posterior=self._probabilities(site, marginal, site.name), pairs=pairs)
             return _over_time(site, term) if isinstance(site.fn, StackedDistribution) else term
         if isinstance(site.fn, StackedDistribution):

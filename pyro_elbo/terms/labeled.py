@@ -4,7 +4,7 @@ Pyro recycles the dimensions of enumerated sites along a ``pyro.markov`` loop, s
 variables at two sites. Under names, tensors of different sites can be multiplied.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -88,6 +88,12 @@ def combine(function: Callable[..., Tensor], *parts: Labeled) -> Labeled:
     """Apply an elementwise function to tensors aligned by their labels."""
     order = sort_labels({a for p in parts for a in p.labels})
     return Labeled(function(*(align(p, order) for p in parts)), order)
+
+
+def add(parts: Sequence[Labeled]) -> Labeled:
+    """Return the sum of tensors."""
+    order = sort_labels({a for x in parts for a in x.labels})
+    return Labeled(sum((align(x, order) for x in parts[1:]), start=align(parts[0], order)), order)
 
 
 def label(x: Tensor, variables: Mapping[int, str], own: int | None = None, event_dim: int = 0) -> Labeled:

@@ -13,21 +13,21 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_elbo.terms.chain import log_sum_paths, over_paths
-from pyro_elbo.terms.labeled import Labeled
+from pyro_elbo.programs import step_before
+from pyro_elbo.terms.labeled import Label, Labeled, add, is_time
 
 
 class Semiring(NamedTuple):
     """A way to add up the values of a variable, and those of a scan's state over all paths."""
 
     over_values: Callable[[Labeled, str], Labeled]
-    over_paths: Callable[[Labeled, str, str], Labeled]
+    over_paths: Callable[[Sequence[Labeled], Labeled, str], Labeled]
 
 
 def log_sum_exp(x: Labeled, variable: str) -> Labeled:
@@ -46,9 +46,15 @@ def maximum(x: Labeled, variable: str) -> Labeled:
     return _without(x, dim, x.x.max(dim).values)
 
 
-def maximum_over_paths(log_f: Labeled, state: str, before: str) -> Labeled:
-    """Return the share of each step in the maximum over paths: arguments as of :func:`log_sum_paths`."""
-    return over_paths(log_f, state, before, _viterbi)
+def maximum_over_paths(pairs: Sequence[Labeled], nodes: Labeled, state: str) -> Labeled:
+    """Return the share of each step in the maximum over paths: arguments as of :func:`sum_paths`."""
+    size = next(a.size for a in nodes.labels if a.name == state)
+    own = [Label("value", n, 0, size) for n in (step_before(state), state)]
+    log_f = add([nodes, *pairs]).expand(own)
+    time = next(a for a in log_f.labels if is_time(a))
+    shares = _viterbi(log_f.x.movedim([log_f.labels.index(a) for a in (time, *own)], [0, 1, 2]))
+    order = tuple(a for a in log_f.labels if a not in own)
+    return Labeled(shares.movedim(0, order.index(time)), order)
 
 
 def _viterbi(f: Tensor) -> Tensor:
@@ -70,5 +76,4 @@ def _without(x: Labeled, dim: int, reduced: Tensor) -> Labeled:
     return Labeled(reduced, x.labels[:dim] + x.labels[dim + 1 :])
 
 
-SUM = Semiring(log_sum_exp, log_sum_paths)
 MAXIMUM = Semiring(maximum, maximum_over_paths)

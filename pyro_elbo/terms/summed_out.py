@@ -16,7 +16,7 @@ References:
     (2003), A differential approach to inference in Bayesian networks.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,17 +28,20 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.masking import masked
 from pyro_elbo.programs import Plate, Site, step_before
+from pyro_elbo.sequences import StackedDistribution
+from pyro_elbo.terms.chain import Paths, sum_paths
 from pyro_elbo.terms.elimination import Factor, Plates, log_sum_product, shared_rows
 from pyro_elbo.terms.labeled import (
     Label,
     Labeled,
+    add,
     combine,
     is_time,
     label,
     label_steps,
     plate_labels,
 )
-from pyro_elbo.terms.semiring import MAXIMUM, SUM, Semiring
+from pyro_elbo.terms.semiring import MAXIMUM, Semiring, log_sum_exp
 from pyro_elbo.terms.term import alike
 
 WeightOf = Callable[[str], float | Tensor]
@@ -71,12 +74,15 @@ class Posterior:
 
     Attributes:
         nats: the KL of each summed-out site, E_q*[log p] of each other site.
-        marginals: the posterior over the values that each site depends on.
+        marginals: the posterior over the values that each site depends on; of a state of a scan, over its own, and
+            of other sites that depend on the state before none.
+        chains: the posterior of the paths of states.
         independent: the plates by whose rows the sites are independent.
     """
 
     nats: Mapping[str, Labeled]
     marginals: Mapping[str, Labeled]
+    chains: Mapping[str, "PathsPosterior"]
     independent: tuple[Plate, ...]
 
 
@@ -102,22 +108,22 @@ def log_prior(site: Site, mask: Tensor | bool | None = None) -> Labeled:
     Args:
         mask: zero is returned where it is false, aligned with ``site.stepwise()``.
     """
-    steps = site.stepwise()
-    log_p, support = steps.fn.log_prob(steps.value), _log_support(steps)
+    fn: Any = site.fn
+    fn, value = (fn.narrow or (fn.steps, fn.value)) if isinstance(fn, StackedDistribution) else (fn, site.value)
+    log_p, support = fn.log_prob(value), _log_support(fn, value)
     log_p = log_p if support is None else torch.where(support > -torch.inf, log_p, -torch.inf)
     return label_steps(masked(log_p, mask), site)
 
 
-def _log_support(site: Site) -> Tensor | None:
-    """Return 0 at the values of positive ``probs``, -inf at the others; None for a site that gives no ``probs``."""
-    fn: Any = site.fn
+def _log_support(fn: Any, value: Tensor) -> Tensor | None:
+    """Return 0 at the values of positive ``probs``, -inf at the others; None where no ``probs`` are given."""
     categorical = fn._categorical if isinstance(fn, OneHotCategorical) else fn
     if "probs" not in categorical.__dict__:
         return None
     if isinstance(categorical, Categorical):
-        return type(fn)(logits=_log_of(categorical.probs > 0), validate_args=False).log_prob(site.value)
+        return type(fn)(logits=_log_of(categorical.probs > 0), validate_args=False).log_prob(value)
     if isinstance(fn, Bernoulli):
-        return torch.where(site.value > 0.5, _log_of(fn.probs > 0), _log_of(fn.probs < 1))
+        return torch.where(value > 0.5, _log_of(fn.probs > 0), _log_of(fn.probs < 1))
     return None
 
 
@@ -148,18 +154,26 @@ def sum_out(
     plates, rows = _arrange(sites, summed, guide, particle_dim)
     names = [*summed, *map(step_before, summed)]
     exponents = _exponents(sites, summed, guide, weight_of, rows)
-    full = _expand(sites, summed, plates)
+    full = {n: j.log_p if _joins_steps(j.log_p, summed) else j.log_p.expand(plates[n]) for n, j in sites.items()}
     logs = {n: _raise(_detached(x), exponents.get(n, 1.0)) for n, x in full.items()}
-    log_z, marginals = _differentiate(logs, plates, names, SUM)
-    nats = {n: _expected(marginals[n], x, names) for n, x in full.items()}
-    nats |= {n: _entropy_term(n, marginals[n], names) - nats[n] for n in summed}
+    log_z, marginals, chains = _sum(logs, plates, names)
+    nats = {n: _expected(q, full[n], names) for n, q in marginals.items()}
+    for n in full.keys() - marginals.keys():
+        chain = next(c for state, c in chains.items() if step_before(state) in full[n].variables)
+        nats[n] = _sum_values(chain.expect(full[n], plates[n]), names)
+    entropies = {
+        n: chains[n].entropy_term(n, full[n].variables, names) if n in chains else _entropy_term(n, marginals[n], names)
+        for n in summed
+    }
+    nats |= {n: entropies[n] - nats[n] for n in summed}
+    marginals |= {n: chain.now() for n, chain in chains.items()}
     shares = [_sum_rows(_raise(_detached(x), exponents.get(n, 1.0)), rows) for n, x in nats.items() if n not in summed]
     shares += [_detached(_sum_rows(nats[n], rows)) * -1.0 for n in summed]
     first = next((n for n in summed if plates[n] == rows), None)
     if first is not None:  # the states of a scan are a chain, whose conditionals are all of its posterior
-        nats[first] = nats[first] + combine(_total, *shares, log_z.map(-log_z.x.detach()))
+        nats[first] = nats[first] + add([*shares, _detached(log_z) * -1.0])
     independent = tuple(p for p in sites[summed[0]].site.plates if all(p in sites[n].site.plates for n in summed))
-    return Posterior(nats, marginals, independent)
+    return Posterior(nats, marginals, chains, independent)
 
 
 def choose_best(
@@ -171,8 +185,11 @@ def choose_best(
     :func:`sum_out`.
     """
     plates, _ = _arrange(sites, summed, guide, particle_dim)
-    logs = {n: _detached(x) for n, x in _expand(sites, summed, plates).items()}
-    return _differentiate(logs, plates, [*summed, *map(step_before, summed)], MAXIMUM)[1]
+    with torch.enable_grad():
+        leaves = {n: x.map(x.x.detach().requires_grad_()) for n, x in _expand(sites, summed, plates).items()}
+        best = _log_z(leaves, plates, [*summed, *map(step_before, summed)], MAXIMUM)
+        gradients = torch.autograd.grad(best.x.sum(), [x.x for x in leaves.values()])
+    return {n: x.map(g) for (n, x), g in zip(leaves.items(), gradients, strict=True)}
 
 
 def _arrange(
@@ -199,21 +216,68 @@ def _expand(sites: Mapping[str, Joined], summed: list[str], plates: Mapping[str,
     return {n: joined.log_p.expand(plates[n] | joint[n]) for n, joined in sites.items()}
 
 
-def _differentiate(
-    logs: Mapping[str, Labeled], plates: Mapping[str, Plates], names: list[str], semiring: Semiring
-) -> tuple[Labeled, dict[str, Labeled]]:
-    """Return log Z, and its derivatives with respect to the log factors of all sites."""
-    with torch.enable_grad():
-        leaves = {n: x.map(x.x.detach().requires_grad_()) for n, x in logs.items()}
-        factors = [Factor(x, plates[n]) for n, x in leaves.items()]
-        log_z = log_sum_product(factors, {v: plates[v] for v in names}, semiring)
-        gradients = torch.autograd.grad(log_z.x.sum(), [x.x for x in leaves.values()])
-    return log_z, {n: x.map(g) for (n, x), g in zip(logs.items(), gradients, strict=True)}
-
-
 def _states_before(name: str, sites: Iterable[Joined]) -> Plates:
     """Return the label of a state at the step before, where a density depends on it."""
     return frozenset(a for j in sites for a in j.log_p.labels if a.kind == "value" and a.name == step_before(name))
+
+
+def _joins_steps(log_p: Labeled, summed: list[str]) -> bool:
+    """Return whether a density depends on a state at the step before."""
+    return any(step_before(n) in log_p.variables for n in summed)
+
+
+@dataclass(frozen=True)
+class PathsPosterior:
+    """The posterior of a scan's state: given what tells the rows of its paths apart, and that of the rows."""
+
+    paths: Paths
+    rows: Labeled
+
+    def now(self) -> Labeled:
+        """Return the posterior of the state."""
+        return self.paths.now() * self.rows
+
+    def pairs(self) -> Labeled:
+        """Return the posterior of the state before and now, which has an entry for each row, step and pair."""
+        return self.paths.pairs() * self.rows
+
+    def expect(self, x: Labeled, plates: Plates) -> Labeled:
+        """Return E[x] over both states, at each value of what tells rows apart, in all plates of x."""
+        x = x.expand(plates.difference(self.paths.labels))
+        if set(x.labels) <= {*self.paths.labels, *self.paths.own}:
+            return self.paths.expect(x) * self.rows
+        return combine(_possible, self.pairs(), x).sum(self.paths.own)
+
+    def entropy_term(self, name: str, variables: set[str], summed: list[str]) -> Labeled:
+        """Return E[log q(k | k before, parents)] of the state, whose density depends on ``variables``."""
+        if others := [a for a in _values(self.rows, summed) if a.name not in variables]:
+            return _entropy_term(name, self.pairs().sum(others), summed)
+        return _sum_values(self.paths.log_conditional() * self.rows, summed)
+
+
+def _sum(
+    logs: Mapping[str, Labeled], plates: Mapping[str, Plates], names: list[str]
+) -> tuple[Labeled, dict[str, Labeled], dict[str, PathsPosterior]]:
+    """Return log Z, the posterior over what each site depends on, and that of states; of sites that join steps none."""
+    found: dict[str, Paths] = {}
+
+    def over_paths(pairs: Sequence[Labeled], nodes: Labeled, state: str) -> Labeled:
+        found[state] = sum_paths(pairs, nodes, state)
+        return found[state].shares
+
+    with torch.enable_grad():
+        apart = {n: x.map(x.x.requires_grad_()) for n, x in logs.items() if not _joins_steps(x, names)}
+        log_z = _log_z(logs, plates, names, Semiring(log_sum_exp, over_paths))
+        inputs = [*apart.values(), *(p.shares for p in found.values())]
+        gradients = torch.autograd.grad(log_z.x.sum(), [x.x for x in inputs])
+    posteriors = [x.map(g) for x, g in zip(inputs, gradients, strict=True)]
+    chains = {n: PathsPosterior(p, q) for (n, p), q in zip(found.items(), posteriors[len(apart) :], strict=True)}
+    return log_z, dict(zip(apart, posteriors, strict=False)), chains
+
+
+def _log_z(logs: Mapping[str, Labeled], plates: Mapping[str, Plates], names: list[str], semiring: Semiring) -> Labeled:
+    factors = [Factor(x, plates[n]) for n, x in logs.items()]
+    return log_sum_product(factors, {v: plates[v] for v in names}, semiring)
 
 
 def _is_beside(a: Label, summed: list[str], particle_dim: int | None) -> bool:
@@ -225,10 +289,6 @@ def _detached(x: Labeled) -> Labeled:
     return x.map(x.x.detach())
 
 
-def _total(*parts: Tensor) -> Tensor:
-    return sum(parts[1:], start=parts[0])
-
-
 def _raise(log: Labeled, exponent: Exponent) -> Labeled:
     """Return the logarithm of a power."""
     return log if isinstance(exponent, float) and exponent == 1.0 else log * exponent
@@ -238,14 +298,21 @@ def _values(x: Labeled, summed: list[str]) -> list[Label]:
     return [a for a in x.labels if a.kind == "value" and a.name in summed]
 
 
+def _sum_values(x: Labeled, summed: list[str]) -> Labeled:
+    return x.sum(_values(x, summed))
+
+
 def _sum_rows(x: Labeled, rows: Plates) -> Labeled:
     return x.sum([a for a in x.labels if a not in rows])
 
 
 def _expected(q: Labeled, log_p: Labeled, summed: list[str]) -> Labeled:
     """Return E_q[log p]; what is impossible counts zero."""
-    nats = q.x * torch.where(q.x > 0, log_p.x, torch.zeros_like(log_p.x))
-    return q.map(nats).sum(_values(q, summed))
+    return _sum_values(combine(_possible, q, log_p), summed)
+
+
+def _possible(q: Tensor, x: Tensor) -> Tensor:
+    return q * torch.where(q > 0, x, torch.zeros_like(x))
 
 
 def _entropy_term(name: str, q: Labeled, summed: list[str]) -> Labeled:

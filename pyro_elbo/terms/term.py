@@ -37,8 +37,8 @@ class Term:
         transformed: True for a latent that the guide draws under another name, whose log q ``nats`` holds (AutoNormal).
         posterior: of a site that is summed out: the probabilities of its values given data and latents, on the right
             of the batch dimensions; otherwise None.
-        pairs: of the state of a scan that is summed out: the probabilities of its values at the step before and now, on
-            the right of ``posterior``'s batch dimensions and time; otherwise None.
+        pairs: of the state of a scan that is summed out: gives the probabilities of its values at the step before and
+            now, on the right of ``posterior``'s batch dimensions and time; otherwise None.
         averaged: of a site that the guide enumerates: a function that returns the guide's probabilities of its values,
             on the right of the batch dimensions; otherwise None.
         independent: the plates whose rows are independent in this term, where they are not all its plates: the rows
@@ -62,7 +62,7 @@ class Term:
     direct: Tensor | None = None
     transformed: bool = False
     posterior: Tensor | None = None
-    pairs: Tensor | None = None
+    pairs: Callable[[], Tensor] | None = None
     averaged: Callable[[], Tensor] | None = None
     independent: tuple[Plate, ...] | None = None
     expected: bool = False

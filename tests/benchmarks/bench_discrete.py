@@ -3,12 +3,20 @@
 A semi-supervised autoencoder of digits, whose guide enumerates the class; and a hidden Markov model, as a scan that
 sums its state out.
 
-Run as ``python -m tests.benchmarks.bench_discrete``.
+Run as ``python -m tests.benchmarks.bench_discrete``; with ``--growth`` for milliseconds, memory and seconds of
+compilation of the scan over its length. NumPyro's row needs NumPyro and funsor on the path. It differentiates
+``contrib.funsor.log_density``: NumPyro's own ``TraceEnum_ELBO`` does not sum a scan's state over its paths.
 """
 
 import argparse
+import ctypes
+import multiprocessing
+import os
+import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -107,6 +115,86 @@ def semi_supervised(batch: int, repeats: int) -> None:
         )
 
 
+def numpyros(x: torch.Tensor) -> Callable[[], float]:
+    if torch.get_num_threads() == 1:
+        os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as numpyro_dist
+    from numpyro.contrib.control_flow import scan
+    from numpyro.contrib.funsor import config_enumerate, enum, log_density
+
+    @config_enumerate
+    def model(x):
+        logits, loc = jax.nn.log_softmax(numpyro.param("step", jnp.zeros((K, K)))), numpyro.param("loc", jnp.zeros(K))
+
+        def step(k, x_t):
+            with numpyro.plate("sequences", x.shape[1]):
+                k = numpyro.sample("k", numpyro_dist.Categorical(logits=logits[k]))
+                numpyro.sample("x", numpyro_dist.Normal(loc[k], 1.0), obs=x_t)
+            return k, None
+
+        scan(step, jnp.zeros(x.shape[1], int), x)
+
+    optimizer, data = numpyro.optim.Adam(0.01), jnp.asarray(x.numpy())
+    first = {"step": jnp.asarray(0.3 * torch.randn(K, K).numpy()), "loc": jnp.asarray(0.3 * torch.randn(K).numpy())}
+    state = optimizer.init(first)
+
+    @jax.jit
+    def update(state):
+        def loss(p):
+            return -log_density(enum(model, first_available_dim=-2), (data,), {}, p)[0]
+
+        value, gradient = jax.value_and_grad(loss)(optimizer.get_params(state))
+        return optimizer.update(gradient, state), value
+
+    def step() -> float:
+        nonlocal state
+        state, loss = update(state)
+        return float(loss)
+
+    return step
+
+
+def memory(name: str) -> float:
+    """Return a figure of this process in MiB, such as VmHWM, the highest memory in use since it was reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(name)) / 1024
+
+
+def grow(total: int, batch: int, threads: int) -> None:
+    """Print what a compiled scan of one length takes, in a process of its own."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    pyro.set_rng_seed(0)
+    step = ours(torch.randn(total, batch), True)
+    step()
+    begin = time.perf_counter()
+    step()
+    compiled = time.perf_counter() - begin
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before, seconds = memory("VmRSS"), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begin)
+    peak = memory("VmHWM") - before
+    milliseconds = 1e3 * min(seconds)
+    print(f"T = {total:6d}  {milliseconds:8.1f} ms  {peak:8.1f} MiB  compiled in {compiled:5.1f} s", flush=True)
+
+
+def grow_all(lengths: list[int], batch: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    for total in lengths:
+        with tempfile.TemporaryDirectory() as folder:  # holds no machine code of earlier runs
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+            process = context.Process(target=grow, args=(total, batch, torch.get_num_threads()))
+            process.start()
+            process.join()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--lengths", type=int, nargs="*", default=[100, 500, 2000])
@@ -114,8 +202,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--images", type=int, nargs="*", default=[32, 128], help="batches of the autoencoder")
+    parser.add_argument("--growth", action="store_true")
     options = parser.parse_args()
     print(f"K = {K}, batch {options.batch}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    if options.growth:
+        grow_all([100, 300, 1000, 3000, 10000], options.batch)
+        return
     for batch in options.images:
         semi_supervised(batch, 40 * options.repeats)
     for total in options.lengths:
@@ -126,6 +218,8 @@ def main() -> None:
             "pe.scan": lambda x=x: ours(x, False),
             "Pyro's DiscreteHMM": lambda x=x: pyros(built_in, x),
         }
+        if find_spec("funsor") is not None:
+            rows["NumPyro's scan"] = lambda x=x: numpyros(x)
         if total <= options.longest_loop:
             rows["TraceEnum_ELBO, pyro.markov"] = lambda x=x: pyros(looped, x)
         for name, make in rows.items():

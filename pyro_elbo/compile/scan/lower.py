@@ -17,6 +17,7 @@ from pyro_elbo.compile._torch import (
     disable_proxy_modes_tracing,
 )
 from pyro_elbo.compile.noise import RANDOM, NoiseKind, fill_noise
+from pyro_elbo.compile.scan.chain_ops import CapturedChain, ChainCode, captured_messages
 from pyro_elbo.compile.scan.operators import DrawStream, Loop, register, register_draws
 from pyro_elbo.compile.scan.partition import (
     StepValues,
@@ -29,6 +30,7 @@ from pyro_elbo.compile.scan.paths import receivers
 from pyro_elbo.compile.scan.scalar_code import Layout
 from pyro_elbo.compile.scan.shared import LoweredLoop, ValueNumbering, shared_states
 from pyro_elbo.compile.scan.trace import Draw, LoopBody, Traced, trace_step, trace_with_gradient
+from pyro_elbo.compile.store import on_cpu
 from pyro_elbo.errors import CompileError
 
 aten = torch.ops.aten
@@ -207,7 +209,7 @@ class ScanLowering:
     """
 
     def __init__(self) -> None:
-        self.owned: list[Loop | DrawStream] = []
+        self.owned: list[Loop | DrawStream | ChainCode] = []
         self._numbers, self._lowered, self._is_tracing = ValueNumbering(), [], False
 
     def __call__(
@@ -250,6 +252,11 @@ class ScanLowering:
         last = dict(zip(rest, finals, strict=True))
         last |= {i: other.finals[j] for i, j in shared.items() if other is not None}
         return [last[i] for i in range(len(carry))], outs
+
+    def messages(self, pair: Tensor, node: Tensor) -> CapturedChain:
+        """Return a chain with its messages: see :func:`pyro_elbo.terms.messages`."""
+        self.owned.append(ChainCode(node.dtype, node.shape[-1], on_cpu([node])))
+        return captured_messages(pair, node)
 
     def compile(self) -> None:
         """Compile the recurrences of the graph."""

@@ -94,8 +94,8 @@ def _padding(like: Tensor) -> Tensor:
 
 
 _loops: MutableMapping[int, Loop] = weakref.WeakValueDictionary()
-_library = torch.library.Library("pyro_elbo", "DEF")
-_library.define("loop(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key) -> Tensor[]")
+library = torch.library.Library("pyro_elbo", "DEF")
+library.define("loop(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key) -> Tensor[]")
 
 
 def _meta(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
@@ -131,8 +131,8 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else torch.empty_strided(like.shape, like.stride(), dtype=x.dtype).copy_(x)
 
 
-_library.impl("loop", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("pyro_elbo::loop", _meta, lib=_library)
+library.impl("loop", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("pyro_elbo::loop", _meta, lib=library)
 
 
 def stable_key(x: Any) -> int:
@@ -141,7 +141,7 @@ def stable_key(x: Any) -> int:
 
 
 _streams: MutableMapping[int, DrawStream] = weakref.WeakValueDictionary()
-_library.define("draws(int steps, bool reverse, int key) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,))
+library.define("draws(int steps, bool reverse, int key) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,))
 rand_ops.append(torch.ops.pyro_elbo.draws)  # equal calls must not be merged
 
 
@@ -166,8 +166,8 @@ def _draw(steps: int, reverse: bool, key: int) -> list[Tensor]:
     return rows
 
 
-_library.impl("draws", _draw, "CompositeExplicitAutograd")
-torch.library.register_fake("pyro_elbo::draws", _room_for_draws, lib=_library)
+library.impl("draws", _draw, "CompositeExplicitAutograd")
+torch.library.register_fake("pyro_elbo::draws", _room_for_draws, lib=library)
 
 
 def register(module: fx.GraphModule, layout: Layout, exports: Any, reverse: bool, number: int) -> Loop:

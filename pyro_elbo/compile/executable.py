@@ -127,12 +127,23 @@ class StepInputs:
         self.inputs = [x for row in zip(*columns, strict=True) for x in row]
         self.width = len(columns)
 
-    def fill(self, values: Sequence[Sequence[float]], noise: Sequence[Noise], stream: Sequence[Segment]) -> None:
-        """Set the scalars of each step and draw new noise: in the order of ``stream``, or all at once without one."""
+    def fill(
+        self,
+        values: Sequence[Sequence[float]],
+        noise: Sequence[Noise],
+        stream: Sequence[Segment],
+        seeds: Sequence[int] = (),
+    ) -> None:
+        """Set the scalars of each step and draw new noise: in the order of ``stream``, or all at once without one.
+
+        The noise of a step has a seed of its own where there are ``seeds``; without a ``stream`` there is one step.
+        """
         if values != self.values:
             self.scalars.copy_(torch.tensor(values, dtype=self.scalars.dtype))
             self.values = values
-        for step in range(len(self.record)) if stream else ():
+        for step in range(len(self.record)) if stream or seeds else ():
+            if seeds:
+                torch.default_generator.manual_seed(seeds[step])
             for row, start, stop in stream:
                 noise[row].draw(self.noise[row][step, start:stop])
         for n, x in zip(noise, self.noise, strict=True) if not stream else ():
@@ -163,11 +174,16 @@ class Executable:
         self._layout = self._layouts()
 
     def __call__(
-        self, data: Sequence[Tensor], values: Sequence[Sequence[float]], snapshots: Snapshots | None = None
+        self,
+        data: Sequence[Tensor],
+        values: Sequence[Sequence[float]],
+        snapshots: Snapshots | None = None,
+        seeds: Sequence[int] = (),
     ) -> np.ndarray:
         """Run one step per entry of ``values`` (its scalars) on the same data; return the record of each."""
-        parts = [values[i : i + self._ahead] for i in range(0, len(values), self._ahead)]
-        return np.concatenate([self._run(data, part, snapshots) for part in parts])
+        ahead = 1 if seeds and not self._stream else self._ahead  # the graph itself may draw
+        parts = [slice(i, i + ahead) for i in range(0, len(values), ahead)]
+        return np.concatenate([self._run(data, values[part], snapshots, seeds[part]) for part in parts])
 
     def fits(self) -> bool:
         """Return whether external tensors still have the layout and frozen ones the values that the code assumes."""
@@ -231,10 +247,14 @@ class Executable:
                 ) from error
 
     def _run(
-        self, data: Sequence[Tensor], values: Sequence[Sequence[float]], snapshots: Snapshots | None = None
+        self,
+        data: Sequence[Tensor],
+        values: Sequence[Sequence[float]],
+        snapshots: Snapshots | None = None,
+        seeds: Sequence[int] = (),
     ) -> np.ndarray:
         rows, handles = self._rows_for(len(values))
-        rows.fill(values, self._noise, self._stream)
+        rows.fill(values, self._noise, self._stream, seeds)
         if self._entry is not None:
             kept = None if snapshots is None else snapshots.passed(len(values))
             arguments = (self._handles.capsules, tensor_handles(list(data)), handles.capsules, len(values), kept)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pyro_elbo.assumptions import capturing
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
+from pyro_elbo.compile.course import Course
 from pyro_elbo.compile.execution import Execution, collect_code, record_execution
 from pyro_elbo.compile.gradients import hooks_of, network_gradients, program_gradients
 from pyro_elbo.compile.guard import Guard
@@ -27,7 +28,6 @@ from pyro_elbo.compile.known_step import KnownStep
 from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, watch
 from pyro_elbo.compile.reach import guard_of
 from pyro_elbo.compile.refusals import check_reachable, check_sites, explain_capture, refuse_side_effects
-from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.start import Start
 from pyro_elbo.compile.traced_update import trace_update
 from pyro_elbo.compile.unusable import explain_unusable
@@ -55,6 +55,7 @@ StepTotals = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names):
 _VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine")
 MAX_MISSES = 8  # steps in a row for which something has changed
 MAX_SHAPES = 64  # kinds of data
+_ONE = Course()
 
 
 class CompiledSVI:
@@ -100,20 +101,20 @@ class CompiledSVI:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_known": {}, "_misses": 0}  # a copy has other tensors than those of the graphs
 
-    def train(self, args: tuple, kwargs: Kwargs, steps: int = 1, snapshots: Snapshots | None = None) -> StepTotals:
-        """Take ``steps`` steps on the same data, with ``snapshots`` of parameters on the way.
+    def train(self, args: tuple, kwargs: Kwargs, course: Course = _ONE) -> StepTotals:
+        """Take the steps of a course.
 
         Raises:
             CompileError: the step cannot be captured as one graph, or something that a graph freezes changes from step
                 to step.
             NonFiniteError: the objective is not finite. That step changes nothing.
         """
-        return self._run("train", args, kwargs, steps, snapshots)
+        return self._run("train", args, kwargs, course)
 
     def evaluate(self, args: tuple, kwargs: Kwargs) -> StepTotals:
         """Return the loss and the totals, with modules in evaluation mode; change nothing."""
         with self._evaluating():
-            return self._run("evaluate", args, kwargs, 1)
+            return self._run("evaluate", args, kwargs, _ONE)
 
     def reset(self) -> None:
         """Begin again: parameters, optimizer and schedules as before the first step; graphs stay.
@@ -136,27 +137,23 @@ class CompiledSVI:
                 stack.enter_context(module_evaluating(module))
             yield
 
-    def _run(
-        self, kind: StepKind, args: tuple, kwargs: Kwargs, steps: int, snapshots: Snapshots | None = None
-    ) -> StepTotals:
+    def _run(self, kind: StepKind, args: tuple, kwargs: Kwargs, course: Course) -> StepTotals:
         if not self.compile or _PYRO_STACK:  # a graph would freeze the handlers around the step
-            return self._run_in_python(kind, args, kwargs, steps, snapshots)
+            return self._run_in_python(kind, args, kwargs, course)
         key, leaves, spec = describe(kind, args, kwargs)
         step = None
         with self._or_python():
             step = self._captured(key, kind, leaves, spec)
         if step is not None:
             data = [x for x in leaves if isinstance(x, Tensor)]
-            return self._execute(step, args, kwargs, data, steps, snapshots)
+            return self._execute(step, args, kwargs, data, course)
         if not self.compile:
-            return self._run_in_python(kind, args, kwargs, steps, snapshots)
-        step, (names, first) = self._record_step(kind, args, kwargs)
-        if snapshots is not None:
-            snapshots.note()
+            return self._run_in_python(kind, args, kwargs, course)
+        ((step, (names, first)),) = (self._record_step(kind, args, kwargs) for _ in course.first().in_python())
         self._known[key][:] = [step, *self._known[key][: MAX_MISSES - 1]]
-        if steps == 1:
+        if course.steps == 1:
             return names, first
-        return names, np.concatenate([first, self._run(kind, args, kwargs, steps - 1, snapshots)[1]])
+        return names, np.concatenate([first, self._run(kind, args, kwargs, course.rest())[1]])
 
     def _captured(self, key: Key, kind: StepKind, leaves: list[Any], spec: Any) -> KnownStep | None:
         """Return a step whose graph can run, captured now where it ran once in Python; None for a new step."""
@@ -201,14 +198,8 @@ class CompiledSVI:
         totals = (terms.per_datum if self.per_datum else terms).totals()
         return {"loss": loss.detach()} | {name: x.detach() for name, x in totals.items()}
 
-    def _run_in_python(
-        self, kind: StepKind, args: tuple, kwargs: Kwargs, steps: int, snapshots: Snapshots | None
-    ) -> StepTotals:
-        records = []
-        for _ in range(steps):
-            records.append(self._in_python(kind, args, kwargs)[1])
-            if snapshots is not None:
-                snapshots.note()
+    def _run_in_python(self, kind: StepKind, args: tuple, kwargs: Kwargs, course: Course) -> StepTotals:
+        records = [self._in_python(kind, args, kwargs)[1] for _ in course.in_python()]
         return tuple(records[0]), np.array([[x.item() for x in record.values()] for record in records])
 
     def _in_python(self, kind: StepKind, args: tuple, kwargs: Kwargs) -> tuple[Terms, dict[str, Tensor], Parameters]:
@@ -342,15 +333,14 @@ class CompiledSVI:
         taken = self.loss.step + ahead
         return {schedule: schedule(taken) for schedule in self.loss.schedules} | step.plan.numbers(ahead)
 
-    def _execute(
-        self, step: KnownStep, args: tuple, kwargs: Kwargs, data: list[Tensor], steps: int, snapshots: Snapshots | None
-    ) -> StepTotals:
+    def _execute(self, step: KnownStep, args: tuple, kwargs: Kwargs, data: list[Tensor], course: Course) -> StepTotals:
+        steps = course.steps
         constant = self.loss.step >= self.loss.settled and not step.plan.counts_in_python
         values = [list(self._scalars(step, ahead).values()) for ahead in range(1 if constant else steps)]
         values *= steps if constant else 1
         execute: Any = step.execute
         try:
-            record = execute(data, values, snapshots)
+            record = execute(data, values, course.snapshots, course.seeds)
         except RuntimeError:
             with torch.no_grad():
                 self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises Pyro's or torch's own error, if any

@@ -3,6 +3,8 @@
 Only :func:`pyro_elbo.fit` imports this module, when it is called, because Lightning is slow to import.
 """
 
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ class LightningPrograms(lightning.LightningModule):
         self.progress, self.logs = options.progress, options.machine.logger is not None
         self.records: list[EpochRecord] = []
         self.probe, self.probed_at = probe, 0
+        self._weights: tuple[Any, EpochRecord] = None, {}
         self.mean = RunningMean()
         self.valid_mean = RunningMean()
 
@@ -219,18 +222,27 @@ class LightningPrograms(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Record the validation terms of the epoch and restore the random stream of training."""
         torch.set_rng_state(self.stream)
-        self._record("valid", self.valid_mean)
+        self.record("valid", self.valid_mean.reduce(), self.module.elbo.step)
 
     def on_train_epoch_end(self) -> None:
         """Record the training terms of the epoch, and probe the programs where enough steps have passed."""
-        self._record("train", self.mean)
-        steps, every = self.trainer.global_step, PROBE_EVERY[bool(self.options.compile)] * max(4.0, self.probe.cost)
+        self.record("train", self.mean.reduce(), self.module.elbo.step)
+        self.probe_if_due()
+        if self.svi is not None:
+            self._move_schedulers("epoch")
+
+    @property
+    def probe_every(self) -> int:
+        """The steps between two probes."""
+        return math.ceil(PROBE_EVERY[bool(self.options.compile)] * max(4.0, self.probe.cost))
+
+    def probe_if_due(self) -> None:
+        """Probe the programs at the end of an epoch, where enough steps have passed."""
+        steps, every = self.trainer.global_step, self.probe_every
         begins = self.current_epoch == 0 and self.stop.most(steps) >= 2 * every  # an epoch has these steps
         if begins or steps - self.probed_at >= every:
             add_probe(self.records, self.probe(lambda data: move_data_to_device(data, self.device)))
             self.probed_at = steps
-        if self.svi is not None:
-            self._move_schedulers("epoch")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the history to the checkpoint, the step of its last probe, and how far the run to convergence is."""
@@ -260,21 +272,28 @@ class LightningPrograms(lightning.LightningModule):
         mean.add(values, num_rows(batch))
         return terms, values
 
-    def _record(self, split: str, mean: RunningMean) -> None:
-        values = mean.reduce()
-        elbo = self.module.elbo
-        beta = elbo.beta_at(elbo.step, (name[3:] for name in values if name.startswith("kl/")))
-        weights = {p.name: float(p.weight(elbo.step) if callable(p.weight) else p.weight) for p in elbo.penalties}
-        settled = elbo.step >= elbo.settled
-        record = {"epoch": self.current_epoch, "split": split, "values": values, "beta": beta, "settled": settled}
-        targets = [name for name in beta if elbo.weighting.is_target(name)]
-        self.records.append(record | {"penalty_weight": weights, "targets": targets})
+    def record(self, split: str, values: Mapping[str, float], step: int) -> None:
+        """Record the means of an epoch and a split, and the weights of the objective after so many steps."""
+        weights = self._weights_at(step, values)
+        self.records.append({"epoch": self.current_epoch, "split": split, "values": dict(values)} | weights)
         if self._has_lightning:
             self.log(f"{split}_elbo", values["elbo"], prog_bar=split == "valid", batch_size=1)
         if self.logs:
             others = {name: x for name, x in values.items() if name != "elbo"}
-            others |= {f"beta/{site}": x for site, x in beta.items()} if split == "train" else {}
+            others |= {f"beta/{site}": x for site, x in weights["beta"].items()} if split == "train" else {}
             self.log_dict({f"{split}_{name}": x for name, x in others.items()}, batch_size=1)
+
+    def _weights_at(self, step: int, names: Iterable[str]) -> EpochRecord:
+        elbo = self.module.elbo
+        sites = tuple(name[3:] for name in names if name.startswith("kl/"))
+        key = min(step, elbo.settled), sites  # constant from there on
+        if key != self._weights[0]:
+            beta = elbo.beta_at(step, sites)
+            weights = {p.name: float(p.weight(step) if callable(p.weight) else p.weight) for p in elbo.penalties}
+            targets = [name for name in beta if elbo.weighting.is_target(name)]
+            found = {"beta": beta, "settled": step >= elbo.settled, "penalty_weight": weights, "targets": targets}
+            self._weights = key, found
+        return self._weights[1]
 
 
 def _check_depends(depends: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, Snapshots, StepTotals, TorchUpdate
+from pyro_elbo.compile import Compile, CompiledSVI, Course, PyroUpdate, StepTotals, TorchUpdate
 from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
@@ -101,7 +101,7 @@ class SVI:
             NonFiniteError: the objective or its gradient is not finite; the step leaves the parameters unchanged.
             SiteError: model and guide do not fit each other.
         """
-        return self._train(*self._arguments(args, kwargs), 1)[1][0, 0].item()
+        return self._train(*self._arguments(args, kwargs))[1][0, 0].item()
 
     def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Float64[Tensor, "num_steps"]:
         """Take many steps on the same data and return the loss of each in nats.
@@ -118,7 +118,7 @@ class SVI:
         with tqdm(total=num_steps, disable=not progress, unit=" steps") as bar:
             for start in range(0, num_steps, BLOCK):
                 part = losses[start : start + BLOCK]
-                names, values = self._train(args, kwargs, len(part))
+                names, values = self._train(args, kwargs, Course(len(part)))
                 part[:] = values[:, 0]
                 bar.update(len(part))
                 bar.set_postfix(elbo=f"{values[:, names.index('elbo')].mean():.4g}")
@@ -195,7 +195,7 @@ class SVI:
                     steps, snapshots = run.snapshots() if batches is None else (1, None)
                     bar.update(steps)
                     try:
-                        names, values = self._train(*next(data), steps, snapshots)
+                        names, values = self._train(*next(data), Course(steps, snapshots))
                     except ValueError as error:
                         run.fail(error, steps)
                     else:
@@ -242,13 +242,13 @@ class SVI:
             return args, kwargs
         return program_arguments(self.model, args, kwargs)
 
-    def _train(self, args: tuple, kwargs: dict[str, Any], steps: int, snapshots: Snapshots | None = None) -> StepTotals:
+    def _train(self, args: tuple, kwargs: dict[str, Any], course: Course | None = None) -> StepTotals:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ArgumentError(
                 "SVI trains in one process: its steps do not average gradients over ranks. Use pe.fit(..., "
                 "devices=n), or the objective as a module under torch's DistributedDataParallel."
             )
-        return self._steps.train(args, kwargs, steps, snapshots)
+        return self._steps.train(args, kwargs, course or Course())
 
 
 def _check_optim(optim: Any, grad_clip: float | None) -> None:

@@ -15,7 +15,8 @@ from pyro_elbo.training.data import Loaders, RowDataset, arguments
 from pyro_elbo.training.history import RunningMean
 from pyro_elbo.training.options import Options, as_list
 
-LOOK = 0.1  # seconds between two looks at the progress of compiled epochs
+LOOK = 0.1  # seconds between two looks at the progress of compiled epochs,
+LONGEST = 500  # and the most epochs
 
 
 def suffices(options: Options, loaders: Loaders) -> bool:
@@ -77,7 +78,7 @@ class WholeBatchTrainer:
         programs.on_train_batch_end(None, batch, 0)
         programs.probe_if_due()
         if time.monotonic() - start < LOOK:
-            self.ahead = 2 * count
+            self.ahead = min(2 * count, LONGEST)
 
     def _step(self, programs: Any, optimizer: torch.optim.Optimizer, batch: Any) -> None:
         def closure() -> Any:

@@ -102,9 +102,10 @@ class LogEvidence:
         few = int((self.ess < _FEW).sum())
         if not few:
             return None
-        means = f"the standard error means little, and log p(x) is most likely {_SIDES[self.method]}."
+        means = "the standard error means little"
         if self.num_samples < _FEW:
-            return f"{self.num_samples} draws show little of their own spread: {means} Take more num_samples."
+            return f"{self.num_samples} draws show little of their own spread: {means}. Take more num_samples."
+        means += f", and log p(x) is most likely {_SIDES[self.method]}."
         where = "" if self.plate is None else f" in {few} of {len(self.ess)} rows"
         cure = "A better guide, more draws or method='ais' helps."
         cure = cure if self.method == "importance" else "More num_temperatures help."

@@ -103,7 +103,7 @@ class RateDistortion:
         below = self.points.isel(beta=list(self.below_entropy))
         if self.entropy is None or not below.sizes["beta"]:
             return []
-        names = ", ".join(f"{beta:g}" for beta in below.beta.values)
+        names = ", ".join(f"{beta:g}" for beta in dict.fromkeys(below.beta.values))
         return [
             f"D + R < H at β = {names}, by up to {self.entropy + below.elbo.values.min():.4g} nats: no code is shorter "
             "than the entropy, so that either the entropy is not that of these data, or these fits know their rows by "

@@ -6,8 +6,8 @@ Lightning spends more time on an epoch than a small model on its step.
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from pyro_elbo.display import progress_bar
 from pyro_elbo.programs import mix_seed, seed_cpu
 from pyro_elbo.training.data import Loaders, RowDataset, arguments
 from pyro_elbo.training.history import RunningMean
@@ -39,7 +39,7 @@ class WholeBatchTrainer:
         optimizer = programs.configure_optimizers()["optimizer"]
         programs.prepare_own_steps(optimizer)
         (batch,) = programs.loaders("train")
-        with progress_bar(self.progress, total=self.stop.epochs, unit=" epochs") as bar:
+        with tqdm(total=self.stop.epochs, disable=not self.progress, unit=" epochs") as bar:
             while self.current_epoch < self.stop.epochs and not self.should_stop:
                 self._train_epoch(programs, optimizer, batch)
                 bar.set_postfix({"elbo": f"{programs.records[-1]['values']['elbo']:.4g}"}, refresh=False)

@@ -166,7 +166,7 @@ def test_a_run_that_is_stopped_at_once_has_no_window():
 
     report = fit(callbacks=Stop()).convergence
     assert report.windows == ()
-    assert "not one window" in report.summary
+    assert "before one window of iterates was complete" in report.summary
 
 
 def test_rates_of_the_given_optimizer_move_together(brief):

@@ -100,7 +100,7 @@ _OVERFITTING = _Lag(
     ),
     _Words(
         "overfitting",
-        "the programs learn the training rows by heart: most of what they still gain there, new rows do not gain.",
+        "the programs learn also what is peculiar to the training rows: new rows gain less than these.",
         "use more data, a smaller decoder, dropout or weight decay. Stopping early would not raise the validation "
         "bound.",
     ),
@@ -113,7 +113,7 @@ _SHRINKAGE = _Lag(
     ),
     _Words(
         "KL shrinkage",
-        "the guide suits the training rows alone: their KL shrinks, and that of new rows does not.",
+        "the guide suits the training rows better than others: the KL of new rows shrinks less than theirs.",
         "regularize the encoder: weight decay or dropout there, noise on its input; a smaller encoder. Stopping early "
         "would not raise the validation bound.",
     ),
@@ -159,7 +159,8 @@ def _lagging(evidence: Evidence, part: str, lag: _Lag) -> Iterator[Finding]:
         return
     words = lag.falls if fall.is_sure else lag.behind
     since = fall.since if fall.is_sure else Curve(gap.epochs, -gap.values).below_since(-behind / 2)
-    moved = f"it has lost {fall.drop:.3g}" if fall.is_sure else "it has not fallen, and the gap is over half as wide"
+    kept = "still rises" if any(not_converged(evidence)) else "has not fallen"
+    moved = f"it has lost {fall.drop:.3g}" if fall.is_sure else f"it {kept}, and the gap is over half as wide"
     yield Finding(
         words.name,
         f"the validation bound is {behind:.3g} nats per datum below that of training, of which the {part} makes "

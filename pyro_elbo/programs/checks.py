@@ -4,7 +4,6 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -140,28 +139,31 @@ def read_baseline(name: str, fn: Distribution, infer: Mapping[str, Any]) -> Base
         )
     if unknown := sorted(options.keys() - set(_BASELINE)):
         raise SiteError(f"Site '{name}': a baseline has no options {unknown}. Use some of {list(_BASELINE)}.")
-    network: Any = options.get("nn_baseline")
-    value = options.get("baseline_value")
-    if network is not None and value is not None:
-        raise SiteError(f"Site '{name}': nn_baseline and baseline_value both predict the reward: give one of them.")
-    if network is not None and (not callable(network) or options.get("nn_baseline_input") is None):
-        raise SiteError(
-            f"Site '{name}': expected nn_baseline, a network, and nn_baseline_input, what it predicts the reward from, "
-            f"got {describe(network)} and {describe(options.get('nn_baseline_input'))}. Give both, such as data of the "
-            "site's rows."
-        )
-    if value is not None and not isinstance(value, Tensor):
-        raise SiteError(f"Site '{name}': expected a tensor as baseline_value, got {describe(value)}.")
+    network, value = options.get("nn_baseline"), options.get("baseline_value")
+    _check_predictor(name, network, options.get("nn_baseline_input"), value)
     if isinstance(fn, StackedDistribution) and (network is not None or value is not None):
         raise SiteError(
             f"Site '{name}' lies in a pe.scan, whose reward is one number for all steps: no network can predict it "
             "step by step. Use use_decaying_avg_baseline, or gradient='rloo'."
         )
-    decay: Any = options.get("baseline_beta", 0.9)
-    if not (isinstance(decay, Real) and 0 <= float(decay) < 1):
+    decay = options.get("baseline_beta", 0.9)
+    if not isinstance(decay, int | float) or not 0 <= decay < 1:
         raise SiteError(f"Site '{name}': expected a baseline_beta of 0 or more and below 1, got {decay!r}. Use 0.9.")
     decaying = bool(options.get("use_decaying_avg_baseline", False))
     return Baseline(network, options.get("nn_baseline_input"), value, decaying, decay)
+
+
+def _check_predictor(name: str, network: Any, given: Any, value: Any) -> None:
+    """Raise SiteError unless a baseline predicts by a network and its input, or by a tensor, or not at all."""
+    if network is not None and value is not None:
+        raise SiteError(f"Site '{name}': nn_baseline and baseline_value both predict the reward: give one of them.")
+    if network is not None and (not callable(network) or given is None):
+        raise SiteError(
+            f"Site '{name}': expected nn_baseline, a network, and nn_baseline_input, what it predicts the reward from, "
+            f"got {describe(network)} and {describe(given)}. Give both, such as data of the site's rows."
+        )
+    if value is not None and not isinstance(value, Tensor):
+        raise SiteError(f"Site '{name}': expected a tensor as baseline_value, got {describe(value)}.")
 
 
 def check_rows(plate: str, model: Tensor, guide: Tensor) -> None:

@@ -91,7 +91,7 @@ def point_estimates(sites: Mapping[str, Term]) -> tuple[str, ...]:
     """
     given = {n: count for n, t in sites.items() if (count := _count_given(t.steps or t))}
     passed_on = [n for n in given if sites[n].joint]
-    drawn = sum(_count_drawn(t.steps or t) for t in sites.values() if t.joint and t.kind == "auxiliary")
+    drawn = sum(_count_drawn(t) for t in sites.values() if t.joint and t.kind == "auxiliary")
     hidden = passed_on if sum(given[n] for n in passed_on) > drawn else []
     return tuple(n for n in given if n in hidden or not (sites[n].joint or sites[n].transformed))
 
@@ -109,7 +109,8 @@ def _count_given(term: Term) -> int:
 
 
 def _count_drawn(term: Term) -> int:
-    return 0 if is_point(term.draws[0].fn) else _rows(term) * term.event_shape.numel()
+    steps = term.steps or term
+    return 0 if is_point((term.draws or steps.draws)[0].fn) else _rows(steps) * steps.event_shape.numel()
 
 
 def _rows(term: Term) -> int:

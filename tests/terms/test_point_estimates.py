@@ -42,8 +42,8 @@ def shared(x):
         pyro.sample("x", dist.Normal(w[..., 0], s), obs=x)
 
 
-def started(guide):
-    guide(X)
+def started(guide, x=X):
+    guide(x)
     return guide
 
 
@@ -87,6 +87,47 @@ def hidden():
 def test_points_beside_densities_are_found():
     assert LOSS.terms(shared, started(AutoDelta(shared)), X).point_estimates == ("w", "s")
     assert "w" in LOSS.terms(shared, hidden(), X).point_estimates
+
+
+@pytest.mark.parametrize("kind", ["point", "passed on"])
+def test_points_over_time(kind):
+    """Every step of a scan is a point, or passes on a draw of its own."""
+
+    def model(x):
+        def step(z, x_t):
+            z = pyro.sample("z", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x_t)
+            return z, z
+
+        with pyro.plate("data", x.shape[1]):
+            pe.scan(step, torch.zeros(x.shape[1]), x)
+
+    def guide(x):
+        def step(carry, x_t):
+            z = x_t / 2
+            if kind == "passed on":
+                z = z + pyro.sample("noise", dist.Normal(torch.zeros_like(x_t), 0.5), infer={"is_auxiliary": True})
+            return carry, pyro.sample("z", dist.Delta(z))
+
+        with pyro.plate("data", x.shape[1]):
+            pe.scan(step, torch.zeros(x.shape[1]), x)
+
+    terms = LOSS.terms(model, guide, torch.ones(4, 3))
+    assert terms.point_estimates == (("z",) if kind == "point" else ())
+
+
+def test_loops_of_points_are_points():
+    def model(x):
+        z = torch.tensor(0.0)
+        for t in range(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
+
+    x = X[:4]
+    terms = pe.TraceTimestep_ELBO().terms(model, started(AutoDelta(model), x), x)
+    assert terms.point_estimates == ("z",)
+    joint = started(AutoMultivariateNormal(model), x)
+    assert pe.TraceTimestep_ELBO().terms(model, joint, x).point_estimates == ()
 
 
 def test_a_point_of_a_discrete_latent_has_a_bound():

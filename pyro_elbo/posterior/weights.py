@@ -141,9 +141,8 @@ def find_point_error(latents: Mapping[str, Tensor], pair: TracePair) -> GuideErr
         return None
     names = ", ".join(f"'{n}'" for n in points)
     return GuideError(
-        f"The guide is a point estimate in {names} (Delta): it has no density there, so that its importance weights "
-        "are not those of the posterior, and k-hat, PSIS and leave-one-out say nothing about it. Use a guide with a "
-        "density for every latent, e.g. AutoNormal."
+        f"The guide is a point estimate in {names} (Delta): it has no density there that could be compared with the "
+        "posterior's. Use a guide with a density for every latent, e.g. AutoNormal."
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_elbo.assumptions import check_or_defer
-from pyro_elbo.errors import ArgumentError, GuideError, SiteError
+from pyro_elbo.errors import ArgumentError, GuideError, SiteError, describe
 from pyro_elbo.programs.sites import Baseline, Plate, Site, is_point, source_of
 from pyro_elbo.sequences import StackedDistribution
 
@@ -132,21 +132,38 @@ def read_baseline(name: str, fn: Distribution, infer: Mapping[str, Any]) -> Base
     options = infer.get("baseline")
     if not options:
         return None
+    if not isinstance(options, Mapping):
+        raise SiteError(
+            f"Site '{name}': expected a baseline as a dict of options, got {describe(options)}. Use "
+            'infer={"baseline": {"use_decaying_avg_baseline": True}}.'
+        )
     if unknown := sorted(options.keys() - set(_BASELINE)):
         raise SiteError(f"Site '{name}': a baseline has no options {unknown}. Use some of {list(_BASELINE)}.")
     network, value = options.get("nn_baseline"), options.get("baseline_value")
-    if network is not None and value is not None:
-        raise SiteError(f"Site '{name}': nn_baseline and baseline_value both predict the reward: give one of them.")
+    _check_predictor(name, network, options.get("nn_baseline_input"), value)
     if isinstance(fn, StackedDistribution) and (network is not None or value is not None):
         raise SiteError(
             f"Site '{name}' lies in a pe.scan, whose reward is one number for all steps: no network can predict it "
             "step by step. Use use_decaying_avg_baseline, or gradient='rloo'."
         )
     decay = options.get("baseline_beta", 0.9)
-    if not 0 <= decay < 1:
+    if not isinstance(decay, int | float) or not 0 <= decay < 1:
         raise SiteError(f"Site '{name}': expected a baseline_beta of 0 or more and below 1, got {decay!r}. Use 0.9.")
     decaying = bool(options.get("use_decaying_avg_baseline", False))
     return Baseline(network, options.get("nn_baseline_input"), value, decaying, decay)
+
+
+def _check_predictor(name: str, network: Any, given: Any, value: Any) -> None:
+    """Raise SiteError unless a baseline predicts by a network and its input, or by a tensor, or not at all."""
+    if network is not None and value is not None:
+        raise SiteError(f"Site '{name}': nn_baseline and baseline_value both predict the reward: give one of them.")
+    if network is not None and (not callable(network) or given is None):
+        raise SiteError(
+            f"Site '{name}': expected nn_baseline, a network, and nn_baseline_input, what it predicts the reward from, "
+            f"got {describe(network)} and {describe(given)}. Give both, such as data of the site's rows."
+        )
+    if value is not None and not isinstance(value, Tensor):
+        raise SiteError(f"Site '{name}': expected a tensor as baseline_value, got {describe(value)}.")
 
 
 def check_rows(plate: str, model: Tensor, guide: Tensor) -> None:

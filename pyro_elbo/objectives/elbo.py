@@ -40,6 +40,7 @@ from pyro_elbo.programs import (
     trace_fixed,
     trace_pair,
 )
+from pyro_elbo.ranks import check_alone
 from pyro_elbo.schedules import Schedule
 from pyro_elbo.terms import KLForm, Term, Terms, WeightOf, evaluate_branches, stack_particles
 
@@ -226,7 +227,9 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
 
         Raises:
             NonFiniteError: the objective or a gradient is not finite.
+            ArgumentError: this is one of several processes, whose steps would not average gradients.
         """
+        check_alone()
         with collect_parameters() as parameters:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:

@@ -9,16 +9,18 @@ import torch
 from tqdm import tqdm
 
 from pyro_elbo.programs import mix_seed, seed_cpu
-from pyro_elbo.training.data import Loaders, RowDataset, arguments
+from pyro_elbo.training.data import Loaders, arguments
 from pyro_elbo.training.history import RunningMean
-from pyro_elbo.training.options import Options, as_list
+from pyro_elbo.training.machine import as_list
+from pyro_elbo.training.options import Options
+from pyro_elbo.training.rows import RowDataset
 
 
 def suffices(options: Options, loaders: Loaders) -> bool:
     """Return whether an epoch is one step in this process, and nothing but the history looks at it."""
     steps, stop, machine, place = options.steps, options.stop, options.machine, options.place
     watched = as_list(machine.callbacks) or as_list(machine.logger) or place.dir is not None or stop.has_validation
-    plain = machine.devices == 1 and machine.precision == "32-true" and not steps.is_auto and steps.scheduler is None
+    plain = machine.processes == 1 and machine.precision == "32-true" and not steps.is_auto and steps.scheduler is None
     on_cpu = machine.accelerator == "cpu" or (machine.accelerator == "auto" and not torch.accelerator.is_available())
     whole = isinstance(loaders.train, RowDataset) and len(loaders("train")) == 1
     return whole and plain and on_cpu and not watched and steps.accumulate_grad_batches == 1
@@ -29,7 +31,7 @@ class WholeBatchTrainer:
 
     def __init__(self, options: Options) -> None:
         self.stop, self.grad_clip, self.progress = options.stop, options.steps.grad_clip, options.progress
-        self.global_step, self.current_epoch, self.global_rank = 0, 0, 0
+        self.global_step, self.current_epoch, self.global_rank, self.world_size = 0, 0, 0, 1
         self.should_stop = False
         self.lr_scheduler_configs: list[Any] = []
 
@@ -49,6 +51,7 @@ class WholeBatchTrainer:
     def _train_epoch(self, programs: Any, optimizer: torch.optim.Optimizer, batch: Any) -> None:
         programs.mean = RunningMean()
         seed_cpu(mix_seed(programs.seed, self.current_epoch, self.global_rank))
+        programs.place = f"epoch {self.current_epoch}"
         if programs.svi is not None:
             programs.count(programs.svi.train(*arguments(batch)), batch, programs.mean)
         else:

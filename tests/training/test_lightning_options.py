@@ -93,8 +93,9 @@ def test_a_run_that_max_steps_cut_off_within_an_epoch_is_not_resumed(tmp_path):
     fit(max_steps=8, dir=tmp_path)
     with pytest.raises(ArgumentError, match="ends within an epoch"):
         fit(max_steps=20, max_epochs=4, dir=tmp_path, resume=True)
-    with pytest.raises(ArgumentError, match=r"holds 8 steps and max_steps=8"):
-        fit(max_steps=8, max_epochs=4, dir=tmp_path, resume=True)
+    with pytest.raises(ArgumentError, match=r"holds 8 steps and max_steps=7"):
+        fit(max_steps=7, max_epochs=4, dir=tmp_path, resume=True)
+    assert fit(max_steps=8, max_epochs=4, dir=tmp_path, resume=True).loss.step == 8  # it has ended
     fit(max_steps=12, dir=tmp_path, overwrite=True)
     assert fit(max_steps=18, max_epochs=4, dir=tmp_path, resume=True).loss.step == 18
 
@@ -227,7 +228,7 @@ def test_arguments_that_exclude_each_other():
     for options, match in (
         ({"compile": True, "accumulate_grad_batches": 2}, "a compiled step is one batch"),
         ({"compile": True, "precision": "bf16-mixed"}, "a compiled step has the dtypes of the programs"),
-        ({"devices": 2, "accelerator": "gpu"}, "processes on the CPU"),
+        ({"devices": 2, "accelerator": "gpu"}, "2 processes train on the CPU"),
         ({"restore_best": True}, "restore_best needs validation data"),
     ):
         with pytest.raises(ArgumentError, match=match):

@@ -36,6 +36,7 @@ from pyro_elbo.programs import (
     each_branch,
     evaluating,
     find_plate_nesting,
+    full_precision,
     program_arguments,
     trace_fixed,
     trace_pair,
@@ -168,7 +169,9 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         """Return :meth:`terms` for given values of the schedules, without checking any number."""
-        return self._penalize(self._unpenalized(model, guide, args, kwargs, value), args, kwargs, value)
+        terms = self._unpenalized(model, guide, args, kwargs, value)
+        with full_precision():
+            return self._penalize(terms, args, kwargs, value)
 
     def bound(
         self,
@@ -195,6 +198,10 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         runs = self._runs(model, guide, args, kwargs)
+        with full_precision():
+            return self._terms(runs, value)
+
+    def _terms(self, runs: Sequence[Sequence[Runs]], value: ScheduleValue) -> Terms:
         sites, particle_dim = self._sites(runs)
         weights = self.weighting.of_summed_out(sites, value)
         charged = sites if weights is None else self._sites(runs, weights)[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, CheckpointError
 from pyro_elbo.files import read_file
+from pyro_elbo.training.folder import PREVIOUS
 
 CHECKPOINT_PARTS = frozenset(
     ("state_dict", "history", "optimizer_states", "loops", "epoch", "global_step", "run", "pytorch-lightning_version")
@@ -45,7 +46,7 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
         CheckpointError: the checkpoint cannot be read, or belongs to other programs, data or another optimizer.
         ArgumentError: it holds more epochs or steps than training shall have, or ends within an epoch.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = _load(path)
     check_state(path, checkpoint["state_dict"], programs.state_dict())
     _check_run(path, checkpoint["run"], programs.identity)
     ours, theirs = optimizer.state_dict(), checkpoint["optimizer_states"][0]
@@ -70,6 +71,17 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
             f"{path} ends within an epoch, where max_steps stopped training: its data cannot be continued exactly. "
             "Train again with dir=..., overwrite=True and a larger max_steps."
         )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, or name the one before it."""
+    try:
+        return load_checkpoint(path)
+    except CheckpointError as error:
+        before = path.with_name(PREVIOUS)
+        if path == before or not before.exists():
+            raise
+        raise CheckpointError(f"{error} Without it, resume=True continues from {before}, the epoch before.") from error
 
 
 def _check_run(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:

@@ -42,7 +42,10 @@ class Machine:
                 "precision, or give lr a number."
             )
         if self.compile and self.processes != 1:
-            raise ArgumentError("compile=True trains on one device: set devices=1, or compile=False.")
+            raise ArgumentError(
+                "compile=True trains in one process: its graph holds the gradient and the optimizer's step, and several "
+                "processes average their gradients between the two. Set devices=1, or compile=False."
+            )
         if self.processes > 1 and self.accelerator not in ("auto", "cpu"):
             raise ArgumentError(
                 f"{self.processes} processes train on the CPU: use accelerator='cpu', or devices=1 and num_nodes=1."

@@ -16,6 +16,7 @@ from torch.distributions import multivariate_normal, normal
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.ranks import gather_rows, in_parts, weighed
+from pyro_elbo.training.history import RunningMean
 from tests.support.processes import in_processes
 
 ROWS, DIMS, SIZE, WORLD = 11, 3, 100, 2  # six rows and five
@@ -167,7 +168,9 @@ def compare(rank):
             means[name] = x / WORLD
         size = max(x.abs().max().item() for n, x in whole.items() if not n.startswith("value"))
         found[case] = size, {name: (means[name] - x).abs().max().item() for name, x in whole.items()}
-    found["SVI"] = refusals()
+    mean = RunningMean()
+    mean.add({"elbo": torch.tensor(float(rank)), "loss": torch.tensor(1.0)}, 6 - rank)
+    found["mean"], found["SVI"] = mean.reduce()["elbo"], refusals()
     return found
 
 
@@ -199,6 +202,10 @@ def test_steps_of_svi_in_a_group_are_refused(compared):
     for message in compared[0]["SVI"]:
         assert "one of 2" in message
         assert "pe.fit(..., devices=n)" in message
+
+
+def test_means_of_an_epoch_weigh_the_rows_of_all_processes(compared):
+    assert [of_rank["mean"] for of_rank in compared] == pytest.approx([5 / 11, 5 / 11])
 
 
 def test_without_a_group_a_batch_has_one_part():

@@ -43,7 +43,7 @@ class Machine:
             )
         if self.compile and self.processes != 1:
             raise ArgumentError(
-                "compile=True trains in one process: its graph holds the gradient and the optimizer's step, and several "
+                "compile=True trains in one process: its graph holds gradient and optimizer's step, and several "
                 "processes average their gradients between the two. Set devices=1, or compile=False."
             )
         if self.processes > 1 and self.accelerator not in ("auto", "cpu"):

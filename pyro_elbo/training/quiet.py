@@ -51,8 +51,10 @@ def stopping_softly(trainer: Any) -> Iterator[None]:
         if soft:
             signal.signal(signal.SIGINT, stop)
         yield
-    except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt
-        raise KeyboardInterrupt from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns one into the other
+            raise KeyboardInterrupt from error
+        raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, usual)

@@ -37,10 +37,12 @@ from pyro_elbo.programs import (
     each_branch,
     evaluating,
     find_plate_nesting,
+    full_precision,
     program_arguments,
     trace_fixed,
     trace_pair,
 )
+from pyro_elbo.ranks import check_alone
 from pyro_elbo.schedules import Schedule
 from pyro_elbo.terms import KLForm, Term, Terms, WeightOf, evaluate_branches, stack_particles
 
@@ -169,7 +171,9 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         """Return :meth:`terms` for given values of the schedules, without checking any number."""
-        return self._penalize(self._unpenalized(model, guide, args, kwargs, value), args, kwargs, value)
+        terms = self._unpenalized(model, guide, args, kwargs, value)
+        with full_precision():
+            return self._penalize(terms, args, kwargs, value)
 
     def bound(
         self,
@@ -196,6 +200,10 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         runs = self._runs(model, guide, args, kwargs)
+        with full_precision():
+            return self._terms(runs, value)
+
+    def _terms(self, runs: Sequence[Sequence[Runs]], value: ScheduleValue) -> Terms:
         sites, particle_dim = self._sites(runs)
         weights = self.weighting.of_summed_out(sites, value)
         charged = sites if weights is None else self._sites(runs, weights)[0]
@@ -228,7 +236,9 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
 
         Raises:
             NonFiniteError: the objective or a gradient is not finite.
+            ArgumentError: this is one of several processes, whose steps would not average gradients.
         """
+        check_alone()
         with collect_parameters() as parameters:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:

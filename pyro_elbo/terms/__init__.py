@@ -13,7 +13,7 @@ from pyro_elbo.terms.evaluate import KLForm, univariate
 from pyro_elbo.terms.numbered_sites import Normalize, SequenceBound, divisor, join_numbered_sites
 from pyro_elbo.terms.particles import stack_particles
 from pyro_elbo.terms.summed_out import WeightOf, connected
-from pyro_elbo.terms.term import Term, frames, is_one, num_data, scaled_sum
+from pyro_elbo.terms.term import Term, data_plate, frames, is_one, num_data, scaled_sum
 from pyro_elbo.terms.terms import Terms
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Terms",
     "WeightOf",
     "connected",
+    "data_plate",
     "divisor",
     "evaluate_branches",
     "evaluate_run",

@@ -18,6 +18,7 @@ from pyro_elbo.display import progress_bar
 from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
+from pyro_elbo.ranks import check_alone
 from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss
 from pyro_elbo.training.comparable import check_limits, repeat
 from pyro_elbo.training.converge import BLOCK, Convergence, Goal
@@ -100,6 +101,7 @@ class SVI:
             DataError: the arguments do not fit those of the programs, or a column does not hold numbers.
             NonFiniteError: the objective or its gradient is not finite; the step leaves the parameters unchanged.
             SiteError: model and guide do not fit each other.
+            ArgumentError: this is one of several processes, whose steps would not average gradients.
         """
         return self._train(*self._arguments(args, kwargs))[1][0, 0].item()
 
@@ -243,11 +245,7 @@ class SVI:
         return program_arguments(self.model, args, kwargs)
 
     def _train(self, args: tuple, kwargs: dict[str, Any], course: Course | None = None) -> StepTotals:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise ArgumentError(
-                "SVI trains in one process: its steps do not average gradients over ranks. Use pe.fit(..., "
-                "devices=n), or the objective as a module under torch's DistributedDataParallel."
-            )
+        check_alone()
         return self._steps.train(args, kwargs, course or Course())
 
 

@@ -13,7 +13,8 @@ from pyro_elbo.errors import DataError, GuideError, NonFiniteError, first_senten
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Plate, collect_modules, collect_parameters, seeded
 from pyro_elbo.terms import Term, Terms
-from pyro_elbo.training.data import Loaders, RunArguments, arguments, num_rows
+from pyro_elbo.training.data import Loaders, RunArguments, arguments
+from pyro_elbo.training.rows import num_rows
 
 
 class Trained(nn.Module):

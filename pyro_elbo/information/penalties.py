@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, SiteError, check_number, check_positive, describe
+from pyro_elbo.errors import ArgumentError, SiteError, check_count, check_number, check_positive, describe
 from pyro_elbo.information.aggregate import Mixture, Pairs, in_blocks
 from pyro_elbo.information.critics import Critic, CriticSpec, count_levels
 from pyro_elbo.information.estimators import (
@@ -206,6 +206,10 @@ class MutualInformation(Penalty):
         if self.estimator == "variational" and self.conditional_on is not None:
             raise ArgumentError("estimator='variational' bounds I(z; s) alone. Use another one for I(z; s | y).")
         check_positive("critic_lr", self.critic_lr, "Use about 1e-3, the default.")
+        check_count("seed", self.seed, least=0)
+        for what, given in (("hidden", self.hidden), ("levels", self.levels)):
+            for number in given if isinstance(given, Sequence) else [given] if given is not None else []:
+                check_count(f"every number of {what}", number)
         object.__setattr__(self, "name", self.name or self._default_name())
         if self.has_critic and CRITIC_ESTIMATORS[self.estimator].direction == "lower":
             _say_once(

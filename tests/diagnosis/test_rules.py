@@ -135,6 +135,13 @@ def test_a_history_of_before_the_probes():
     assert any("collapse" in text for text in found.unsaid)
 
 
+def test_epochs_without_a_probe_say_so():
+    """Epochs 1 to 9 of a history that is probed in epoch 0 and from epoch 10 on."""
+    found = pe.diagnose(history().isel(epoch=slice(1, 10)))
+    assert found.unsaid == ("what latents carry, and whether they collapse: no probe falls into these epochs.",)
+    assert pe.diagnose(history().isel(epoch=slice(0, 10))).unsaid == ()
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 5])
 def test_few_epochs_show_nothing(epochs):
     found = pe.diagnose(history(distortion=-3.0 * T).isel(epoch=slice(epochs)))

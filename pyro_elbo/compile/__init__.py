@@ -10,8 +10,8 @@ holds all private names of torch, ``versions`` those tested.
 Imports objectives and below.
 """
 
-from pyro_elbo.compile.optimizer import PyroUpdate, TorchUpdate
+from pyro_elbo.compile.optimizer import KeptGradients, PyroUpdate, TorchUpdate
 from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.steps import Compile, CompiledSVI, StepTotals
 
-__all__ = ["Compile", "PyroUpdate", "Snapshots", "StepTotals", "CompiledSVI", "TorchUpdate"]
+__all__ = ["Compile", "KeptGradients", "PyroUpdate", "Snapshots", "StepTotals", "CompiledSVI", "TorchUpdate"]

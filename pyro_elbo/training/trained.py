@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_elbo.diagnosis import MAX_ROWS, Call, Probe, ProbeData, are_local, cost_in_steps
-from pyro_elbo.errors import DataError, GuideError
+from pyro_elbo.errors import ArgumentError, DataError, GuideError
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Plate, collect_modules, collect_parameters
+from pyro_elbo.schedules import Capacity
 from pyro_elbo.terms import Term, Terms
 from pyro_elbo.training.data import Loaders, RunArguments, arguments
 from pyro_elbo.training.rows import num_rows
@@ -129,6 +130,17 @@ def checked_minibatches(module: TermsModule, terms: Terms, batches: int, loaders
             declared = _is_subsampled(module.terms(*args, **kwargs))
         return loaders if declared else loaders.with_whole_validation()
     return loaders
+
+
+def check_compiled_parts(loss: TraceBeta_ELBO, terms: Terms) -> None:
+    """Raise ArgumentError for what compares the rows of all processes within a step, which a graph cannot."""
+    capacity = any(isinstance(schedule, Capacity) for schedule in loss.weighting.schedules)
+    found = {"penalties": loss.penalties, "free_bits": loss.weighting.free_bits, "pe.Capacity": capacity}
+    if wrong := [name for name, x in (found | {"decaying averages of baselines": terms.averages}).items() if x]:
+        raise ArgumentError(
+            f"compile=True on several processes: {', '.join(wrong)} depend on the rows of all processes, and the graph "
+            "of a step sees those of one. Set devices=1, or compile=False."
+        )
 
 
 def _is_subsampled(terms: Terms) -> bool:

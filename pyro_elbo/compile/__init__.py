@@ -11,8 +11,8 @@ Imports objectives and below.
 """
 
 from pyro_elbo.compile.course import Course
-from pyro_elbo.compile.optimizer import PyroUpdate, TorchUpdate
+from pyro_elbo.compile.optimizer import KeptGradients, PyroUpdate, TorchUpdate
 from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.steps import Compile, CompiledSVI, StepTotals
 
-__all__ = ["Compile", "Course", "PyroUpdate", "Snapshots", "StepTotals", "CompiledSVI", "TorchUpdate"]
+__all__ = ["Compile", "Course", "KeptGradients", "PyroUpdate", "Snapshots", "StepTotals", "CompiledSVI", "TorchUpdate"]

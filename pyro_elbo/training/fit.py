@@ -29,7 +29,14 @@ from pyro_elbo.training.machine import Machine
 from pyro_elbo.training.options import LearningRate, MakeOptimizer, Options, Scheduler, Steps, Stopping
 from pyro_elbo.training.quiet import stopping_softly, undisturbed
 from pyro_elbo.training.result import FitResult, Which
-from pyro_elbo.training.trained import Trained, check_validation, checked_minibatches, first_run, make_probe
+from pyro_elbo.training.trained import (
+    Trained,
+    check_compiled_parts,
+    check_validation,
+    checked_minibatches,
+    first_run,
+    make_probe,
+)
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -110,7 +117,7 @@ def fit(
             precision under autocast. Training in float64 takes torch.set_default_dtype(torch.float64) and no option.
         grad_clip: the largest norm of the gradient; larger gradients are scaled down.
         compile: run repeated steps as one compiled graph (see :class:`SVI`), or in Python with a warning where that
-            fails (``"auto"``); needs ``devices=1``.
+            fails (``"auto"``). On several processes it does without penalties, free bits and capacities.
         logger: Lightning's loggers; they get every number of the history, and loss and ELBO of single steps.
         callbacks: Lightning's callbacks, beside those of the library. They can monitor ``valid_elbo`` and
             ``train_elbo``.
@@ -174,6 +181,8 @@ def _prepare(
     pyro.set_rng_seed(seed)
     trained, terms = first_run(module, *arguments(first["train"][0]))
     check_validation(module, first, seed)
+    if options.steps.compile and machine.processes > 1:
+        check_compiled_parts(module.elbo, terms)
     checked = checked_minibatches(module, terms, batches * machine.processes, loaders)
     if checked is not loaders:
         first = first | {"valid": list(checked("valid"))}

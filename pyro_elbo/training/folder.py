@@ -50,11 +50,8 @@ class Folder:
         if self.dir is None:
             return Path(scratch)
         folder = Path(self.dir)
-        found = (
-            []
-            if self.resume
-            else [folder / name for name in (BEST, LAST, PREVIOUS, HISTORY) if (folder / name).exists()]
-        )
+        files = [folder / name for name in (BEST, LAST, PREVIOUS, HISTORY)]
+        found = [] if self.resume else [file for file in files if file.exists()]
         if found and not self.overwrite:
             raise CheckpointError(
                 f"{folder} already holds a run ({', '.join(file.name for file in found)}). Pass resume=True to "

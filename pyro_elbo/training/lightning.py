@@ -16,11 +16,11 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from pyro_elbo.compile import CompiledSVI, TorchUpdate
+from pyro_elbo.compile import CompiledSVI, KeptGradients, TorchUpdate
 from pyro_elbo.diagnosis import Probe
 from pyro_elbo.errors import ArgumentError, GuideError, NonFiniteError
 from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed, seeded
-from pyro_elbo.ranks import in_parts, weighed
+from pyro_elbo.ranks import in_parts, mean_of_parts, weighed
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.converge import Convergence, Goal
 from pyro_elbo.training.data import Batch, Loaders, arguments
@@ -53,6 +53,7 @@ class LightningPrograms(lightning.LightningModule):
         self.options, self.stop = options.steps, options.stop
         self.automatic_optimization = not self.options.are_own
         self.svi: CompiledSVI | None = None
+        self.kept: KeptGradients | None = None
         self.convergence: Convergence | None = None
         self.resumed: dict[str, Any] | None = None
         self.module, self.store, self.used = trained.module, trained.store, trained.used
@@ -109,6 +110,9 @@ class LightningPrograms(lightning.LightningModule):
         """Let steps of our own, if there are any, move the parameters by an optimizer."""
         if not self.automatic_optimization:
             update = TorchUpdate(optimizer, self.options.grad_clip)
+            if self.trainer.world_size > 1:
+                self.kept = KeptGradients([p for group in optimizer.param_groups for p in group["params"]])
+                update = TorchUpdate(self.kept)
             programs = self.module.model, self.module.guide, self.module.elbo
             # draw the same noise as uncompiled steps, so that runs repeat and resume alike
             options: Any = {"compile": self.options.compile, "per_datum": True, "fallback_random": True}
@@ -164,7 +168,11 @@ class LightningPrograms(lightning.LightningModule):
             check_gradients(self.trained)
 
     def _own_step(self, svi: CompiledSVI, batch: Batch) -> None:
-        """Run the step inside the optimizer's closure; without gradients, the optimizer's own step changes nothing."""
+        """Run the step inside the optimizer's closure.
+
+        Without gradients the optimizer's own step, which comes after it, changes nothing. Several processes give it
+        the mean of their gradients.
+        """
         optimizer: Any = self.optimizers()
         found: list[Any] = []
 
@@ -177,13 +185,27 @@ class LightningPrograms(lightning.LightningModule):
                     raise
                 self.convergence.fail(error)
             optimizer.zero_grad()
+            if self.kept is not None:
+                self._average(self.kept, batch, found[0])
 
         optimizer.step(closure=closure)
+        optimizer.zero_grad()  # a step in Python adds to the gradients, a compiled one expects none
         for record in found:
             values = self.count(record, batch, self.mean)
             self._show(values)
             if self.convergence is not None:
                 self.convergence.observe(np.array([values["elbo"].item()]))
+
+    def _average(self, kept: KeptGradients, batch: Batch, record: Any) -> None:
+        """Give the parameters the mean of the gradients that the processes have kept."""
+        rows = num_rows(batch) * dict(zip(record[0], record[1][0], strict=True)).get("divisor", 1.0)
+        with in_parts():
+            part = weighed(torch.ones((), device=self.device), rows)
+            means = mean_of_parts([state["gradient"] * part for state in kept.state.values()])
+        for p, mean in zip(kept.state, means, strict=True):
+            p.grad = mean
+        if self.options.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(kept.state), self.options.grad_clip)
 
     def _move_schedulers(self, interval: str) -> None:
         """Step the schedulers of the learning rate, as Lightning does unless the steps are ours."""

@@ -41,11 +41,6 @@ class Machine:
                 "lr='auto' trains on one device, in the dtypes of the programs: leave out devices and "
                 "precision, or give lr a number."
             )
-        if self.compile and self.processes != 1:
-            raise ArgumentError(
-                "compile=True trains in one process: its graph holds gradient and optimizer's step, and several "
-                "processes average their gradients between the two. Set devices=1, or compile=False."
-            )
         if self.processes > 1 and self.accelerator not in ("auto", "cpu"):
             raise ArgumentError(
                 f"{self.processes} processes train on the CPU: use accelerator='cpu', or devices=1 and num_nodes=1."

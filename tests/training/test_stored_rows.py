@@ -49,7 +49,7 @@ FORMS = {
     "beside a tensor": lambda folder: {"x": mapped(folder, "x", X), "y": torch.tensor(Y).float()},
     "part of a file": lambda folder: (mapped(folder, "x", np.concatenate([X, X]))[:ROWS], torch.tensor(Y).float()),
     "xarray": lambda folder: stored(folder),
-    "arrays of xarray": lambda folder: tuple(stored(folder)[name] for name in "xy"),
+    "arrays of xarray": lambda folder: tuple(stored(folder).data_vars.values()),
 }
 
 
@@ -61,12 +61,13 @@ def stored(folder):
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_on_the_disk_train_like_rows_in_memory(form, tmp_path):
     expected, loc = fit((torch.tensor(X), torch.tensor(Y).float()))
-    found, same = fit(FORMS[form](tmp_path), dir=tmp_path / "run")
+    data = FORMS[form](tmp_path)
+    found, same = fit(data, dir=tmp_path / "run")
     assert torch.equal(loc, same)
     assert found.history.equals(expected.history)
     with pytest.raises(DataError, match="does not hold as a whole"):
         found.terms()
-    resumed, _ = fit(FORMS[form](tmp_path), dir=tmp_path / "run", resume=True, max_epochs=4)
+    resumed, _ = fit(data, dir=tmp_path / "run", resume=True, max_epochs=4)
     assert resumed.history.sizes["epoch"] == 4
 
 

@@ -193,8 +193,7 @@ def not_converged(evidence: Evidence) -> Iterator[Finding]:
     before, gain = second - first, third - second
     ratio = min(gain / before, LONGEST) if before > 0 else LONGEST
     left = gain * ratio / (1 - ratio)
-    whole = float(np.ptp(elbo.smooth.values))
-    if gain <= RISING * elbo.noise * (2 / quarter) ** 0.5 or left <= LEFT * whole:
+    if gain <= RISING * elbo.noise * (2 / quarter) ** 0.5 or left <= LEFT * evidence.gained(split):
         return
     yield Finding(
         "not converged",

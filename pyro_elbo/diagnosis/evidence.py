@@ -86,13 +86,10 @@ class Curve:
 
     @property
     def noise(self) -> float:
-        """The standard deviation of a value around the trend, from third differences.
-
-        The bend of a trend cancels in them, and their median ignores jumps.
-        """
+        """The standard deviation of a value around the trend, from second differences, whose median ignores jumps."""
         if len(self) < FEWEST:
             return 0.0
-        return float(np.median(np.abs(np.diff(self.values, 3)))) / (0.6745 * 20**0.5)
+        return float(np.median(np.abs(np.diff(self.values, 2)))) / (0.6745 * 6**0.5)
 
     @property
     def fall(self) -> Fall:
@@ -191,10 +188,10 @@ class Evidence:
         known = curve.epochs >= self.settled
         return Curve(curve.epochs[known], curve.values[known])
 
-    def gained(self, split: str) -> float:
-        """Return the nats per datum that the bound gained since the first epochs, whatever the weights were then."""
+    def gained(self, split: str, after: float = 0.0) -> float:
+        """Return the nats per datum that the bound gained after a part of the epochs, whatever the weights were."""
         smooth = self.curve("elbo", split).smooth.values
-        return float(smooth.max() - smooth[0])
+        return float(smooth.max() - smooth[int(after * len(smooth))])
 
     def weight(self, latent: str) -> float | None:
         """Return the last weight of a latent's KL; None for one that is drawn to a target instead (Capacity)."""

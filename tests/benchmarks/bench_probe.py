@@ -1,15 +1,17 @@
 """What the probes of a fit cost: ``pe.fit`` with and without them, alternating.
 
-Run with ``python -m tests.benchmarks.bench_probe [--only PART ...] [--repeats N]``. Medians of the processor time of
-whole and of the ratios of neighbors, with the range of these.
+Run with ``python -m tests.benchmarks.bench_probe [--only PART ...] [--repeats N]``. Medians of the processor time; the
+geometric mean of the ratios of neighbors, with its 95 % interval by Student's t; and all these ratios.
 """
 
 import argparse
+import math
 import statistics
 import time
 from unittest.mock import patch
 
 import torch
+from scipy.stats import t as student
 
 from pyro_elbo.diagnosis import Probe
 from tests.benchmarks.diagnosis_runs import Recipe, Run
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'one fit':48} {'seconds':>8} {'probed':>8} {'ratio':>7}  ratios from, to")
+    print(f"{'one fit':48} {'seconds':>8} {'probed':>8} {'ratio':>7}  95 % interval")
     for name, (run, compile) in FITS.items():
         if options.only and not any(part in name for part in options.only):
             continue
@@ -55,9 +57,12 @@ def main() -> None:
             times = {probed: seconds(run, compile, probed) for probed in order}
             pairs.append((times[False], times[True]))
         bare, probed = (statistics.median(x) for x in zip(*pairs, strict=True))
-        ratios = [b / a for a, b in pairs]
-        spread = f"{min(ratios):.3f}, {max(ratios):.3f}"
-        print(f"{name:48} {bare:8.2f} {probed:8.2f} {statistics.median(ratios):7.3f}  {spread}", flush=True)
+        logs = [math.log(b / a) for a, b in pairs]
+        mean, error = statistics.mean(logs), statistics.stdev(logs) / len(logs) ** 0.5
+        reach = student.ppf(0.975, len(logs) - 1) * error
+        low, ratio, high = (math.exp(mean + x) for x in (-reach, 0.0, reach))
+        print(f"{name:48} {bare:8.2f} {probed:8.2f} {ratio:7.3f}  {low:.3f} to {high:.3f}")
+        print(f"  ratios {' '.join(f'{math.exp(x):.3f}' for x in logs)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ class SymmetrizedKL:
     If a mean moves by a standard deviations, and nothing else, the root is a. Latents inside the plate of the data
     count row by row: the row that moved most is added to the latents that all rows share.
 
-    A guide whose distributions do not depend on what it draws runs once for each vector, which is then not to be
-    changed. Any other guide runs again at the draws of the other vector.
+    A guide whose distributions do not depend on what it draws runs once for each vector, which must not change then.
+    Any other guide runs again at the draws of the other vector.
 
     Args:
         guide, args, kwargs: the guide and its data.
@@ -75,8 +75,10 @@ class SymmetrizedKL:
 
     def __call__(self, first: Tensor, second: Tensor) -> float:
         """Return the root of J plus twice its standard error; the guide has one of the vectors afterwards."""
-        with evaluating(self._guide):
+        with evaluating(self._guide) as modules:
             runs = [self._ratios(first, second, seed) for seed in range(SINGLE if self._count == 1 else 1)]
+        if any(True for module in modules for _ in module.buffers()):
+            self._known.clear()  # training moves buffers
         shared, rows = (torch.cat(parts) for parts in zip(*runs, strict=True))
         return math.sqrt(max((_upper(shared) + _upper(rows)).item(), 0.0))
 

@@ -245,6 +245,32 @@ def test_symmetrized_kl_of_a_guide_that_does_not_vectorize():
     assert distance(torch.zeros(1), torch.full((1,), 0.3)) == pytest.approx(0.3, rel=1e-6)
 
 
+@pytest.mark.parametrize(("chained", "runs"), [(False, [2, 1]), (True, [4, 4])])
+def test_a_guide_runs_again_only_where_its_distributions_depend_on_its_draws(chained, runs):
+    """The second latent has the first, or nothing of it, as its mean: a shift of the first moves it by as much."""
+    calls = []
+
+    def pair(x):
+        calls.append(None)
+        first = pyro.sample("first", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+        pyro.sample("second", dist.Normal(first if chained else 0.0 * pyro.param("loc"), 1.0))
+
+    def latents(x):
+        first = pyro.sample("first", dist.Normal(0.0, 1.0))
+        pyro.sample(
+            "x", dist.Normal(pyro.sample("second", dist.Normal(first, 1.0)), 1.0).expand([4]).to_event(1), obs=x
+        )
+
+    pair(X)
+    iterates = Iterates([pyro.param("loc").unconstrained()])
+    distance = symmetrized_kl(latents, pair, iterates)
+    points = [torch.full((1,), x) for x in (0.0, 0.3, 0.7)]
+    for one, two, expected, count in zip(points, points[1:], (0.3, 0.4), runs, strict=False):
+        calls.clear()
+        assert distance(one, two) == pytest.approx(expected, rel=1e-5)
+        assert len(calls) == count
+
+
 # --- parameters -------------------------------------------------------------------------------------------------
 
 

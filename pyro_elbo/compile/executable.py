@@ -83,10 +83,10 @@ static void copy(int64_t* kept, int64_t step) {
 }
 
 extern "C" const char* run(
-    void* entry, PyObject* fixed, PyObject* data, PyObject* rows, int64_t steps, int64_t* kept) {
+    void* entry, PyObject* fixed, PyObject* data, PyObject* rows, int64_t width, int64_t steps, int64_t* kept) {
   static thread_local std::string message;
   auto function = reinterpret_cast<void (*)(void**, void**)>(entry);
-  const int64_t n = PyList_GET_SIZE(fixed), m = PyList_GET_SIZE(data), width = PyList_GET_SIZE(rows) / steps;
+  const int64_t n = PyList_GET_SIZE(fixed), m = PyList_GET_SIZE(data);
   std::vector<void*> inputs(n + m + width);
   const char* result = nullptr;
   try {
@@ -117,7 +117,7 @@ class Handles:
 
 
 class StepInputs:
-    """The scalars, records and noise of ``count`` steps: the inputs that differ between steps."""
+    """The scalars, records and noise of up to ``count`` steps: the inputs that differ between steps."""
 
     def __init__(self, count: int, scalars: Tensor, flag: Tensor, record: Tensor, noise: Sequence[Noise]) -> None:
         self.values: Sequence[Sequence[float]] = ()
@@ -138,16 +138,17 @@ class StepInputs:
 
         The noise of a step has a seed of its own where there are ``seeds``; without a ``stream`` there is one step.
         """
-        if values != self.values:
-            self.scalars.copy_(torch.tensor(values, dtype=self.scalars.dtype))
+        steps = len(values)
+        if values != self.values[:steps]:
+            self.scalars[:steps] = torch.tensor(values, dtype=self.scalars.dtype)
             self.values = values
-        for step in range(len(self.record)) if stream or seeds else ():
+        for step in range(steps) if stream or seeds else ():
             if seeds:
                 torch.default_generator.manual_seed(seeds[step])
             for row, start, stop in stream:
                 noise[row].draw(self.noise[row][step, start:stop])
         for n, x in zip(noise, self.noise, strict=True) if not stream else ():
-            n.draw(x)
+            n.draw(x[:steps])
 
 
 class Executable:
@@ -257,22 +258,25 @@ class Executable:
         rows.fill(values, self._noise, self._stream, seeds)
         if self._entry is not None:
             kept = None if snapshots is None else snapshots.passed(len(values))
-            arguments = (self._handles.capsules, tensor_handles(list(data)), handles.capsules, len(values), kept)
-            if (message := driver().run(self._entry, *arguments)) is not None:
+            tensors = self._handles.capsules, tensor_handles(list(data)), handles.capsules
+            if (message := driver().run(self._entry, *tensors, rows.width, len(values), kept)) is not None:
                 raise RuntimeError(f"The compiled step failed: {message.decode()}")
         else:
-            for i in range(0, len(rows.inputs), rows.width):
+            for i in range(0, len(values) * rows.width, rows.width):
                 self._call([*self._externals, *data, *rows.inputs[i : i + rows.width]])
                 if snapshots is not None:
                     snapshots.note()
-        return rows.record.cpu().numpy().copy()  # later steps write to the same rows
+        return rows.record[: len(values)].cpu().numpy().copy()  # later steps write to the same rows
 
     def _rows_for(self, count: int) -> tuple[StepInputs, Handles | None]:
-        if count not in self._rows:
-            for other in [n for n in self._rows if n != 1]:
-                del self._rows[other]
-            rows = StepInputs(count, *self._row, self._noise)
-            self._rows[count] = rows, None if self._entry is None else Handles(rows.inputs)
+        """Return the inputs of so many steps or more; making them takes as long as two steps of a small model each."""
+        known = next((n for n in self._rows if n == count or 1 < count < n), None)
+        if known is not None:
+            return self._rows[known]
+        for other in [n for n in self._rows if n != 1]:
+            del self._rows[other]
+        rows = StepInputs(count, *self._row, self._noise)
+        self._rows[count] = rows, None if self._entry is None else Handles(rows.inputs)
         return self._rows[count]
 
 
@@ -281,7 +285,7 @@ def driver() -> ctypes.PyDLL:
     """Build and load the C++ library that calls compiled functions."""
     library = load_library(_DRIVER)
     library.run.restype = ctypes.c_char_p
-    library.run.argtypes = [ctypes.c_void_p, *(ctypes.py_object,) * 3, ctypes.c_int64, ctypes.c_void_p]
+    library.run.argtypes = [ctypes.c_void_p, *(ctypes.py_object,) * 3, *(ctypes.c_int64,) * 2, ctypes.c_void_p]
     library.release.restype, library.release.argtypes = None, [ctypes.py_object]
     library.layout.restype = ctypes.c_int64
     library.layout.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int64]

@@ -109,6 +109,14 @@ def test_a_bound_that_wanders_on_its_way_is_no_noise():
     assert pe.diagnose(history(distortion=noise - 3.0 * T, gradient=(1.0, 50.0))).names == ("not converged",)
 
 
+def test_what_is_left_is_measured_against_the_gain_of_the_whole_fit():
+    """A warm-up gains 30 nats; of the 3 after it a tenth is left, which is much of 3 and little of 33."""
+    warm, slow = {"beta": np.minimum(T / 12, 1.0)}, 4.0 * np.exp(-T / 15)
+    assert pe.diagnose(history(distortion=slow, **warm)).names == ("healthy",)
+    late = history(distortion=slow, **warm).isel(epoch=slice(12, None))
+    assert pe.diagnose(late).names == ("not converged",)
+
+
 def test_collapse_names_site_and_units():
     (finding,) = pe.diagnose(history(**CASES["posterior collapse"])).findings
     assert (finding.site, finding.units) == ("z", ("z[0]", "z[1]"))

@@ -268,9 +268,9 @@ class CompiledSVI:
 
     def _capture(self, step: KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
+        from pyro_elbo.compile import record as recorder
         from pyro_elbo.compile._torch import config, lazy_graph_modules  # what they import takes half a second
         from pyro_elbo.compile.executable import Executable, compiling
-        from pyro_elbo.compile.record import record as record_call
         from pyro_elbo.compile.scan.lower import ScanLowering
         from pyro_elbo.compile.store import machine_code
 
@@ -307,7 +307,7 @@ class CompiledSVI:
 
         def trace() -> "Recording":
             with refuse_side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
-                return record_call(function, inputs)
+                return recorder.record(function, inputs)
 
         device = next((p.device for p in step.parameters.values()), torch.get_default_device())
         scalars, record = (
@@ -319,6 +319,7 @@ class CompiledSVI:
             explain_capture(step.guard.generators),
             config.patch(fallback_random=self.fallback_random),
             lazy_graph_modules(True),
+            recorder.garbage_later(),
             compiling(),
         ):
             check_reachable(step.guard)

@@ -49,7 +49,11 @@ def inner(wrapper):
 
 
 def flat_tensors(graph):
-    return sum(x.shape == FLAT for x in graph.fakes[: graph.externals])
+    """How many tensors of all parameters a graph takes, as inputs or in the vectors of small ones."""
+    vectors = [n for n in graph.module.graph.nodes if n.op == "placeholder"][: len(graph.packs)]
+    parts = [n.args[2:4] for vector in vectors for n in vector.users if n.target is aten.slice.Tensor]
+    inputs = graph.fakes[len(graph.packs) : graph.externals]
+    return sum(stop - start == FLAT.numel() for start, stop in parts) + sum(x.shape == FLAT for x in inputs)
 
 
 def trains_alike(optimizer, between=lambda opt: None, program=guide, **options):

@@ -121,7 +121,9 @@ def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], ste
             loop.machine.call([*fixed, *row])
         return room
     handles = executable.Handles(fixed), executable.Handles(x for row in rows for x in row)
-    message = executable.driver().run(loop.machine.entry, handles[0].capsules, [], handles[1].capsules, steps, None)
+    message = executable.driver().run(
+        loop.machine.entry, handles[0].capsules, [], handles[1].capsules, steps, None, [], None
+    )
     if message is not None:
         raise RuntimeError(f"The compiled step failed: {message.decode()}")
     return room

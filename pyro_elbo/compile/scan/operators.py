@@ -137,6 +137,28 @@ library.impl("loop", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("pyro_elbo::loop", _meta, lib=library)
 
 
+def _each(
+    info: Any,
+    dims: Any,
+    constants: list[Tensor],
+    carry: list[Tensor],
+    inputs: list[Tensor],
+    steps: int,
+    key: int,
+) -> tuple[list[Tensor], list[int]]:
+    """Run one loop after the other where torch maps many."""
+
+    def rows(tensors: list[Tensor], at: Sequence[int | None], i: int) -> list[Tensor]:
+        return [x if d is None else x.select(d, i) for x, d in zip(tensors, at, strict=True)]
+
+    given = list(zip((constants, carry, inputs), dims, strict=False))
+    room = [torch.ops.pyro_elbo.loop(*(rows(*part, i) for part in given), steps, key) for i in range(info.batch_size)]
+    return [torch.stack(parts) for parts in zip(*room, strict=True)], [0] * len(room[0])
+
+
+torch.library.register_vmap("pyro_elbo::loop", _each, lib=library)
+
+
 def stable_key(x: Any) -> int:
     """Return a hash that is the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(x).encode()).digest()[:7], "little")

@@ -4,7 +4,7 @@ Run with ``python -m tests.benchmarks.bench_svi``; needs ``pip install numpyro j
 same parameters, takes the same optimizer and number of particles, and must first show the same losses. Then they
 alternate in blocks, in rotating order: times are medians of the blocks' means, ratios are medians of the ratios of
 blocks of one round. The columns "our step" and "our run" hold our time over the contender's. ``--compile-times``
-prints what a user waits for instead.
+prints what a user waits for instead, ``--sites`` how that grows with the number of scalar sites.
 """
 
 import argparse

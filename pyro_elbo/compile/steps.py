@@ -6,6 +6,7 @@ recorded (:mod:`pyro_elbo.compile.record`), and its machine code is made or foun
 then on the code runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
-from pyro_elbo.assumptions import capturing
+from pyro_elbo.assumptions import NotAlikeError, capturing
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
 from pyro_elbo.compile.course import Course
 from pyro_elbo.compile.execution import Execution, collect_code, record_execution
@@ -56,6 +57,7 @@ _VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "v
 MAX_MISSES = 8  # steps in a row for which something has changed
 MAX_SHAPES = 64  # kinds of data
 _ONE = Course()
+_log = logging.getLogger(__name__)
 
 
 class CompiledSVI:
@@ -259,9 +261,9 @@ class CompiledSVI:
 
     def _capture(self, step: KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
+        from pyro_elbo.compile import record as recorder
         from pyro_elbo.compile._torch import config, lazy_graph_modules  # what they import takes half a second
         from pyro_elbo.compile.executable import Executable, compiling
-        from pyro_elbo.compile.record import record as record_call
         from pyro_elbo.compile.scan.lower import ScanLowering
         from pyro_elbo.compile.store import machine_code
 
@@ -280,17 +282,7 @@ class CompiledSVI:
                 check_sites(step.sites, tuple(terms.sites))
                 loss = self._loss(terms)
                 recorded = self._record(terms, loss)
-            finite = torch.ones_like(alive)
-            if step.plan.optimizers:
-                self.loss.keep_averages(terms)
-                critics = network_gradients(terms)
-                finite = trace_update(
-                    self.update,
-                    step.plan,
-                    program_gradients(loss, step.parameters, step.hooks, step.gradients),
-                    critics,
-                    named,
-                )
+            finite = self._traced_update(step, terms, loss, named) if step.plan.optimizers else torch.ones_like(alive)
             usable = torch.stack([alive, torch.isfinite(loss.detach()), finite, *assumed]).all()
             record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), finite, usable)]))
             alive.copy_(usable)
@@ -298,25 +290,27 @@ class CompiledSVI:
 
         def trace() -> "Recording":
             with refuse_side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
-                return record_call(function, inputs)
+                return recorder.record(function, inputs)
 
-        device = next((p.device for p in step.parameters.values()), torch.get_default_device())
-        scalars, record = (
-            torch.zeros(n, dtype=torch.float64, device=device) for n in (len(names), len(step.names) + 2)
-        )
-        row = scalars, torch.ones((), dtype=torch.bool, device=device), record
+        row = _row(step, len(names))
         inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
         with (
             explain_capture(step.guard.generators),
             config.patch(fallback_random=self.fallback_random),
             lazy_graph_modules(True),
+            recorder.garbage_later(),
             compiling(),
         ):
             check_reachable(step.guard)
             check_traceable(step.plan.optimizers, step.parameters)
-            call = trace()
+            try:
+                call = trace()
+            except NotAlikeError as reason:
+                _log.debug("particles are captured one by one: %s", reason)
+                scans = ScanLowering(maps=False)
+                call = trace()
             if step.execution is not None and step.execution.misses(ran[-1]):
-                scans, recording = ScanLowering(), record_execution  # the first run took another branch
+                scans, recording = ScanLowering(scans.maps), record_execution  # the first run took another branch
                 call = trace()
                 step.execution.update(ran[-1])
                 args, kwargs = with_tensors(leaves, spec, [x for x in leaves if isinstance(x, Tensor)])
@@ -327,6 +321,13 @@ class CompiledSVI:
             step.execute = Executable(call, code, row, scans.owned)
             if os.environ.get("PYRO_ELBO_CHECK"):
                 step.execute.check(call, not self.fallback_random, list(self._scalars(step, 0).values()))
+
+    def _traced_update(self, step: KnownStep, terms: Terms, loss: Tensor, named: Mapping[Hashable, Tensor]) -> Tensor:
+        """Move the parameters while a step is captured; return whether all gradients are finite."""
+        self.loss.keep_averages(terms)
+        critics = network_gradients(terms)
+        gradients = program_gradients(loss, step.parameters, step.hooks, step.gradients)
+        return trace_update(self.update, step.plan, gradients, critics, named)
 
     def _scalars(self, step: KnownStep, ahead: int) -> dict[Hashable, float]:
         """Return the Python numbers of the step after ``ahead`` more: each schedule's, and the optimizers'."""
@@ -363,6 +364,13 @@ class CompiledSVI:
                 self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises an error that names site and rows
             totals = dict(zip(step.names, row.tolist(), strict=False))
             explain_unusable(totals, bool(row[-2]), loss, step.parameters)
+
+
+def _row(step: KnownStep, scalars: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what differs from step to step: the scalars, the flag that all steps were usable, and the record."""
+    device = next((p.device for p in step.parameters.values()), torch.get_default_device())
+    values, record = (torch.zeros(n, dtype=torch.float64, device=device) for n in (scalars, len(step.names) + 2))
+    return values, torch.ones((), dtype=torch.bool, device=device), record
 
 
 def _held(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:

@@ -303,23 +303,20 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> tuple[dict[str, Term], dict[str, Term], int | None]:
         """Return the terms, those that the weights charge, and the dimension of particles."""
-        loop, count = active_loop(), 1 if self.vectorize_particles else self.num_particles
+        programs, loop = (model, guide, args, kwargs), active_loop()
+        count = 1 if self.vectorize_particles else self.num_particles
         if count > 1 and loop is not None and loop.maps and not self.penalties:
-            one = lambda: self._sites(self._runs(model, guide, args, kwargs, 1))[0]  # noqa: E731
-            sites, particle_dim = map_particles(loop.map, one, count)
-            return sites, sites, particle_dim
-        runs = self._runs(model, guide, args, kwargs, count)
+            sites, dim = map_particles(loop.map, lambda: self._sites(self._runs(programs, 1))[0], count)
+            return sites, sites, dim
+        runs = self._runs(programs, count)
         sites, particle_dim = self._sites(runs)
         weights = self.weighting.of_summed_out(sites, value)
         charged = sites if weights is None else self._sites(runs, weights)[0]
         return sites, charged, particle_dim
 
-    def _runs(
-        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], times: int
-    ) -> list[list[Runs]]:
+    def _runs(self, programs: tuple[Program, Program, tuple, dict[str, Any]], times: int) -> list[list[Runs]]:
         """Run the programs so many times, each time once per value of the sites that a guide marks ``"sequential"``."""
-        programs, count = (model, guide, args, kwargs), self.num_particles
-        nesting = 0 if math.isinf(self.max_plate_nesting) else int(self.max_plate_nesting)
+        count, nesting = self.num_particles, 0 if math.isinf(self.max_plate_nesting) else int(self.max_plate_nesting)
         vectorized = self.vectorize_particles and count > 1
         trace = self._vectorized if vectorized else partial(trace_pair, max_plate_nesting=nesting)
         with SameRows():

@@ -30,7 +30,7 @@ class Remember(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.current_epoch == 0:
-            self.seen.append(batch[0])
+            self.seen.append(batch)
 
     def on_train_end(self, trainer, pl_module):
         state = {name: x for name, x in pl_module.state_dict().items() if isinstance(x, torch.Tensor)}

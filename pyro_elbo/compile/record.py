@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from pyro_elbo.compile._torch import make_fx, valueless_fakes
+from pyro_elbo.assumptions import NotAlikeError
+from pyro_elbo.compile._torch import FakeTensor, make_fx, valueless_fakes
 from pyro_elbo.compile.fakes import Lifting
 from pyro_elbo.compile.graphs import lift
 from pyro_elbo.errors import CompileError
@@ -38,7 +39,10 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Recordi
     fakes = [mode.from_tensor(x.detach()) for x in inputs]
     with mode, Lifting(mode) as lifting:
         module = make_fx(function)(*fakes)
-    return Recording(module, tuple(lift(module, lifting.lifted)), tuple(inputs), tuple(lifting.frozen.values()))
+    externals = lift(module, lifting.lifted)
+    if any(isinstance(x, FakeTensor) for x in externals):
+        raise NotAlikeError("a tensor of one particle is used outside of its run")
+    return Recording(module, tuple(externals), tuple(inputs), tuple(lifting.frozen.values()))
 
 
 @contextmanager

@@ -46,7 +46,8 @@ def map_particles(
         found.update(run())
         results: list[Tensor] = []
 
-        def keep(x: Tensor, dims: int) -> Tensor:
+        def keep(make: Callable[[], Tensor], dims: int) -> Tensor:
+            x = make()
             results.append(x.expand(torch.broadcast_shapes((1,) * dims, x.shape)))
             return x
 
@@ -62,8 +63,8 @@ def map_particles(
     return sites, -(depth() + 1)
 
 
-def _map_tensors(term: Term, function: Callable[[Tensor, int], Tensor], dims: int) -> Term:
-    """Replace the tensors of a term by a function of each and of the number of batch and event dimensions."""
+def _map_tensors(term: Term, function: Callable[[Callable[[], Tensor], int], Tensor], dims: int) -> Term:
+    """Replace each tensor of a term by a function of what makes it, and of its number of batch and event dimensions."""
     if isinstance(term.scale, Tensor) or isinstance(term.mask, Tensor):
         raise NotAlikeError(f"site '{term.name}' has a scale or a mask per row")
     if term.posterior is not None or term.averaged is not None or term.expected:
@@ -71,10 +72,10 @@ def _map_tensors(term: Term, function: Callable[[Tensor, int], Tensor], dims: in
     if any(site.baseline is not None for site in term.draws):
         raise NotAlikeError(f"site '{term.name}' has a baseline")
 
-    def mapped(x: Tensor | None, events: int = 0) -> Any:
-        return None if x is None else function(x, dims + events)
+    def mapped(x: Tensor | None) -> Any:
+        return None if x is None else function(lambda: x, dims)
 
-    per_dim = mapped(None if term.per_dim is None else term.per_dim(), len(term.event_shape))
+    per_dim = None if term.per_dim is None else function(term.per_dim, dims + len(term.event_shape))
     return replace(
         term,
         nats=mapped(term.nats),

@@ -166,6 +166,7 @@ def sum_out(
         for n in summed
     }
     nats |= {n: entropies[n] - nats[n] for n in summed}
+    nats |= {n: nats[n] + chain.impossible(names) for n, chain in chains.items()}
     marginals |= {n: chain.now() for n, chain in chains.items()}
     shares = [_sum_rows(_raise(_detached(x), exponents.get(n, 1.0)), rows) for n, x in nats.items() if n not in summed]
     shares += [_detached(_sum_rows(nats[n], rows)) * -1.0 for n in summed]
@@ -247,6 +248,11 @@ class PathsPosterior:
         if set(x.labels) <= {*self.paths.labels, *self.paths.own}:
             return self.paths.expect(x) * self.rows
         return combine(_possible, self.pairs(), x).sum(self.paths.own)
+
+    def impossible(self, summed: list[str]) -> Labeled:
+        """Return infinity from the first step on to which no path leads, whatever tells the rows apart; 0 before."""
+        reached = _sum_values(self.paths.reached(), summed)
+        return reached.map(torch.where(reached.x > 0, 0.0, torch.inf).to(reached.x.dtype))
 
     def entropy_term(self, name: str, variables: set[str], summed: list[str]) -> Labeled:
         """Return E[log q(k | k before, parents)] of the state, whose density depends on ``variables``."""

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pyro_elbo.errors import ArgumentError, SiteError
-from pyro_elbo.masking import masked
 from pyro_elbo.programs import Plate, Site, step_before
 from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms.chain import Paths, sum_paths
@@ -100,19 +99,16 @@ def connected(sites: Mapping[str, set[str]]) -> list[set[str]]:
     return [members for members, _ in groups]
 
 
-def log_prior(site: Site, mask: Tensor | bool | None = None) -> Labeled:
+def log_prior(site: Site) -> Labeled:
     """Return log p of a site over its support: without its mask, so that what is masked below it counts for nothing.
 
     Values of probability zero are impossible, where torch's distributions give them a tiny probability.
-
-    Args:
-        mask: zero is returned where it is false, aligned with ``site.stepwise()``.
     """
     fn: Any = site.fn
     fn, value = (fn.narrow or (fn.steps, fn.value)) if isinstance(fn, StackedDistribution) else (fn, site.value)
     log_p, support = fn.log_prob(value), _log_support(fn, value)
     log_p = log_p if support is None else torch.where(support > -torch.inf, log_p, -torch.inf)
-    return label_steps(masked(log_p, mask), site)
+    return label_steps(log_p, site)
 
 
 def _log_support(fn: Any, value: Tensor) -> Tensor | None:

@@ -150,8 +150,9 @@ class WeightSums:
         assert self._second is not None
         if bool((self._first == -torch.inf).any()):
             raise WeightsError(
-                f"None of {self.count} draws has a density under the model: the guide draws outside its support. "
-                "Give the guide's sites the support of the model's."
+                f"None of {self.count} draws has a density under the model: the guide draws outside its support, or "
+                "the data lie outside of theirs. Give the guide's sites the support of the model's; loss.terms names "
+                "the site and the row."
             )
         ess = (2 * self._first - self._second).exp()
         error = ((self.count / ess - 1).clamp(min=0) / (self.count - 1)).sqrt()

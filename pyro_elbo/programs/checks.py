@@ -89,14 +89,31 @@ MOST_ENTRIES = 20_000_000
 """Entries of one log density over the values of enumerated sites: 160 megabytes in double precision."""
 
 
-def check_entries(site: Site, shape: Sequence[int]) -> None:
+def check_entries(name: str, shape: Sequence[int], variables: Sequence[str]) -> None:
     """Raise SiteError for a density over so many enumerated values that memory would not hold it."""
-    if math.prod(shape) > MOST_ENTRIES:
+    if variables and math.prod(shape) > MOST_ENTRIES:
         raise SiteError(
-            f"Site '{site.name}': its log density has {math.prod(shape):,} entries, shape {tuple(shape)}, over the "
-            f"values of {list(site.variables.values())} that are summed out; expected at most {MOST_ENTRIES:,}. Take "
-            "fewer rows at once, or write a chain as a pyro.markov loop, or draw some of these sites in the guide."
+            f"Site '{name}': its log density has {math.prod(shape):,} entries, shape {tuple(shape)}, over the values "
+            f"of {list(variables)} that are summed out; expected at most {MOST_ENTRIES:,}. Take fewer rows at once, or "
+            "write a chain as a pyro.markov loop, or draw some of these sites in the guide."
         )
+
+
+def check_history(site: Site, shape: Sequence[int], forgotten: Mapping[str, int]) -> None:
+    """Raise SiteError for a density that depends on a site further back than ``pyro.markov`` keeps.
+
+    Args:
+        site: the site.
+        shape: of its log density.
+        forgotten: how many steps back other sites lie that have a dimension but are out of the history.
+    """
+    for d, name in site.variables.items():
+        if name in forgotten and len(shape) >= -d and shape[d] > 1:
+            raise SiteError(
+                f"Site '{site.name}' depends on '{name}', which lies {forgotten[name]} steps back in a pyro.markov "
+                "loop that keeps fewer: its values would be taken for those of a later site. Write "
+                f"pyro.markov(..., history={forgotten[name]})."
+            )
 
 
 def check_guide_site(site: Site, observed: bool, infer: Mapping[str, Any], in_model: bool) -> None:

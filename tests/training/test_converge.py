@@ -533,3 +533,21 @@ def test_a_guide_without_latents_or_parameters_has_nothing_to_converge():
 
     with pytest.raises(GuideError, match="draws no latent"):
         pe.SVI(likelihood, empty, adam(), pe.TraceBeta_ELBO()).converge(X)
+
+
+def test_a_guide_without_the_sites_that_are_summed_out_converges():
+    x = torch.cat([X - 3, X + 3])
+
+    def mixture(x):
+        mu = pyro.sample("mu", dist.Normal(torch.tensor([-2.0, 2.0]), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(mu[k], 1.0), obs=x)
+
+    guide = AutoNormal(pyro.poutine.block(mixture, hide=["k"]))
+    svi = pe.SVI(mixture, guide, pyro.optim.Adam({"lr": 0.05}), pe.TraceBeta_ELBO(num_particles=4))
+    report = svi.converge(x, accuracy=0.5, max_steps=3100, progress=False)
+    assert report.steps <= 3100
+    # components 2 and more standard deviations apart: each mean is that of its four data
+    exact = torch.tensor([(X - 3).sum() - 2, (X + 3).sum() + 2]) / 5
+    assert (guide.median(x)["mu"] - exact).abs().max() < 0.2

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 import pyro_elbo as pe
 from models.fair_vae import layers
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.errors import ArgumentError, check_positive
 
 NARROWEST = 1e-4  # width, in standard deviations of the codes, at which the search for the best one begins
 
@@ -108,6 +108,8 @@ def around_codes(
         encode, decode, likelihood: see :class:`PostHoc`.
         width: of the posterior; None takes the one of the largest bound of x, by :func:`best_width`.
     """
+    if width is not None:
+        check_positive("width", width, "The KL of a dimension, width²/2 - log width, is infinite at 0.")
     codes = encode(x)
     loc, scale = codes.mean(0), codes.std(0, correction=0)
     if (scale == 0).any():

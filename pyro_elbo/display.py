@@ -1,7 +1,27 @@
-"""Small HTML for notebooks: what ``print`` shows, as a table, in the colors of the page."""
+"""What users see beside text: small HTML tables for notebooks, in the colors of the page, and bars of progress."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Any
+
+from tqdm import tqdm
+
+DELAY = 0.5  # seconds until a bar appears
+
+
+def progress_bar(shown: bool, **options: Any) -> tqdm:
+    """Return a bar that appears once work has lasted a while: what is refused at once leaves none behind."""
+    return tqdm(disable=not shown, delay=DELAY, **options)
+
+
+def count_noun(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless there is one.
+
+    Example:
+        >>> count_noun(1, "epoch"), count_noun(3, "epoch")
+        ('1 epoch', '3 epochs')
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def html_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str] = ()) -> str:

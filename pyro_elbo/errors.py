@@ -1,6 +1,8 @@
 """The library's errors: a base class and its children, and the checks that arguments share."""
 
 import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
@@ -83,15 +85,42 @@ def check_number(what: str, value: Any, least: float = 0.0) -> None:
         Traceback (most recent call last):
         pyro_elbo.errors.ArgumentError: lr must be a finite number >= 0, got '1e-3' (str).
     """
-    if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(x := float(value)) and x >= least):
+    if not _is_finite(value) or value < least:
         bound = f" >= {least:g}" if least > -math.inf else ""
         raise ArgumentError(f"{what} must be a finite number{bound}, got {describe(value)}.")
+
+
+def check_positive(what: str, value: Any, cure: str = "") -> None:
+    """Raise ArgumentError unless ``value`` is a finite number above 0; ``cure`` is a sentence for the message.
+
+    Example:
+        >>> check_positive("accuracy", 0, "0.1 is a good choice.")
+        Traceback (most recent call last):
+        pyro_elbo.errors.ArgumentError: accuracy must be a finite number > 0, got 0. 0.1 is a good choice.
+    """
+    if not _is_finite(value) or value <= 0:
+        raise ArgumentError(f"{what} must be a finite number > 0, got {describe(value)}. {cure}".rstrip())
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_count(what: str, value: Any, least: int = 1) -> None:
     """Raise ArgumentError unless ``value`` is a whole number of at least ``least``."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ArgumentError(f"{what} must be a whole number >= {least}, got {describe(value)}.")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that names what is most like a misspelled name, or all that is known.
+
+    Example:
+        >>> did_you_mean("gradients", ["beta", "gradient"]), did_you_mean("x", ["beta", "gradient"])
+        ('Did you mean gradient=?', 'Its options are beta, gradient.')
+    """
+    near = get_close_matches(name, known := list(known), n=1)
+    return f"Did you mean {near[0]}=?" if near else f"Its options are {', '.join(known)}."
 
 
 def describe(value: Any) -> str:

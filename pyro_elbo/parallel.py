@@ -28,6 +28,7 @@ import pyro
 import torch
 from tqdm import tqdm
 
+from pyro_elbo.display import progress_bar
 from pyro_elbo.errors import ArgumentError, CheckpointError, check_count
 from pyro_elbo.files import read_file, write_file
 
@@ -147,7 +148,7 @@ def run_tasks(
         folder = Folder(scratch if dir is None else dir, settings, overwrite)
         done = folder.done(names)
         waiting = [name for name in names if name not in set(done)]
-        with tqdm(total=len(names), initial=len(done), disable=not progress, unit=f" {unit}") as bar:
+        with progress_bar(progress, total=len(names), initial=len(done), unit=f" {unit}") as bar:
             if num_workers == 1:
                 lost = _run_here(work, waiting, folder, bar)
             else:

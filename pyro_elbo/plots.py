@@ -31,7 +31,7 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
     """Plot training curves: the bound with its two parts, and the KL of every latent site beside its weight.
 
     What :func:`diagnose` finds is named in the legends, those of single latents beside their KL; a vertical line marks
-    the first epoch.
+    the first epoch. Legends stand below the curves: a figure of your own needs room there (layout="constrained").
 
     Args:
         history: ``history`` of a :class:`pyro_elbo.FitResult`: dimensions ``epoch`` and ``split``, nats per datum.
@@ -41,39 +41,53 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
         The two axes.
 
     Raises:
-        ArgumentError: ``history`` is no history, or ``axes`` are not two.
+        ArgumentError: ``history`` is no history or has no epochs, or ``axes`` are not two.
     """
     if not {"epoch", "split", "latent"} <= set(getattr(history, "dims", ())):
         raise ArgumentError(
             f"plot_history: expected a history over epoch, split and latent, got a {type(history).__name__}. "
             "Give result.history of a fit."
         )
+    if not history.sizes["epoch"]:
+        raise ArgumentError("plot_history: the history has no epochs. Give the history of a fit.")
     if axes is None:
         import matplotlib.pyplot as plt
 
-        axes = list(plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")[1])
+        axes = list(plt.subplots(1, 2, figsize=(10, 4), layout="constrained")[1])
     bound, kl = _check_axes("plot_history", axes, 2)
     for split in history.split.values:
         curve = history.elbo.sel(split=split)
         if bool(curve.notnull().any()):
-            bound.plot(history.epoch, curve, color=_COLORS[str(split)], label=f"elbo, {split}")
-    bound.plot(
-        history.epoch, -history.distortion.sel(split="train"), color="#d08c3f", lw=1, ls=":", label="-distortion"
-    )
+            _plot_epochs(bound, curve, color=_COLORS[str(split)], label=f"elbo, {split}")
+    distortion = -history.distortion.sel(split="train")
+    _plot_epochs(bound, distortion, color="#d08c3f", lw=1, ls=":", label="-distortion")
     bound.set(xlabel="epoch", ylabel="nats per datum", title="evidence lower bound (β = 1)")
     findings = [f for f in diagnose(history).findings if not f.is_harmless]
     _mark(bound, [f for f in findings if f.site is None])
-    bound.legend(frameon=False)
+    _legend_below(bound)
     for site in history.latent.values:
-        kl.plot(history.epoch, history.kl.sel(split="train", latent=site), label=f"KL of {site}")
+        _plot_epochs(kl, history.kl.sel(split="train", latent=site), label=f"KL of {site}")
     kl.set(xlabel="epoch", ylabel="nats per datum", title="rate, site by site")
     weight = kl.twinx()
-    weight.plot(history.epoch, history.beta.mean("latent"), color="#b3452c", lw=1, ls="--")
+    _plot_epochs(weight, history.beta.mean("latent"), color="#b3452c", lw=1, ls="--")
     weight.set(ylim=(0, None))
     weight.set_ylabel("β", color="#b3452c")
     _mark(kl, [f for f in findings if f.site is not None])
-    kl.legend(frameon=False, loc="center right")
+    _legend_below(kl)
     return axes
+
+
+def _plot_epochs(axes: "Axes", curve: "xarray.DataArray", **style: Any) -> None:
+    """Plot a curve over epochs; one that is known in a single epoch is a point."""
+    single = int(curve.notnull().sum()) == 1
+    axes.plot(curve.epoch, curve, marker="o" if single else None, **style)
+    locator: Any = axes.xaxis.get_major_locator()
+    locator.set_params(integer=True)
+
+
+def _legend_below(axes: "Axes") -> None:
+    """Put the legend where it covers no curve."""
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
 
 def _mark(axes: "Axes", findings: Sequence[Finding]) -> None:

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from pyro_elbo.errors import ArgumentError, check_count, check_number
+from pyro_elbo.errors import ArgumentError, check_count, check_number, check_positive
 
 
 class Schedule(ABC):
@@ -138,9 +138,7 @@ class SigmoidWarmup(Schedule):
     def __post_init__(self) -> None:
         _check_weight(self, start=self.start, end=self.end)
         _check_steps(self, self.steps)
-        _check_weight(self, steepness=self.steepness)
-        if self.steepness == 0:
-            raise ArgumentError("SigmoidWarmup: steepness must be positive, got 0; a straight line is pe.LinearWarmup.")
+        check_positive("SigmoidWarmup: steepness", self.steepness, "A straight line is pe.LinearWarmup.")
 
     def __call__(self, step: int) -> float:
         """Return the weight after ``step`` optimization steps."""

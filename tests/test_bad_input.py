@@ -589,8 +589,14 @@ def test_code_without_a_file_is_named_by_its_function():
 
 @pytest.mark.parametrize("objective", [pe.TraceBeta_ELBO, pe.TraceIW_ELBO, pe.TraceTimestep_ELBO])
 def test_unknown_options_name_the_class_that_was_called(objective):
-    with pytest.raises(TypeError, match=rf"^{objective.__name__}\(\) got an unexpected keyword argument 'foo'$"):
+    with pytest.raises(
+        ArgumentError, match=rf"^{objective.__name__} has no option foo=. Its options are beta, kl, .*\.$"
+    ):
         objective(foo=1)
+    with pytest.raises(
+        ArgumentError, match=rf"^{objective.__name__} has no option gradients=. Did you mean gradient=\?"
+    ):
+        objective(gradients="auto")
 
 
 def test_a_message_that_ends_in_a_colon_becomes_a_sentence():

@@ -14,7 +14,7 @@ from pyro_elbo.calibration.posteriors import LOG_LIKELIHOOD, posterior_draws
 from pyro_elbo.calibration.ranks import ranks_of
 from pyro_elbo.calibration.result import Calibration
 from pyro_elbo.calibration.simulate import Simulator, make_simulator
-from pyro_elbo.errors import ArgumentError, NonFiniteError, check_count, check_number, describe, first_line
+from pyro_elbo.errors import ArgumentError, NonFiniteError, check_count, check_positive, describe, first_line
 from pyro_elbo.parallel import Finished, Work, run_tasks
 from pyro_elbo.posterior import label_arrays
 from pyro_elbo.programs import Program, check_options, mix_seed, program_arguments, program_name, seeded
@@ -104,10 +104,10 @@ def simulation_based_calibration(
     check_count("num_simulations", num_simulations, LEAST_SIMULATIONS)
     check_count("num_draws", num_draws, LEAST_DRAWS)
     check_count("seed", seed, least=0)
-    check_number("false_alarm", false_alarm)
     if not callable(fit):
         raise ArgumentError(f"fit must be a function of the model's arguments, got {describe(fit)}.")
-    if not 0 < false_alarm < 1:
+    check_positive("false_alarm", false_alarm)
+    if false_alarm >= 1:
         raise ArgumentError(f"false_alarm must be a probability between 0 and 1, got {false_alarm}.")
     args, kwargs = program_arguments(model, args, kwargs)
     simulator = make_simulator(model, args, kwargs, mix_seed(seed, _WARM_UP, _SIMULATE))

@@ -8,6 +8,7 @@ Imports objectives and below.
 """
 
 from pyro_elbo.diagnosis.activity import ACTIVE, active_units, spread_of_means
+from pyro_elbo.diagnosis.evidence import named_points
 from pyro_elbo.diagnosis.findings import Diagnosis, Finding
 from pyro_elbo.diagnosis.probe import MAX_ROWS, Call, Probe, ProbeData, ProbeRecord, are_local, cost_in_steps
 from pyro_elbo.diagnosis.recorded import probe_variables
@@ -31,6 +32,7 @@ __all__ = [
     "compare_splits",
     "cost_in_steps",
     "diagnose",
+    "named_points",
     "probe_variables",
     "rows_of",
     "spread_of_means",

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pyro_elbo.errors import check_count
+from pyro_elbo.errors import DataError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.posterior import label_latents, sample_guide
 from pyro_elbo.programs import Program, check_options, program_arguments, seeded
@@ -49,6 +49,7 @@ def active_units(
 
     Raises:
         ArgumentError: ``num_samples`` is less than 2.
+        DataError: there is a single row.
         GuideError, SiteError, NonFiniteError: as from the terms.
 
     Example:
@@ -72,6 +73,11 @@ def active_units(
     args, kwargs = program_arguments(model, args, kwargs)
     with torch.no_grad(), seeded(seed):
         terms = TraceBeta_ELBO().terms(model, guide, *args, **kwargs)
+    if terms.data_plate is not None and terms.data_plate.size < 2:
+        raise DataError(
+            f"Means move from row to row: active units need 2 rows of '{terms.data_plate.name}' or more, got 1. Pass "
+            "more rows."
+        )
     draws = label_latents(sample_guide(model, guide, args, kwargs, num_samples, seed))
     spreads = {name: spread_of_means(name, terms, draws) for name, term in terms.sites.items() if term.kind == "latent"}
     return {name: spread > ACTIVE for name, spread in spreads.items() if spread is not None}

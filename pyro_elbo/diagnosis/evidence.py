@@ -18,6 +18,7 @@ LOST = 0.05  # of what was gained: less is the noise of a fit that has settled,
 SLIGHT = 0.01  # unless it is more than this, and
 UNLIKE = 3.0  # times as deep as any fall before
 SPLITS = {"train": "training", "valid": "validation"}
+PROBED = ("kl_per_dim", "active_units", "swapped_distortion", "gradient_norm")
 TOTALS = {"elbo", "loss", "distortion", "rate", "beta", "kl"}
 
 
@@ -48,6 +49,12 @@ class Fall(NamedTuple):
         """Whether what is trained has fallen, which never should: by little, but unlike any fall before, is enough."""
         stands_out = self.share > SLIGHT and self.drop > max(SURE * self.noise, UNLIKE * self.dip)
         return self.is_sure or stands_out
+
+
+def named_points(history: "xarray.Dataset") -> str:
+    """Return the names of the latents of which the guide was a point estimate, as a sentence shows them."""
+    names = np.atleast_1d(history.attrs.get("point_estimates", [])).tolist()  # a file returns one name alone
+    return ", ".join(map(repr, names))
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,9 @@ class Evidence:
                 f"{type(history).__name__}. Give the result of pe.fit, or its history."
             )
         if not history.sizes["epoch"]:
-            raise ArgumentError("diagnose: the history has no epochs. Give the history of a fit.")
+            raise ArgumentError(
+                "diagnose: the history has no epochs. Give the history of a fit, or some of its epochs."
+            )
         beta, epochs = history.beta.values, history.epoch.values
         moves = np.flatnonzero((np.diff(beta, axis=0) != 0).any(1)) if beta.size else np.empty(0, int)
         first = moves[-1] + 1 if len(moves) else 0
@@ -165,6 +174,12 @@ class Evidence:
     def latents(self) -> list[str]:
         """The latent sites."""
         return [str(name) for name in self.history.latent.values]
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether a probe falls into the epochs, as far as the history knows of probes."""
+        probed = [self.history[name] for name in PROBED if name in self.history]
+        return not probed or any(bool(x.notnull().any()) for x in probed)
 
     @property
     def judged(self) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Literal
 
-from pyro_elbo.display import html_table
+from pyro_elbo.display import count_noun, html_table
 
 FindingName = Literal[
     "healthy",
@@ -99,7 +99,7 @@ class Diagnosis:
     def summary(self) -> str:
         """The findings in one line."""
         if not self.findings:
-            return f"cannot be said from {self.epochs} epoch{'s' * (self.epochs != 1)}"
+            return f"cannot be said from {count_noun(self.epochs, 'epoch')}"
         return "; ".join(finding.title for finding in self.findings)
 
     def __repr__(self) -> str:
@@ -119,4 +119,4 @@ class Diagnosis:
 
     @property
     def _title(self) -> str:
-        return f"Diagnosis of {self.epochs} epoch{'s' * (self.epochs != 1)}: {', '.join(self.names) or 'none'}"
+        return f"Diagnosis of {count_noun(self.epochs, 'epoch')}: {', '.join(self.names) or 'none'}"

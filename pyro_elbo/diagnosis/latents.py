@@ -59,14 +59,14 @@ def over_regularized(evidence: Evidence) -> Iterator[Finding]:
     """Find latents whose weight is what keeps them from carrying more."""
     split = evidence.judged
     for latent in evidence.latents:
-        beta = evidence.weight(latent)
+        beta, weights = evidence.weight(latent), evidence.curve("beta", latent=latent)
         if beta is None or beta <= HEAVY:
             continue
-        units, (dead, since) = evidence.units(latent), _dead_units(evidence, latent, split)
+        units, (dead, _) = evidence.units(latent), _dead_units(evidence, latent, split)
         if units and 2 * len(dead) < len(units):
             continue
         kl = evidence.curve("kl", split, latent=latent).last or 0.0
-        silent = f", and {len(dead)} of {len(units)} units carry nothing" if units else ""
+        silent = f", and {len(dead)} of {len(units)} units carry less than {DEAD:g}" if units else ""
         yield Finding(
             "over-regularized",
             f"the weight of the KL is β = {beta:.3g}, and the KL {kl:.3g} nats per datum{silent}.",
@@ -75,7 +75,7 @@ def over_regularized(evidence: Evidence) -> Iterator[Finding]:
             "lower β to 1, or raise it by a schedule that ends there.",
             site=latent,
             units=tuple(dead),
-            since=since if dead else None,
+            since=Curve(weights.epochs, -weights.values).below_since(-HEAVY),
             evidence={"beta": beta, "kl": kl},
         )
 
@@ -92,7 +92,7 @@ def posterior_collapse(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             "posterior collapse",
             f"none of the {len(units)} units carries {DEAD:g} nats per datum"
-            + ("." if active is None else f"; {active:.0f} are active."),
+            + ("." if active is None else f"; the posterior means of {active:.0f} move with the data."),
             "the guide answers with the prior whatever the datum: the latent is no representation of it.",
             "raise β slowly from 0 (pe.LinearWarmup), give free_bits, weaken the decoder (fewer inputs beside the "
             "latent, a smaller scale of the likelihood), lower the learning rate of the decoder.",

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, DataError, SiteError, describe
+from pyro_elbo.errors import ArgumentError, DataError, GuideError, SiteError, describe
 from pyro_elbo.programs import Plate
 from pyro_elbo.terms import Term, Terms, frames, is_one
 
@@ -37,7 +37,7 @@ def rows_of(terms: Terms, split: str) -> Rows:
     """Return the terms of a split by row; ``split`` names the argument in errors.
 
     Raises:
-        ArgumentError, SiteError, DataError: as :func:`pyro_elbo.compare_splits`.
+        ArgumentError, SiteError, DataError, GuideError: as :func:`pyro_elbo.compare_splits`.
     """
     plate = _checked_plate(terms, split)
     rows = Rows({}, {}, {}, {}, {})
@@ -90,6 +90,11 @@ def _checked_plate(terms: Terms, split: str) -> Plate:
         )
     if plate.size < 2:
         raise DataError(f"{split}: expected at least 2 rows of '{plate.name}' for a standard error, got {plate.size}.")
+    if points := [n for n in terms.point_estimates if any(p.name == plate.name for p in terms.plates[n])]:
+        raise GuideError(
+            f"{split}: the guide is a point estimate in {points} (Delta): no row has a KL there, nor a bound. Use a "
+            "guide with a density for the latents of a row."
+        )
     return plate
 
 

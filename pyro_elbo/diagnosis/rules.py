@@ -7,7 +7,7 @@ thresholds are those of the labeled runs in ``docs/diagnosis.md``.
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pyro_elbo.diagnosis.evidence import FEWEST, SPLITS, Evidence
+from pyro_elbo.diagnosis.evidence import FEWEST, SPLITS, Evidence, named_points
 from pyro_elbo.diagnosis.findings import Diagnosis, Finding, FindingName
 from pyro_elbo.diagnosis.latents import dead_decoder, over_regularized, posterior_collapse, unpaid_rate, unused_units
 from pyro_elbo.diagnosis.trends import (
@@ -84,11 +84,15 @@ def _healthy(evidence: Evidence) -> Finding:
 def _unsaid(evidence: Evidence) -> Iterator[str]:
     if not evidence.shows_trends:
         yield f"whether training is done or goes wrong: a trend takes {FEWEST} epochs under the final weights."
+    if points := named_points(evidence.history):
+        yield f"what the bound says of log p(x): the guide is a point estimate of {points}, and its elbo is no bound."
     if not len(evidence.curve("elbo", "valid")):
         yield "whether it overfits: there is no validation."
     if len(evidence.curve("swapped_distortion", evidence.judged)):
         return
-    if any(map(evidence.units, evidence.latents)):
+    if not evidence.is_probed:
+        yield "what latents carry, and whether they collapse: no probe falls into these epochs."
+    elif any(map(evidence.units, evidence.latents)):
         yield "whether data depend on the latents: rows cannot exchange their values (enumerated ones, for example)."
     else:
         yield "whether latents collapse: none of them has a value per row of the data that a probe could judge."

@@ -205,6 +205,7 @@ def compare_splits(train_terms: Terms, valid_terms: Terms) -> SplitComparison:
         SiteError: there are no rows (the observed sites share no plate), the programs differ, or the guide draws
             latents of rows and shared ones together.
         DataError: a split has fewer than two rows.
+        GuideError: the guide is a point estimate in a latent of a row.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
@@ -253,7 +254,7 @@ def compare_splits(train_terms: Terms, valid_terms: Terms) -> SplitComparison:
         kl_per_dim={n: {unit: _cost(x, other[unit]) for unit, x in ours.items()} for n, (ours, other) in units.items()},
         shared={n: (total, valid.shared[n]) for n, total in train.shared.items()},
         rows=(len(gains[0]), len(gains[1])),
-        notes=tuple(_unlike_entries(train, valid)),
+        notes=(*_unlike_entries(train, valid), *_shared_points(train_terms)),
     )
 
 
@@ -265,6 +266,12 @@ def _gain(train: Float64[Tensor, " rows"], valid: Float64[Tensor, " others"]) ->
 def _cost(train: Float64[Tensor, " rows"], valid: Float64[Tensor, " others"]) -> Gap:
     found = _gain(train, valid)
     return Gap(found.train, found.valid, found.valid - found.train, found.standard_error)
+
+
+def _shared_points(terms: Terms) -> Iterator[str]:
+    """Say which totals of what rows share are no KL."""
+    for name in terms.point_estimates:
+        yield f"The guide is a point estimate in '{name}': its total is minus a log prior density, and no KL."
 
 
 def _unlike_entries(train: Rows, valid: Rows) -> Iterator[str]:

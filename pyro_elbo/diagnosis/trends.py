@@ -73,6 +73,13 @@ class _Words(NamedTuple):
     cure: str
 
 
+class _Lag(NamedTuple):
+    """The words for a validation bound that falls, and those for one that stays behind without falling."""
+
+    falls: _Words
+    behind: _Words
+
+
 _DIVERGING = _Words(
     "diverging",
     "steps overshoot: the parameters are worse than those of earlier epochs.",
@@ -85,15 +92,31 @@ _EXPLODING = _Words(
     "keep β at 1 (not far below), bound the scale of the guide and of the likelihood from below, lower the learning "
     "rate.",
 )
-_OVERFITTING = _Words(
-    "overfitting",
-    "the programs learn the training rows by heart: new rows are explained worse with every epoch.",
-    "stop early (patience=10 restores the best epoch), use more data, a smaller decoder, dropout or weight decay.",
+_OVERFITTING = _Lag(
+    _Words(
+        "overfitting",
+        "the programs learn the training rows by heart: new rows are explained worse with every epoch.",
+        "stop early (patience=10 restores the best epoch), use more data, a smaller decoder, dropout or weight decay.",
+    ),
+    _Words(
+        "overfitting",
+        "the programs learn also what is peculiar to the training rows: new rows gain less than these.",
+        "use more data, a smaller decoder, dropout or weight decay. Stopping early would not raise the validation "
+        "bound.",
+    ),
 )
-_SHRINKAGE = _Words(
-    "KL shrinkage",
-    "the guide suits the training rows alone: the KL of new rows is larger, although the model explains them as well.",
-    "regularize the encoder: weight decay or dropout there, noise on its input; a smaller encoder; patience=10.",
+_SHRINKAGE = _Lag(
+    _Words(
+        "KL shrinkage",
+        "the guide suits the training rows alone: the KL of new rows grows, although the model explains them as well.",
+        "regularize the encoder: weight decay or dropout there, noise on its input; a smaller encoder; patience=10.",
+    ),
+    _Words(
+        "KL shrinkage",
+        "the guide suits the training rows better than others: the KL of new rows shrinks less than theirs.",
+        "regularize the encoder: weight decay or dropout there, noise on its input; a smaller encoder. Stopping early "
+        "would not raise the validation bound.",
+    ),
 )
 
 
@@ -120,8 +143,11 @@ def _objective(evidence: Evidence) -> Curve:
     return Curve(loss.epochs, -loss.values)
 
 
-def _lagging(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
-    """Find a validation bound that falls, or stays behind that of training, mostly by one of its two parts."""
+def _lagging(evidence: Evidence, part: str, lag: _Lag) -> Iterator[Finding]:
+    """Find a validation bound that falls, or stays behind that of training, mostly by one of its two parts.
+
+    It falls since its best epoch; it stays behind since the gap is more than half of what it is at the end.
+    """
     if evidence.judged != "valid":
         return
     train, valid = evidence.steady("elbo", "train").at_the_end.smooth, evidence.steady("elbo", "valid").smooth
@@ -131,14 +157,17 @@ def _lagging(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
     of_part = (evidence.steady(part, "valid").smooth.values - evidence.steady(part, "train").smooth.values)[-1]
     if not (fall.is_sure or lags) or behind <= 0 or of_part <= behind / 2:
         return
-    fell = f"; it has lost {fall.drop:.3g} since epoch {fall.since}" if fall.is_sure else ""
+    words = lag.falls if fall.is_sure else lag.behind
+    since = fall.since if fall.is_sure else Curve(gap.epochs, -gap.values).below_since(-behind / 2)
+    kept = "still rises" if any(not_converged(evidence)) else "has not fallen"
+    moved = f"it has lost {fall.drop:.3g}" if fall.is_sure else f"it {kept}, and the gap is over half as wide"
     yield Finding(
         words.name,
         f"the validation bound is {behind:.3g} nats per datum below that of training, of which the {part} makes "
-        f"{of_part:.3g}{fell}.",
+        f"{of_part:.3g}; {moved} since epoch {since}.",
         words.why,
         words.cure,
-        since=fall.since if fall.is_sure else Curve(gap.epochs, -gap.values).below_since(-most),
+        since=since,
         evidence={"gap": float(behind), part: float(of_part), "drop": fall.drop},
     )
 

@@ -22,6 +22,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_elbo.display import progress_bar
 from pyro_elbo.errors import ArgumentError, check_count, describe
 from pyro_elbo.evidence.bridge import Bridge, Call, build_bridge
 from pyro_elbo.evidence.hmc import PerChain, Point, Position, transition
@@ -35,8 +36,8 @@ MAX_ELEMENTS = 2**22  # of the chains of a latent that walk together
 class Annealing(NamedTuple):
     """Settings of the walk: temperatures (None: as the pilot says), leapfrog steps of a transition, its start."""
 
-    num_temperatures: int | None
-    num_leapfrog: int
+    num_temperatures: int | None = None
+    num_leapfrog: int = 2
     start: str = "prior"
 
     def check(self) -> None:
@@ -63,7 +64,7 @@ def anneal(
     groups = chain_groups(bridge, chains)
     sums = WeightSums()
     plan = make_plan(bridge, groups[0], annealing, progress)
-    with tqdm(total=len(groups) * (len(plan.betas) - 1), disable=not progress) as bar:
+    with progress_bar(progress, total=len(groups) * (len(plan.betas) - 1)) as bar:
         for count in groups:
             sums.add(bridge.by_row(walk(bridge, bridge.draw(count), plan, annealing, bar)))
     return sums.result("ais", bridge.plate_name, bridge.shared)

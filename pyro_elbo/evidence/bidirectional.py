@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from tqdm import tqdm
 
-from pyro_elbo.display import html_table
+from pyro_elbo.display import html_table, progress_bar
 from pyro_elbo.errors import SiteError, check_count
 from pyro_elbo.evidence.annealing import Annealing, chain_groups, make_plan, walk
 from pyro_elbo.evidence.bridge import Bridge, Call, build_bridge
@@ -23,6 +22,7 @@ from pyro_elbo.programs import (
     Program,
     ResampleObserved,
     Site,
+    check_arguments,
     check_options,
     check_programs,
     evaluating,
@@ -30,6 +30,8 @@ from pyro_elbo.programs import (
     seeded,
     trace_program,
 )
+
+_CLEAR = 3.0  # standard errors by which a bound may cross the other one
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,13 +53,19 @@ class EvidenceBracket:
         """Upper less lower, per row where the lower one is: nats. What is left of it bounds the error of AIS."""
         return self.upper.log_evidence - self.lower.log_evidence
 
+    @property
+    def gap_standard_error(self) -> Tensor:
+        """Standard error of the sum of ``gap``; the chains of both sides are independent."""
+        return torch.hypot(self.upper.total_standard_error, self.lower.total_standard_error)
+
     def __repr__(self) -> str:
         """Both totals with their standard errors, and the mean gap."""
         lines = [f"  {name:6} {total} {error}" for name, total, error in self._figures]
-        return "\n".join([self._title, f"  {'':6} {'total':>14} {'standard error':>14}", *lines, f"  {self._note}"])
+        notes = [f"  {note}" for note in self._notes]
+        return "\n".join([self._title, f"  {'':6} {'total':>14} {'standard error':>14}", *lines, *notes])
 
     def _repr_html_(self) -> str:
-        return html_table(self._title, ("", "total", "standard error"), self._figures, [self._note])
+        return html_table(self._title, ("", "total", "standard error"), self._figures, self._notes)
 
     @property
     def _title(self) -> str:
@@ -65,14 +73,26 @@ class EvidenceBracket:
 
     @property
     def _figures(self) -> list[tuple[str, str, str]]:
-        sides = {"lower": self.lower, "upper": self.upper}
-        return [(n, f"{float(x):14.4f}", f"{x.total_standard_error.item():14.4f}") for n, x in sides.items()]
+        return [(n, f"{float(x):14.4f}", f"{x.total_standard_error.item():14.4f}") for n, x in self._sides.items()]
 
     @property
-    def _note(self) -> str:
+    def _sides(self) -> dict[str, LogEvidence]:
+        return {"lower": self.lower, "upper": self.upper}
+
+    @property
+    def _notes(self) -> list[str]:
+        """The gap, what it means where the lower estimate is above the upper one, and cautions about either."""
+        gap, error = self.gap.sum().item(), self.gap_standard_error.item()
         if self.lower.plate is None:
-            return f"gap {self.gap.item():.4f}, one number for all data"
-        return f"gap per row of '{self.lower.plate}': mean {self.gap.mean():.4f}, largest {self.gap.max():.4f}"
+            notes = [f"gap {gap:.4f} ± {error:.4f}, one number for all data"]
+        else:
+            mean = f"mean {self.gap.mean():.4f} ± {error / len(self.gap):.4f}"
+            notes = [f"gap per row of '{self.lower.plate}': {mean}, largest {self.gap.max():.4f}"]
+        if gap < 0:
+            noise = "noise of the chains, which leaves no gap to see: bounds hold on average."
+            noise = noise if -gap <= _CLEAR * error else "more than their noise: more num_temperatures help."
+            notes.append(f"The lower estimate lies above the upper one: {noise}")
+        return notes + [f"{name}: {x.caution}" for name, x in self._sides.items() if x.caution is not None]
 
 
 def bidirectional_evidence(
@@ -102,6 +122,7 @@ def bidirectional_evidence(
         ``EvidenceBracket``: both estimates in nats, and the data.
 
     Raises:
+        DataError: the arguments are not those of the model.
         ArgumentError, SiteError, WeightsError: as :func:`pyro_elbo.log_evidence` with ``method="ais"``; SiteError also
             where an observed site cannot be sampled.
 
@@ -126,6 +147,8 @@ def bidirectional_evidence(
     annealing = Annealing(num_temperatures, num_leapfrog)
     annealing.check()
     args, kwargs = program_arguments(model, args, kwargs)
+    cure = "It simulates from the model alone, without a guide. "
+    check_arguments("bidirectional_evidence", {"model": model}, args, kwargs, cure)
     with seeded(seed), evaluating(model):
         sites = _simulate(model, args, kwargs)
         observed = {n: s.value for n, s in sites.items() if s.role == "observed"}
@@ -156,7 +179,7 @@ def _both_ways(
     groups = chain_groups(bridge, chains)
     up, down = WeightSums(), WeightSums()
     plan = make_plan(bridge, groups[0], annealing, progress)
-    with tqdm(total=2 * len(groups) * (len(plan.betas) - 1), disable=not progress) as bar:
+    with progress_bar(progress, total=2 * len(groups) * (len(plan.betas) - 1)) as bar:
         for count in groups:
             up.add(bridge.by_row(walk(bridge, bridge.draw(count), plan, annealing, bar)))
             back = walk(bridge, made.expand(count, -1, -1), plan, annealing, bar, reverse=True)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_elbo.errors import GuideError, SiteError, first_line
+from pyro_elbo.errors import GuideError, NonFiniteError, SiteError, count_nonfinite, first_line
 from pyro_elbo.evidence.batches import check_rows
 from pyro_elbo.masking import masked
 from pyro_elbo.posterior import Weighting, find_weighting, is_discrete, sum_plates
@@ -193,10 +193,12 @@ def build_bridge(call: Call, rows: int | None) -> Bridge:
         SiteError: a latent is discrete, has a support that depends on others, or a plate is subsampled.
         GuideError: the guide is a point estimate, or masks its sites.
         WeightsError: the scales of sites differ.
+        NonFiniteError: data are NaN, or have no density.
     """
     pair, other = (_sites(call) for _ in range(2))
     weighting = find_weighting(pair)
     check_rows(weighting.plate, weighting.local, rows)
+    _check_densities(pair.model)
     obstacle = weighting.local_obstacle if weighting.local else weighting.obstacle
     if obstacle is not None:
         raise obstacle
@@ -209,6 +211,19 @@ def build_bridge(call: Call, rows: int | None) -> Bridge:
     shared = weighting.total(given, None, 1, pair.nesting).item()
     bridge = Bridge(call, weighting, coordinates, pair.nesting, shared=shared)
     return bridge if _vectorizes(bridge) else replace(bridge, vectorized=False)
+
+
+def _check_densities(model: Sites) -> None:
+    """Raise NonFiniteError for data without a density, which no walk would find.
+
+    A draw of the start may make the data impossible: that is a density.
+    """
+    for name, site in model.items():
+        log_p = site.log_prob() if site.role == "observed" else torch.zeros(())
+        if torch.isnan(log_p).any():
+            raise NonFiniteError(
+                f"Site '{name}': log-likelihood: {count_nonfinite(log_p)}. Look for a diverged parameter of the model."
+            )
 
 
 def _sites(call: Call) -> TracePair:

@@ -3,10 +3,12 @@ r"""The length of the code that a bound promises, in bits.
 .. math:: \text{bits} = -\frac{\text{elbo}}{\ln 2} - D \log_2 \delta
 
 for D numbers, each stated at resolution δ (discrete data: δ = 1). Bits-back coding attains it: the rate is the cost of
-the latents less what their randomness carries.
+the latents less what their randomness carries. The probability of a bin is taken for its width times the density in it,
+so bins so wide that one would hold more than half of the probability are refused.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +16,12 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from pyro_elbo.display import html_table
-from pyro_elbo.errors import ArgumentError, GuideError, SiteError, check_number, describe
-from pyro_elbo.programs import Plate, is_point
-from pyro_elbo.terms import Term, Terms, frames, is_one
+from pyro_elbo.errors import ArgumentError, GuideError, SiteError, check_positive, describe
+from pyro_elbo.masking import both, expand_to_event, mask_in_event, unmask
+from pyro_elbo.programs import Plate, Site
+from pyro_elbo.terms import Term, Terms, frames, is_one, univariate
+
+LARGEST_BIN = 0.5  # of the probability: beyond, density times width is too far from it
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,7 +34,8 @@ class CodeLength:
         num_data: rows of the full data.
         num_dims: observed numbers in the full data: rows times dimensions, without what masks leave out.
         plate: name of the data plate; None without one.
-        resolution: δ; None for discrete data.
+        resolution: δ, or δ by site; None for discrete data.
+        row_sums: the sum of the observed numbers of every row, by which ``-`` knows the same rows.
         complete: whether ``bits`` holds all rows of the full data.
     """
 
@@ -38,7 +44,8 @@ class CodeLength:
     num_data: int
     num_dims: float
     plate: str | None
-    resolution: float | None
+    resolution: float | Mapping[str, float] | None
+    row_sums: Float64[Tensor, " rows"]
     complete: bool
 
     @property
@@ -70,7 +77,10 @@ class CodeLength:
 
     @property
     def _title(self) -> str:
-        at = "" if self.resolution is None else f" at resolution {self.resolution:g}"
+        if isinstance(self.resolution, Mapping):
+            at = f" at resolution {', '.join(f'{width:g} of {name!r}' for name, width in self.resolution.items())}"
+        else:
+            at = "" if self.resolution is None else f" at resolution {self.resolution:g}"
         return f"Code length of {self.num_data} data in bits{at}"
 
     @property
@@ -86,10 +96,11 @@ class CodeLength:
         """Compare two codes of the same rows, by the bits that each row costs more.
 
         Raises:
-            ArgumentError: the rows, the dimensions or the resolutions differ, or rows were subsampled.
+            ArgumentError: the rows, the dimensions or the resolutions differ, or rows were subsampled; ``other`` is no
+                code length.
         """
         if not isinstance(other, CodeLength):
-            return NotImplemented
+            raise ArgumentError(f"A code length less {describe(other)}: expected another one, pe.code_length(terms).")
         mine, its = ((len(x.bits), x.num_dims, x.resolution) for x in (self, other))
         if mine != its:
             raise ArgumentError(
@@ -100,6 +111,13 @@ class CodeLength:
             raise ArgumentError(
                 "Code lengths of subsampled rows cannot be compared row by row. Take the terms of all rows, without "
                 "subsample_size."
+            )
+        unlike = ~torch.isclose(self.row_sums, other.row_sums, rtol=1e-5, atol=1e-8)
+        if unlike.any():
+            raise ArgumentError(
+                f"Code lengths of different data: the numbers of row {int(unlike.nonzero()[0])} add up to "
+                f"{self.row_sums[unlike][0]:g} and {other.row_sums[unlike][0]:g}. Give both models the same rows in "
+                "the same order."
             )
         return CodeLengthDifference(self.bits - other.bits)
 
@@ -148,7 +166,7 @@ class CodeLengthDifference:
         return html_table("Difference of code lengths", (), [], [repr(self)])
 
 
-def code_length(terms: Terms, resolution: float | None = None) -> CodeLength:
+def code_length(terms: Terms, resolution: float | Mapping[str, float] | None = None) -> CodeLength:
     r"""Return the length in bits of the code that a bound promises: −ELBO / ln 2.
 
     For discrete data that is a length as it stands. A density has no code length until its numbers are rounded: with
@@ -157,13 +175,15 @@ def code_length(terms: Terms, resolution: float | None = None) -> CodeLength:
 
     Args:
         terms: the terms of a bound on the rows to be coded.
-        resolution: δ, the width of a bin per dimension; for data with a density only.
+        resolution: δ, the width of a bin per dimension, for data with a density only; ``{site: δ}`` where other sites
+            are discrete, or have another one.
 
     Returns:
         ``CodeLength``: bits, smaller is better.
 
     Raises:
-        ArgumentError: the data have a density and no resolution is stated, the other way round, or it is not positive.
+        ArgumentError: the data have a density and no resolution is stated, the other way round, it is not positive, or
+            so coarse that one bin would hold more than half of the probability.
         GuideError: the guide is a point estimate in some continuous latent, which no finite number of bits states.
         SiteError: the model has a ``pyro.factor``, which is no code, or no data.
 
@@ -186,25 +206,31 @@ def code_length(terms: Terms, resolution: float | None = None) -> CodeLength:
         raise ArgumentError(f"terms must be those of a bound, loss.terms(model, guide, x), got {describe(terms)}.")
     data = [t for t in terms.sites.values() if t.kind == "likelihood"]
     _check_sites(terms, data)
-    _check_resolution(data, resolution)
+    widths = _widths(data, resolution)
+    for term in data:
+        if term.name in widths:
+            _check_bins(term, widths[term.name])
     plate = terms.data_plate
-    factor = 0.0 if resolution is None else -math.log2(resolution)
     rows = plate.size if plate else 1
     bits, shared, dims = torch.zeros(rows, dtype=torch.float64), 0.0, 0.0
+    sums = torch.zeros_like(bits)
     for term in terms.sites.values():
         if term.kind == "constant":  # the receiver has it
             continue
         sign = 1 if term.is_kl else -1
         nats, numbers = _nats(term, terms.particle_dim), _numbers(term) if term.kind == "likelihood" else None
-        cost = sign * nats / math.log(2) if numbers is None else sign * nats / math.log(2) + factor * numbers
+        cost = sign * nats / math.log(2)
+        cost = cost if numbers is None else cost - math.log2(widths.get(term.name, 1.0)) * numbers
         if plate is not None and any(p.name == plate.name for p in term.plates):
             bits = bits + _by_row(cost, term, plate)
+            sums = sums if numbers is None else sums + _by_row(_observed(term), term, plate)
         else:
             shared += cost.sum().item()
         dims += 0.0 if numbers is None else numbers.sum().item()
     total, full = bits.sum().item() + shared, plate.full_size if plate else 1
     bits = bits * (rows / full) + shared / full
-    return CodeLength(bits, total, full, dims, plate.name if plate else None, resolution, rows == full)
+    resolution = dict(resolution) if isinstance(resolution, Mapping) else resolution
+    return CodeLength(bits, total, full, dims, plate.name if plate else None, resolution, sums, rows == full)
 
 
 def _check_sites(terms: Terms, data: list[Term]) -> None:
@@ -215,15 +241,16 @@ def _check_sites(terms: Terms, data: list[Term]) -> None:
             f"The factors {factors} are no distributions of data, so that they have no code. Use pyro.sample with obs= "
             "for data."
         )
-    drawn = [t for t in terms.sites.values() if t.kind == "latent" and not t.joint and not t.transformed]
-    if points := [t.name for t in drawn if is_point(t.draws[0].fn)]:
+    if terms.point_estimates:
         raise GuideError(
-            f"The guide is a point estimate in {points} (Delta): no finite number of bits states a continuous value, "
-            "so that -ELBO is no code length. Use a guide with a density for every latent, e.g. AutoNormal."
+            f"The guide is a point estimate in {list(terms.point_estimates)} (Delta): no finite number of bits states "
+            "a continuous value, so that -ELBO is no code length. Use a guide with a density for every latent, e.g. "
+            "AutoNormal."
         )
 
 
-def _check_resolution(data: list[Term], resolution: float | None) -> None:
+def _widths(data: list[Term], resolution: float | Mapping[str, float] | None) -> Mapping[str, float]:
+    """Return the resolution of every site that has a density."""
     discrete = {t.name: bool(t.draws[0].fn.support.is_discrete) for t in data}
     continuous = [n for n, x in discrete.items() if not x]
     if resolution is None:
@@ -232,15 +259,62 @@ def _check_resolution(data: list[Term], resolution: float | None) -> None:
                 f"The sites {continuous} have densities, and -ELBO / ln 2 is a code length for discrete data only. "
                 "Give resolution=..., the width to which each number is rounded."
             )
-        return
-    check_number("resolution", resolution)
-    if resolution == 0:
-        raise ArgumentError("resolution must be positive, got 0: a number stated exactly costs infinitely many bits.")
-    if len(continuous) < len(data):
+        return {}
+    if isinstance(resolution, Mapping):
+        if resolution.keys() != set(continuous):
+            raise ArgumentError(
+                f"resolution: expected a width for each of the sites with a density, {continuous}, got one for "
+                f"{list(resolution)}. Discrete sites have none."
+            )
+        by_site = resolution
+    elif len(continuous) < len(data):
         raise ArgumentError(
-            f"The sites {[n for n, x in discrete.items() if x]} are discrete: they have no resolution. Leave it out, "
-            "or take the code lengths of discrete and continuous sites from terms of their own."
+            f"The sites {[n for n, x in discrete.items() if x]} are discrete: they have no resolution. Give that of "
+            f"the others by name, resolution={{{', '.join(f'{n!r}: ...' for n in continuous)}}}, or leave it out."
         )
+    else:
+        by_site = dict.fromkeys(continuous, resolution)
+    for name, width in by_site.items():
+        check_positive(f"resolution of '{name}'", width, "A number stated exactly costs infinitely many bits.")
+    return by_site
+
+
+def _check_bins(term: Term, width: float) -> None:
+    """Raise ArgumentError where δ is so wide that density times δ, the probability of one bin, is more than a half.
+
+    For a normal density that is δ > 1.25 standard deviations. Up to there the length is right to a hundredth of a bit
+    per number on average; further on it soon becomes negative.
+    """
+    largest = max(_log_density(site).max().item() for site in term.draws)
+    if largest + math.log(width) > math.log(LARGEST_BIN):
+        raise ArgumentError(
+            f"Site '{term.name}': at resolution {width:g} a density of {math.exp(largest):.3g} would give one bin the "
+            f"probability {width * math.exp(largest):.2g}, but density times width is a probability only where the "
+            f"density hardly changes within a bin. Give a resolution of {LARGEST_BIN * math.exp(-largest):.2g} or "
+            "less, or a discrete distribution of the rounded numbers."
+        )
+
+
+def _log_density(site: Site) -> Tensor:
+    """Return the log density of every number that counts, -inf of others; their mean where it does not factorize."""
+    site = site.stepwise()
+    base = univariate(site.fn)
+    if base is None:
+        fn, mask = unmask(site.fn, site.mask)
+        x = fn.log_prob(site.value) / site.fn.event_shape.numel()
+    else:
+        mask = expand_to_event(site.mask, site.event_dim) if isinstance(site.mask, Tensor) else site.mask
+        mask, x = both(mask, mask_in_event(site.fn)), base.log_prob(site.value)
+    return x if mask is None or mask is True else torch.where(torch.as_tensor(mask), x, -torch.inf)
+
+
+def _observed(term: Term) -> Float64[Tensor, "..."]:
+    """Return the sum of the observed numbers of every entry of a term, without what masks leave out."""
+    site = term.draws[0].stepwise()
+    sums = site.value.detach().double()
+    sums = sums.flatten(-site.event_dim).sum(-1) if site.event_dim else sums
+    sums = torch.where(frames(term), sums, 0.0)
+    return sums if term.steps is None else sums.sum(-1)
 
 
 def _nats(term: Term, particle_dim: int | None) -> Tensor:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from pyro_elbo.display import progress_bar
 from pyro_elbo.errors import ArgumentError, check_count, describe
 from pyro_elbo.evidence.annealing import Annealing, anneal
 from pyro_elbo.evidence.batches import check_rows, row_batches
@@ -35,9 +35,9 @@ def log_evidence(
     *args: Any,
     num_samples: int | None = None,
     method: str = "importance",
-    start: str = "prior",
+    start: str | None = None,
     num_temperatures: int | None = None,
-    num_leapfrog: int = 2,
+    num_leapfrog: int | None = None,
     batch_size: int | None = None,
     progress: bool = True,
     seed: int | None = 0,
@@ -65,11 +65,11 @@ def log_evidence(
         args, kwargs: arguments of both; NumPy arrays and data frames become tensors.
         num_samples: draws per row (1000), or chains per row for AIS (16).
         method: ``importance`` or ``ais``.
-        start: where annealing starts, ``prior`` or ``guide``.
+        start: where annealing starts, ``prior`` (by default) or ``guide``.
         num_temperatures: steps of the annealing. By default as many as the pilot asks for, 100 to 4000: the square of
             the thermodynamic distance of the farthest row, times 4.
-        num_leapfrog: leapfrog steps of a transition. Few of them with many temperatures are best, except where latents
-            are strongly correlated under the posterior, or a guide to start from is much narrower than it.
+        num_leapfrog: leapfrog steps of a transition, 2 by default. Few of them with many temperatures are best, except
+            where latents are strongly correlated under the posterior, or the guide to start from is much narrower.
         batch_size: rows at a time; all by default. Tensors as long as the first one are split.
         progress: show a progress bar.
         seed: seed of the draws; None continues the caller's random stream.
@@ -78,9 +78,10 @@ def log_evidence(
         ``LogEvidence`` in nats: estimates, standard errors, effective sample sizes.
 
     Raises:
-        ArgumentError: an option is misspelled or out of range; fewer than 2 draws.
+        ArgumentError: an option is misspelled, out of range or without use for the method; fewer than 2 draws.
         GuideError: a guide that is a point estimate in some latent, or one that has never run.
         SiteError: a subsampled plate; for AIS a discrete latent, or one whose support depends on others.
+        NonFiniteError: data that are NaN.
         WeightsError: weights that are NaN, all zero, or not those of a posterior (different scales of sites).
 
     Example:
@@ -109,9 +110,7 @@ def log_evidence(
     if method not in ("importance", "ais"):
         raise ArgumentError(f"method must be 'importance' or 'ais', got {describe(method)}.")
     args, kwargs = program_arguments(model, args, kwargs)
-    annealing = Annealing(num_temperatures, num_leapfrog, start) if method == "ais" else None
-    if annealing is not None:
-        annealing.check()
+    annealing = _annealing(method, start=start, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
     count = num_samples if num_samples is not None else 1000 if annealing is None else 16
     check_count("num_samples", count, least=2)
     needs_guide = annealing is None or annealing.start == "guide"
@@ -133,6 +132,18 @@ def log_evidence(
     return join_rows(parts)
 
 
+def _annealing(method: str, **settings: Any) -> Annealing | None:
+    """Return the settings of annealing; None for importance sampling, which has none."""
+    given = {name: x for name, x in settings.items() if x is not None}
+    if method == "ais":
+        annealing = Annealing(**given)
+        annealing.check()
+        return annealing
+    for name, x in given.items():
+        raise ArgumentError(f"{name}={x!r} is a setting of annealing: pass method='ais' with it, or leave it out.")
+    return None
+
+
 def _importance(
     model: Program,
     guide: Program,
@@ -144,7 +155,7 @@ def _importance(
 ) -> LogEvidence:
     """Estimate by draws of the guide, in chunks."""
     sums, plate, shared = WeightSums(), None, 0.0
-    with torch.no_grad(), tqdm(total=count, disable=not progress, unit=" draws") as bar:
+    with torch.no_grad(), progress_bar(progress, total=count, unit=" draws") as bar:
         for draws in draw_in_chunks(model, guide, args, kwargs, count, MAX_ELEMENTS):
             local = draws.local_log_weight
             check_rows(draws.data_plate, local is not None, rows)

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float64
 from torch import Tensor
-from tqdm import tqdm
 
+from pyro_elbo.display import progress_bar
 from pyro_elbo.evidence.hmc import Point, Position, transition
 
 EvaluateAt = Callable[[Float64[Tensor, " rows"], Position], Point]
@@ -113,7 +113,7 @@ class Pilot:
 def run_pilot(evaluate_at: EvaluateAt, position: Position, num_leapfrog: int, progress: bool) -> Pilot:
     """Walk from the start to the posterior, and return what the run has seen."""
     pilot, at_end = Pilot.start(position), 0
-    with tqdm(desc="pilot", unit=" temperatures", disable=not progress) as bar:
+    with progress_bar(progress, desc="pilot", unit=" temperatures") as bar:
         while at_end < _SETTLE:
             if len(pilot.betas) >= _WARM_UP:
                 pilot.advance()

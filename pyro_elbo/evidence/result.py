@@ -22,6 +22,7 @@ _NAMES = {
     "ais": "annealed importance sampling, {} chains",
     "reverse ais": "reverse annealed importance sampling, {} chains: from above",
 }
+_SIDES = {"importance": "higher", "ais": "higher", "reverse ais": "lower"}
 # Below so many effective draws the standard error is itself a guess, and the estimate most likely too low.
 _FEW = 10
 
@@ -93,18 +94,22 @@ class LogEvidence:
         else:
             middle, least = self.ess.median().item(), self.ess.min().item()
             notes = [f"effective draws per row of '{self.plate}': median {middle:.0f}, least {least:.0f} {of}"]
-        few = int((self.ess < min(_FEW, self.num_samples / 2)).sum())
-        if few:
-            where = "" if self.plate is None else f" in {few} of {len(self.ess)} rows"
-            notes.append(f"Few draws carry all the weight{where}: {self._few}")
-        return notes
+        return notes + ([] if self.caution is None else [self.caution])
 
     @property
-    def _few(self) -> str:
-        if self.method == "importance":
-            return "log p(x) is most likely higher. A better guide, more draws or method='ais' helps."
-        side = "higher" if self.method == "ais" else "lower"
-        return f"log p(x) is most likely {side}. More num_temperatures help."
+    def caution(self) -> str | None:
+        """Why standard errors are not to be believed: fewer than ten effective draws; None where there are more."""
+        few = int((self.ess < _FEW).sum())
+        if not few:
+            return None
+        means = "the standard error means little"
+        if self.num_samples < _FEW:
+            return f"{self.num_samples} draws show little of their own spread: {means}. Take more num_samples."
+        means += f", and log p(x) is most likely {_SIDES[self.method]}."
+        where = "" if self.plate is None else f" in {few} of {len(self.ess)} rows"
+        cure = "A better guide, more draws or method='ais' helps."
+        cure = cure if self.method == "importance" else "More num_temperatures help."
+        return f"Few draws carry all the weight{where}: {means} {cure}"
 
 
 class WeightSums:
@@ -145,8 +150,9 @@ class WeightSums:
         assert self._second is not None
         if bool((self._first == -torch.inf).any()):
             raise WeightsError(
-                f"None of {self.count} draws has a density under the model: the guide draws outside its support. "
-                "Give the guide's sites the support of the model's."
+                f"None of {self.count} draws has a density under the model: the guide draws outside its support, or "
+                "the data lie outside of theirs. Give the guide's sites the support of the model's; loss.terms names "
+                "the site and the row."
             )
         ess = (2 * self._first - self._second).exp()
         error = ((self.count / ess - 1).clamp(min=0) / (self.count - 1)).sqrt()

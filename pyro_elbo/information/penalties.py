@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, SiteError, check_number, describe
+from pyro_elbo.errors import ArgumentError, SiteError, check_number, check_positive, describe
 from pyro_elbo.information.aggregate import Mixture, Pairs, in_blocks
 from pyro_elbo.information.critics import Critic, CriticSpec, count_levels
 from pyro_elbo.information.estimators import (
@@ -208,8 +208,7 @@ class MutualInformation(Penalty):
             )
         if self.estimator == "variational" and self.conditional_on is not None:
             raise ArgumentError("estimator='variational' bounds I(z; s) alone. Use another one for I(z; s | y).")
-        if not self.critic_lr > 0:
-            raise ArgumentError(f"critic_lr must be positive, got {self.critic_lr}. Use about 1e-3, the default.")
+        check_positive("critic_lr", self.critic_lr, "Use about 1e-3, the default.")
         object.__setattr__(self, "name", self.name or self._default_name())
         if self.has_critic and CRITIC_ESTIMATORS[self.estimator].direction == "lower":
             _say_once(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_elbo.errors import SiteError
+from pyro_elbo.assumptions import is_capturing
+from pyro_elbo.errors import NonFiniteError, SiteError, count_nonfinite, describe, first_sentence
 from pyro_elbo.masking import broadcasts
 from pyro_elbo.programs import Baseline
 from pyro_elbo.terms import Term
@@ -101,7 +102,7 @@ def _predicted(term: Term, reward: Tensor, particle_dim: int | None) -> Tensor:
         raise SiteError(
             f"Site '{term.name}' has a baseline, but is not in every particle. Use gradient='rloo' instead."
         )
-    predicted = [_predict(site.baseline) for site in term.draws if site.baseline is not None]
+    predicted = [_predict(term.name, site.baseline) for site in term.draws if site.baseline is not None]
     for x in predicted:
         if not broadcasts(x, shape):
             raise SiteError(
@@ -111,9 +112,35 @@ def _predicted(term: Term, reward: Tensor, particle_dim: int | None) -> Tensor:
     return torch.stack([x.expand(shape) for x in predicted]) if looped else predicted[0].expand(shape)
 
 
-def _predict(baseline: Baseline) -> Tensor:
+def _predict(name: str, baseline: Baseline) -> Tensor:
     if baseline.network is None:
         assert baseline.value is not None
         return baseline.value
     detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, baseline.input)
-    return baseline.network(detached)
+    try:
+        predicted = baseline.network(detached)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if is_capturing():
+            raise
+        shapes = pytree.tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__, detached)
+        raise SiteError(
+            f"Site '{name}': its nn_baseline does not take its nn_baseline_input of shape {shapes}: "
+            f"{first_sentence(error)} Give it rows and columns as the network expects them, such as x[:, None]."
+        ) from error
+    if not isinstance(predicted, Tensor):
+        raise SiteError(f"Site '{name}': expected a tensor from nn_baseline, got {describe(predicted)}.")
+    return predicted
+
+
+def check_finite(sites: Mapping[str, Term]) -> None:
+    """Raise NonFiniteError for the first site whose baseline predicts NaN or infinity."""
+    for name, term in sites.items():
+        for site in term.draws:
+            if site.baseline is None or not site.baseline.predicts:
+                continue
+            predicted = _predict(name, site.baseline)
+            if not torch.isfinite(predicted).all():
+                raise NonFiniteError(
+                    f"Site '{name}': its baseline: {count_nonfinite(predicted)}. Look for NaN in nn_baseline_input or "
+                    "baseline_value, or a network that has diverged."
+                )

@@ -18,8 +18,9 @@ from jaxtyping import Float
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, SiteError, check_count
+from pyro_elbo.errors import ArgumentError, SiteError, check_count, did_you_mean
 from pyro_elbo.information import Critic, Penalty, check_penalties, critic_gradients
+from pyro_elbo.objectives import baselines
 from pyro_elbo.objectives.gradients import BoundKind, Gradient, Runs, check_gradient
 from pyro_elbo.objectives.module import TermsModule
 from pyro_elbo.objectives.score_function import moved_averages, surrogate
@@ -104,8 +105,8 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         penalties: Sequence[Penalty] = (),
         **unknown: Any,
     ) -> None:
-        if unknown:
-            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {next(iter(unknown))!r}")
+        for name in unknown:
+            raise ArgumentError(f"{type(self).__name__} has no option {name}=. {did_you_mean(name, self._defaults())}")
         if kl not in ("auto", "sampled"):
             raise ArgumentError(f"kl must be 'auto' or 'sampled', got {kl!r}.")
         check_count("num_particles", num_particles)
@@ -160,6 +161,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
             check_arguments("The objective", {"model": model, "guide": guide}, args, kwargs)
             raise
         if not torch.isfinite(terms.objective):
+            baselines.check_finite(terms.sites)
             terms.check_finite()
         return terms
 
@@ -243,10 +245,16 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
 
     def __repr__(self) -> str:
         """The class with β, the form of the KL, and every other setting that is not the default."""
-        inits = [c.__init__ for c in reversed(type(self).__mro__) if issubclass(c, TraceBeta_ELBO)]
-        defaults = {p.name: p.default for init in inits for p in inspect.signature(init).parameters.values()}
+        defaults = self._defaults()
         shown = {n: x for n, x in self.settings.items() if n in ("beta", "kl") or x != defaults[n]}
         return f"{type(self).__name__}({', '.join(f'{n}={_brief(x)}' for n, x in shown.items())})"
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        """Return the options of the class and of those that it extends, with their defaults."""
+        inits = [c.__init__ for c in reversed(cls.__mro__) if issubclass(c, TraceBeta_ELBO)]
+        every = [p for init in inits for p in inspect.signature(init).parameters.values()]
+        return {p.name: p.default for p in every if p.name != "self" and p.kind is not p.VAR_KEYWORD}
 
     @property
     def loss_units(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_elbo.errors import ArgumentError, GuideError, first_line
+from pyro_elbo.errors import ArgumentError, GuideError, check_count, first_line
 from pyro_elbo.posterior.datasets import (
     Groups,
     Names,
@@ -120,6 +120,7 @@ def to_arviz(
     models: Sequence[Any] = model if isinstance(model, list | tuple) else [model]
     for program in models:
         check_options(program, kwargs)
+    check_count("seed", seed, least=0)
     options = Options(num_samples, resample, predictive, prior, history, coords or {}, seed, dims or {}, covariance)
     args, kwargs = program_arguments(models[0], args, kwargs)
     return to_container(build_groups(model, guide, args, kwargs, options))

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_elbo.errors import ArgumentError, PyroElboError, SiteError
+from pyro_elbo.errors import PyroElboError, SiteError, check_count
 from pyro_elbo.posterior.layout import count_data, drop_gaps, lead, lead_unconstrained, per_plate, with_gaps
 from pyro_elbo.posterior.mapped import are_valid, map_draws
 from pyro_elbo.posterior.psis import PSIS, psis
@@ -174,8 +174,7 @@ def draw(
         GuideError: an AutoGuide that has never run.
         SiteError, NonFiniteError: as from the terms.
     """
-    if num_samples < 1:
-        raise ArgumentError(f"num_samples must be at least 1, got {num_samples}.")
+    check_count("num_samples", num_samples)
     check_programs(model, guide)
     check_initialized(guide)
     with torch.no_grad(), seeded(seed), evaluating(model, guide):

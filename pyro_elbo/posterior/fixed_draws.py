@@ -54,6 +54,7 @@ class FixedDraws:
     Attributes:
         origin: the parameters as they were found.
         units: the size of a step of one in each parameter.
+        num_dims: the dimensions of the guide's noise.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class FixedDraws:
         self.units = np.ones_like(self.origin)
         with torch.no_grad(), seeded(seed), RecordedNoise() as recorded:
             trace_pair(*programs)
-        self.num_samples = num_samples or min(max(LEAST, 4 * sum(recorded.sizes)), MOST)
+        self.num_dims = sum(recorded.sizes)
+        self.num_samples = num_samples or min(max(LEAST, 4 * self.num_dims), MOST)
         self._noise = FixedNoise(recorded.sizes, self.num_samples, seed)
         self.vectorized = self._vectorizes()
         self.units = self._find_units()

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import ArgumentError, GuideError, WeightsError
 from pyro_elbo.posterior.draws import Draws, draw
-from pyro_elbo.posterior.psis import describe_k, pareto_k_threshold, psis
+from pyro_elbo.posterior.psis import describe_k, most_even, pareto_k_threshold, psis
 from pyro_elbo.programs import Plate, Program, check_options, program_arguments
 
 SAMPLE_DIMS = ("chain", "draw")
@@ -24,12 +24,15 @@ class ParetoK:
     Attributes:
         k: k-hat, per row of the data plate where all latents are local, a scalar otherwise.
         ess: effective sample size of the smoothed weights, in draws, shaped like ``k``.
+        largest: the largest smoothed weight relative to their mean, shaped like ``k``. Up to S^(1/4) the weights have
+            no heavy tail whatever k-hat is, which then describes weights that lie close together.
         num_samples: number of draws.
         plate: name of the data plate, None for joint weights.
     """
 
     k: Tensor
     ess: Tensor
+    largest: Tensor
     num_samples: int
     plate: str | None
 
@@ -44,10 +47,11 @@ class ParetoK:
         if self.plate is None:
             return (
                 f"k-hat {self.k.item():.2f}, effective draws {self.ess.item():.0f} of {self.num_samples}: "
-                f"{describe_k(self.k.item(), self.num_samples)}"
+                f"{describe_k(self.k.item(), self.num_samples, self.largest.item())}"
             )
         limit = pareto_k_threshold(self.num_samples)
-        high = int((self.k >= limit).sum())
+        reach, even = self.k >= limit, self.largest <= most_even(self.num_samples)
+        high, close = int((reach & ~even).sum()), int((reach & even).sum())
         middle, worst = self.k.median().item(), self.k.max().item()
         verdict = (
             "The guide is a usable approximation of every row's posterior."
@@ -55,9 +59,15 @@ class ParetoK:
             else f"Where k-hat reaches {limit:.2f} the guide misses part of the posterior: importance weighting cannot "
             "repair those rows. A richer guide or longer training may."
         )
+        more = (
+            f", besides {close} whose weights are all at most {most_even(self.num_samples):.1f} times their mean and "
+            "have no heavy tail"
+            if close
+            else ""
+        )
         return (
             f"k-hat per row of '{self.plate}': median {middle:.2f}, worst {worst:.2f}; {high} of {len(self.k)} rows at "
-            f"or above {limit:.2f}. {verdict}"
+            f"or above {limit:.2f}{more}. {verdict}"
         )
 
 
@@ -67,8 +77,9 @@ def pareto_k(
     r"""Diagnose a guide by the tail of its importance weights p(x, z) / q(z).
 
     Below 0.5 the weights have finite variance. Below min(1 - 1/log10(S), 0.7) the smoothed weights can be used; above
-    it the guide is a bad approximation. With amortized guides (all latents inside the data plate) every row is judged
-    on its own: the joint weights of many rows are always bad.
+    it the guide is a bad approximation, unless no weight is more than S^(1/4) times their mean: such weights have no
+    heavy tail, and k-hat describes the largest of them, which lie close together. With amortized guides (all latents
+    inside the data plate) every row is judged on its own: the joint weights of many rows are always bad.
 
     Args:
         args, kwargs: arguments of model and guide.
@@ -97,7 +108,9 @@ def judge(draws: Draws) -> ParetoK:
     """
     smoothed = draws.smooth()
     local = draws.local_log_p is not None and draws.data_plate is not None
-    return ParetoK(smoothed.pareto_k, smoothed.ess, len(draws.log_p), draws.data_plate.name if local else None)
+    count, plate = len(draws.log_p), draws.data_plate.name if local else None
+    largest = smoothed.log_weights.amax(-1).exp() * count
+    return ParetoK(smoothed.pareto_k, smoothed.ess, largest, count, plate)
 
 
 def resample(draws: Draws, generator: torch.Generator) -> Draws:

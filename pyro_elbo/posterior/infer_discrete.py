@@ -1,5 +1,6 @@
 """The values of the discrete latents that a model sums out: one joint draw, or the most probable joint values."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.posterior.draws import ProgramCall
-from pyro_elbo.posterior.summed_out import check_masked, draw_summed_out, in_plates
+from pyro_elbo.posterior.summed_out import check_masked, check_possible, draw_summed_out, in_plates
 from pyro_elbo.programs import (
     Program,
     Site,
@@ -20,11 +21,16 @@ from pyro_elbo.programs import (
     seeded,
     trace_pair,
 )
-from pyro_elbo.terms import evaluate_run, most_probable
+from pyro_elbo.terms import Term, evaluate_run, most_probable
 
 
 def infer_discrete(
-    model: Program, guide: Program, *args: Any, temperature: float = 1, seed: int | None = 0, **kwargs: Any
+    model: Program,
+    guide: Program | None = None,
+    *args: Any,
+    temperature: float = 1,
+    seed: int | None = 0,
+    **kwargs: Any,
 ) -> dict[str, Tensor]:
     r"""Return values of the discrete latents that a model sums out, given its data and one draw of the guide's latents.
 
@@ -44,12 +50,13 @@ def infer_discrete(
 
     Returns:
         By site, values of shape plates × (time of a scan ×) event, as in a run of the model. Steps after the end of a
-        sequence, and rows that a mask leaves out, have a draw from the prior at temperature 1, and the first value of
-        the support at 0.
+        sequence, and rows that a mask leaves out, have a draw from the prior at temperature 1. At 0 they have the first
+        value of the support, unless something that counts depends on them.
 
     Raises:
-        ArgumentError: another temperature, or an option is misspelled.
+        ArgumentError: another temperature, no guide, or an option is misspelled.
         SiteError: the model sums no site out, or the guide enumerates one; as from the terms.
+        NonFiniteError: no values can have the data.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
@@ -71,6 +78,12 @@ def infer_discrete(
     """
     if temperature not in (0, 1):
         raise ArgumentError(f"temperature must be 0 (the mode) or 1 (a draw), got {temperature!r}.")
+    if guide is None:
+        raise ArgumentError(
+            "pe.infer_discrete returns values at once: expected the guide and the data after the model, as in "
+            "pe.infer_discrete(model, guide, x, temperature=0), without first_available_dim. A model without other "
+            "latents has the guide lambda x: None."
+        )
     check_options(model, kwargs)
     check_programs(model, guide)
     check_initialized(guide)
@@ -87,15 +100,17 @@ def infer_discrete(
                 "The model sums no site out. Mark its discrete sites, infer={'enumerate': 'parallel'} or "
                 "pyro.infer.config_enumerate(model), and leave them out of the guide."
             )
+        terms = evaluate_run(run, "sampled")
+        check_possible(run, terms)
         if temperature == 0:
-            return _mode(run)
+            return _mode(run, terms)
         drawn = trace_pair(*programs._replace(guide=draw_summed_out(model, guide))).model
         return {n: drawn[n].value for n in run.summed_out}
 
 
-def _mode(run: TracePair) -> dict[str, Tensor]:
+def _mode(run: TracePair, terms: Mapping[str, Term]) -> dict[str, Tensor]:
     """Return the most probable joint values of the sites that are summed out."""
-    terms, best, found = evaluate_run(run, "sampled"), most_probable(run), {}
+    best, found = most_probable(run), {}
     for name in run.summed_out:
         site, term = run.model[name], terms[name]
         check_masked(site, term)

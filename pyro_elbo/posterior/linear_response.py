@@ -79,8 +79,8 @@ def linear_response(
 
     Args:
         args, kwargs: arguments of model and guide: all data.
-        num_samples: the number M of fixed draws, even; by default four a dimension of the guide's noise, from 256 to
-            2048. A guide with full covariance needs at least two a dimension.
+        num_samples: the number M of fixed draws, even, 4 at least; by default four a dimension of the guide's noise,
+            from 256 to 2048. A guide with full covariance needs at least two a dimension.
         functions: from latents and deterministics ``{site: (draws, *plates, *event)}`` to the quantities of interest,
             ``{name: (draws, ...)}`` or one tensor; differentiable. By default all latents and deterministics.
         method: ``"dense"`` makes the Hessian, ``"cg"`` solves with its products, ``"auto"`` chooses by the number of
@@ -91,7 +91,7 @@ def linear_response(
         Means, standard deviations and covariance of the quantities, in their own units.
 
     Raises:
-        ArgumentError: an option is misspelled, or ``functions`` returns something else.
+        ArgumentError: an option is misspelled, or ``functions`` asks for an unknown latent or returns something else.
         GuideError: the guide has never run, is a point estimate, is amortized, uses batch norm, has draws that cannot
             be differentiated twice, or no stationary optimum.
         SiteError: a latent is discrete or has no map to the real line, or the programs do not fit.
@@ -146,7 +146,7 @@ def respond(
 
 def _check_arguments(num_samples: Any, functions: Any, method: Any) -> None:
     if num_samples is not None:
-        check_count("num_samples", num_samples, least=2)
+        check_count("num_samples", num_samples, least=4)  # one pair ±ε of unit variance says nothing about a scale
         if num_samples % 2:
             raise ArgumentError(f"num_samples must be even, since draws come in pairs, got {num_samples}.")
     if functions is not None and not callable(functions):
@@ -230,7 +230,12 @@ def _evaluate(functions: Functions | None, evaluated: Evaluated) -> Arrays:
     """
     if functions is None:
         return evaluated.values
-    result: Any = functions(dict(evaluated.values))
+    try:
+        result: Any = functions(dict(evaluated.values))
+    except KeyError as error:
+        raise ArgumentError(
+            f"functions: KeyError {error}. Use the latents and deterministics {list(evaluated.values)}."
+        ) from error
     values = dict(result) if isinstance(result, Mapping) else {"value": result}
     count = len(evaluated.nats)
     for name, x in values.items():

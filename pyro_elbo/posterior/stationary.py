@@ -99,6 +99,7 @@ class Dense(Hessian):
     """The Hessian as a matrix."""
 
     def __init__(self, point: Point, strict: bool = True) -> None:
+        self._objective = point.objective
         matrix = point.products(np.eye(len(point.step)))
         values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
         tolerance = np.abs(values).max() * _rounding(point)
@@ -116,9 +117,9 @@ class Dense(Hessian):
         along = np.linalg.norm(rows @ self._flat, axis=1)
         if (along > PARALLEL * np.linalg.norm(rows, axis=1)).any():
             raise GuideError(
-                "The objective is flat along parameters that move a latent, so that data and prior leave it open, or "
-                "it has no stationary point there. Give every latent a proper prior and let every parameter of the "
-                "guide matter."
+                f"The objective is flat along parameters that move a latent. {_few_draws(self._objective)}Data and "
+                "prior may leave the latent open, or the objective have no stationary point there: give every latent a "
+                "proper prior, and let every parameter of the guide matter."
             )
 
 
@@ -213,9 +214,9 @@ def _polish(point: Point, invert: Callable[[Point, bool], Hessian]) -> tuple[Poi
     if not decrement <= STATIONARY:
         raise GuideError(
             f"The guide has no stationary optimum: after {MAX_ITERATIONS} steps the gradient does not vanish, and one "
-            f"more Newton step would move means by up to {decrement:.2g} standard deviations. Give every latent a "
-            "proper prior, use a simpler guide such as AutoNormal, or more draws (num_samples) than the guide has "
-            "parameters for each latent."
+            f"more Newton step would move means by up to {decrement:.2g} standard deviations. "
+            f"{_few_draws(point.objective)}Give every latent a proper prior, use a simpler guide such as AutoNormal, "
+            "or more draws (num_samples) than the guide has parameters for each latent."
         )
     point = Point(point.objective, point.step)  # the last step that was tried has moved the parameters on
     return point, invert(point, True), decrement
@@ -235,6 +236,13 @@ def _check_derivatives(derivatives: np.ndarray) -> np.ndarray:
         "overflows: give every latent a proper prior. Or look for a root, norm or division at 0, and for a torch.where "
         "whose other branch is not finite."
     )
+
+
+def _few_draws(objective: FixedDraws) -> str:
+    """Return a sentence on fixed draws too few to determine a covariance; nothing where there are enough."""
+    draws, dims = objective.num_samples, objective.num_dims
+    few = f"{draws} fixed draws of {dims} dimensions may determine no covariance: take num_samples={4 * dims}. "
+    return few if draws <= 2 * dims else ""
 
 
 def _rounding(point: Point) -> float:

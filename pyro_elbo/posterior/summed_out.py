@@ -12,6 +12,7 @@ posterior of each pair of states over that of the first of them:
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -26,7 +27,7 @@ from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import masked
 from pyro_elbo.programs import MOST_ENTRIES, Program, Site, TracePair, complete_guide
 from pyro_elbo.sequences import StackedDistribution, scan
-from pyro_elbo.terms import Term, connected, evaluate_run
+from pyro_elbo.terms import Term, Terms, connected, evaluate_run
 
 RECORD = "log likelihood of "
 """The sites of a completed guide that hold the log likelihood of data without what is summed out."""
@@ -60,8 +61,17 @@ def _log_likelihoods(run: TracePair) -> dict[str, Tensor]:
 
 
 def _draw(run: TracePair, name: str) -> None:
-    """Draw a summed-out site from its posterior: the whole path of a scan's state."""
-    term, site = evaluate_run(run, "sampled")[name], run.model[name]
+    """Draw a summed-out site from its posterior: the whole path of a scan's state.
+
+    A draw of the guide under which the data are impossible has weight zero, whatever values are drawn after it.
+
+    Raises:
+        NonFiniteError: the data are impossible although the guide has drawn nothing.
+    """
+    terms, site = evaluate_run(run, "sampled"), run.model[name]
+    if not any(s.is_drawn for s in run.guide.values()):
+        check_possible(run, terms)
+    term = terms[name]
     check_masked(site, term)
     assert term.posterior is not None
     if isinstance(site.fn, StackedDistribution):
@@ -69,7 +79,9 @@ def _draw(run: TracePair, name: str) -> None:
         pairs = term.posterior.unsqueeze(-2) if term.pairs is None else term.pairs()
         _draw_path(site, site.fn, in_plates(run, site, pairs, 3).movedim(-3, 0))
     else:
-        pyro.sample(name, _over_support(site, in_plates(run, site, term.posterior, 1)))
+        q = term.posterior
+        q = torch.where(q.sum(-1, keepdim=True) > 0, q, torch.ones_like(q) / q.shape[-1])
+        pyro.sample(name, _over_support(site, in_plates(run, site, q, 1)))
 
 
 def _draw_path(site: Site, fn: StackedDistribution, pairs: Tensor) -> None:
@@ -88,6 +100,11 @@ def _draw_path(site: Site, fn: StackedDistribution, pairs: Tensor) -> None:
     start = torch.zeros_like(chain[0, ..., 0])
     start[..., 0] = 1
     scan(step, start, (chain, counted), name=fn.run.time)
+
+
+def check_possible(run: TracePair, terms: Mapping[str, Term]) -> None:
+    """Raise NonFiniteError, which names site and row, where no values of the latents can have the data."""
+    Terms(dict(terms), run.particle_dim, torch.zeros(())).check_finite()
 
 
 def check_masked(site: Site, term: Term) -> None:

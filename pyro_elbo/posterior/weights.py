@@ -130,9 +130,8 @@ def find_point_error(latents: Mapping[str, Tensor], pair: TracePair) -> GuideErr
     """
     if len(next(iter(latents.values()), ())) < 2:  # a single draw shows no difference
         return None
-    deltas = [
-        n for n, s in pair.model.items() if s.role == "latent" and is_point(pair.guide[n].fn) and not is_point(s.fn)
-    ]
+    drawn = {n: s for n, s in pair.model.items() if s.role == "latent" and n in pair.guide}  # others are summed out
+    deltas = [n for n, s in drawn.items() if is_point(pair.guide[n].fn) and not is_point(s.fn)]
     points = [n for n in deltas if bool((latents[n] == latents[n][:1]).all())]
     drivers = [s for s in pair.guide.values() if s.role == "auxiliary" and not is_point(s.fn)]
     if not points and sum(_num_free(pair.model[n]) for n in deltas) > sum(s.value.numel() for s in drivers):
@@ -141,9 +140,8 @@ def find_point_error(latents: Mapping[str, Tensor], pair: TracePair) -> GuideErr
         return None
     names = ", ".join(f"'{n}'" for n in points)
     return GuideError(
-        f"The guide is a point estimate in {names} (Delta): it has no density there, so that its importance weights "
-        "are not those of the posterior, and k-hat, PSIS and leave-one-out say nothing about it. Use a guide with a "
-        "density for every latent, e.g. AutoNormal."
+        f"The guide is a point estimate in {names} (Delta): it has no density there that could be compared with the "
+        "posterior's. Use a guide with a density for every latent, e.g. AutoNormal."
     )
 
 

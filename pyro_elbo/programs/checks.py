@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_elbo.assumptions import check_or_defer
-from pyro_elbo.errors import ArgumentError, GuideError, SiteError
+from pyro_elbo.errors import ArgumentError, GuideError, SiteError, describe
 from pyro_elbo.programs.sites import Baseline, Plate, Site, is_point, source_of
 from pyro_elbo.sequences import StackedDistribution
 
@@ -89,14 +89,31 @@ MOST_ENTRIES = 20_000_000
 """Entries of one log density over the values of enumerated sites: 160 megabytes in double precision."""
 
 
-def check_entries(site: Site, shape: Sequence[int]) -> None:
+def check_entries(name: str, shape: Sequence[int], variables: Sequence[str]) -> None:
     """Raise SiteError for a density over so many enumerated values that memory would not hold it."""
-    if math.prod(shape) > MOST_ENTRIES:
+    if variables and math.prod(shape) > MOST_ENTRIES:
         raise SiteError(
-            f"Site '{site.name}': its log density has {math.prod(shape):,} entries, shape {tuple(shape)}, over the "
-            f"values of {list(site.variables.values())} that are summed out; expected at most {MOST_ENTRIES:,}. Take "
-            "fewer rows at once, or write a chain as a pyro.markov loop, or draw some of these sites in the guide."
+            f"Site '{name}': its log density has {math.prod(shape):,} entries, shape {tuple(shape)}, over the values "
+            f"of {list(variables)} that are summed out; expected at most {MOST_ENTRIES:,}. Take fewer rows at once, or "
+            "write a chain as a pyro.markov loop, or draw some of these sites in the guide."
         )
+
+
+def check_history(site: Site, shape: Sequence[int], forgotten: Mapping[str, int]) -> None:
+    """Raise SiteError for a density that depends on a site further back than ``pyro.markov`` keeps.
+
+    Args:
+        site: the site.
+        shape: of its log density.
+        forgotten: how many steps back other sites lie that have a dimension but are out of the history.
+    """
+    for d, name in site.variables.items():
+        if name in forgotten and len(shape) >= -d and shape[d] > 1:
+            raise SiteError(
+                f"Site '{site.name}' depends on '{name}', which lies {forgotten[name]} steps back in a pyro.markov "
+                "loop that keeps fewer: its values would be taken for those of a later site. Write "
+                f"pyro.markov(..., history={forgotten[name]})."
+            )
 
 
 def check_guide_site(site: Site, observed: bool, infer: Mapping[str, Any], in_model: bool) -> None:
@@ -132,21 +149,38 @@ def read_baseline(name: str, fn: Distribution, infer: Mapping[str, Any]) -> Base
     options = infer.get("baseline")
     if not options:
         return None
+    if not isinstance(options, Mapping):
+        raise SiteError(
+            f"Site '{name}': expected a baseline as a dict of options, got {describe(options)}. Use "
+            'infer={"baseline": {"use_decaying_avg_baseline": True}}.'
+        )
     if unknown := sorted(options.keys() - set(_BASELINE)):
         raise SiteError(f"Site '{name}': a baseline has no options {unknown}. Use some of {list(_BASELINE)}.")
     network, value = options.get("nn_baseline"), options.get("baseline_value")
-    if network is not None and value is not None:
-        raise SiteError(f"Site '{name}': nn_baseline and baseline_value both predict the reward: give one of them.")
+    _check_predictor(name, network, options.get("nn_baseline_input"), value)
     if isinstance(fn, StackedDistribution) and (network is not None or value is not None):
         raise SiteError(
             f"Site '{name}' lies in a pe.scan, whose reward is one number for all steps: no network can predict it "
             "step by step. Use use_decaying_avg_baseline, or gradient='rloo'."
         )
     decay = options.get("baseline_beta", 0.9)
-    if not 0 <= decay < 1:
+    if not isinstance(decay, int | float) or not 0 <= decay < 1:
         raise SiteError(f"Site '{name}': expected a baseline_beta of 0 or more and below 1, got {decay!r}. Use 0.9.")
     decaying = bool(options.get("use_decaying_avg_baseline", False))
     return Baseline(network, options.get("nn_baseline_input"), value, decaying, decay)
+
+
+def _check_predictor(name: str, network: Any, given: Any, value: Any) -> None:
+    """Raise SiteError unless a baseline predicts by a network and its input, or by a tensor, or not at all."""
+    if network is not None and value is not None:
+        raise SiteError(f"Site '{name}': nn_baseline and baseline_value both predict the reward: give one of them.")
+    if network is not None and (not callable(network) or given is None):
+        raise SiteError(
+            f"Site '{name}': expected nn_baseline, a network, and nn_baseline_input, what it predicts the reward from, "
+            f"got {describe(network)} and {describe(given)}. Give both, such as data of the site's rows."
+        )
+    if value is not None and not isinstance(value, Tensor):
+        raise SiteError(f"Site '{name}': expected a tensor as baseline_value, got {describe(value)}.")
 
 
 def check_rows(plate: str, model: Tensor, guide: Tensor) -> None:

@@ -11,13 +11,17 @@ each time as a :class:`Branch`.
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
+import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine import Trace, infer_config
 from pyro.poutine.enum_messenger import EnumMessenger, enumerate_site
+from pyro.poutine.markov_messenger import MarkovMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from pyro_elbo.errors import SiteError
+from pyro_elbo.errors import SiteError, first_sentence
+from pyro_elbo.programs.checks import check_entries
 from pyro_elbo.programs.sites import Turn
 from pyro_elbo.sequences import SUMS_PATHS, is_subsample
 
@@ -29,6 +33,10 @@ T = TypeVar("T")
 TURN = "_turn"
 """Where a message keeps the turn of its value."""
 _VALUES = "_values"
+FORGOTTEN = "_forgotten"
+"""Where a message keeps the sites just outside of the history of its loops, and how many steps back they lie."""
+FURTHER = 2
+"""The steps beyond the history of a loop in which sites keep a dimension of their own, for an error to name them."""
 
 
 class Enumerator(EnumMessenger):
@@ -45,6 +53,7 @@ class Enumerator(EnumMessenger):
 
     Attributes:
         active: whether a marked site was met.
+        shapes: the shape of the values of each site that has all of them at once.
     """
 
     def __init__(
@@ -57,6 +66,7 @@ class Enumerator(EnumMessenger):
         super().__init__(leftmost if before is None else None)
         self.leftmost, self.given, self.is_guide = leftmost, given, is_guide
         self.active = before is not None and before.active
+        self.shapes: dict[str, torch.Size] = {} if before is None else dict(before.shapes)
 
     def _pyro_sample(self, msg: Any) -> None:
         if not isinstance(msg["fn"], TorchDistributionMixin):
@@ -74,15 +84,42 @@ class Enumerator(EnumMessenger):
                 self._markov_depths[msg["name"]], self._value_dims[msg["name"]] = infer["_markov_depth"], {}
             return
         self._check_room(msg)
+        check_entries(msg["name"], msg["fn"].batch_shape, list(self.shapes))
+        forgotten = self._keep_apart(infer)
         if marked:
             _check_support(msg)
             infer[SUMS_PATHS] = True
-            super()._pyro_sample(msg)
+            self._enumerate(msg)
+            msg["infer"][FORGOTTEN] = forgotten
             return
         # Pyro skips sites that have their value; here their dimensions are recorded like those of others.
         done, msg["done"], msg["infer"] = msg["done"], False, infer | {"enumerate": None}
         super()._pyro_sample(msg)
-        msg["done"], msg["infer"] = done, infer
+        msg["done"], msg["infer"] = done, infer | {FORGOTTEN: forgotten}
+
+    def _enumerate(self, msg: Any) -> None:
+        try:
+            super()._pyro_sample(msg)
+        except NotImplementedError as error:
+            raise SiteError(
+                f"Site '{msg['name']}': its {type(msg['fn']).__name__} has another support in each row, or for each "
+                f"value of another site: {first_sentence(error)} Write it as a Categorical over the largest support, "
+                "with logits of -inf for the values that a row does not have."
+            ) from error
+        self.shapes[msg["name"]] = msg["value"].shape
+
+    def _keep_apart(self, infer: Any) -> dict[str, int]:
+        """Let a site use no dimension of sites that ``pyro.markov`` has just forgotten; return how far back they lie.
+
+        Pyro would use these dimensions again at once, and a density that depends on such a site would be wrong.
+        """
+        if (scope := infer.get("_markov_scope")) is None:
+            return {}
+        loops = [h for h in _PYRO_STACK if isinstance(h, MarkovMessenger)]
+        back = {n: lag for h in loops for lag in range(h._pos, h.history, -1) for n in _context(h, lag)}
+        back = {n: lag for n, lag in back.items() if n not in scope and n in self.shapes}
+        infer["_markov_scope"] = {n: self._markov_depths[n] for n in back} | scope
+        return back
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if self.active:
@@ -95,6 +132,11 @@ class Enumerator(EnumMessenger):
                 f"Site '{msg['name']}': its plates use {deepest} batch dimensions, and enumerated sites start left of "
                 f"{-self.leftmost - 1}. Give the objective max_plate_nesting={deepest}."
             )
+
+
+def _context(loop: Any, lag: int) -> Collection[str]:
+    """Return the sites of a loop so many steps back, at most a few steps further than its history."""
+    return loop._stack[loop._pos - lag] if lag <= loop.history + FURTHER else ()
 
 
 def _take(msg: Any, index: int) -> None:

@@ -21,28 +21,49 @@ from pyro_elbo.errors import DataError, NonFiniteError, PyroElboError, SiteError
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name of the plate of vectorized particles."""
 
+NOTHING: Mapping[str, torch.Size] = {}
+
 _ROOTS = [Path(str(module.__file__)).parent for module in (torch, pyro, jaxtyping)] + [Path(__file__).parents[1]]
 _LIBRARIES = tuple(f"{root.resolve()}{os.sep}" for root in _ROOTS) + (os.path.realpath(contextlib.__file__),)
 _BAD_VALUES = re.compile(r"\b(nan|inf)\b|positive-definite|positive definite|contains? non-finite|>= 0\.0", re.I)
 
 
 @contextmanager
-def explain_failure(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Raise the library's error where the program inside the block fails on NaN in its data or on plates.
+def explain_failure(
+    args: tuple, kwargs: Mapping[str, Any], enumerated: Mapping[str, torch.Size] = NOTHING
+) -> Iterator[None]:
+    """Raise the library's error where the program inside the block fails on NaN in its data, on plates or on values.
+
+    Args:
+        args, kwargs: the arguments of the program.
+        enumerated: the shape of the values of each site that has had all of them at once when the program failed.
 
     Raises:
         NonFiniteError: the arguments hold NaN that reached a distribution, or a parameter has diverged.
-        SiteError: a plate is empty or does not fit.
+        SiteError: a plate is empty or does not fit, or the program fails on all values of a site at once.
         DataError: a batch of one row meets batch norm.
     """
     try:
         yield
     except PyroElboError:
         raise
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        if is_capturing():
+    except (ValueError, RuntimeError, ZeroDivisionError, TypeError, IndexError) as error:
+        if is_capturing() or (isinstance(error, TypeError | IndexError) and not enumerated):
             raise
-        raise _explained(error, first_sentence(error), {**dict(enumerate(args)), **kwargs}) from error
+        explained = _explained(error, first_sentence(error), {**dict(enumerate(args)), **kwargs})
+        raise _on_values(explained, enumerated) from error
+
+
+def _on_values(error: Exception, enumerated: Mapping[str, torch.Size]) -> Exception:
+    """Return an error that says which sites have all their values at once, where that may be why a program fails."""
+    if not enumerated or isinstance(error, NonFiniteError | DataError):
+        return error
+    shapes = ", ".join(f"'{n}' {tuple(shape)}" for n, shape in enumerated.items())
+    text = str(error) if isinstance(error, SiteError) else f"{failed_line(error)}: {first_sentence(error)}"
+    return SiteError(
+        f"{text} All values of these sites stand side by side, in the shapes {shapes}, as they are summed out: index "
+        "tensors with them (means[k], Vindex) and broadcast (torch.where), without if, lists or torch.cat."
+    )
 
 
 def _explained(error: Exception, reason: str, arguments: Mapping[Any, Any]) -> Exception:

@@ -17,9 +17,16 @@ from torch.distributions import Distribution
 
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import unmask
-from pyro_elbo.programs.checks import check_batch_shape, check_entries, check_guide_site, check_wide, read_baseline
+from pyro_elbo.programs.checks import (
+    check_batch_shape,
+    check_entries,
+    check_guide_site,
+    check_history,
+    check_wide,
+    read_baseline,
+)
 from pyro_elbo.programs.data import observed_tensor
-from pyro_elbo.programs.enumeration import TURN
+from pyro_elbo.programs.enumeration import FORGOTTEN, TURN
 from pyro_elbo.programs.explain import PARTICLE_PLATE
 from pyro_elbo.programs.sites import Plate, Site, SiteRole, is_point, shared_plate
 from pyro_elbo.sequences import StackedDistribution, fill_masked, is_subsample
@@ -165,7 +172,8 @@ def _read_site(
     site = Site(name, role, fn, value, tuple(plates), message["scale"], mask, **enumeration)
     sizes |= {d: size for d, (_, size) in behind.items()}
     if behind:
-        check_entries(site, shape)
+        check_entries(name, shape, list(names.values()))
+        check_history(site, shape, message["infer"].get(FORGOTTEN, {}))
     check_batch_shape(site, sizes, undeclared)
     check_wide(site, sizes)
     return site

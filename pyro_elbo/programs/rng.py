@@ -7,6 +7,8 @@ import numpy as np
 import pyro
 import torch
 
+from pyro_elbo.errors import check_count
+
 
 def mix_seed(*parts: int) -> int:
     """Derive one seed from several numbers; different numbers give unrelated seeds."""
@@ -21,9 +23,15 @@ def seed_cpu(seed: int) -> None:
 
 
 class seeded:  # noqa: N801  (used as a statement)
-    """Use a seed inside the block and restore the caller's random state; None continues the caller's stream."""
+    """Use a seed inside the block and restore the caller's random state; None continues the caller's stream.
+
+    Raises:
+        ArgumentError: the seed is no whole number of at least 0.
+    """
 
     def __init__(self, seed: int | None) -> None:
+        if seed is not None:
+            check_count("seed", seed, least=0)
         self.seed = seed
 
     def __enter__(self) -> None:

@@ -19,7 +19,7 @@ from pyro_elbo.programs.enumeration import (
     enumerated_variables,
     separate_dimensions,
 )
-from pyro_elbo.programs.explain import PARTICLE_PLATE, explain_failure
+from pyro_elbo.programs.explain import NOTHING, PARTICLE_PLATE, explain_failure
 from pyro_elbo.programs.messages import (
     GivenRows,
     Recorder,
@@ -28,6 +28,7 @@ from pyro_elbo.programs.messages import (
     read_guide,
     read_model,
 )
+from pyro_elbo.programs.outside import check_outside
 from pyro_elbo.programs.sites import Site
 from pyro_elbo.sequences import Filter, StackedDistribution, filtering, is_subsample
 
@@ -85,7 +86,17 @@ def trace_pair(
         NonFiniteError: a program failed and its arguments hold NaN or infinity.
     """
     both = _trace_both(model, guide, args, kwargs, num_particles, max_plate_nesting)
-    return pair_traces(*both, -(max_plate_nesting + 1) if num_particles > 1 else None)
+    pair = pair_traces(*both, -(max_plate_nesting + 1) if num_particles > 1 else None)
+    if pair.summed_out:
+        drawn = HeldDraws({s.name: s.value for s in pair.guide.values() if s.is_drawn and not s.is_enumerated})
+
+        def again(program: Program) -> dict[str, Site]:
+            with drawn:
+                model, guide_ = _trace_both(program, guide, args, kwargs, num_particles, max_plate_nesting)
+            return read_model(model.trace, variables=enumerated_variables(guide_.trace, model.trace))
+
+        check_outside(model, pair.model, again)
+    return pair
 
 
 def trace_fixed(
@@ -280,9 +291,11 @@ def _vectorize_particles(program: Program, num_particles: int, max_plate_nesting
     return pyro.plate(PARTICLE_PLATE, num_particles, dim=-(max_plate_nesting + 1))(program)
 
 
-def _trace(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
+def _trace(
+    program: Program, args: tuple, kwargs: Mapping[str, Any], enumerated: Mapping[str, torch.Size] = NOTHING
+) -> Traced:
     recorder = Recorder()
-    with explain_failure(args, kwargs):
+    with explain_failure(args, kwargs, enumerated):
         recorder(program)(*args, **kwargs)
     return Traced(recorder.trace, recorder.conditioned)
 
@@ -311,10 +324,10 @@ def _trace_both(
             return Traced(model_trace), Traced(guide_trace)
     leftmost = -2 - max_plate_nesting if num_particles > 1 else -1 - max(max_plate_nesting, ROOM_FOR_PLATES)
     in_guide = Enumerator(leftmost, is_guide=True)
-    drawn = _trace(in_guide(program), args, kwargs)
+    drawn = _trace(in_guide(program), args, kwargs, in_guide.shapes)
     given, in_model = GivenRows(), Enumerator(leftmost, in_guide, drawn.trace.nodes)
     values = separate_dimensions(drawn.trace) if in_guide.active else drawn.trace
-    replayed = _trace(poutine.replay(in_model(given(model)), trace=values), args, kwargs)
+    replayed = _trace(poutine.replay(in_model(given(model)), trace=values), args, kwargs, in_model.shapes)
     nodes: dict[str, Any] = dict(drawn.trace.nodes)
     for plate, rows in given.rows.items():
         if plate in nodes:

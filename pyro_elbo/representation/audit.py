@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.display import html_table
-from pyro_elbo.errors import ArgumentError, DataError, PyroElboError, count_nonfinite
+from pyro_elbo.errors import ArgumentError, DataError, PyroElboError, check_count, count_nonfinite
 from pyro_elbo.representation.fairness import Fairness, count_cells, describe_fairness, measure_fairness
 from pyro_elbo.representation.probes import PROBES, Labels, ProbeRows, Readout, read_out
 
@@ -184,8 +184,7 @@ def _check_options(probes: Sequence[str], folds: int, names: tuple[str, str]) ->
         raise PyroElboError(f"audit needs {' and '.join(missing)}: pip install 'pyro-elbo[probe]'.")
     if isinstance(probes, str) or not probes or (set(probes) - set(PROBES)):
         raise ArgumentError(f"probes: got {probes!r}. Choose some of {PROBES}.")
-    if folds < 2:
-        raise ArgumentError(f"folds must be at least 2, got {folds}.")
+    check_count("folds", folds, least=2)
     if names[0] == names[1]:
         raise ArgumentError(f"s and y are both named {names[0]!r}. Give name_s and name_y that differ.")
 

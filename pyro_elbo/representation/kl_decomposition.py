@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, SiteError
+from pyro_elbo.errors import DataError, SiteError, check_count
 from pyro_elbo.information import AggregatePosterior, Mixture, in_blocks
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_options, seeded
@@ -89,6 +89,7 @@ def kl_decomposition(
     Raises:
         SiteError: the latent is missing, or its guide or prior has no density that factorizes over dimensions.
         ArgumentError: ``num_samples`` is less than 1.
+        DataError: there is a single row.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -113,8 +114,7 @@ def kl_decomposition(
         Esmaeili et al. (2019), arXiv:1804.02086.
     """
     check_options(model, kwargs)
-    if num_samples < 1:
-        raise ArgumentError(f"num_samples must be at least 1, got {num_samples}.")
+    check_count("num_samples", num_samples)
     loss = TraceBeta_ELBO()
     found = []
     with torch.no_grad(), seeded(seed):
@@ -150,6 +150,11 @@ def _only_latent(terms: Terms, latent: str | None) -> str:
 def _parts(term: Term) -> Float[Tensor, "rows parts"]:
     """Return each row's information, total correlation, and KL to the prior by dimension."""
     plate, (site,) = term.plates[0], term.draws
+    if plate.size < 2:
+        raise DataError(
+            f"Latent '{term.name}': expected at least 2 rows of '{plate.name}' for an aggregate posterior, got "
+            f"{plate.size}. Read terms.kl['{term.name}'] of a single row."
+        )
     encoded = AggregatePosterior(site, plate, None)
     if term.per_dim is None and site.event_dim:
         raise SiteError(

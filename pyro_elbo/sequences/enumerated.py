@@ -25,12 +25,23 @@ from pyro_elbo.sequences.step import StepProgram, StepResult
 
 
 def run_enumerated(
-    steps: StepProgram, init: Any, inputs: Inputs, reverse: bool, loop: Callable[..., Any]
+    steps: StepProgram,
+    init: Any,
+    inputs: Inputs,
+    reverse: bool,
+    loop: Callable[..., Any],
+    ran: StepResult | None = None,
 ) -> tuple[Any, list[Tensor]]:
     """Run all steps and return the last carry and the stacked tensors of all steps, time first.
 
+    Args:
+        steps, init, inputs, reverse: the scan.
+        loop: runs a function step by step.
+        ran: the first step, where it has run before in Python.
+
     Raises:
-        SiteError: two sites are enumerated, or something in the step depends on the state that cannot be summed out.
+        SiteError: two sites are enumerated, something in the step depends on the state that cannot be summed out, or
+            the step remembers how often it has run.
         ArgumentError: the initial state is no tensor of the state's dtype.
     """
     name, support = _only_state(steps)
@@ -41,6 +52,8 @@ def run_enumerated(
             "result of pe.fit, which draws the path of the past."
         )
     carry, first = steps.peek(init, inputs.at(0), inputs.valid_at(0))
+    if ran is not None:
+        _check_memory(name, ran, first, lambda: steps.peek(init, inputs.at(0), inputs.valid_at(0))[1])
     support = steps.renew_support(name, first.sites[name].fn)
     leaves, (state, spec) = pytree.tree_leaves(init), pytree.tree_flatten(carry)
     places = [i for i, (a, b) in enumerate(zip(leaves, state, strict=True)) if a is not None and b is None]
@@ -61,6 +74,25 @@ def _only_state(steps: StepProgram) -> tuple[str, Support]:
             "pairs of values (K1 · K2 of them, k1 = k // K2, k2 = k % K2), or as a loop with pyro.markov."
         )
     return next(iter(steps.supports.items()))
+
+
+def _check_memory(name: str, ran: StepResult, again: StepResult, peek: Callable[[], StepResult]) -> None:
+    """Raise SiteError where a step gives other densities when it runs again, and not because of random numbers."""
+    if _same_tensors(ran, again):
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(torch.initial_seed() + 1)
+        is_random = not _same_tensors(again, peek())
+    if not is_random:
+        raise SiteError(
+            f"The step of a pe.scan whose state '{name}' is summed out gives other densities when it runs again on the "
+            "same carry and inputs: it remembers how often it has run, such as by a counter outside of the carry. Pass "
+            "the number of the step in xs, torch.arange(T), or keep it in the carry."
+        )
+
+
+def _same_tensors(a: StepResult, b: StepResult) -> bool:
+    return len(a.tensors) == len(b.tensors) and all(map(torch.equal, a.tensors, b.tensors))
 
 
 def _state_before(name: str, init: Any, support: Support, total: int) -> Tensor:

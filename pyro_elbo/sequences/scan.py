@@ -143,6 +143,6 @@ def _run_eagerly(steps: StepProgram, init: Any, inputs: Inputs, reverse: bool) -
         result = steps.run(carry, inputs.at(t), inputs.valid_at(t), t, steps.given_at(t))
         carry = result.carry
         if steps.supports:
-            return run_enumerated(steps, init, inputs, reverse, run_loop)
+            return run_enumerated(steps, init, inputs, reverse, run_loop, result)
         rows.append(result.tensors)
     return carry, stack_rows(rows[::-1] if reverse else rows)

@@ -211,6 +211,8 @@ class StepProgram:
         if not states or olds[1] != news[1]:
             return old, new
         where = [any(x is s for s in states) for x in news[0]]
+        if any(w and a is None for w, a in zip(where, olds[0], strict=True)):
+            raise _missing_state(next(iter(self.supports)))
         hidden = ([None if w else x for w, x in zip(where, leaves, strict=True)] for leaves, _ in (olds, news))
         before, after = (pytree.tree_unflatten(leaves, olds[1]) for leaves in hidden)
         return before, after
@@ -266,6 +268,15 @@ class StepProgram:
             support = self.outside[name].support
             infer = site.infer if support is None else site.infer | support.infer
             pyro.sample(name, fn, obs=value if observed else None, infer=infer)
+
+
+def _missing_state(name: str) -> ArgumentError:
+    return ArgumentError(
+        f"Site '{name}' is the state of a pe.scan and is summed out, but init has None in its place: all steps run at "
+        "once, so that none can tell by None that it is the first. Give the first state a value of its own: with "
+        "transition probabilities A of K states and initial ones p, pass init=torch.tensor(K) and draw the state from "
+        "torch.cat([A, p.unsqueeze(0)])[k]."
+    )
 
 
 def _append_tensors(site: StepSite, tensors: list[Tensor]) -> DistributionSpec | None:

@@ -88,6 +88,10 @@ class Paths:
         """Return the posterior of each pair of states."""
         return self._named(self.chain.pairs(), *self.own)
 
+    def reached(self) -> Labeled:
+        """Return 1 at the steps to which some path leads, and 0 at the others."""
+        return self._named((self.chain.increments > -torch.inf).to(self.chain.node.dtype))
+
     def expect(self, x: Labeled) -> Labeled:
         """Return the mean of a function of both states; what is impossible counts zero."""
         possible = torch.where(x.x > -torch.inf, x.x, torch.zeros_like(x.x))

@@ -30,7 +30,8 @@ def to_dataset(terms: "Terms", per_datum: bool) -> "xarray.Dataset":
     if terms.penalties:
         values = [p.nats.item() for p in terms.penalties.values()]
         variables["penalty"] = (("penalty_name",), values, {"units": "nats per datum"})
-    return xarray.Dataset(variables, coords, attrs={"num_data": terms.num_data, "totals": units})
+    points = {"point_estimates": list(terms.point_estimates)} if terms.point_estimates else {}
+    return xarray.Dataset(variables, coords, attrs={"num_data": terms.num_data, "totals": units} | points)
 
 
 def _dims(terms: "Terms", name: str, values: Tensor) -> tuple[str, ...]:

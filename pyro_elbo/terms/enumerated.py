@@ -27,6 +27,7 @@ from torch import Tensor
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs import Plate, Site, TracePair, fixed_sites, step_before
 from pyro_elbo.sequences import StackedDistribution
+from pyro_elbo.terms.counted import without_idle_priors
 from pyro_elbo.terms.evaluate import (
     KLForm,
     add_auxiliary,
@@ -79,7 +80,8 @@ def evaluate_run(run: TracePair, kl: KLForm, weight_of: WeightOf | None = None) 
 def most_probable(run: TracePair) -> dict[str, Tensor]:
     """Return the most probable joint values of all sites that are summed out, given all others.
 
-    Rows and steps that a mask leaves out have no part in it; they have the first value of the support.
+    Rows and steps that a mask leaves out, and on which nothing that counts depends, have no part in it; they have the
+    first value of the support.
 
     Args:
         run: the sites of model and guide; the guide enumerates none.
@@ -138,13 +140,11 @@ class _EnumeratedRun:
 
     def most_probable(self) -> dict[str, Tensor]:
         """Return the most probable values: see :func:`most_probable`."""
-        parts, model = self._parts(), self.run.model
-        for n in self.summed:
-            parts[n] = replace(parts[n], log_p=log_prior(model[n], model[n].stepwise().mask))
         best: dict[str, Labeled] = {}
-        for group, summed in self._groups(parts):
-            best |= choose_best(group, summed, self.run.guide, self.run.particle_dim)
-        return {n: self._probabilities(model[n], best[n], n) for n in self.summed}
+        for group, summed in self._groups(self._parts()):
+            counted = without_idle_priors(group, summed)
+            best |= choose_best(counted, summed, self.run.guide, self.run.particle_dim)
+        return {n: self._probabilities(self.run.model[n], best[n], n) for n in self.summed}
 
     def _parts(self) -> dict[str, _Part]:
         return {n: self._part(s, self.run.guide.get(n)) for n, s in self.run.model.items() if s.has_density}

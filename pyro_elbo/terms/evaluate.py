@@ -140,7 +140,8 @@ def _sampled_term(p: Site, q: Site) -> Term:
     if not alike(p.scale, q.scale):
         log_q = log_q * (q.scale / p.scale)
     per_dim = (lambda: sampled_per_dim(p, q)) if factorizes(p, q) else None
-    return term_of(p, "latent", log_q - p.log_prob(), score=score, per_dim=per_dim)
+    prior = p.fn if is_point(q.fn) and not is_point(p.fn) else None
+    return term_of(p, "latent", log_q - p.log_prob(), score=score, per_dim=per_dim, prior=prior)
 
 
 def _may_be_infinite(fn: Distribution) -> bool:

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pyro_elbo.errors import ArgumentError, SiteError
-from pyro_elbo.masking import masked
 from pyro_elbo.programs import Plate, Site, step_before
 from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms.chain import Paths, sum_paths
@@ -100,19 +99,16 @@ def connected(sites: Mapping[str, set[str]]) -> list[set[str]]:
     return [members for members, _ in groups]
 
 
-def log_prior(site: Site, mask: Tensor | bool | None = None) -> Labeled:
+def log_prior(site: Site) -> Labeled:
     """Return log p of a site over its support: without its mask, so that what is masked below it counts for nothing.
 
     Values of probability zero are impossible, where torch's distributions give them a tiny probability.
-
-    Args:
-        mask: zero is returned where it is false, aligned with ``site.stepwise()``.
     """
     fn: Any = site.fn
     fn, value = (fn.narrow or (fn.steps, fn.value)) if isinstance(fn, StackedDistribution) else (fn, site.value)
     log_p, support = fn.log_prob(value), _log_support(fn, value)
     log_p = log_p if support is None else torch.where(support > -torch.inf, log_p, -torch.inf)
-    return label_steps(masked(log_p, mask), site)
+    return label_steps(log_p, site)
 
 
 def _log_support(fn: Any, value: Tensor) -> Tensor | None:
@@ -166,6 +162,7 @@ def sum_out(
         for n in summed
     }
     nats |= {n: entropies[n] - nats[n] for n in summed}
+    nats |= {n: nats[n] + chain.impossible(names) for n, chain in chains.items()}
     marginals |= {n: chain.now() for n, chain in chains.items()}
     shares = [_sum_rows(_raise(_detached(x), exponents.get(n, 1.0)), rows) for n, x in nats.items() if n not in summed]
     shares += [_detached(_sum_rows(nats[n], rows)) * -1.0 for n in summed]
@@ -247,6 +244,11 @@ class PathsPosterior:
         if set(x.labels) <= {*self.paths.labels, *self.paths.own}:
             return self.paths.expect(x) * self.rows
         return combine(_possible, self.pairs(), x).sum(self.paths.own)
+
+    def impossible(self, summed: list[str]) -> Labeled:
+        """Return infinity from the first step on to which no path leads, whatever tells the rows apart; 0 before."""
+        reached = _sum_values(self.paths.reached(), summed)
+        return reached.map(torch.where(reached.x > 0, 0.0, torch.inf).to(reached.x.dtype))
 
     def entropy_term(self, name: str, variables: set[str], summed: list[str]) -> Labeled:
         """Return E[log q(k | k before, parents)] of the state, whose density depends on ``variables``."""

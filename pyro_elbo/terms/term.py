@@ -1,16 +1,18 @@
 """One site's term of the bound, and the figures that need several terms: rows, frames, scaled sums."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributions import Distribution, biject_to
 
 from pyro_elbo.assumptions import check_or_defer
 from pyro_elbo.errors import ArgumentError
-from pyro_elbo.programs import Plate, Site, shared_plate
+from pyro_elbo.programs import Plate, Site, is_point, shared_plate
 
 TermKind = Literal["likelihood", "factor", "constant", "latent", "auxiliary"]
 
@@ -44,6 +46,8 @@ class Term:
         independent: the plates whose rows are independent in this term, where they are not all its plates: the rows
             of others are coupled by a site that is summed out.
         expected: True for an expectation over sites that the guide enumerates.
+        prior: the model's distribution of a latent that the guide gives as a point (Delta), drawn elsewhere or nowhere;
+            None for one that it draws.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Term:
     averaged: Callable[[], Tensor] | None = None
     independent: tuple[Plate, ...] | None = None
     expected: bool = False
+    prior: Distribution | None = None
 
     @property
     def reward_plates(self) -> tuple[Plate, ...]:
@@ -76,6 +81,40 @@ class Term:
     def is_kl(self) -> bool:
         """True for a term of the rate."""
         return self.kind in ("latent", "auxiliary")
+
+
+def point_estimates(sites: Mapping[str, Term]) -> tuple[str, ...]:
+    """Return the continuous latents of which the guide is a point estimate: their terms are no KL.
+
+    AutoGuides pass draws of auxiliary sites on as points. Where more free elements are passed on than drawn, some are
+    points of the guide's own.
+    """
+    given = {n: count for n, t in sites.items() if (count := _count_given(t.steps or t))}
+    passed_on = [n for n in given if sites[n].joint]
+    drawn = sum(_count_drawn(t) for t in sites.values() if t.joint and t.kind == "auxiliary")
+    hidden = passed_on if sum(given[n] for n in passed_on) > drawn else []
+    return tuple(n for n in given if n in hidden or not (sites[n].joint or sites[n].transformed))
+
+
+def _count_given(term: Term) -> int:
+    """Count the free elements of a continuous latent that the guide gives as a point."""
+    if term.prior is None:
+        return 0
+    try:
+        support: Any = term.prior.support
+        shape = () if support.is_discrete else biject_to(support).inverse_shape(term.event_shape)
+        return 0 if support.is_discrete else _rows(term) * math.prod(shape)
+    except NotImplementedError:
+        return _rows(term) * term.event_shape.numel()
+
+
+def _count_drawn(term: Term) -> int:
+    steps = term.steps or term
+    return 0 if is_point((term.draws or steps.draws)[0].fn) else _rows(steps) * steps.event_shape.numel()
+
+
+def _rows(term: Term) -> int:
+    return math.prod(p.size for p in term.plates)
 
 
 def data_plate(sites: Mapping[str, Term]) -> Plate | None:

@@ -20,7 +20,7 @@ from pyro_elbo.display import html_table
 from pyro_elbo.errors import NonFiniteError, count_nonfinite
 from pyro_elbo.programs import Plate, sort_by_dim
 from pyro_elbo.terms.dataset import to_dataset
-from pyro_elbo.terms.term import Term, data_plate, num_data, num_frames, scaled_sum
+from pyro_elbo.terms.term import Term, data_plate, num_data, num_frames, point_estimates, scaled_sum
 
 if TYPE_CHECKING:
     import xarray
@@ -92,6 +92,9 @@ class Terms:
         """The lines of the printed table: name, total, figure per datum, note."""
         figures = {name: x.item() for name, x in self.totals().items() if name not in ("rate", "distortion")}
         notes = {f"kl/{name}": "" if exact else "  (at the draw)" for name, exact in self.is_analytic.items()}
+        notes |= {f"kl/{name}": "  (no KL: minus the log prior at a point)" for name in self.point_estimates}
+        if self.point_estimates:
+            notes["elbo"] = f"  (no bound: point estimate of {', '.join(map(repr, self.point_estimates))})"
         return [
             (name.replace("/", " ", 1), f"{x:14.4f}", f"{x / self.num_data:12.4f}", notes.get(name, ""))
             for name, x in figures.items()
@@ -166,6 +169,15 @@ class Terms:
     def is_analytic(self) -> dict[str, bool]:
         """True for each latent site whose KL is exact given its parents, False for an estimate at the draw."""
         return {name: t.is_analytic for name, t in self.sites.items() if t.is_kl}
+
+    @cached_property
+    def point_estimates(self) -> tuple[str, ...]:
+        """The continuous latents of which the guide is a point estimate (Delta).
+
+        Minus their log prior density stands where their KL should, which is infinite: ``elbo`` is then no bound of
+        log p(x), but an objective of maximum a posteriori training.
+        """
+        return point_estimates(self.sites)
 
     @cached_property
     def scale(self) -> dict[str, float | Tensor]:

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_elbo.display import html_table
+from pyro_elbo.display import count_noun, html_table
 from pyro_elbo.errors import ArgumentError, check_count, check_number, describe
 from pyro_elbo.tradeoff.plot import plot_curve
 from pyro_elbo.tradeoff.points import Point, measure
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
 
+_CLEAR = 3.0  # standard errors
 _HEADER = ("beta", "rate", "± se", "distortion", "± se", "elbo", "hull")
 
 
@@ -34,7 +36,8 @@ class RateDistortion:
 
     Attributes:
         points: Dataset over ``beta``: ``rate``, ``distortion``, ``elbo``, standard errors ``..._se``; nats a datum.
-        entropy: the entropy of the data in nats per datum, if it is stated: no point lies below D + R = H.
+        entropy: the entropy of the data in nats per datum, if it is stated: D + R >= H, and the printed table says
+            which points contradict that.
     """
 
     points: "xarray.Dataset"
@@ -74,17 +77,38 @@ class RateDistortion:
     @property
     def _title(self) -> str:
         stated = "" if self.entropy is None else f"; entropy {self.entropy:g}"
-        return f"Rate and distortion of {self.points.sizes['beta']} fits in nats per datum{stated}"
+        return f"Rate and distortion of {count_noun(self.points.sizes['beta'], 'fit')} in nats per datum{stated}"
 
     def __repr__(self) -> str:
         """A line for each β: rate and distortion with their standard errors, the bound, whether it is on the hull."""
         rows = [
             f"  {a:>8} {b:>10} {c:>8} {d:>11} {e:>8} {f:>10}  {g}" for a, b, c, d, e, f, g in (_HEADER, *self._lines)
         ]
-        return "\n".join([self._title, *(row.rstrip() for row in rows)])
+        notes = [line for note in self._notes for line in wrap(note, 98, initial_indent="  ", subsequent_indent="  ")]
+        return "\n".join([self._title, *(row.rstrip() for row in rows), *notes])
 
     def _repr_html_(self) -> str:
-        return html_table(self._title, _HEADER, self._lines)
+        return html_table(self._title, _HEADER, self._lines, self._notes)
+
+    @property
+    def below_entropy(self) -> tuple[int, ...]:
+        """Positions of the points whose D + R lies more than three standard errors below the stated entropy."""
+        if self.entropy is None:
+            return ()
+        missing = self.entropy + self.points.elbo.values - _CLEAR * self.points.elbo_se.values
+        return tuple(np.flatnonzero(missing > 0).tolist())
+
+    @property
+    def _notes(self) -> list[str]:
+        below = self.points.isel(beta=list(self.below_entropy))
+        if self.entropy is None or not below.sizes["beta"]:
+            return []
+        names = ", ".join(f"{beta:g}" for beta in dict.fromkeys(below.beta.values))
+        return [
+            f"D + R < H at β = {names}, by up to {self.entropy + below.elbo.values.min():.4g} nats: no code is shorter "
+            "than the entropy, so that either the entropy is not that of these data, or these fits know their rows by "
+            "heart. Measure them on new rows (result.terms(x_test))."
+        ]
 
 
 def rate_distortion(
@@ -99,9 +123,10 @@ def rate_distortion(
     .. math:: R = E_x KL(q(z \mid x) \,\|\, p(z)), \qquad D = -E_x E_q \log p(x \mid z), \qquad H \le R + D
 
     Args:
-        results: ``FitResult`` or ``Terms`` by their β, fits whose objective has a single β, or the Dataset of
-            :func:`sweep`. A ``FitResult`` is measured on its training data; for others, give ``result.terms(x)``.
-        entropy: the entropy H of the data, if it is known: nats per datum.
+        results: ``FitResult`` or ``Terms`` by their β, a list of fits whose objectives have a single β (several may
+            have the same one), or the Dataset of :func:`sweep`. A ``FitResult`` is measured on its training data; for
+            others, give ``result.terms(x)``.
+        entropy: the entropy H of the data, if it is known: nats per datum. Points below D + R = H are said to be.
         num_samples: evaluations of the terms of a ``FitResult``, whose average is the point.
         seed: of these evaluations.
 
@@ -112,6 +137,7 @@ def rate_distortion(
     Raises:
         ArgumentError: no results, results without β, or a prior that is improper, like the log-uniform one of
             variational dropout: its rate has an arbitrary constant. (Terms do not tell; keep such terms out.)
+        GuideError: a guide is a point estimate in some latent.
         SiteError, DataError: no plate of data, or a single row.
 
     Example:
@@ -136,22 +162,25 @@ def rate_distortion(
     if hasattr(results, "data_vars"):
         return RateDistortion(_checked_points(results), entropy)
     by_beta = _by_beta(results)
-    points = [measure(fitted, num_samples, seed, f"results[{beta:g}]") for beta, fitted in by_beta.items()]
-    return RateDistortion(to_dataset(list(by_beta), points), entropy)
+    points = [measure(fitted, num_samples, seed, f"results[{beta:g}]") for beta, fitted in by_beta]
+    return RateDistortion(to_dataset([beta for beta, _ in by_beta], points), entropy)
 
 
-def _by_beta(results: Any) -> dict[float, Any]:
+def _by_beta(results: Any) -> list[tuple[float, Any]]:
+    """Return fits beside their β, of which several may have the same one."""
     if isinstance(results, FitResult):
         results = [results]
     if not isinstance(results, Mapping):
         if not isinstance(results, Sequence) or not all(isinstance(r, FitResult) for r in results):
             raise ArgumentError(f"results: expected fits, or {{beta: fit}}, got {describe(results)}.")
-        results = {_beta_of(result): result for result in results}
-    for beta in results:
+        found = [(_beta_of(result), result) for result in results]
+    else:
+        found = list(results.items())
+    for beta, _ in found:
         check_number("every beta of results", beta)
-    if not results:
+    if not found:
         raise ArgumentError("results: there are no fits. Give {beta: result}.")
-    return {float(beta): fitted for beta, fitted in results.items()}
+    return [(float(beta), fitted) for beta, fitted in found]
 
 
 def _beta_of(result: FitResult) -> float:

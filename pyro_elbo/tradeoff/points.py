@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.diagnosis import rows_of
-from pyro_elbo.errors import ArgumentError, describe
+from pyro_elbo.errors import ArgumentError, GuideError, describe
 from pyro_elbo.programs import evaluating, seeded, trace_program
 from pyro_elbo.terms import Terms
 from pyro_elbo.training import FitResult
@@ -32,6 +32,7 @@ def measure(fitted: Any, num_samples: int, seed: int, where: str) -> Point:
 
     Raises:
         ArgumentError: neither a fit nor terms, or a prior whose KL is known up to a constant only.
+        GuideError: the guide is a point estimate in some latent.
         SiteError, DataError: no plate of data, or a single row.
     """
     if isinstance(fitted, FitResult):
@@ -46,6 +47,11 @@ def measure(fitted: Any, num_samples: int, seed: int, where: str) -> Point:
 
 
 def _point(evaluations: list[Terms], where: str) -> Point:
+    if points := evaluations[0].point_estimates:
+        raise GuideError(
+            f"{where}: the guide is a point estimate in {list(points)} (Delta), whose rate is infinite: it is no point "
+            "of a curve. Use a guide with a density for every latent, or pyro.param for what is no latent."
+        )
     rows = [rows_of(terms, where) for terms in evaluations]
     count = evaluations[0].num_data
 

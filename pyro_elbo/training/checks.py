@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from pyro_elbo.errors import ArgumentError, check_count, check_number
+from pyro_elbo.errors import ArgumentError, check_count, check_positive
 from pyro_elbo.objectives import TraceBeta_ELBO
 
 
@@ -39,6 +39,4 @@ def check_compile(compile: Any) -> None:
 def check_grad_clip(grad_clip: Any) -> None:
     """Raise ArgumentError unless ``grad_clip`` is None or positive and finite."""
     if grad_clip is not None:
-        check_number("grad_clip", grad_clip)
-        if grad_clip == 0:
-            raise ArgumentError("grad_clip must be positive, got 0: leave it out, or lower the learning rate.")
+        check_positive("grad_clip", grad_clip, "Leave it out, or lower the learning rate.")

@@ -12,7 +12,7 @@ from pyro_elbo.errors import (
     DataError,
     NonFiniteError,
     check_count,
-    check_number,
+    check_positive,
     describe,
     first_sentence,
 )
@@ -30,12 +30,11 @@ Arguments = tuple[tuple, dict[str, Any]]
 
 def check_accuracy(accuracy: Any) -> None:
     """Raise ArgumentError for an accuracy that no run can reach."""
-    check_number("accuracy", accuracy)
-    if accuracy == 0:
-        raise ArgumentError(
-            "accuracy must be positive, got 0: it is the distance from the optimum, in standard deviations of the "
-            "posterior, at which training stops. 0.1 is a good choice."
-        )
+    cure = (
+        "It is the distance from the optimum, in standard deviations of the posterior, at which training stops: 0.1 is "
+        "a good choice."
+    )
+    check_positive("accuracy", accuracy, cure)
 
 
 def check_steps(loss: TraceBeta_ELBO, max_steps: int, what: str) -> None:

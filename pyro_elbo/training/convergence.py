@@ -52,7 +52,8 @@ class ConvergenceReport:
     Example:
         >>> windows = Window(0.1, 1024, "stationary", 1.01, -3.25, 0.05), Window(0.05, 2048, "drifts", 1.37, -3.21)
         >>> print(ConvergenceReport(0.1, 4000, windows))
-        Not converged after 3,073 steps. max_steps came first: the iterates still drift at step size 0.05.
+        Not converged after 3,073 steps. Ended by max_steps, which the next window would pass: the iterates still
+          drift at step size 0.05.
           step size       steps  R-hat        elbo   error   moved  distance
           0.1             1,024   1.01     -3.2500   0.050                    stationary
           0.05            2,048   1.37     -3.2100                            drifts
@@ -75,7 +76,7 @@ class ConvergenceReport:
         if self.converged:
             return f"The averages are {self.distance:.2g} from the optimum; accuracy {self.accuracy:g} was asked for."
         if not self.windows:
-            return f"{self.limit} came first: not one window of iterates is complete."
+            return f"Ended by {self.limit} before one window of iterates was complete."
         last = self.windows[-1]
         found = {
             "stationary": f"the iterates are stationary at step size {last.step_size:.4g}, but their average is "
@@ -85,7 +86,8 @@ class ConvergenceReport:
             "weights move": "the weights of the objective still moved",
             "too large": f"step size {last.step_size:.4g} is still too large",
         }
-        return f"{self.limit} came first: {found[last.verdict]}."
+        passed = ", which the next window would pass" if self.limit.startswith("max_") else ""
+        return f"Ended by {self.limit}{passed}: {found[last.verdict]}."
 
     @property
     def summary(self) -> str:

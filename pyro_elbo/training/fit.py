@@ -27,7 +27,7 @@ from pyro_elbo.training.history import EpochRecord
 from pyro_elbo.training.options import Folder, LearningRate, Machine, MakeOptimizer, Options, Scheduler, Steps, Stopping
 from pyro_elbo.training.quiet import undisturbed
 from pyro_elbo.training.result import FitResult, Which
-from pyro_elbo.training.trained import Trained, checked_minibatches, first_run, make_probe
+from pyro_elbo.training.trained import Trained, check_validation, checked_minibatches, first_run, make_probe
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -166,6 +166,7 @@ def _prepare(
     options = _planned(module.elbo, passes * batches, options)
     pyro.set_rng_seed(seed)
     trained, terms = first_run(module, *arguments(first["train"][0]))
+    check_validation(module, first, seed)
     checked = checked_minibatches(module, terms, batches * machine.devices, loaders)
     if checked is not loaders:
         first = first | {"valid": list(checked("valid"))}
@@ -177,7 +178,7 @@ def _prepare(
     files = folder if place.dir is not None or options.stop.restores or machine.devices > 1 else None
     trainer = adapter.make_trainer(files, options, loaders)
     start = check_resumable(folder / "last.ckpt", programs, optimizer, options.stop) if place.resume else None
-    return _Run(trained, programs, trainer, options, files, start, probe)
+    return _Run(trained, programs, trainer, options, files, start, probe, terms.point_estimates)
 
 
 def _planned(loss: TraceBeta_ELBO, batches: int, options: Options) -> Options:
@@ -214,7 +215,10 @@ def _errors_of_processes() -> Iterator[None]:
 
 
 class _Run(NamedTuple):
-    """A run; ``files`` is the folder of its checkpoints, ``start`` the one that it continues."""
+    """A run; ``files`` is the folder of its checkpoints, ``start`` the one that it continues.
+
+    ``points`` are the latents of which the guide is a point estimate.
+    """
 
     trained: Trained
     programs: Any
@@ -223,6 +227,7 @@ class _Run(NamedTuple):
     files: Path | None
     start: str | None
     probe: Probe
+    points: tuple[str, ...]
 
     def train(self) -> None:
         """Train; the parameters end up in the programs, or in files of several processes."""
@@ -240,6 +245,8 @@ class _Run(NamedTuple):
         averages = convergence is not None and convergence.converged and stop.restore_best is None
         holds, kept = self._restore(best == records[-1]["epoch"], stop.restores and not averages)
         history = histories.to_dataset(records, module.elbo.loss_units)
+        if self.points:
+            history.attrs["point_estimates"] = list(self.points)
         files = None if self.options.place.dir is None else self.files
         if files is not None:
             histories.save(history, files / "history.nc")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from pyro_elbo.diagnosis import Diagnosis, diagnose
-from pyro_elbo.display import html_table
+from pyro_elbo.diagnosis import Diagnosis, diagnose, named_points
+from pyro_elbo.display import count_noun, html_table
 from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, check_count
 from pyro_elbo.files import read_file, write_file
 from pyro_elbo.objectives import TraceBeta_ELBO
@@ -164,7 +164,11 @@ class FitResult:
         slow where the programs do not vectorize over draws.
         Where every latent belongs to one row and training took minibatches, k-hat and active units are those of 250
         rows, spread evenly over the data.
+
+        Raises:
+            ArgumentError: ``num_samples`` is less than 2, from which no spread can be told.
         """
+        check_count("num_samples", num_samples, least=2)
         args, kwargs = self._arguments(args, kwargs)
 
         def evaluate(seed: int) -> Terms:
@@ -250,11 +254,13 @@ class FitResult:
         figures = ", ".join(f"{split.item()} elbo {elbo.sel(split=split):.4f}" for split in elbo.split)
         stopped = ", stopped early" if self.stopped_early else ""
         converged = [] if self.convergence is None else [self.convergence.summary]
+        points = named_points(self.history)
         return [
             f"Fit of {program_name(self.model)} and {program_name(self.guide)}, {self.loss!r}",
-            f"{self.history.sizes['epoch']} epochs{stopped}; best epoch {self.best_epoch}",
+            f"{count_noun(self.history.sizes['epoch'], 'epoch')}{stopped}; best epoch {self.best_epoch}",
             f"parameters of epoch {epoch}: {figures} nats per datum",
             *converged,
+            *([f"the elbo is no bound: the guide is a point estimate of {points}"] if points else []),
         ]
 
     def __repr__(self) -> str:

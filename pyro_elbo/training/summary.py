@@ -32,7 +32,7 @@ class SiteSummary:
     Attributes:
         site: its name.
         kl: KL(q ‖ p) of all data, nats, the mean of 25 evaluations; NaN for latents that the guide draws together with
-            others (their KL stands at the guide's auxiliary site).
+            others (their KL stands at the guide's auxiliary site) or gives as a point.
         kl_per_datum: the same, divided by the rows of the data.
         pareto_k: k-hat of the importance weights, which all latents share (the worst row's where latents are local);
             NaN where the weights have none.
@@ -60,6 +60,7 @@ class Summary:
         num_rows: the rows that k-hat and active units are from.
         pareto_k: the importance weights in full; None where they are not those of a posterior.
         caution: why ``pareto_k`` is None.
+        point_estimates: latents of which the guide is a point estimate: they have no KL, and ``elbo`` is no bound.
     """
 
     sites: tuple[SiteSummary, ...]
@@ -69,6 +70,7 @@ class Summary:
     num_rows: int
     pareto_k: ParetoK | None
     caution: str | None
+    point_estimates: tuple[str, ...] = ()
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """Return the table as a pandas DataFrame, a row per site."""
@@ -109,7 +111,11 @@ class Summary:
     @property
     def _notes(self) -> list[str]:
         part = f"k-hat and active units of {self.num_rows} rows." if self.num_rows < self.num_data else ""
-        return [note for note in (str(self.pareto_k or self.caution or ""), part) if note]
+        names = ", ".join(map(repr, self.point_estimates))
+        points = f"The elbo is no bound, and minus the log prior stands for the KL of {names}." if names else ""
+        active = "Active: units whose posterior mean moves with the data, Var_x E_q[z] > 0.01."
+        active = active if any(s.units for s in self.sites) else ""
+        return [note for note in (str(self.pareto_k or self.caution or ""), points, active, part) if note]
 
 
 _HEADER = ("", "KL (nats)", "per datum", "k-hat", "active")
@@ -148,7 +154,8 @@ def summarize(
     sites = tuple(SiteSummary(n, x, x / terms.num_data, shared, *units[n]) for n, x in kl.items())
     elbo = [x for x, _ in found]
     error = stdev(elbo) / EVALUATIONS**0.5
-    return Summary(sites, fmean(elbo), error, terms.num_data, MAX_ROWS if is_part else terms.num_data, k, caution)
+    rows, points = MAX_ROWS if is_part else terms.num_data, terms.point_estimates
+    return Summary(sites, fmean(elbo), error, terms.num_data, rows, k, caution, points)
 
 
 def _try_pareto_k(drawn: Draws) -> tuple[ParetoK | None, str | None]:
@@ -169,7 +176,7 @@ def _kl_by_site(terms: Terms, found: Sequence[Mapping[str, float]]) -> dict[str,
     joint = [name for name in kl if terms.sites[name].joint]
     total = math.fsum(kl[name] for name in joint)
     first = next((name for name in joint if terms.sites[name].kind == "auxiliary"), None)
-    return kl | dict.fromkeys(joint, math.nan) | ({} if first is None else {first: total})
+    return kl | dict.fromkeys([*joint, *terms.point_estimates], math.nan) | ({} if first is None else {first: total})
 
 
 def _count_active(name: str, terms: Terms, draws: "xarray.Dataset") -> tuple[int, int] | tuple[None, None]:

@@ -12,9 +12,9 @@ from jaxtyping import Float64
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, Snapshots, StepTotals, TorchUpdate
+from pyro_elbo.display import progress_bar
 from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
@@ -115,7 +115,7 @@ class SVI:
         check_count("num_steps", num_steps)
         args, kwargs = self._arguments(args, kwargs)
         losses = np.empty(num_steps)
-        with tqdm(total=num_steps, disable=not progress, unit=" steps") as bar:
+        with progress_bar(progress, total=num_steps, unit=" steps") as bar:
             for start in range(0, num_steps, BLOCK):
                 part = losses[start : start + BLOCK]
                 names, values = self._train(args, kwargs, len(part))
@@ -183,7 +183,7 @@ class SVI:
         if batches is not None and (args or kwargs):
             raise ArgumentError("Pass the data of every step as arguments, or batches=..., not both.")
         data = repeat(batches) if batches is not None else itertools.repeat(self._arguments(args, kwargs))
-        with tqdm(total=max_steps, disable=not progress, unit=" steps") as bar:
+        with progress_bar(progress, total=max_steps, unit=" steps") as bar:
 
             def show(window: Window) -> None:
                 bar.set_postfix(step_size=window.step_size, r_hat=window.r_hat, distance=window.distance)

@@ -6,11 +6,12 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pyro_elbo.diagnosis import MAX_ROWS, Call, Probe, ProbeData, are_local, cost_in_steps
-from pyro_elbo.errors import DataError, GuideError
+from pyro_elbo.errors import DataError, GuideError, NonFiniteError, first_sentence
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
-from pyro_elbo.programs import Plate, collect_modules, collect_parameters
+from pyro_elbo.programs import Plate, collect_modules, collect_parameters, seeded
 from pyro_elbo.terms import Term, Terms
 from pyro_elbo.training.data import Loaders, RunArguments, arguments, num_rows
 
@@ -128,6 +129,38 @@ def checked_minibatches(module: TermsModule, terms: Terms, batches: int, loaders
             declared = _is_subsampled(module.terms(*args, **kwargs))
         return loaders if declared else loaders.with_whole_validation()
     return loaders
+
+
+def check_validation(module: TermsModule, first: Mapping[str, list[Any]], seed: int) -> None:
+    """Run the programs on validation rows whose shape differs from those of training, long before an epoch ends.
+
+    Sequences of other lengths are fine.
+
+    Raises:
+        DataError: the programs fail on them.
+    """
+    train, valid = (_row_shapes(first[split][0]) for split in ("train", "valid" if "valid" in first else "train"))
+    if train == valid:
+        return
+    args, kwargs = arguments(first["valid"][0])
+    try:
+        with torch.no_grad(), seeded(seed):
+            module.terms(*args, **kwargs)
+    except NonFiniteError:
+        raise
+    except Exception as error:  # programs fail in many ways
+        raise DataError(
+            f"valid: the programs fail on rows of shape {_brief(valid)}, where train has {_brief(train)}: "
+            f"{first_sentence(error)} Give both splits the same columns."
+        ) from error
+
+
+def _row_shapes(batch: Any) -> list[tuple[int, ...]]:
+    return [tuple(x.shape[1:]) for x in pytree.tree_leaves(arguments(batch)) if isinstance(x, Tensor)]
+
+
+def _brief(shapes: list[tuple[int, ...]]) -> str:
+    return " and ".join(map(str, shapes))
 
 
 def _is_subsampled(terms: Terms) -> bool:

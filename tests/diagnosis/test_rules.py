@@ -60,6 +60,32 @@ def test_the_epoch_of_a_fall_is_named(name):
     assert finding.evidence["drop"] == pytest.approx(LATE[-1], rel=0.25)
 
 
+@pytest.mark.parametrize(("name", "part"), [("overfitting", "distortion"), ("KL shrinkage", "rate")])
+def test_a_validation_bound_that_does_not_fall_is_not_said_to(name, part):
+    """The training rows gain 40 nats from epoch 10 to 20, or go on gaining, and new rows a part of that."""
+    settled, rising = -40.0 * np.clip((T - 10) / 10, 0.0, 1.0), -3.0 * T
+    for gained, words, since in ((settled, "it has not fallen", 15), (rising, "it still rises", 20)):
+        (finding, *_) = pe.diagnose(history(**{part: (gained, gained / 3), "exchange": 1e3})).findings
+        assert finding.name == name
+        assert abs(finding.since - since) <= 2
+        assert f"{words}, and the gap is over half as wide since epoch {finding.since}" in finding.seen
+        assert "with every epoch" not in finding.why
+        assert "Stopping early would not raise the validation bound" in finding.cure
+    (fallen,) = pe.diagnose(history(**CASES[name])).findings
+    assert "it has lost" in fallen.seen
+    assert "patience=10" in fallen.cure
+
+
+@pytest.mark.parametrize(("beta", "since"), [(20.0, 0), (np.where(T < 12, 1.0, 20.0), 12)])
+def test_a_weight_is_too_large_since_it_was_raised(beta, since):
+    """The units fall silent at the probe of epoch 20 only."""
+    seen = history(beta=beta, kl_per_dim=(0.5, 0.0), exchange=2.0)
+    seen["kl_per_dim"] = seen.kl_per_dim.where(seen.epoch >= 20, 1.0).where(seen.kl_per_dim.notnull())
+    (finding, *_) = pe.diagnose(seen).findings
+    assert (finding.name, finding.since, finding.units) == ("over-regularized", since, ("z[1]",))
+    assert "1 of 2 units carry less than 0.02" in finding.seen
+
+
 def test_an_objective_that_falls_diverges_whichever_part_it_loses_to():
     """The same rate is sold for distortion under a small weight, and lost under one of 1."""
     (finding,) = pe.diagnose(history(rate=LATE)).findings

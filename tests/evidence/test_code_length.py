@@ -94,6 +94,90 @@ def test_the_standard_error_of_a_difference_is_that_of_paired_rows():
 def test_a_number_is_no_terms(untyped):
     with pytest.raises(ArgumentError, match="terms must be"):
         pe.code_length(-12.0)
+    with pytest.raises(ArgumentError, match=r"A code length less 3: expected another one"):
+        _ = pe.code_length(coins(0.5)) - 3
+
+
+def normal(scale, y):
+    """Numbers of which the last is masked."""
+
+    def model(y):
+        with pyro.plate("data", len(y)), poutine.mask(mask=torch.arange(len(y)) < len(y) - 1):
+            pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+    return LOSS.terms(model, lambda y: None, y)
+
+
+def test_a_bin_that_would_hold_most_of_the_probability_is_refused_by_name():
+    """The widest bin that is allowed is 1.25 standard deviations; its length is right to a hundredth of a bit."""
+    y = torch.randn(20_001, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y[:2], y[-1] = torch.tensor([0.0, 3.0]), 0.0
+    width = 0.5 * (2 * math.pi) ** 0.5
+    for scale in (1.0, 0.05):
+        length = pe.code_length(normal(scale, scale * y), 0.999 * scale * width)
+        edges = y[:-1, None] + torch.tensor([-0.4995, 0.4995]) * width
+        exact = -dist.Normal(0.0, 1.0).cdf(edges).diff(dim=-1).log2().mean().item()
+        assert abs(length.per_dim - exact) < 0.01
+        message = (
+            f"Site 'y': at resolution .* would give one bin the probability .* Give a resolution of {scale * width:.2g}"
+        )
+        for wide in (1.001, 2.0, 50.0):
+            with pytest.raises(ArgumentError, match=message):
+                pe.code_length(normal(scale, scale * y), wide * scale * width)
+    y[0] = y[2:-1] = 3.0  # far from the mode, a wide bin is no more than a guess
+    assert pe.code_length(normal(1.0, y), 5.0).per_dim > 0
+
+
+def test_densities_of_other_kinds_are_watched_too():
+    y = torch.zeros(4, 2)
+    for fn, kwargs in (
+        (dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), {}),
+        (dist.Laplace(torch.zeros(4, 2), 1.0).to_event(1), {}),
+        (dist.Normal(torch.zeros(4, 2), 1.0).mask(torch.tensor([True, False])).to_event(1), {}),
+    ):
+
+        def model(y, fn=fn):
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", fn, obs=y)
+
+        terms = LOSS.terms(model, lambda y: None, y, **kwargs)
+        assert pe.code_length(terms, 0.9).total > 0
+        with pytest.raises(ArgumentError, match="Site 'y': at resolution 2"):
+            pe.code_length(terms, 2.0)
+
+
+def test_every_site_with_a_density_has_its_own_resolution():
+    def model(y, b, w):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+            pyro.sample("b", dist.Bernoulli(0.5), obs=b)
+            pyro.sample("w", dist.Normal(0.0, 4.0), obs=w)
+
+    terms = LOSS.terms(model, lambda *data: None, torch.zeros(8), torch.ones(8), torch.zeros(8))
+    length = pe.code_length(terms, {"y": 0.25, "w": 1.0})
+    assert abs(length.total - (-terms.elbo.item() / math.log(2) + 8 * 2)) < 1e-4
+    assert repr(length).splitlines()[0] == "Code length of 8 data in bits at resolution 0.25 of 'y', 1 of 'w'"
+    assert abs(float(length - length)) == 0
+    for wrong in ({"y": 0.25}, {"y": 0.25, "w": 1.0, "b": 1.0}, {"x": 1.0}):
+        with pytest.raises(ArgumentError, match=r"expected a width for each of .* \['y', 'w'\], got one for"):
+            pe.code_length(terms, wrong)
+    with pytest.raises(ArgumentError, match=r"\['b'\] are discrete.*resolution=\{'y': ..., 'w': ...\}"):
+        pe.code_length(terms, 0.25)
+    with pytest.raises(ArgumentError, match="resolution of 'w' must be a finite number > 0, got nan"):
+        pe.code_length(terms, {"y": 0.25, "w": math.nan})
+
+
+def test_rows_that_differ_cannot_be_compared():
+    lengths = [pe.code_length(normal(1.0, y), 0.1) for y in (torch.arange(5.0), torch.arange(5.0).flip(0))]
+    with pytest.raises(ArgumentError, match="the numbers of row 0 add up to 0 and 4"):
+        _ = lengths[0] - lengths[1]
+
+    def as_columns(x):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("column", 3, dim=-2):
+            pyro.sample("pixel", dist.Bernoulli(0.5), obs=x.T)
+
+    other = pe.code_length(LOSS.terms(as_columns, lambda x: None, X))
+    assert abs(float(pe.code_length(coins(0.5)) - other)) < 1e-6
 
 
 def test_what_has_no_code_is_refused():
@@ -102,7 +186,7 @@ def test_what_has_no_code_is_refused():
     with pytest.raises(ArgumentError, match="have densities"):
         pe.code_length(density)
     for wrong in (0, -0.5):
-        with pytest.raises(ArgumentError, match="resolution must be"):
+        with pytest.raises(ArgumentError, match="resolution of 'x' must be a finite number > 0"):
             pe.code_length(density, resolution=wrong)
     with pytest.raises(ArgumentError, match="are discrete"):
         pe.code_length(coins(0.5), resolution=0.1)

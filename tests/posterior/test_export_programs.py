@@ -374,7 +374,7 @@ def test_names_and_labels_of_dimensions():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_samples": 0}, "at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples must be a whole number >= 1, got 0"),
         ({"resample": "sir"}, "'sir'"),
         ({"coords": {"data": [1, 2]}}, "got 2 labels, expected 4"),
         ({"coords": {"date": [1, 2]}}, "one of the dimensions .*'data'"),

@@ -419,9 +419,11 @@ def test_arguments(untyped):
     guide = started(AutoNormal(regression), X, Y)
     for options, part in (
         ({"num_samples": 0}, "num_samples must be"),
+        ({"num_samples": 2}, "num_samples must be a whole number >= 4, got 2"),
         ({"num_samples": 7}, "even"),
         ({"method": "newton"}, "'newton'"),
         ({"functions": "b"}, "functions must be"),
+        ({"functions": lambda z: z["c"]}, "KeyError 'c'. Use the latents and deterministics ['b'"),
         ({"functions": lambda z: z["b"].sum()}, "first dimension"),
         ({"functions": lambda z: {"n": 3}}, "'n'"),
     ):

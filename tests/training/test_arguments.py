@@ -41,8 +41,8 @@ WRONG = {
         {"batch_size": "auto"},
         r"batch_size, unless it is None, must be a whole.* >= 1, got 'auto' \(str\)",
     ),
-    "grad_clip": ({"grad_clip": -1}, "grad_clip must be a finite number >= 0, got -1"),
-    "grad_clip 0": ({"grad_clip": 0.0}, "grad_clip must be positive"),
+    "grad_clip": ({"grad_clip": -1}, "grad_clip must be a finite number > 0, got -1"),
+    "grad_clip 0": ({"grad_clip": 0.0}, "grad_clip must be a finite number > 0, got 0.0. Leave it out"),
     "patience 0": ({"patience": 0, "valid": X}, "patience, unless it is None, must be a whole number >= 1, got 0"),
     "patience -1": ({"patience": -1, "valid": X}, "patience, unless it is None, must be a whole number >= 1, got -1"),
     "devices": ({"devices": True}, "devices must be a whole number"),
@@ -67,7 +67,7 @@ def test_fit_refuses(name):
         ({"guide": AutoNormal}, "got the class AutoNormal"),
         ({"optim": torch.optim.Adam}, "got the class Adam"),
         ({"optim": pyro.optim.Adam}, "optim must be a pyro.optim or a torch.optim optimizer"),
-        ({"grad_clip": "1"}, "grad_clip must be a finite number >= 0, got '1'"),
+        ({"grad_clip": "1"}, "grad_clip must be a finite number > 0, got '1'"),
     ],
 )
 def test_svi_refuses(options, match):

@@ -392,7 +392,7 @@ def test_averages_are_left_and_the_learning_rate_returns(brief):
     svi = pe.SVI(model, guide, optim, pe.TraceBeta_ELBO())
     report = svi.converge(X, accuracy=1e-6, max_steps=200, progress=False)
     assert not report.converged
-    assert "max_steps came first" in str(report)
+    assert "Ended by max_steps, which the next window would pass: " in str(report)
     assert [o.param_groups[0]["lr"] for o in optim.optim_objs.values()] == [0.1, 0.1]
     sizes = [w.step_size for w in report.windows]
     assert sizes == sorted(sizes, reverse=True)
@@ -452,7 +452,12 @@ def point_guide(x):
 
 
 BAD = {
-    "accuracy 0": ({}, {"accuracy": 0}, ArgumentError, "accuracy must be positive"),
+    "accuracy 0": (
+        {},
+        {"accuracy": 0},
+        ArgumentError,
+        "accuracy must be a finite number > 0, got 0. It is the distance",
+    ),
     "accuracy negative": ({}, {"accuracy": -0.1}, ArgumentError, "accuracy must be a finite number"),
     "max_steps": ({}, {"max_steps": 3000}, ArgumentError, "max_steps must be at least 3073, got 3000"),
     "data used up": ({"model": forgetful([*X[:2]])}, {}, ArgumentError, "once on the same data, and then no more"),

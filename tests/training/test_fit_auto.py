@@ -100,8 +100,8 @@ def test_too_few_epochs_are_called_unconverged(brief):
     result = fit(accuracy=1e-6, max_epochs=6)
     assert not result.convergence.converged
     assert result.convergence.steps <= 6 * 20
-    assert "max_epochs came first" in result.convergence.summary
-    assert "max_steps came first" in fit(accuracy=1e-6, max_epochs=50, max_steps=100).convergence.summary
+    assert "Ended by max_epochs" in result.convergence.summary
+    assert "Ended by max_steps" in fit(accuracy=1e-6, max_epochs=50, max_steps=100).convergence.summary
 
 
 def test_compiled_steps_have_the_same_report(brief, interpreted):
@@ -152,7 +152,7 @@ def test_a_report_is_saved_with_the_result(brief, tmp_path):
 def test_patience_ends_training_earlier_and_restores_the_best_epoch(brief):
     result = fit(valid=(X, Y), accuracy=1e-6, patience=1)
     assert not result.convergence.converged
-    assert "early stopping came first" in result.convergence.summary
+    assert "Ended by early stopping" in result.convergence.summary
     assert result.holds == ("last" if result.best_epoch == result.history.epoch[-1] else "best")
 
 
@@ -166,7 +166,7 @@ def test_a_run_that_is_stopped_at_once_has_no_window():
 
     report = fit(callbacks=Stop()).convergence
     assert report.windows == ()
-    assert "not one window" in report.summary
+    assert "before one window of iterates was complete" in report.summary
 
 
 def test_rates_of_the_given_optimizer_move_together(brief):
@@ -235,7 +235,7 @@ def test_the_end_is_told(brief, capsys):
 
 BAD = {
     "lr": ({"lr": "fast"}, r'lr must be a finite number >= 0, or "auto", got \'fast\''),
-    "accuracy 0": ({"accuracy": 0}, "accuracy must be positive"),
+    "accuracy 0": ({"accuracy": 0}, "accuracy must be a finite number > 0, got 0. It is the distance"),
     "accuracy negative": ({"accuracy": -1.0}, "accuracy must be a finite number"),
     "accuracy alone": ({"lr": 0.1}, "pass lr='auto', or leave accuracy out"),
     "scheduler": ({"scheduler": lambda o: None}, "leave scheduler out"),

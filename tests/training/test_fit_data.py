@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -267,6 +268,36 @@ def test_a_declared_size_counts_for_validation_even_where_one_batch_holds_all_tr
     history = pe.fit(*global_programs(100), train, valid, max_epochs=1, **frozen, **QUIET).history
     kl = torch.distributions.kl_divergence(dist.Normal(1.4, 1e-3), dist.Normal(0.0, 5.0)).item()
     assert history.kl.values.ravel() * 100 == pytest.approx([kl, kl], rel=1e-5)
+
+
+def test_validation_of_another_width_is_named_before_training():
+    net = nn.Linear(4, 1)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(net(x), 1.0).to_event(1), obs=x[:, :1])
+
+    def fit(valid):
+        return pe.fit(model, lambda x: pyro.module("net", net) and None, torch.ones(8, 4), valid, max_epochs=1, **QUIET)
+
+    message = r"valid: the programs fail on rows of shape \(2,\), where train has \(4,\): .*Give both splits the same"
+    with pytest.raises(DataError, match=message):
+        fit(torch.ones(8, 2))
+    fit(torch.ones(9, 4))
+
+
+def test_validation_of_other_lengths_is_fine():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[:, None], 1.0).expand(x.shape).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.5)) * x.mean(1), 1.0))
+
+    history = pe.fit(model, guide, torch.ones(8, 4), torch.ones(8, 6), max_epochs=1, **QUIET).history
+    assert bool(history.elbo.notnull().all())
 
 
 def test_validation_batches_that_cannot_be_joined():

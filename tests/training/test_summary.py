@@ -174,5 +174,5 @@ def test_the_result_prints_the_bound_of_its_parameters(fitted):
     valid = result.history.elbo.sel(split="valid", epoch=0).item()
     lines = str(result).splitlines()
     assert lines[0] == "Fit of VAE.model and VAE.guide, TraceBeta_ELBO(beta=1.0, kl='auto')"
-    assert lines[1] == "  1 epochs; best epoch 0"
+    assert lines[1] == "  1 epoch; best epoch 0"
     assert f"valid elbo {valid:.4f} nats per datum" in lines[2]

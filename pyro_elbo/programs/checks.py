@@ -74,9 +74,7 @@ def _cure_of_rows(site: Site, wrong: Collection[int]) -> str:
     """Return the cure of batch dimensions that are not those of the plates."""
     rows = {p.dim: p.size for p in site.plates}
     if isinstance(site.fn, StackedDistribution) and any(rows.get(d) == site.fn.event_shape[0] for d in wrong):
-        return (
-            "The first dimension of the data has as many entries as the plate: pass dim=1 to pe.scan if it is no time."
-        )
+        return "The first dimension of the data is as long as the plate: pass dim=1 to pe.scan if it is not time."
     if all(d in rows for d in wrong):
         return "Give the data and the plate the same number of rows."
     return (
@@ -242,11 +240,17 @@ def _missing(site: Site, guide: list[str], mark: Any) -> SiteError:
             "bound nor for a guide that is itself a handler of Pyro. Change the mark, add the site to the guide, or "
             "use pyro.infer.TraceEnum_ELBO."
         )
-    by_mask, sum_out = name.endswith("_unobserved"), ""
-    if getattr(site.fn, "has_enumerate_support", False):
-        mark_it = "mark it infer={'enumerate': 'parallel'} (config_enumerate marks all such sites)"
-        mark_it = "mark it by pyro.infer.config_enumerate(model), since obs_mask drops infer=," if by_mask else mark_it
-        sum_out = f"{mark_it} to have it summed out, "
+    can_sum = getattr(site.fn, "has_enumerate_support", False)
+    if can_sum and name.endswith("_unobserved"):
+        return SiteError(
+            f"Latent site '{name}', what obs_mask leaves unobserved, has no site in the guide, and no mark: obs_mask "
+            "drops that of the whole site. Pass pyro.infer.config_enumerate(model) to have it summed out."
+        )
+    sum_out = (
+        "mark it infer={'enumerate': 'parallel'} (config_enumerate marks all such sites) to have it summed out, "
+        if can_sum
+        else ""
+    )
     return SiteError(
         f"Latent site '{name}' of the model has no site in the guide, which samples {guide}. Add "
         f"pyro.sample('{name}', ...) to the guide, {sum_out}or observe the site."

@@ -23,8 +23,8 @@ SUMS_PATHS = "_sums_paths"
 
 
 SUM_OUT = (
-    "To sum a state over its paths, mark it 'parallel' in the model alone, leave it out of the guide, and use an objective "
-    "of pyro_elbo; a guide draws it without a mark."
+    "To sum a state over its paths, mark it 'parallel' in the model alone, leave it out of the guide, and use an "
+    "objective of pyro_elbo; a guide draws it without a mark."
 )
 
 
@@ -223,8 +223,8 @@ def _ask(msg: Any, handlers: Sequence[Any]) -> OuterContext:
     if probe["infer"].get("_enumerate_dim") is not None:
         if not probe["infer"].get(SUMS_PATHS):
             raise SiteError(
-                f"Site '{msg['name']}' of a pe.scan is enumerated where nothing sums over its paths: by TraceEnum_ELBO, or "
-                f"a guide's mark. {SUM_OUT}"
+                f"Site '{msg['name']}' of a pe.scan is enumerated where nothing sums over its paths: by a mark in the "
+                f"guide, or by TraceEnum_ELBO. {SUM_OUT}"
             )
         support = _support(probe, _probe(msg | {"name": f"{msg['name']} before"}, handlers))
     given = None if value is msg["value"] or support is not None else value

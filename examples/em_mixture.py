@@ -116,8 +116,8 @@ def draw(x: Tensor, exact: Run, factorized: Run, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=[1.1, 1])
     n = len(x)
     for run, color, name in ((exact, "#2b5c8a", "exact E-step"), (factorized, "#b3452c", "mean-field E-step")):
-        left.plot(run.log_evidence / n, color=color, linewidth=1, linestyle=":", label=f"log p(x), {name}")
-        left.plot(run.bound / n, color=color, linewidth=2, label=f"ELBO, {name}")
+        left.plot(run.bound / n, color=color, linewidth=3, alpha=0.35, label=f"ELBO, {name}")
+        left.plot(run.log_evidence / n, color=color, linewidth=1.2, linestyle=":", label=f"log p(x), {name}")
         for mean, covariance in zip(run.mixture.means, run.mixture.covariances, strict=True):
             angle = torch.linspace(0, 2 * torch.pi, 100, dtype=x.dtype)
             circle = torch.stack([angle.cos(), angle.sin()])

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._C import DisableTorchFunction
 from torch._C._aoti import unsafe_alloc_void_ptrs_from_tensors as tensor_handles
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
@@ -39,6 +40,7 @@ __all__ = [
     "disable_proxy_modes_tracing",
     "get_proxy_mode",
     "get_proxy_slot",
+    "is_functorch_wrapped_tensor",
     "joint_graph_passes",
     "lazy_graph_modules",
     "make_fx",

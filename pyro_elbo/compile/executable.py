@@ -5,6 +5,7 @@ steps in a row. On other devices Inductor's own wrapper calls it.
 """
 
 import ctypes
+import logging
 import sys
 import threading
 import time
@@ -26,6 +27,8 @@ from pyro_elbo.compile.record import Recording
 from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.store import load_library
 from pyro_elbo.errors import CompileError
+
+_log = logging.getLogger(__name__)
 
 AHEAD = 2**18  # numbers of noise drawn at once
 
@@ -321,8 +324,9 @@ def driver() -> ctypes.PyDLL:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Show on a terminal for how many seconds the compilation has run."""
+    """Show on a terminal for how many seconds the compilation has run, and log its start and its end."""
     start, done = time.monotonic(), threading.Event()
+    _log.info("compiling a step")
 
     def show(end: str) -> None:
         if sys.stderr.isatty():
@@ -340,3 +344,4 @@ def compiling() -> Iterator[None]:
         done.set()
         ticker.join()
         show("\n")
+        _log.info("compiled in %.0f s", time.monotonic() - start)

@@ -21,6 +21,7 @@ from pyro_elbo.compile._torch import (
     FakeTensorMode,
     custom_functions_taking,
     disable_proxy_modes_tracing,
+    is_functorch_wrapped_tensor,
     pytree,
     unset_fake_temporarily,
 )
@@ -69,7 +70,7 @@ class Lifting(TorchFunctionMode):
 
     def lift(self, x: Tensor) -> Tensor:
         """Return the fake tensor that stands for ``x``."""
-        if isinstance(x, FakeTensor):
+        if isinstance(x, FakeTensor) or is_functorch_wrapped_tensor(x):  # a transform of torch.func wraps fakes
             return x
         if x.is_neg() or x.is_conj():
             raise CompileError(

@@ -206,8 +206,8 @@ def noisy_objective(evidence: Evidence) -> Iterator[Finding]:
         f"the gradient's standard deviation is {rough:.0f} times its norm; the bound varies by {elbo.noise:.3g} nats "
         f"per datum from epoch to epoch, where the second half of the epochs has changed it by {late:.3g}.",
         "steps go in random directions: more of them do not help.",
-        "more rows per batch, num_particles, a lower learning rate; reparameterized latents in place of a "
-        "score-function gradient.",
+        "more rows per batch, num_particles, a lower learning rate; if a latent is drawn with a score-function "
+        "gradient, a reparameterized one in its place, or a sum over its values.",
         evidence={"noise over norm": rough, "noise of the bound": elbo.noise, "late change": late},
     )
 

@@ -280,7 +280,8 @@ def _coordinate(site: Site, again: Site) -> Coordinate:
     if is_discrete(first):
         raise SiteError(
             f"Site '{site.name}' is a discrete latent ({type(first.fn).__name__}): annealing needs gradients in every "
-            "latent. Use method='importance', or sum the site out in the likelihood (such as MixtureSameFamily)."
+            "latent, and has no sum over marked sites. Use method='importance', which has it, or write the sum as the "
+            "distribution of the data in the site's place, such as MixtureSameFamily or DiscreteHMM."
         )
     try:
         transform, other = (biject_to(s.fn.support) for s in (first, second))

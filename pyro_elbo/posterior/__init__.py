@@ -13,6 +13,7 @@ from pyro_elbo.posterior.infer_discrete import infer_discrete
 from pyro_elbo.posterior.layout import lead
 from pyro_elbo.posterior.linear_response import linear_response
 from pyro_elbo.posterior.predict import label_arrays, label_latents, predict_data, sample_guide
+from pyro_elbo.posterior.psis import format_k
 from pyro_elbo.posterior.response import LinearResponse
 from pyro_elbo.posterior.symmetrized_kl import SymmetrizedKL
 from pyro_elbo.posterior.weights import Weighting, find_weighting, is_discrete, sum_plates
@@ -25,6 +26,7 @@ __all__ = [
     "Weighting",
     "draw_in_chunks",
     "find_weighting",
+    "format_k",
     "infer_discrete",
     "is_discrete",
     "judge",

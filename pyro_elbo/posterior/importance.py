@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import ArgumentError, GuideError, WeightsError
 from pyro_elbo.posterior.draws import Draws, draw
-from pyro_elbo.posterior.psis import describe_k, most_even, pareto_k_threshold, psis
+from pyro_elbo.posterior.psis import describe_k, format_k, most_even, pareto_k_threshold, psis
 from pyro_elbo.programs import Plate, Program, check_options, program_arguments
 
 SAMPLE_DIMS = ("chain", "draw")
@@ -46,7 +46,7 @@ class ParetoK:
     def __str__(self) -> str:
         if self.plate is None:
             return (
-                f"k-hat {self.k.item():.2f}, effective draws {self.ess.item():.0f} of {self.num_samples}: "
+                f"k-hat {format_k(self.k.item())}, effective draws {self.ess.item():.0f} of {self.num_samples}: "
                 f"{describe_k(self.k.item(), self.num_samples, self.largest.item())}"
             )
         limit = pareto_k_threshold(self.num_samples)
@@ -66,8 +66,8 @@ class ParetoK:
             else ""
         )
         return (
-            f"k-hat per row of '{self.plate}': median {middle:.2f}, worst {worst:.2f}; {high} of {len(self.k)} rows at "
-            f"or above {limit:.2f}{more}. {verdict}"
+            f"k-hat per row of '{self.plate}': median {format_k(middle)}, worst {format_k(worst)}; {high} of "
+            f"{len(self.k)} rows at or above {limit:.2f}{more}. {verdict}"
         )
 
 

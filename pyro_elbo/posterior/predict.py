@@ -114,7 +114,8 @@ def _missing_data(model: Program, guide: Program, args: tuple, kwargs: Mapping[s
         summed = [s.name for s in absent if s.marked]
         raise SiteError(
             f"Sites {summed} are summed out and drawn given the data, but {list(missing)} have no data. Give the model "
-            "its data, or give these sites a place in the guide."
+            "its data; or predict new rows by pyro.infer.Predictive(model, guide=guide, num_samples=...), which draws "
+            f"{summed} from the model."
         )
     return missing
 

@@ -201,6 +201,16 @@ def most_even(num_samples: int) -> float:
     return num_samples**0.25
 
 
+def format_k(k: float) -> str:
+    """Return a k-hat as it is printed: equal weights have none, and are exact.
+
+    Example:
+        >>> format_k(0.2), format_k(-math.inf)
+        ('0.20', 'exact')
+    """
+    return "exact" if k == -math.inf else f"{k:.2f}"
+
+
 def describe_k(k: float, num_samples: int, largest: float = math.inf) -> str:
     """Explain a k-hat in plain words: good, usable or bad, and the cure.
 

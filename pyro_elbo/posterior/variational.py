@@ -70,8 +70,9 @@ def check_programs_respond(programs: ProgramCall, frame: Frame) -> None:
         raise SiteError("The model has no latent: there is no posterior. Sample a latent in model and guide.")
     if discrete := [s.name for s in latents if is_discrete(s)]:
         raise SiteError(
-            f"Latents {discrete} are discrete: means of the guide do not respond smoothly in them. Sum them out in the "
-            "likelihood (such as MixtureSameFamily)."
+            f"Latents {discrete} are discrete: means of the guide do not respond smoothly in them, and a site that is "
+            "marked to be summed out is drawn here. Write the sum as the distribution of the data in their place, such "
+            "as MixtureSameFamily or DiscreteHMM."
         )
     if unmapped := [s.name for s in latents if unconstrain(s) is None]:
         raise SiteError(

@@ -15,8 +15,11 @@ from torch.distributions import Distribution
 
 from pyro_elbo.assumptions import check_or_defer
 from pyro_elbo.errors import ArgumentError, GuideError, SiteError, describe
+from pyro_elbo.programs.explain import VINDEX
 from pyro_elbo.programs.sites import Baseline, Plate, Site, is_point, source_of
 from pyro_elbo.sequences import StackedDistribution
+
+_NOTHING = " Where no latent is left to guide, pass lambda *args, **kwargs: None."
 
 
 def check_programs(model: Any, guide: Any) -> None:
@@ -28,7 +31,7 @@ def check_programs(model: Any, guide: Any) -> None:
         if not callable(program) or (isinstance(program, nn.Module) and _lacks_forward(program)):
             raise ArgumentError(
                 f"{role} must be a program that can be called, such as a function, a method or a module with forward, "
-                f"got {type(program).__name__}."
+                f"got {type(program).__name__}.{_NOTHING if program is None and role == 'guide' else ''}"
             )
 
 
@@ -55,15 +58,9 @@ def check_batch_shape(site: Site, sizes: Mapping[int, int], undeclared: Sequence
         dims = range(-len(shape), 0)
         if wrong := {d for d in dims if shape[d] not in (1, sizes.get(d, 1))}:
             expected = tuple(sizes.get(d, 1) for d in range(min(sizes, default=0), 0))
-            inside = wrong <= {p.dim for p in site.plates}
-            cure = (
-                "Give the data and the plate the same number of rows."
-                if inside
-                else "Put the extra dimensions into a pyro.plate, or declare them part of one event with .to_event(n)."
-            )
             raise SiteError(
                 f"Site '{site.name}': expected batch shape {expected} from its plates "
-                f"{[p.name for p in site.plates]}, got {tuple(shape)}. {cure}"
+                f"{[p.name for p in site.plates]}, got {tuple(shape)}. {_cure_of_rows(site, wrong)}"
             )
     if site.role == "observed" and any(len(value_batch) < -d or value_batch[d] < sizes[d] for d in undeclared):
         raise SiteError(
@@ -71,6 +68,19 @@ def check_batch_shape(site: Site, sizes: Mapping[int, int], undeclared: Sequence
             f"distributions of batch shape {tuple(site.fn.batch_shape)}. Give both the same shape, or put the extra "
             "dimensions into a pyro.plate."
         )
+
+
+def _cure_of_rows(site: Site, wrong: Collection[int]) -> str:
+    """Return the cure of batch dimensions that are not those of the plates."""
+    rows = {p.dim: p.size for p in site.plates}
+    if isinstance(site.fn, StackedDistribution) and any(rows.get(d) == site.fn.event_shape[0] for d in wrong):
+        return "The first dimension of the data is as long as the plate: pass dim=1 to pe.scan if it is not time."
+    if all(d in rows for d in wrong):
+        return "Give the data and the plate the same number of rows."
+    return (
+        "Put the extra dimensions into a pyro.plate, or declare them part of one event with .to_event(n)."
+        f"{f' {VINDEX}' if site.variables else ''}"
+    )
 
 
 def check_wide(site: Site, sizes: Mapping[int, int]) -> None:
@@ -192,12 +202,12 @@ def check_rows(plate: str, model: Tensor, guide: Tensor) -> None:
         )
 
 
-def check_pair(model: Mapping[str, Site], guide: Mapping[str, Site], enumerated: Collection[str] = ()) -> None:
+def check_pair(model: Mapping[str, Site], guide: Mapping[str, Site], marks: Mapping[str, Any]) -> None:
     """Raise SiteError unless the guide samples every latent of the model, in the same plates and shapes.
 
     Args:
         model, guide: the sites by name.
-        enumerated: sites of the model that are marked for enumeration.
+        marks: those of sites of the model that are marked for enumeration.
     """
     plates = {p.name: p for site in guide.values() for p in site.plates}
     for name, site in model.items():
@@ -207,7 +217,7 @@ def check_pair(model: Mapping[str, Site], guide: Mapping[str, Site], enumerated:
             if name in guide:
                 _check_shapes(site, guide[name])
             elif site.enum_dim is None:
-                raise _missing(site, list(guide), name in enumerated)
+                raise _missing(site, list(guide), marks.get(name))
         elif site.role == "observed" and name in guide and guide[name].role != "deterministic":
             raise SiteError(
                 f"Site '{name}' is observed in the model and sampled in the guide. Remove it from the guide, or do "
@@ -215,19 +225,30 @@ def check_pair(model: Mapping[str, Site], guide: Mapping[str, Site], enumerated:
             )
 
 
-def _missing(site: Site, guide: list[str], marked: bool) -> SiteError:
+def _missing(site: Site, guide: list[str], mark: Any) -> SiteError:
     """Return the error for a latent that the guide does not draw and nothing sums out."""
     name = site.name
-    if marked:
+    if mark is not None and mark not in ("parallel", "sequential"):
+        return SiteError(
+            f"Site '{name}' has an unknown mark: expected infer={{'enumerate': 'parallel'}}, got {mark!r}. Write "
+            "'parallel' to have the site summed out."
+        )
+    if mark is not None:
         return SiteError(
             f"Latent site '{name}' of the model is marked for enumeration and has no site in the guide. Objectives "
             "here sum it out where the mark is 'parallel' (config_enumerate gives it), but not with the filtering "
             "bound nor for a guide that is itself a handler of Pyro. Change the mark, add the site to the guide, or "
             "use pyro.infer.TraceEnum_ELBO."
         )
+    can_sum = getattr(site.fn, "has_enumerate_support", False)
+    if can_sum and name.endswith("_unobserved"):
+        return SiteError(
+            f"Latent site '{name}', what obs_mask leaves unobserved, has no site in the guide, and no mark: obs_mask "
+            "drops that of the whole site. Pass pyro.infer.config_enumerate(model) to have it summed out."
+        )
     sum_out = (
         "mark it infer={'enumerate': 'parallel'} (config_enumerate marks all such sites) to have it summed out, "
-        if getattr(site.fn, "has_enumerate_support", False)
+        if can_sum
         else ""
     )
     return SiteError(

@@ -21,6 +21,9 @@ from pyro_elbo.errors import DataError, NonFiniteError, PyroElboError, SiteError
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name of the plate of vectorized particles."""
 
+VINDEX = "Draw a latent that is indexed as one event (.to_event(n)), and write Vindex(latent)[..., k]."
+"""The cure of an index that does not broadcast where particles stand side by side."""
+
 NOTHING: Mapping[str, torch.Size] = {}
 
 _ROOTS = [Path(str(module.__file__)).parent for module in (torch, pyro, jaxtyping)] + [Path(__file__).parents[1]]
@@ -50,7 +53,7 @@ def explain_failure(
     except (ValueError, RuntimeError, ZeroDivisionError, TypeError, IndexError) as error:
         if is_capturing() or (isinstance(error, TypeError | IndexError) and not enumerated):
             raise
-        explained = _explained(error, first_sentence(error), {**dict(enumerate(args)), **kwargs})
+        explained = _explained(error, first_sentence(error), {**dict(enumerate(args)), **kwargs}, enumerated)
         raise _on_values(explained, enumerated) from error
 
 
@@ -66,7 +69,9 @@ def _on_values(error: Exception, enumerated: Mapping[str, torch.Size]) -> Except
     )
 
 
-def _explained(error: Exception, reason: str, arguments: Mapping[Any, Any]) -> Exception:
+def _explained(
+    error: Exception, reason: str, arguments: Mapping[Any, Any], enumerated: Mapping[str, torch.Size]
+) -> Exception:
     """Return the library's error for one of Pyro or torch, or that error itself."""
     if isinstance(error, ZeroDivisionError):
         plate = _failed_plate(error)
@@ -80,15 +85,18 @@ def _explained(error: Exception, reason: str, arguments: Mapping[Any, Any]) -> E
         )
     if PARTICLE_PLATE in reason or "plate stack overflow" in reason:
         return SiteError(
-            f"The particles' plate meets a plate of the program: {reason} Set max_plate_nesting to the number of "
-            "batch dimensions that the plates use, or leave it out."
+            f"The particles' plate meets a plate of the program: {reason} {VINDEX} Set max_plate_nesting to the number "
+            "of batch dimensions that the plates use, or leave it out."
         )
     if "plate" in reason.lower() or "subsample" in reason.lower():
         plate = _failed_plate(error)
         which = "of the program" if plate is None else f"'{plate}'"
+        sizes = "give every plate the size of its dimension, and the same size in model and guide."
+        if not enumerated:
+            return SiteError(f"The program's plates do not fit (plate {which}): {reason} {sizes.capitalize()}")
         return SiteError(
-            f"The program's plates do not fit (plate {which}): {reason} Give every plate the size of "
-            "its dimension, and the same size in model and guide."
+            f"A shape does not fit the plates of the program (plate {which}): {reason} {VINDEX} Declare the dimensions "
+            f"of one datum with .to_event(n). Or else {sizes}"
         )
     return _not_finite(error, reason, arguments) or error
 

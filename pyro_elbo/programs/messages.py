@@ -106,9 +106,9 @@ def read_model(
     return _mark_constants(sites, conditioned)
 
 
-def enumerated_sites(trace: poutine.Trace) -> set[str]:
-    """Return the sites that are marked for enumeration."""
-    return {name for name, m in _sample_messages(trace).items() if m["infer"].get("enumerate")}
+def enumerated_sites(trace: poutine.Trace) -> dict[str, Any]:
+    """Return the marks of the sites that are marked for enumeration."""
+    return {name: mark for name, m in _sample_messages(trace).items() if (mark := m["infer"].get("enumerate"))}
 
 
 def plate_nesting(trace: poutine.Trace) -> int:

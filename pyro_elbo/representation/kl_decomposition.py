@@ -140,8 +140,8 @@ def _only_latent(terms: Terms, latent: str | None) -> str:
     if enumerated := [n for n, t in latents if t.plates and (t.posterior is not None or t.expected)]:
         raise SiteError(
             f"The sites {enumerated} are enumerated, or depend on one that is: there is no draw of each whose density "
-            "could be compared with those of other rows. Remove the marks from the guide, or name a latent that it "
-            "draws once per row."
+            "could be compared with those of other rows. Draw them in the guide, without marks, or name a latent "
+            "that it draws once per row."
         )
     asked = "Several latents lie in plates" if latent is None else f"'{latent}' is no latent inside of a plate"
     raise SiteError(f"{asked}: expected one of {local}. Pass latent=... with its name.")

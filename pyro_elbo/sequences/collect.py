@@ -22,6 +22,12 @@ SUMS_PATHS = "_sums_paths"
 """The entry of ``infer`` by which a handler that enumerates says that it sums over the paths of a scan's states."""
 
 
+SUM_OUT = (
+    "To sum a state over its paths, mark it 'parallel' in the model alone, leave it out of the guide, and use an "
+    "objective of pyro_elbo; a guide draws it without a mark."
+)
+
+
 def is_subsample(message: Any) -> bool:
     """Return whether a message is a plate's choice of rows."""
     return type(message.get("fn")).__name__ == "_Subsample"
@@ -190,8 +196,7 @@ def _check_mask(name: str, fn: Distribution, mask: Tensor | bool | None) -> None
 def _check_drawn(msg: Any) -> None:
     if msg["infer"].get("enumerate", "parallel") not in (None, "parallel"):
         raise SiteError(
-            f"Site '{msg['name']}' cannot be enumerated in a pe.scan as {msg['infer']['enumerate']!r}. Mark it "
-            "'parallel', which sums it out, or draw it."
+            f"Site '{msg['name']}' cannot be enumerated in a pe.scan as {msg['infer']['enumerate']!r}. {SUM_OUT}"
         )
 
 
@@ -218,8 +223,8 @@ def _ask(msg: Any, handlers: Sequence[Any]) -> OuterContext:
     if probe["infer"].get("_enumerate_dim") is not None:
         if not probe["infer"].get(SUMS_PATHS):
             raise SiteError(
-                f"Site '{msg['name']}' of a pe.scan is enumerated by a handler that does not sum over time, such as "
-                "that of TraceEnum_ELBO. Use an objective of pyro_elbo, or remove the mark and draw the site."
+                f"Site '{msg['name']}' of a pe.scan is enumerated where nothing sums over its paths: by a mark in the "
+                f"guide, or by TraceEnum_ELBO. {SUM_OUT}"
             )
         support = _support(probe, _probe(msg | {"name": f"{msg['name']} before"}, handlers))
     given = None if value is msg["value"] or support is not None else value

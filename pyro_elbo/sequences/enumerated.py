@@ -46,10 +46,15 @@ def run_enumerated(
     """
     name, support = _only_state(steps)
     if reverse or inputs.total > inputs.given:
+        cure = (
+            "Flip xs and run forward."
+            if reverse
+            else "Leave horizon out of terms and training; predict(horizon=...) of the result of pe.fit draws the path "
+            "of the past and carries it on."
+        )
         raise SiteError(
             f"Site '{name}' is summed out in a pe.scan that {'runs backward' if reverse else 'forecasts'}: it is "
-            "summed over forward scans of given data. Flip xs and run forward; forecast by predict(horizon=...) of the "
-            "result of pe.fit, which draws the path of the past."
+            f"summed over forward scans of given data. {cure}"
         )
     carry, first = steps.peek(init, inputs.at(0), inputs.valid_at(0))
     if ran is not None:

@@ -94,6 +94,7 @@ class Filter:
         with self._outside_model():
             self.run_guide()
         if not self._results:
+            _check_marks(scan)
             raise SiteError(
                 "The filtering bound needs a guide that draws its latents in a pe.scan, as the model does. Move the "
                 "guide's sites into the step of a scan."
@@ -247,6 +248,7 @@ def _carry_event_dim(init: torch.Size, shape: torch.Size, weights: Sequence[int]
 
 
 def _check(q: ScanFunction, p: ScanFunction) -> None:
+    _check_marks(p)
     if q.total != p.total or q.reverse or p.reverse:
         ways = [f"{s.total} steps{' backward' * s.reverse}" for s in (p, q)]
         raise SiteError(
@@ -262,6 +264,14 @@ def _check(q: ScanFunction, p: ScanFunction) -> None:
     latent = {n for n, s in p.first.sites.items() if not s.observed and not s.infer.get("_deterministic")}
     if missing := sorted(latent - q.first.sites.keys()):
         raise SiteError(f"The latent sites {missing} of the model's scan are not in the guide's scan. Draw them there.")
+
+
+def _check_marks(p: ScanFunction) -> None:
+    if marked := [n for n, s in p.first.sites.items() if s.infer.get("enumerate") and not s.observed]:
+        raise SiteError(
+            f"The sites {marked} are marked to be summed out over paths, and the filtering bound resamples draws. Use "
+            "bound='importance'."
+        )
 
 
 def run_loop(

@@ -294,9 +294,17 @@ def _ragged(name: str, site: StepSite, valid: Tensor, mask: Tensor | bool | None
     shape = site.fn.batch_shape
     sequences = valid.shape[:-1]
     if shape[len(shape) - len(sequences) :] != sequences:
+        last = -len(sequences) if sequences[-1] > 1 else -1
+        aside = [f for f in site.outside.frames if f.dim is not None and f.size in sequences and f.dim < last]
+        cure = (
+            f"Plate '{aside[0].name}' has dimension {aside[0].dim}, and lengths belong to the last one: give it "
+            "dim=-1, and make what lies right of it, such as the tones of a chord, part of one event with .to_event(n)."
+            if aside
+            else "Put pe.scan, or the site, in a pyro.plate over the sequences."
+        )
         raise SiteError(
             f"Site '{name}' has batch shape {tuple(shape)}, but lengths are given for sequences of shape "
-            f"{tuple(sequences)}. Put pe.scan, or the site, in a pyro.plate over the sequences."
+            f"{tuple(sequences)}. {cure}"
         )
     return valid if mask is None or mask is True else mask if mask is False else mask & valid
 

@@ -65,7 +65,7 @@ class Paths:
         log_pair: log A, with its labels.
         own: the labels of the state before and now.
         labels: time, then those of the rows.
-        shares: the share of each step in the log sum; it has the gradient of ``chain.node``.
+        shares: the share of each step in the log sum.
     """
 
     chain: Any
@@ -73,6 +73,12 @@ class Paths:
     own: tuple[Label, Label]
     labels: tuple[Label, ...]
     shares: Labeled
+
+    def move(self, shares: Tensor, nodes: Labeled) -> Labeled:
+        """Return ``shares``, with the derivative of the log sum with respect to the log factor of the state now."""
+        node, now = _flatten(nodes.expand(self.labels), self.labels, self.own[1:]), _now(self.chain)
+        possible = torch.where(now > 0, node, torch.zeros_like(node))
+        return self.shares.map(shares) + self._named((now * (possible - possible.detach())).sum(-1))
 
     def now(self) -> Labeled:
         """Return the posterior of each state."""
@@ -115,13 +121,9 @@ def sum_paths(pairs: Sequence[Labeled], nodes: Labeled, state: str) -> Paths:
     every = {a for x in (nodes, *pairs) for a in x.labels if a not in own}
     labels = (next(a for a in every if is_time(a)), *sort_labels(a for a in every if not is_time(a)))
     node, log_pair = _flatten(nodes.expand(every), labels, own[1:]), add(pairs)
-    with torch.no_grad():
-        pair, loop = _flatten(log_pair, labels, own).to(node.dtype), active_loop()
-        chain = messages(pair, node) if loop is None else loop.messages(pair, node)
-        now = _now(chain)
-    possible = torch.where(now > 0, node, torch.zeros_like(node))
-    shares = chain.increments + (now * (possible - possible.detach())).sum(-1)
-    return Paths(chain, log_pair, own, labels, _name(shares, labels, ()))
+    pair, loop = _flatten(log_pair, labels, own).to(node.dtype), active_loop()
+    chain = messages(pair, node) if loop is None else loop.messages(pair, node)
+    return Paths(chain, log_pair, own, labels, _name(chain.increments, labels, ()))
 
 
 def messages(pair: Tensor, node: Tensor) -> Chain:

@@ -70,7 +70,7 @@ def _sum_out_chain(factors: list[Labeled], state: str, plates: Plates, semiring:
     nodes = [x for x in factors if before not in x.variables and state in x.variables]
     others = [x for x in factors if not x.variables & {state, before}]
     rows = sort_labels({*plates, *(a for x in factors for a in x.labels if a.name == state)})
-    zero = Labeled(pairs[0].x.new_zeros([a.size for a in rows], requires_grad=True), rows)
+    zero = Labeled(pairs[0].x.new_zeros([a.size for a in rows]), rows)
     return [*others, semiring.over_paths(pairs, add([zero, *nodes]), state)]
 
 

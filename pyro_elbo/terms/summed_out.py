@@ -267,14 +267,16 @@ def _sum(
         found[state] = sum_paths(pairs, nodes, state)
         return found[state].shares
 
-    with torch.enable_grad():
-        apart = {n: x.map(x.x.requires_grad_()) for n, x in logs.items() if not _joins_steps(x, names)}
-        log_z = _log_z(logs, plates, names, Semiring(log_sum_exp, over_paths))
-        inputs = [*apart.values(), *(p.shares for p in found.values())]
-        gradients = torch.autograd.grad(log_z.x.sum(), [x.x for x in inputs])
-    posteriors = [x.map(g) for x, g in zip(inputs, gradients, strict=True)]
-    chains = {n: PathsPosterior(p, q) for (n, p), q in zip(found.items(), posteriors[len(apart) :], strict=True)}
-    return log_z, dict(zip(apart, posteriors, strict=False)), chains
+    def total(leaves: dict[str, Tensor], shares: dict[str, Tensor]) -> Tensor:
+        moved = Semiring(log_sum_exp, lambda _, nodes, state: found[state].move(shares[state], nodes))
+        return _log_z({n: x.map(leaves.get(n, x.x)) for n, x in logs.items()}, plates, names, moved).x.sum()
+
+    log_z = _log_z(logs, plates, names, Semiring(log_sum_exp, over_paths))
+    apart = {n: x for n, x in logs.items() if not _joins_steps(x, names)}
+    inputs = {n: x.x for n, x in apart.items()}, {n: p.shares.x for n, p in found.items()}
+    q, rows = torch.func.grad(total, (0, 1))(*inputs)  # in a mapped run, where torch.autograd does not work
+    chains = {n: PathsPosterior(p, p.shares.map(rows[n])) for n, p in found.items()}
+    return log_z, {n: x.map(q[n]) for n, x in apart.items()}, chains
 
 
 def _log_z(logs: Mapping[str, Labeled], plates: Mapping[str, Plates], names: list[str], semiring: Semiring) -> Labeled:

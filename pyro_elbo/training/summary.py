@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_elbo.diagnosis import ACTIVE, MAX_ROWS, are_local, spread_of_means
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import GuideError, WeightsError
-from pyro_elbo.posterior import Draws, ParetoK, judge, label_latents, sample_guide
+from pyro_elbo.posterior import Draws, ParetoK, format_k, judge, label_latents, sample_guide
 from pyro_elbo.programs import Program
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.data import RunArguments
@@ -103,7 +103,7 @@ class Summary:
                 s.site,
                 _number(s.kl, ".4f"),
                 _number(s.kl_per_datum, ".4f"),
-                _number(s.pareto_k, ".2f"),
+                "" if math.isnan(s.pareto_k) else format_k(s.pareto_k),
                 "" if s.units is None else f"{s.active_units} of {s.units}",
             )
             for s in self.sites

@@ -17,10 +17,10 @@ from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms.labeled import Labeled, add, combine, is_time, label, label_steps, plate_labels
 from pyro_elbo.terms.summed_out import Joined
 
-Choose = Callable[[Mapping[str, Joined]], dict[str, Labeled]]
+Choose = Callable[[dict[str, Joined]], dict[str, Labeled]]
 
 
-def choose_in_turn(sites: Mapping[str, Joined], summed: list[str], choose: Choose) -> dict[str, Labeled]:
+def choose_in_turn(sites: dict[str, Joined], summed: list[str], choose: Choose) -> dict[str, Labeled]:
     """Return the most probable joint values of what counts, and of idle sites given them.
 
     Args:

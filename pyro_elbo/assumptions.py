@@ -1,4 +1,4 @@
-"""Conditions assumed while a step is captured as a graph, where tensors have no values to test."""
+"""Conditions assumed where tensors have no values to test: a step is captured as a graph, or draws are mapped."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ def defer_check(condition: Callable[[], Tensor]) -> None:
 
 
 def is_capturing() -> bool:
-    """Return whether a step is being captured."""
+    """Return whether a step is being captured, or draws are being mapped."""
     return _assumptions.get() is not None
 
 

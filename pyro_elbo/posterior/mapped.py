@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution, constraints
 from torch.overrides import TorchFunctionMode
 
+from pyro_elbo.assumptions import capturing
 from pyro_elbo.programs import Site
 from pyro_elbo.sequences import StackedDistribution
 
@@ -37,8 +38,9 @@ def map_draws(run: Callable[[Any], tuple[Any, Tensor]], given: Mapping[str, Tens
     """
 
     def run_one(values: Mapping[str, Tensor], zero: Tensor) -> tuple[Any, Tensor]:
-        with _Buffers(zero):
-            return run(values)
+        with _Buffers(zero), capturing(validate=False) as assumed:
+            found, valid = run(values)
+            return found, torch.stack([valid, *assumed]).all()
 
     with _unchecked():
         found, valid = torch.func.vmap(run_one, randomness="different")(dict(given), torch.zeros(count))

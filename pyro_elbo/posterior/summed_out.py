@@ -23,6 +23,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
+from pyro_elbo.assumptions import check_or_defer
 from pyro_elbo.errors import SiteError
 from pyro_elbo.masking import masked
 from pyro_elbo.programs import MOST_ENTRIES, Program, Site, TracePair, complete_guide
@@ -110,7 +111,8 @@ def check_possible(run: TracePair, terms: Mapping[str, Term]) -> None:
 def check_masked(site: Site, term: Term) -> None:
     """Raise SiteError where a summed-out site is masked and its posterior is not its prior."""
     site, nats = site.stepwise(), (term.steps or term).nats
-    if site.mask is not None and masked(nats, ~torch.as_tensor(site.mask)).abs().max() > 1e-4:
+    mask = None if site.mask is None else ~torch.as_tensor(site.mask)
+    if mask is not None and not check_or_defer(masked(nats, mask).abs().max() <= 1e-4):
         raise SiteError(
             f"Site '{site.name}' is masked in rows whose data depend on it: it is summed out there under its prior, "
             "which the mask hides from the density of a draw. Give what depends on it the same mask."

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import ArgumentError, SiteError
 from pyro_elbo.sequences.collect import Support
 from pyro_elbo.sequences.function import as_function
@@ -57,7 +58,7 @@ def run_enumerated(
             f"summed over forward scans of given data. {cure}"
         )
     carry, first = steps.peek(init, inputs.at(0), inputs.valid_at(0))
-    if ran is not None:
+    if ran is not None and not is_capturing():
         _check_memory(name, ran, first, lambda: steps.peek(init, inputs.at(0), inputs.valid_at(0))[1])
     support = steps.renew_support(name, first.sites[name].fn)
     leaves, (state, spec) = pytree.tree_leaves(init), pytree.tree_flatten(carry)
@@ -128,7 +129,8 @@ def _check_states(
         raise SiteError(
             f"Site '{name}' of a pe.scan is summed out, but {what} depends on it. Only '{name}' itself may be carried "
             "on, and only densities may depend on it. Draw latents that depend on it in the guide's scan, compute what "
-            f"you need from terms.posterior['{name}'], or remove the mark and draw '{name}' in the guide."
+            f"you need from terms.posterior['{name}'], or remove the mark and draw '{name}' in the guide. If the state "
+            "depends on the two before it, write one site over all pairs of values."
         )
 
 

@@ -84,5 +84,5 @@ def test_a_switch_that_nothing_depends_on_has_collapsed():
 
 def test_the_decomposition_of_the_kl_of_enumerated_latents_is_refused():
     guide = Guide("parallel")
-    with pytest.raises(SiteError, match=r"'k', 'z'.*enumerated.*Remove the marks"):
+    with pytest.raises(SiteError, match=r"'k', 'z'.*enumerated.*without marks"):
         pe.kl_decomposition(model, guide, X)

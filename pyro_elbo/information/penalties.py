@@ -207,9 +207,9 @@ class MutualInformation(Penalty):
             raise ArgumentError("estimator='variational' bounds I(z; s) alone. Use another one for I(z; s | y).")
         check_positive("critic_lr", self.critic_lr, "Use about 1e-3, the default.")
         check_count("seed", self.seed, least=0)
-        for what, given in (("hidden", self.hidden), ("levels", self.levels)):
-            for number in given if isinstance(given, Sequence) else [given] if given is not None else []:
-                check_count(f"every number of {what}", number)
+        for what, sizes in (("hidden", self.hidden), ("levels", self.levels)):
+            for size in sizes if isinstance(sizes, Sequence) else [sizes] if sizes is not None else []:
+                check_count(f"every number of {what}", size)
         object.__setattr__(self, "name", self.name or self._default_name())
         if self.has_critic and CRITIC_ESTIMATORS[self.estimator].direction == "lower":
             _say_once(

@@ -1,7 +1,6 @@
 """What goes wrong: killed processes, damaged and foreign files, a full disk, Ctrl-C, numbers that are not finite."""
 
 import os
-import resource
 import signal
 import threading
 
@@ -13,6 +12,7 @@ from lightning import Callback
 
 import pyro_elbo as pe
 from pyro_elbo.errors import CheckpointError, NonFiniteError
+from tests.support.full_disk import filling_disk
 from tests.support.killed import Programs, run
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
@@ -85,22 +85,21 @@ def test_a_torn_checkpoint_names_the_one_before(tmp_path):
         fit(tmp_path / "run", resume=True, max_epochs=4)
 
 
-class FullDisk(Callback):
-    """From the second epoch on no file can grow beyond 4 kB."""
+class Fill(Callback):
+    def __init__(self, fill):
+        self.fill = fill
 
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+            self.fill()
 
 
 def test_a_full_disk_leaves_the_checkpoint_that_there_was(tmp_path):
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with pytest.raises(CheckpointError, match=r"ckpt cannot be written: .*too large.*is unchanged"):
-            fit(tmp_path, callbacks=FullDisk())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        signal.signal(signal.SIGXFSZ, ignored)
+    with (
+        filling_disk() as fill,
+        pytest.raises(CheckpointError, match=r"ckpt cannot be written: .*too large.*unchanged"),
+    ):
+        fit(tmp_path, callbacks=Fill(fill))
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
     assert fit(tmp_path, resume=True).history.equals(fit(tmp_path / "whole").history)

@@ -3,7 +3,7 @@
 The end of the graph writes back what the call changed in place, unless the step turns out to be unusable.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ def _take_writes(graph: fx.Graph, conditional: int) -> tuple[fx.Node, dict[fx.No
     return usable, writes, tuple(i for i, place in enumerate(inputs[:conditional]) if place in writes)
 
 
-def _write(graph: fx.Graph, usable: fx.Node, writes: Mapping[fx.Node, fx.Node], kept: int) -> None:
+def _write(graph: fx.Graph, usable: fx.Node, writes: dict[fx.Node, fx.Node], kept: int) -> None:
     """Write inputs at the end of a graph, but for the last ``kept`` ones only where its output is true."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     conditional = set(inputs[: len(inputs) - kept])

@@ -143,7 +143,8 @@ library.define("loops(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int s
 def _room_for_loops(
     constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int, count: int
 ) -> list[Tensor]:
-    room = _meta(*([x[0] for x in part] for part in (constants, carry, inputs)), steps, key)
+    first = [[x[0] for x in part] for part in (constants, carry, inputs)]
+    room = _meta(first[0], first[1], first[2], steps, key)
     return [x.new_empty((count, *x.shape)) for x in room]
 
 
@@ -157,7 +158,8 @@ def _run_loops(
         loop.scalars.each([x.contiguous() for part in (*given, room[:-1]) for x in part], steps)
         return room
     for i in range(count):
-        for x, result in zip(room, _run(*([x[i] for x in part] for part in given), steps, key), strict=True):
+        row = [[x[i] for x in part] for part in given]
+        for x, result in zip(room, _run(row[0], row[1], row[2], steps, key), strict=True):
             x[i].copy_(result)
     return room
 

@@ -50,8 +50,8 @@ def infer_discrete(
 
     Returns:
         By site, values of shape plates × (time of a scan ×) event, as in a run of the model. Steps after the end of a
-        sequence, and rows that a mask leaves out, have a draw from the prior at temperature 1. At 0 they have the first
-        value of the support, unless something that counts depends on them.
+        sequence, and rows that a mask leaves out, have a draw from the prior at temperature 1, and at 0 the most
+        probable values given the others.
 
     Raises:
         ArgumentError: another temperature, no guide, or an option is misspelled.

@@ -116,8 +116,8 @@ class Enumerator(EnumMessenger):
         if (scope := infer.get("_markov_scope")) is None:
             return {}
         loops = [h for h in _PYRO_STACK if isinstance(h, MarkovMessenger)]
-        back = {n: lag for h in loops for lag in range(h._pos, h.history, -1) for n in _context(h, lag)}
-        back = {n: lag for n, lag in back.items() if n not in scope and n in self.shapes}
+        lags = ((h, lag) for h in loops for lag in range(min(h.history + FURTHER, h._pos), h.history, -1))
+        back = {n: lag for h, lag in lags for n in h._stack[h._pos - lag] if n not in scope and n in self.shapes}
         infer["_markov_scope"] = {n: self._markov_depths[n] for n in back} | scope
         return back
 
@@ -132,11 +132,6 @@ class Enumerator(EnumMessenger):
                 f"Site '{msg['name']}': its plates use {deepest} batch dimensions, and enumerated sites start left of "
                 f"{-self.leftmost - 1}. Give the objective max_plate_nesting={deepest}."
             )
-
-
-def _context(loop: Any, lag: int) -> Collection[str]:
-    """Return the sites of a loop so many steps back, at most a few steps further than its history."""
-    return loop._stack[loop._pos - lag] if lag <= loop.history + FURTHER else ()
 
 
 def _take(msg: Any, index: int) -> None:

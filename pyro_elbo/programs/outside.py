@@ -1,7 +1,7 @@
-"""Find sites that depend on all rows of an enumerated site together, such as on ``k.sum()`` for a k in a plate.
+"""Find sites that depend on an enumerated site through a number, such as ``k.sum()`` for a k in a plate.
 
 The values of k stand along a dimension of their own, and its rows along none: ``k.sum()`` adds up values where the
-program means rows. Its result has no dimension of k, so that only its number shows the dependence: it changes when k
+program means rows. Its result has no dimension of k, so that only the number shows the dependence: it changes when k
 has one of its values alone.
 """
 
@@ -23,7 +23,7 @@ _passed: Any = WeakValueDictionary()
 
 
 def check_outside(model: Callable[..., Any], sites: Sites, run: Callable[[Callable[..., Any]], Sites]) -> None:
-    """Raise SiteError where a site depends on rows of an enumerated site whose plate it lies outside of.
+    """Raise SiteError where a site without a dimension of an enumerated site depends on it all the same.
 
     Only sites that come after the enumerated one can. Programs with such sites run again, once for each model.
 
@@ -35,7 +35,7 @@ def check_outside(model: Callable[..., Any], sites: Sites, run: Callable[[Callab
     order = list(sites)
     enumerated = [s for s in sites.values() if s.enum_dim is not None and not isinstance(s.fn, StackedDistribution)]
     above = {
-        n: [k for k in enumerated if order.index(k.name) < i and _lies_outside(s, k)]
+        n: [k for k in enumerated if order.index(k.name) < i and _hides(s, k)]
         for i, (n, s) in enumerate(sites.items())
         if s.has_density
     }
@@ -48,16 +48,16 @@ def check_outside(model: Callable[..., Any], sites: Sites, run: Callable[[Callab
     for n in (n for n in order if n in names and any(_differ(whole[n], other[n]) for other in single)):
         k = above[n][0].name
         raise SiteError(
-            f"Site '{n}' depends on '{k}', which is enumerated in a plate that '{n}' lies outside of, through a number "
-            f"such as {k}.sum(): this adds up the values of '{k}', not its rows, and all rows together have "
-            f"exponentially many values. Put '{n}' into the plate, or draw '{k}' in the guide without a mark."
+            f"Site '{n}' depends on '{k}' through a number such as {k}.sum(), which adds up the values that '{k}' has "
+            f"side by side, and not its rows: all rows together have exponentially many values. Put '{n}' into the "
+            f"plates of '{k}' and let it depend on '{k}' row by row, or draw '{k}' in the guide without a mark."
         )
     _passed[key] = model
 
 
-def _lies_outside(site: Site, k: Site) -> bool:
-    """Return whether a site lies outside of a plate of an enumerated one without a dimension of its values."""
-    return not set(k.plates) <= set(site.plates) and k.name not in site.depends_on
+def _hides(site: Site, k: Site) -> bool:
+    """Return whether a site may depend on an enumerated one although it has no dimension of its values."""
+    return not site.depends_on or (k.name not in site.depends_on and not set(k.plates) <= set(site.plates))
 
 
 def _one_value(site: Site, index: int) -> torch.Tensor:

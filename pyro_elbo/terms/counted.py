@@ -1,11 +1,12 @@
-"""Which entries of masked sites bear on those that count.
+"""The most probable values where masks leave some sites out.
 
 A mask takes the density of a site out of the bound. A summed-out site keeps its prior there all the same: what counts
-may depend on it, as an animal's survival depends on the state in which it was first caught. The sum over a masked site
-below which nothing counts is one; the maximum over it is not, and must leave its prior out.
+may depend on it, as an animal's survival depends on the state in which it was first caught. The sum over an idle site,
+below which nothing counts, is one. The maximum over it is not, so its prior must not choose the values that count: they
+are chosen first, and idle ones given them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,17 +17,35 @@ from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms.labeled import Labeled, add, combine, is_time, label, label_steps, plate_labels
 from pyro_elbo.terms.summed_out import Joined
 
+Choose = Callable[[dict[str, Joined]], dict[str, Labeled]]
 
-def without_idle_priors(sites: Mapping[str, Joined], summed: list[str]) -> dict[str, Joined]:
-    """Return sites with zero in place of the log prior of summed-out sites where nothing that counts depends on them.
+
+def choose_in_turn(sites: dict[str, Joined], summed: list[str], choose: Choose) -> dict[str, Labeled]:
+    """Return the most probable joint values of what counts, and of idle sites given them.
 
     Args:
         sites: the sites of one connected group, in program order.
         summed: the names of the summed-out sites among them.
+        choose: returns the most probable joint values of such sites, as :func:`choose_best` does.
     """
     bears = _bearing(sites)
-    select = lambda x, b: torch.where(b > 0, x, torch.zeros_like(x))  # noqa: E731
-    return {n: replace(j, log_p=combine(select, j.log_p, bears[n])) if n in summed else j for n, j in sites.items()}
+    if all((bears[n].x > 0).all() for n in summed):
+        return choose(sites)
+    best = choose(sites | {n: _mapped(_unless_idle, sites[n], bears[n]) for n in summed})
+    chosen = {n: best[n].sum([a for a in best[n].labels if a.kind == "value" and a.name != n]) for n in summed}
+    return choose(sites | {n: _mapped(_as_chosen, sites[n], bears[n], chosen[n]) for n in summed})
+
+
+def _mapped(function: Callable[..., Tensor], joined: Joined, *others: Labeled) -> Joined:
+    return replace(joined, log_p=combine(function, joined.log_p, *others))
+
+
+def _unless_idle(log_p: Tensor, bears: Tensor) -> Tensor:
+    return torch.where(bears > 0, log_p, torch.zeros_like(log_p))
+
+
+def _as_chosen(log_p: Tensor, bears: Tensor, chosen: Tensor) -> Tensor:
+    return torch.where((bears > 0) & (chosen <= 0), -torch.inf, log_p)
 
 
 def _bearing(sites: Mapping[str, Joined]) -> dict[str, Labeled]:

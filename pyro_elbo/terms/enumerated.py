@@ -17,7 +17,7 @@ References:
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import mul
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_elbo.errors import SiteError
 from pyro_elbo.programs import Plate, Site, TracePair, fixed_sites, step_before
 from pyro_elbo.sequences import StackedDistribution
-from pyro_elbo.terms.counted import without_idle_priors
+from pyro_elbo.terms.counted import choose_in_turn
 from pyro_elbo.terms.evaluate import (
     KLForm,
     add_auxiliary,
@@ -80,8 +80,8 @@ def evaluate_run(run: TracePair, kl: KLForm, weight_of: WeightOf | None = None) 
 def most_probable(run: TracePair) -> dict[str, Tensor]:
     """Return the most probable joint values of all sites that are summed out, given all others.
 
-    Rows and steps that a mask leaves out, and on which nothing that counts depends, have no part in it; they have the
-    first value of the support.
+    Rows and steps that a mask leaves out, and on which nothing that counts depends, have no part in the choice of the
+    others; they have the most probable values given these.
 
     Args:
         run: the sites of model and guide; the guide enumerates none.
@@ -142,8 +142,8 @@ class _EnumeratedRun:
         """Return the most probable values: see :func:`most_probable`."""
         best: dict[str, Labeled] = {}
         for group, summed in self._groups(self._parts()):
-            counted = without_idle_priors(group, summed)
-            best |= choose_best(counted, summed, self.run.guide, self.run.particle_dim)
+            choose = partial(choose_best, summed=summed, guide=self.run.guide, particle_dim=self.run.particle_dim)
+            best |= choose_in_turn(group, summed, choose)
         return {n: self._probabilities(self.run.model[n], best[n], n) for n in self.summed}
 
     def _parts(self) -> dict[str, _Part]:

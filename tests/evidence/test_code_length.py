@@ -206,3 +206,18 @@ def test_what_has_no_code_is_refused():
         pe.code_length(LOSS.terms(factor, lambda x: None, X))
     with pytest.raises(SiteError, match="observes nothing"):
         pe.code_length(LOSS.terms(lambda x: None, lambda x: None, X))
+
+
+def test_the_code_of_a_mixture_without_a_guide_has_the_length_of_its_evidence():
+    weights, p = torch.tensor([0.3, 0.7], dtype=torch.float64), torch.tensor([0.2, 0.9], dtype=torch.float64)
+
+    def mixture(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Bernoulli(p[k]), obs=x)
+
+    x = X.flatten()
+    length = pe.code_length(LOSS.terms(mixture, lambda x: None, x))
+    one = float(weights @ p)
+    by_hand = torch.where(x > 0.5, x.new_tensor(-math.log2(one)), x.new_tensor(-math.log2(1 - one)))
+    torch.testing.assert_close(length.bits, by_hand)

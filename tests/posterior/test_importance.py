@@ -14,7 +14,7 @@ import pyro_elbo as pe
 from models.posteriordb import eight_schools, eight_schools_init
 from pyro_elbo.errors import ArgumentError, GuideError, WeightsError
 from pyro_elbo.posterior.draws import draw
-from pyro_elbo.posterior.psis import psis
+from pyro_elbo.posterior.psis import describe_k, psis
 from tests.support.exported import elpd
 
 SCHOOLS = (
@@ -217,3 +217,45 @@ def test_a_seed_repeats_the_draws_and_leaves_the_stream_of_the_caller():
     assert a == b
     assert torch.equal(torch.randn(2), expected)
     assert pe.pareto_k(mean_model, mean_guide(1.2), X, num_samples=500, seed=8).k != a
+
+
+def smooth_steps(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+        k = pyro.sample("k", dist.Bernoulli(logits=2 * z), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(3.0 * k, 1.0), obs=x)
+
+
+def prior_moved(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.3 * x, 1.0))
+
+
+def test_a_large_k_of_bounded_weights_condemns_no_guide():
+    torch.manual_seed(0)
+    x = torch.randn(20)
+    draws = draw(smooth_steps, prior_moved, (x,), {}, 4000, seed=0)
+    found = pe.pareto_k(smooth_steps, prior_moved, x)
+    weights = draws.local_log_weight
+    assert weights is not None
+    bounded = weights.T.numpy()
+    assert torch.allclose(found.k, torch.tensor(az.psislw(bounded)[1]), atol=1e-6) or az.__version__ >= "1"
+    worst = int(found.k.argmax())
+    assert found.k[worst] > 1
+    assert found.ess[worst] > 0.8 * 4000
+    assert found.largest[worst] < 4
+    assert "usable approximation of every row" in str(found)
+    assert "besides 1 whose weights are all at most 8.0 times their mean" in str(found)
+
+
+@pytest.mark.parametrize(("shape", "good"), [(0.3, True), (0.7, False), (1.0, False)])
+def test_heavy_tails_are_not_taken_for_bounded_weights(shape, good):
+    torch.manual_seed(1)
+    weights = dist.Pareto(torch.tensor(1.0, dtype=torch.float64), 1 / shape).sample((50, 4000)).log()
+    smoothed = psis(weights)
+    largest = smoothed.log_weights.amax(-1).exp() * 4000
+    verdicts = [
+        describe_k(k, 4000, m).startswith("good")
+        for k, m in zip(smoothed.pareto_k.tolist(), largest.tolist(), strict=True)
+    ]
+    assert all(verdicts) if good else sum(verdicts) == int((smoothed.pareto_k < 0.5).sum())

@@ -502,3 +502,19 @@ def test_a_guide_without_latents_or_parameters_has_nothing_to_converge():
 
     with pytest.raises(GuideError, match="draws no latent"):
         pe.SVI(likelihood, empty, adam(), pe.TraceBeta_ELBO()).converge(X)
+
+
+def test_the_distance_is_measured_where_the_model_sums_sites_out():
+    def mixture(x):
+        mu = pyro.sample("mu", dist.Normal(torch.tensor([-2.0, 2.0]), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(mu[k], 1.0), obs=x)
+
+    auto = AutoNormal(pyro.poutine.block(mixture, hide=["k"]), init_scale=0.5)
+    auto(X)
+    iterates = Iterates(auto.parameters())
+    distance = SymmetrizedKL(mixture, auto, (X,), {}, iterates.write)
+    start = iterates.read()
+    shift = start + torch.tensor([0.3, 0.4, 0.0, 0.0])
+    assert distance(start, shift) == pytest.approx(0.5 / 0.5, rel=1e-6)

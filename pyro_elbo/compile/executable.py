@@ -344,4 +344,4 @@ def compiling() -> Iterator[None]:
         done.set()
         ticker.join()
         show("\n")
-        _log.info("compiled in %.0f s", time.monotonic() - start)
+    _log.info("compiled in %.0f s", time.monotonic() - start)

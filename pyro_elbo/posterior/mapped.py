@@ -4,12 +4,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
+from unittest.mock import patch
 
 import pyro
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Independent, TransformedDistribution, constraints
+from torch.distributions import Dirichlet, Distribution, Independent, TransformedDistribution, constraints
 from torch.overrides import TorchFunctionMode
 
 from pyro_elbo.assumptions import capturing
@@ -42,12 +43,17 @@ def map_draws(run: Callable[[Any], tuple[Any, Tensor]], given: Mapping[str, Tens
             found, valid = run(values)
             return found, torch.stack([valid, *assumed]).all()
 
-    with _unchecked():
+    with _unchecked(), patch.object(Dirichlet, "rsample", _sample_dirichlet):
         found, valid = torch.func.vmap(run_one, randomness="different")(dict(given), torch.zeros(count))
     run({name: x[0] for name, x in given.items()})  # what modules have cached must not be tensors of the mapped run
     if not valid.all():
         raise InvalidDrawError
     return found
+
+
+def _sample_dirichlet(fn: Any, sample_shape: Any = ()) -> Tensor:
+    """Draw without a gradient, whose function in torch cannot be mapped."""
+    return torch._sample_dirichlet(fn.concentration.expand(fn._extended_shape(sample_shape)))
 
 
 class _Buffers(TorchFunctionMode):

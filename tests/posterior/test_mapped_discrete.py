@@ -97,3 +97,32 @@ def test_mapped_paths_are_draws_from_the_exact_posterior():
     error = drawn.mean(0) - exact.mean(0)
     noise = (drawn.var(0) / len(drawn) + exact.var(0) / len(exact)).sqrt()
     assert (error.abs() < 4.5 * noise).all()
+
+
+def rows_model(x):
+    rows = pyro.sample("rows", dist.Dirichlet(1.0 + 4.0 * ROWS).to_event(1))
+
+    def step(k, x_t):
+        k = pyro.sample("k", dist.Categorical(rows[k]), infer=MARK)
+        pyro.sample("x", dist.Normal(START[k], 1.0), obs=x_t)
+        return k, None
+
+    pe.scan(step, torch.tensor(0), x)
+
+
+def rows_guide(x):
+    pyro.sample("rows", dist.Dirichlet(2.0 + 4.0 * ROWS).to_event(1))
+
+
+def test_rows_of_a_transition_are_drawn_in_mapped_runs_too():
+    drawn = draw(rows_model, rows_guide, (X,), {}, 2000, seed=0)
+    rows, concentration = drawn.latents["rows"], 2.0 + 4.0 * ROWS
+    mean = concentration / concentration.sum(-1, keepdim=True)
+    prior, guide = (dist.Dirichlet(c).log_prob(rows).sum(-1) for c in (1.0 + 4.0 * ROWS, concentration))
+    alpha = rows[:, 0].log() + dist.Normal(START, 1.0).log_prob(X[0])
+    for x in X[1:]:
+        alpha = (alpha.unsqueeze(-1) + rows.log()).logsumexp(-2) + dist.Normal(START, 1.0).log_prob(x)
+
+    assert drawn.way == "map"
+    torch.testing.assert_close(drawn.log_weight, alpha.logsumexp(-1) + prior - guide, atol=1e-6, rtol=1e-6)
+    assert ((rows.mean(0) - mean).abs() < 4.5 * (rows.var(0) / len(rows)).sqrt()).all()

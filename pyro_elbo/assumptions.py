@@ -33,6 +33,24 @@ def is_capturing() -> bool:
     return _assumptions.get() is not None
 
 
+class NotAlikeError(Exception):
+    """What a capture takes as equal runs of one function is not: they are captured one by one."""
+
+
+@contextmanager
+def capturing_inside(loop: Callable[..., Any]) -> Iterator[list[Tensor]]:
+    """Collect the conditions of a part of the captured program, whose loops another function captures."""
+    with capturing(_validating.get(), loop) as assumed:
+        yield assumed
+
+
+def assume(condition: Tensor) -> None:
+    """Let every step of a capture check a condition."""
+    assumed = _assumptions.get()
+    assert assumed is not None
+    assumed.append(condition)
+
+
 def active_loop() -> Any:
     """Return the function that captures the loop of a scan; None outside a capture."""
     return _loop.get()

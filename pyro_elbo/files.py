@@ -1,5 +1,6 @@
 """Files of tensors and plain values: written whole or not at all, read without running code in them."""
 
+import io
 import os
 import tempfile
 import warnings
@@ -52,12 +53,15 @@ def write_file(content: Mapping[str, Any], path: Path) -> None:
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, expected the name of a file.")
+    buffer = io.BytesIO()  # torch hides the reason why a file cannot be written
+    torch.save(dict(content), buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
-            torch.save(dict(content), file)
+            file.write(buffer.getbuffer())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}. Choose another path.") from error
+        kept = " The file of that name is unchanged." if path.exists() else ""
+        raise CheckpointError(f"{path} cannot be written: {error}. Choose another path.{kept}") from error
 
 
 @contextmanager

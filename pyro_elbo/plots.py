@@ -82,7 +82,7 @@ def _plot_epochs(axes: "Axes", curve: "xarray.DataArray", **style: Any) -> None:
     single = int(curve.notnull().sum()) == 1
     axes.plot(curve.epoch, curve, marker="o" if single else None, **style)
     locator: Any = axes.xaxis.get_major_locator()
-    locator.set_params(integer=True)
+    locator.set_params(integer=True, min_n_ticks=1)
 
 
 def _legend_below(axes: "Axes") -> None:

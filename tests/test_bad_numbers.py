@@ -109,6 +109,21 @@ def test_one_row_and_one_draw_show_no_spread():
     assert "Active" not in repr(one)
 
 
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"hidden": (64, 2.5)}, "every number of hidden"),
+        ({"hidden": 0}, "every number of hidden"),
+        ({"levels": "3"}, "every number of levels"),
+        ({"levels": (2, 0)}, "every number of levels"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_sizes_of_critics(options, what, untyped):
+    with pytest.raises(ArgumentError, match=rf"^{what} must be a whole number >= \d, got"):
+        pe.MutualInformation("z", attribute="s", estimator="club", **options)
+
+
 def test_folds(untyped):
     for wrong in (1, 2.5, "5"):
         with pytest.raises(ArgumentError, match="folds must be a whole number >= 2, got"):

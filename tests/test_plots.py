@@ -14,6 +14,7 @@ from pyro_elbo.errors import ArgumentError
 from pyro_elbo.plots import plot_history, plot_tradeoff
 from pyro_elbo.representation import Audit, Fairness
 from pyro_elbo.representation.probes import Estimate, ProbeScore, Readout
+from tests.diagnosis.histories import CASES, history
 from tests.support.refusing import refusing
 
 refuses = refusing(re.compile(r"\bgive\b", re.I))
@@ -140,6 +141,28 @@ def test_history_draws_the_bound_and_its_parts():
     np.testing.assert_allclose(bound.lines[1].get_ydata(), curve[:, 1])
     np.testing.assert_allclose(bound.lines[2].get_ydata(), curve[:, 0] + 0.5)
     np.testing.assert_allclose(kl.lines[0].get_ydata(), [0.5] * 3)
+
+
+@pytest.mark.parametrize("name", ["healthy", "overfitting", "over-regularized", "posterior collapse"])
+def test_legends_of_a_history_cover_no_curve(name):
+    for axes in plot_history(history(**CASES[name])):
+        axes.figure.draw_without_rendering()
+        legend, curves = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert legend.y1 < curves.y0
+        assert legend.y0 > 0
+
+
+def test_a_history_of_one_epoch_is_seen_as_points():
+    bound, kl = plot_history(history().isel(epoch=[3]))
+    shown = [line for line in bound.lines if len(line.get_xdata())]
+    assert [line.get_marker() for line in shown] == ["o"] * len(shown)
+    assert shown
+    assert kl.lines[0].get_marker() == "o"
+    bound.figure.draw_without_rendering()
+    assert all(float(tick).is_integer() for tick in bound.get_xticks())
+    assert all(line.get_marker() == "None" for line in plot_history(history())[0].lines)
+    with refuses(ArgumentError, "plot_history: the history has no epochs"):
+        plot_history(history().isel(epoch=slice(0)))
 
 
 def test_inputs_that_are_no_history_or_no_audits_are_refused():

@@ -2,16 +2,17 @@
 
 Takes programs, objective and optimizer; gives steps with the totals of each. ``steps`` decides when to compile, from
 what each ``known_step`` relies on. ``record`` runs a step on ``fakes``; ``store`` finds its ``code`` on disk. Otherwise
-``capture`` makes a functional graph with its ``noise`` as an input, ``graphs``, ``batch_scalars`` and ``flat_state``
-shrink it, and ``inductor`` compiles it. ``executable`` runs the code, with ``snapshots`` of parameters on the way.
+``capture`` makes a functional graph with its ``noise`` as an input, ``graphs``, ``batch_scalars``, ``packing`` and
+``flat_state`` shrink it, and ``inductor`` compiles it. ``executable`` runs a ``course`` of steps on ``packed`` tensors.
 ``execution`` notes what a step ran, ``reach`` what that reads, ``guard`` watches it; ``refusals`` and ``unusable``
 explain. ``gradients``, ``optimizer`` and ``traced_update`` step parameters, ``start`` takes steps back. ``_torch``
 holds all private names of torch, ``versions`` those tested.
 Imports objectives and below.
 """
 
-from pyro_elbo.compile.optimizer import PyroUpdate, TorchUpdate
+from pyro_elbo.compile.course import Course
+from pyro_elbo.compile.optimizer import KeptGradients, PyroUpdate, TorchUpdate
 from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.steps import Compile, CompiledSVI, StepTotals
 
-__all__ = ["Compile", "PyroUpdate", "Snapshots", "StepTotals", "CompiledSVI", "TorchUpdate"]
+__all__ = ["Compile", "Course", "KeptGradients", "PyroUpdate", "Snapshots", "StepTotals", "CompiledSVI", "TorchUpdate"]

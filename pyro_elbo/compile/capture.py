@@ -23,8 +23,11 @@ from pyro_elbo.compile._torch import (
     select_decomp_table,
 )
 from pyro_elbo.compile.batch_scalars import batch_scalars
+from pyro_elbo.compile.code import on_cpu
 from pyro_elbo.compile.graphs import remove_identities, remove_repetition
 from pyro_elbo.compile.noise import Noise, Segment, can_follow_stream, extract_noise, write_out_draws
+from pyro_elbo.compile.packed import Pack, Packed
+from pyro_elbo.compile.packing import pack
 from pyro_elbo.compile.record import Recording
 
 aten = torch.ops.aten
@@ -36,15 +39,16 @@ _STREAMS = ("bernoulli", "exponential", "geometric", "cauchy", "log_normal", "no
 class Graph:
     """A functional graph, with a fake tensor for each of its inputs.
 
-    Its inputs are external tensors, which are the same in every call, then those of the function, then one row per
-    noise.
+    Its inputs are vectors of small external tensors, then the other external tensors, which are the same in every call,
+    then those of the function, then one row per noise.
     """
 
     module: fx.GraphModule
     fakes: tuple[FakeTensor, ...]
-    externals: int = 0
+    externals: int = 0  # inputs that are the same in every call
     written: tuple[int, ...] = ()  # positions of inputs
     noise: tuple[Noise, ...] = ()
+    packs: tuple[Pack, ...] = ()
     stream: tuple[Segment, ...] = ()  # the order in which an uncompiled step draws; empty where rows are drawn at once
 
 
@@ -65,14 +69,18 @@ def functional_graph(recording: Recording, kept: int, lift_noise: bool) -> Graph
     graph = make_fx(functional, decompositions(lift_noise), "fake")(*tensors)
     remove_identities(graph.graph)
     write_out_alpha(graph.graph)
-    written = _keep_if(graph.graph, len(tensors) - kept)
+    usable, writes, written = _take_writes(graph.graph, len(tensors) - kept)
+    packs = pack(graph.graph, recording.externals, writes) if on_cpu(tensors) else ()
+    _write(graph.graph, usable, writes, kept)
     noise, stream = extract_noise(graph.graph) if lift_noise or can_follow_stream(graph.graph) else ((), ())
     graph.graph.eliminate_dead_code()
     mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor's disk cache wants one
     rows = [torch.empty(n.size, dtype=n.dtype, device=tensors[-1].device) for n in noise]
-    fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in (*tensors, *rows))
-    module, externals = optimize(graph, mode, fakes), len(recording.externals)
-    return Graph(module, fakes, externals, written, noise, () if lift_noise else stream)
+    fixed = Packed(tensors[: len(recording.externals)], packs, written).inputs
+    given = (*fixed, *recording.inputs, *rows)
+    fakes = tuple(mode.from_tensor(x.detach(), static_shapes=True) for x in given)
+    module = optimize(graph, mode, fakes)
+    return Graph(module, fakes, len(fixed), written, noise, packs, () if lift_noise else stream)
 
 
 def decompositions(lift_noise: bool) -> dict[Any, Any]:
@@ -97,28 +105,38 @@ def write_out_alpha(graph: fx.Graph) -> None:
             node.args, node.kwargs = (node.args[0], scaled), {}
 
 
-def _keep_if(graph: fx.Graph, conditional: int) -> tuple[int, ...]:
-    """Write the first ``conditional`` inputs only where the output is true; return their positions."""
+def _take_writes(graph: fx.Graph, conditional: int) -> tuple[fx.Node, dict[fx.Node, fx.Node], tuple[int, ...]]:
+    """Remove the writes to inputs from a graph.
+
+    Returns:
+        Its output, the value that each input has in the end, and which of the first ``conditional`` inputs are written.
+    """
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     output = next(n for n in graph.nodes if n.op == "output")
     (usable,) = output.args if isinstance(output.args[0], fx.Node) else output.args[0]
-    written, writes = [], []
+    writes: dict[fx.Node, fx.Node] = {}
     for node in [n for n in graph.nodes if n.target is aten.copy_.default and n.args[0] in inputs]:
-        position = inputs.index(node.args[0])
-        written.append(position)
-        with graph.inserting_before(output):
-            new = node.args[1]
-            if position < conditional:
-                new = graph.call_function(aten.where.self, (usable, new, node.args[0]))
-                new.meta["val"] = node.args[0].meta["val"]
-            writes.append((node.args[0], new))
+        place, writes[place] = node.args
         node.replace_all_uses_with(node.args[1])
         graph.erase_node(node)
-    with graph.inserting_before(output):  # after every read
-        for write in writes:
-            graph.call_function(aten.copy_.default, write)
     output.args = ((),)
-    return tuple(i for i in written if i < conditional)
+    return usable, writes, tuple(i for i, place in enumerate(inputs[:conditional]) if place in writes)
+
+
+def _write(graph: fx.Graph, usable: fx.Node, writes: dict[fx.Node, fx.Node], kept: int) -> None:
+    """Write inputs at the end of a graph, but for the last ``kept`` ones only where its output is true."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    conditional = set(inputs[: len(inputs) - kept])
+    with graph.inserting_before(next(n for n in graph.nodes if n.op == "output")):
+        chosen = {place: _chosen(graph, usable, new, place) for place, new in writes.items() if place in conditional}
+        for place, new in (writes | chosen).items():
+            graph.call_function(aten.copy_.default, (place, new))
+
+
+def _chosen(graph: fx.Graph, usable: fx.Node, new: fx.Node, old: fx.Node) -> fx.Node:
+    node = graph.call_function(aten.where.self, (usable, new, old))
+    node.meta["val"] = old.meta["val"].new_empty(old.meta["val"].shape)
+    return node
 
 
 def optimize(module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[FakeTensor]) -> fx.GraphModule:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_elbo.compile.noise import Noise, Segment
+from pyro_elbo.compile.packed import Pack
 
 _ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"
 
@@ -19,12 +20,13 @@ class Code:
     Attributes:
         call: Inductor's wrapper; None where the code comes from the disk.
         entry: the address of the C++ function; None on devices that need the wrapper.
-        noise, stream, written: as in :class:`pyro_elbo.compile.capture.Graph`.
+        noise, packs, stream, written: as in :class:`pyro_elbo.compile.capture.Graph`.
     """
 
     call: Callable[[list[Tensor]], Any] | None
     entry: ctypes.c_void_p | None
     noise: tuple[Noise, ...] = ()
+    packs: tuple[Pack, ...] = ()
     stream: tuple[Segment, ...] = ()
     written: tuple[int, ...] = ()
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_elbo.compile._torch import tensor_handles
 from pyro_elbo.compile.code import Code, on_cpu
 from pyro_elbo.compile.noise import Noise, Segment
+from pyro_elbo.compile.packed import Packed
 from pyro_elbo.compile.record import Recording
 from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.store import load_library
@@ -42,6 +43,7 @@ _DRIVER = r"""
 
 extern "C" int aoti_torch_new_tensor_handle(void* tensor, void** handle);
 extern "C" int aoti_torch_delete_tensor_object(void* tensor);
+extern "C" int aoti_torch_get_data_ptr(void* tensor, void** result);
 
 static void* pointer(PyObject* list, int64_t i) { return PyCapsule_GetPointer(PyList_GET_ITEM(list, i), nullptr); }
 
@@ -75,9 +77,18 @@ extern "C" int64_t layout(PyObject* list, int64_t* layout, int64_t compare) {
   return 1;
 }
 
-// Copy tensors, one after the other, whenever it is time after a step; see Snapshots.passed.
-static void copy(int64_t* kept, int64_t step) {
-  if (!kept || (kept[2] + step + 1) % kept[1] != 0) return;
+// Fill the vectors of small tensors, or write the tensors that the graph writes back; see Packed.places.
+static void pack(PyObject* members, const int64_t* places, bool back) {
+  for (int64_t i = 0; i < PyList_GET_SIZE(members); i++) {
+    void *tensor, *part = reinterpret_cast<void*>(places[3 * i]);
+    aoti_torch_get_data_ptr(pointer(members, i), &tensor);
+    if (!back) std::memcpy(part, tensor, places[3 * i + 1]);
+    else if (places[3 * i + 2]) std::memcpy(tensor, part, places[3 * i + 1]);
+  }
+}
+
+// Copy tensors, one after the other; see Snapshots.passed.
+static void copy(int64_t* kept) {
   for (int64_t i = 0; i < kept[3]; i++) {
     const int64_t source = kept[4 + 2 * i], size = kept[5 + 2 * i];
     std::memcpy(reinterpret_cast<void*>(kept[0]), reinterpret_cast<void*>(source), size);
@@ -86,12 +97,14 @@ static void copy(int64_t* kept, int64_t step) {
 }
 
 extern "C" const char* run(
-    void* entry, PyObject* fixed, PyObject* data, PyObject* rows, int64_t steps, int64_t* kept) {
+    void* entry, PyObject* fixed, PyObject* data, PyObject* rows, int64_t width, int64_t steps, int64_t* kept,
+    PyObject* members, const int64_t* places) {
   static thread_local std::string message;
   auto function = reinterpret_cast<void (*)(void**, void**)>(entry);
-  const int64_t n = PyList_GET_SIZE(fixed), m = PyList_GET_SIZE(data), width = PyList_GET_SIZE(rows) / steps;
+  const int64_t n = PyList_GET_SIZE(fixed), m = PyList_GET_SIZE(data);
   std::vector<void*> inputs(n + m + width);
   const char* result = nullptr;
+  pack(members, places, false);
   try {
     for (int64_t step = 0; step < steps; step++) {
       for (int64_t i = 0; i < n; i++) aoti_torch_new_tensor_handle(pointer(fixed, i), &inputs[i]);
@@ -99,12 +112,16 @@ extern "C" const char* run(
       for (int64_t i = 0; i < width; i++)
         aoti_torch_new_tensor_handle(pointer(rows, step * width + i), &inputs[n + m + i]);
       function(inputs.data(), nullptr);
-      copy(kept, step);
+      if (kept && (kept[2] + step + 1) % kept[1] == 0) {
+        pack(members, places, true);
+        copy(kept);
+      }
     }
   } catch (const std::exception& error) {
     message = error.what();
     result = message.c_str();
   }
+  pack(members, places, true);
   release(data);
   return result;
 }
@@ -120,7 +137,7 @@ class Handles:
 
 
 class StepInputs:
-    """The scalars, records and noise of ``count`` steps: the inputs that differ between steps."""
+    """The scalars, records and noise of up to ``count`` steps: the inputs that differ between steps."""
 
     def __init__(self, count: int, scalars: Tensor, flag: Tensor, record: Tensor, noise: Sequence[Noise]) -> None:
         self.values: Sequence[Sequence[float]] = ()
@@ -130,16 +147,28 @@ class StepInputs:
         self.inputs = [x for row in zip(*columns, strict=True) for x in row]
         self.width = len(columns)
 
-    def fill(self, values: Sequence[Sequence[float]], noise: Sequence[Noise], stream: Sequence[Segment]) -> None:
-        """Set the scalars of each step and draw new noise: in the order of ``stream``, or all at once without one."""
-        if values != self.values:
-            self.scalars.copy_(torch.tensor(values, dtype=self.scalars.dtype))
+    def fill(
+        self,
+        values: Sequence[Sequence[float]],
+        noise: Sequence[Noise],
+        stream: Sequence[Segment],
+        seeds: Sequence[int] = (),
+    ) -> None:
+        """Set the scalars of each step and draw new noise: in the order of ``stream``, or all at once without one.
+
+        The noise of a step has a seed of its own where there are ``seeds``; without a ``stream`` there is one step.
+        """
+        steps = len(values)
+        if values != self.values[:steps]:
+            self.scalars[:steps] = torch.tensor(values, dtype=self.scalars.dtype)
             self.values = values
-        for step in range(len(self.record)) if stream else ():
+        for step in range(steps) if stream or seeds else ():
+            if seeds:
+                torch.default_generator.manual_seed(seeds[step])
             for row, start, stop in stream:
                 noise[row].draw(self.noise[row][step, start:stop])
         for n, x in zip(noise, self.noise, strict=True) if not stream else ():
-            n.draw(x)
+            n.draw(x[:steps])
 
 
 class Executable:
@@ -164,13 +193,21 @@ class Executable:
         self._call: Any = code.call
         self._handles = Handles(self._externals) if on_cpu(recording.tensors) else None
         self._layout = self._layouts()
+        self._packed = Packed(self._externals, code.packs, code.written)
+        given = self._packed.inputs, self._packed.members
+        self._given: Any = None if self._entry is None else tuple(map(Handles, given))
 
     def __call__(
-        self, data: Sequence[Tensor], values: Sequence[Sequence[float]], snapshots: Snapshots | None = None
+        self,
+        data: Sequence[Tensor],
+        values: Sequence[Sequence[float]],
+        snapshots: Snapshots | None = None,
+        seeds: Sequence[int] = (),
     ) -> np.ndarray:
         """Run one step per entry of ``values`` (its scalars) on the same data; return the record of each."""
-        parts = [values[i : i + self._ahead] for i in range(0, len(values), self._ahead)]
-        return np.concatenate([self._run(data, part, snapshots) for part in parts])
+        ahead = 1 if seeds and not self._stream else self._ahead  # the graph itself may draw
+        parts = [slice(i, i + ahead) for i in range(0, len(values), ahead)]
+        return np.concatenate([self._run(data, values[part], snapshots, seeds[part]) for part in parts])
 
     def fits(self) -> bool:
         """Return whether external tensors still have the layout and frozen ones the values that the code assumes."""
@@ -212,9 +249,11 @@ class Executable:
         def in_python() -> None:
             rows, _ = self._rows_for(1)
             rows.fill([values], self._noise, self._stream)
-            inputs = zip([*self._externals, *data, *rows.inputs], graph.fakes, strict=True)
+            inputs = zip([*self._packed.inputs, *data, *rows.inputs], graph.fakes, strict=True)
+            self._packed.read()
             with torch.no_grad():
                 graph.module(*(x[: len(fake)] if fake.dim() == 1 else x for x, fake in inputs))
+            self._packed.write()
 
         found, noise = [], torch.get_rng_state()
         for run in (lambda: self._run(data, [values]), in_python):
@@ -234,28 +273,39 @@ class Executable:
                 ) from error
 
     def _run(
-        self, data: Sequence[Tensor], values: Sequence[Sequence[float]], snapshots: Snapshots | None = None
+        self,
+        data: Sequence[Tensor],
+        values: Sequence[Sequence[float]],
+        snapshots: Snapshots | None = None,
+        seeds: Sequence[int] = (),
     ) -> np.ndarray:
         rows, handles = self._rows_for(len(values))
-        rows.fill(values, self._noise, self._stream)
+        rows.fill(values, self._noise, self._stream, seeds)
         if self._entry is not None:
             kept = None if snapshots is None else snapshots.passed(len(values))
-            arguments = (self._handles.capsules, tensor_handles(list(data)), handles.capsules, len(values), kept)
+            fixed, members = (x.capsules for x in self._given)
+            given = fixed, tensor_handles(list(data)), handles.capsules
+            arguments = (*given, rows.width, len(values), kept, members, self._packed.places)
             if (message := driver().run(self._entry, *arguments)) is not None:
                 raise RuntimeError(f"The compiled step failed: {message.decode()}")
         else:
-            for i in range(0, len(rows.inputs), rows.width):
-                self._call([*self._externals, *data, *rows.inputs[i : i + rows.width]])
+            self._packed.read()
+            for i in range(0, len(values) * rows.width, rows.width):
+                self._call([*self._packed.inputs, *data, *rows.inputs[i : i + rows.width]])
+                self._packed.write()
                 if snapshots is not None:
                     snapshots.note()
-        return rows.record.cpu().numpy().copy()  # later steps write to the same rows
+        return rows.record[: len(values)].cpu().numpy().copy()  # later steps write to the same rows
 
     def _rows_for(self, count: int) -> tuple[StepInputs, Handles | None]:
-        if count not in self._rows:
-            for other in [n for n in self._rows if n != 1]:
-                del self._rows[other]
-            rows = StepInputs(count, *self._row, self._noise)
-            self._rows[count] = rows, None if self._entry is None else Handles(rows.inputs)
+        """Return the inputs of so many steps or more; making them takes as long as two steps of a small model each."""
+        known = next((n for n in self._rows if n == count or 1 < count < n), None)
+        if known is not None:
+            return self._rows[known]
+        for other in [n for n in self._rows if n != 1]:
+            del self._rows[other]
+        rows = StepInputs(count, *self._row, self._noise)
+        self._rows[count] = rows, None if self._entry is None else Handles(rows.inputs)
         return self._rows[count]
 
 
@@ -264,7 +314,8 @@ def driver() -> ctypes.PyDLL:
     """Build and load the C++ library that calls compiled functions."""
     library = load_library(_DRIVER)
     library.run.restype = ctypes.c_char_p
-    library.run.argtypes = [ctypes.c_void_p, *(ctypes.py_object,) * 3, ctypes.c_int64, ctypes.c_void_p]
+    lists, steps = (ctypes.py_object,) * 3, (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+    library.run.argtypes = [ctypes.c_void_p, *lists, *steps, ctypes.py_object, ctypes.c_void_p]
     library.release.restype, library.release.argtypes = None, [ctypes.py_object]
     library.layout.restype = ctypes.c_int64
     library.layout.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int64]

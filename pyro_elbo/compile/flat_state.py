@@ -100,7 +100,10 @@ class FlatGroup:
 
     def join(self, tensors: Iterable[Tensor]) -> Tensor:
         """Concatenate one tensor per member to a flat tensor."""
-        return torch.cat([x.reshape(-1) for x in tensors])
+        parts = list(tensors)
+        if all(x.dim() == 0 for x in parts):
+            return torch.stack(parts)
+        return torch.cat([x.reshape(-1) for x in parts])
 
     def split(self, x: Tensor) -> Iterator[Tensor]:
         """Split a flat tensor into one tensor per member, in the shape of its parameter."""

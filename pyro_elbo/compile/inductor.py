@@ -92,7 +92,7 @@ def code_of(graph: Graph, on_cpu: bool) -> Code:
     """Compile a graph: see :func:`compile_graph`."""
     compiled = compile_graph(graph, on_cpu)
     entry = entry_point(compiled) if on_cpu else None
-    return Code(compiled, entry, graph.noise, graph.stream, graph.written)
+    return Code(compiled, entry, graph.noise, graph.packs, graph.stream, graph.written)
 
 
 def library_of(code: Code) -> str | None:

@@ -89,6 +89,21 @@ class TorchUpdate(Update):
         return [self.optimizer]
 
 
+class KeptGradients(Optimizer):
+    """Moves nothing: the gradient of the last step stays in ``state[p]["gradient"]``, for processes to average."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: None = None) -> None:
+        """Keep the gradients."""
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if "gradient" in self.state[p]:
+                self.state[p]["gradient"].copy_(p.grad)
+            else:
+                self.state[p]["gradient"] = p.grad.clone()
+
+
 class PyroUpdate(Update):
     """Steps a ``pyro.optim`` wrapper, which makes one torch optimizer per parameter at its first step."""
 

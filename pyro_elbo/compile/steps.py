@@ -6,6 +6,7 @@ recorded (:mod:`pyro_elbo.compile.record`), and its machine code is made or foun
 then on the code runs as long as the guard (:mod:`pyro_elbo.compile.guard`) finds nothing changed.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -18,8 +19,9 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
-from pyro_elbo.assumptions import capturing
+from pyro_elbo.assumptions import NotAlikeError, capturing
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
+from pyro_elbo.compile.course import Course
 from pyro_elbo.compile.execution import Execution, collect_code, record_execution
 from pyro_elbo.compile.gradients import hooks_of, network_gradients, program_gradients
 from pyro_elbo.compile.guard import Guard
@@ -27,7 +29,6 @@ from pyro_elbo.compile.known_step import KnownStep
 from pyro_elbo.compile.optimizer import Update, UpdatePlan, check_own, check_traceable, watch
 from pyro_elbo.compile.reach import guard_of
 from pyro_elbo.compile.refusals import check_reachable, check_sites, explain_capture, refuse_side_effects
-from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.start import Start
 from pyro_elbo.compile.traced_update import trace_update
 from pyro_elbo.compile.unusable import explain_unusable
@@ -55,6 +56,8 @@ StepTotals = tuple[tuple[str, ...], np.ndarray]  # names, values (steps, names):
 _VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine")
 MAX_MISSES = 8  # steps in a row for which something has changed
 MAX_SHAPES = 64  # kinds of data
+_ONE = Course()
+_log = logging.getLogger(__name__)
 
 
 class CompiledSVI:
@@ -100,20 +103,20 @@ class CompiledSVI:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_known": {}, "_misses": 0}  # a copy has other tensors than those of the graphs
 
-    def train(self, args: tuple, kwargs: Kwargs, steps: int = 1, snapshots: Snapshots | None = None) -> StepTotals:
-        """Take ``steps`` steps on the same data, with ``snapshots`` of parameters on the way.
+    def train(self, args: tuple, kwargs: Kwargs, course: Course = _ONE) -> StepTotals:
+        """Take the steps of a course.
 
         Raises:
             CompileError: the step cannot be captured as one graph, or something that a graph freezes changes from step
                 to step.
             NonFiniteError: the objective is not finite. That step changes nothing.
         """
-        return self._run("train", args, kwargs, steps, snapshots)
+        return self._run("train", args, kwargs, course)
 
     def evaluate(self, args: tuple, kwargs: Kwargs) -> StepTotals:
         """Return the loss and the totals, with modules in evaluation mode; change nothing."""
         with self._evaluating():
-            return self._run("evaluate", args, kwargs, 1)
+            return self._run("evaluate", args, kwargs, _ONE)
 
     def reset(self) -> None:
         """Begin again: parameters, optimizer and schedules as before the first step; graphs stay.
@@ -136,27 +139,23 @@ class CompiledSVI:
                 stack.enter_context(module_evaluating(module))
             yield
 
-    def _run(
-        self, kind: StepKind, args: tuple, kwargs: Kwargs, steps: int, snapshots: Snapshots | None = None
-    ) -> StepTotals:
+    def _run(self, kind: StepKind, args: tuple, kwargs: Kwargs, course: Course) -> StepTotals:
         if not self.compile or _PYRO_STACK:  # a graph would freeze the handlers around the step
-            return self._run_in_python(kind, args, kwargs, steps, snapshots)
+            return self._run_in_python(kind, args, kwargs, course)
         key, leaves, spec = describe(kind, args, kwargs)
         step = None
         with self._or_python():
             step = self._captured(key, kind, leaves, spec)
         if step is not None:
             data = [x for x in leaves if isinstance(x, Tensor)]
-            return self._execute(step, args, kwargs, data, steps, snapshots)
+            return self._execute(step, args, kwargs, data, course)
         if not self.compile:
-            return self._run_in_python(kind, args, kwargs, steps, snapshots)
-        step, (names, first) = self._record_step(kind, args, kwargs)
-        if snapshots is not None:
-            snapshots.note()
+            return self._run_in_python(kind, args, kwargs, course)
+        ((step, (names, first)),) = (self._record_step(kind, args, kwargs) for _ in course.first().in_python())
         self._known[key][:] = [step, *self._known[key][: MAX_MISSES - 1]]
-        if steps == 1:
+        if course.steps == 1:
             return names, first
-        return names, np.concatenate([first, self._run(kind, args, kwargs, steps - 1, snapshots)[1]])
+        return names, np.concatenate([first, self._run(kind, args, kwargs, course.rest())[1]])
 
     def _captured(self, key: Key, kind: StepKind, leaves: list[Any], spec: Any) -> KnownStep | None:
         """Return a step whose graph can run, captured now where it ran once in Python; None for a new step."""
@@ -201,14 +200,8 @@ class CompiledSVI:
         totals = (terms.per_datum if self.per_datum else terms).totals()
         return {"loss": loss.detach()} | {name: x.detach() for name, x in totals.items()}
 
-    def _run_in_python(
-        self, kind: StepKind, args: tuple, kwargs: Kwargs, steps: int, snapshots: Snapshots | None
-    ) -> StepTotals:
-        records = []
-        for _ in range(steps):
-            records.append(self._in_python(kind, args, kwargs)[1])
-            if snapshots is not None:
-                snapshots.note()
+    def _run_in_python(self, kind: StepKind, args: tuple, kwargs: Kwargs, course: Course) -> StepTotals:
+        records = [self._in_python(kind, args, kwargs)[1] for _ in course.in_python()]
         return tuple(records[0]), np.array([[x.item() for x in record.values()] for record in records])
 
     def _in_python(self, kind: StepKind, args: tuple, kwargs: Kwargs) -> tuple[Terms, dict[str, Tensor], Parameters]:
@@ -268,9 +261,9 @@ class CompiledSVI:
 
     def _capture(self, step: KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
+        from pyro_elbo.compile import record as recorder
         from pyro_elbo.compile._torch import config, lazy_graph_modules  # what they import takes half a second
         from pyro_elbo.compile.executable import Executable, compiling
-        from pyro_elbo.compile.record import record as record_call
         from pyro_elbo.compile.scan.lower import ScanLowering
         from pyro_elbo.compile.store import machine_code
 
@@ -289,17 +282,7 @@ class CompiledSVI:
                 check_sites(step.sites, tuple(terms.sites))
                 loss = self._loss(terms)
                 recorded = self._record(terms, loss)
-            finite = torch.ones_like(alive)
-            if step.plan.optimizers:
-                self.loss.keep_averages(terms)
-                critics = network_gradients(terms)
-                finite = trace_update(
-                    self.update,
-                    step.plan,
-                    program_gradients(loss, step.parameters, step.hooks, step.gradients),
-                    critics,
-                    named,
-                )
+            finite = self._traced_update(step, terms, loss, named) if step.plan.optimizers else torch.ones_like(alive)
             usable = torch.stack([alive, torch.isfinite(loss.detach()), finite, *assumed]).all()
             record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), finite, usable)]))
             alive.copy_(usable)
@@ -307,25 +290,27 @@ class CompiledSVI:
 
         def trace() -> "Recording":
             with refuse_side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
-                return record_call(function, inputs)
+                return recorder.record(function, inputs)
 
-        device = next((p.device for p in step.parameters.values()), torch.get_default_device())
-        scalars, record = (
-            torch.zeros(n, dtype=torch.float64, device=device) for n in (len(names), len(step.names) + 2)
-        )
-        row = scalars, torch.ones((), dtype=torch.bool, device=device), record
+        row = _row(step, len(names))
         inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
         with (
             explain_capture(step.guard.generators),
             config.patch(fallback_random=self.fallback_random),
             lazy_graph_modules(True),
+            recorder.garbage_later(),
             compiling(),
         ):
             check_reachable(step.guard)
             check_traceable(step.plan.optimizers, step.parameters)
-            call = trace()
+            try:
+                call = trace()
+            except NotAlikeError as reason:
+                _log.debug("particles are captured one by one: %s", reason)
+                scans = ScanLowering(maps=False)
+                call = trace()
             if step.execution is not None and step.execution.misses(ran[-1]):
-                scans, recording = ScanLowering(), record_execution  # the first run took another branch
+                scans, recording = ScanLowering(scans.maps), record_execution  # the first run took another branch
                 call = trace()
                 step.execution.update(ran[-1])
                 args, kwargs = with_tensors(leaves, spec, [x for x in leaves if isinstance(x, Tensor)])
@@ -337,20 +322,26 @@ class CompiledSVI:
             if os.environ.get("PYRO_ELBO_CHECK"):
                 step.execute.check(call, not self.fallback_random, list(self._scalars(step, 0).values()))
 
+    def _traced_update(self, step: KnownStep, terms: Terms, loss: Tensor, named: Mapping[Hashable, Tensor]) -> Tensor:
+        """Move the parameters while a step is captured; return whether all gradients are finite."""
+        self.loss.keep_averages(terms)
+        critics = network_gradients(terms)
+        gradients = program_gradients(loss, step.parameters, step.hooks, step.gradients)
+        return trace_update(self.update, step.plan, gradients, critics, named)
+
     def _scalars(self, step: KnownStep, ahead: int) -> dict[Hashable, float]:
         """Return the Python numbers of the step after ``ahead`` more: each schedule's, and the optimizers'."""
         taken = self.loss.step + ahead
         return {schedule: schedule(taken) for schedule in self.loss.schedules} | step.plan.numbers(ahead)
 
-    def _execute(
-        self, step: KnownStep, args: tuple, kwargs: Kwargs, data: list[Tensor], steps: int, snapshots: Snapshots | None
-    ) -> StepTotals:
+    def _execute(self, step: KnownStep, args: tuple, kwargs: Kwargs, data: list[Tensor], course: Course) -> StepTotals:
+        steps = course.steps
         constant = self.loss.step >= self.loss.settled and not step.plan.counts_in_python
         values = [list(self._scalars(step, ahead).values()) for ahead in range(1 if constant else steps)]
         values *= steps if constant else 1
         execute: Any = step.execute
         try:
-            record = execute(data, values, snapshots)
+            record = execute(data, values, course.snapshots, course.seeds)
         except RuntimeError:
             with torch.no_grad():
                 self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises Pyro's or torch's own error, if any
@@ -373,6 +364,13 @@ class CompiledSVI:
                 self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises an error that names site and rows
             totals = dict(zip(step.names, row.tolist(), strict=False))
             explain_unusable(totals, bool(row[-2]), loss, step.parameters)
+
+
+def _row(step: KnownStep, scalars: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what differs from step to step: the scalars, the flag that all steps were usable, and the record."""
+    device = next((p.device for p in step.parameters.values()), torch.get_default_device())
+    values, record = (torch.zeros(n, dtype=torch.float64, device=device) for n in (scalars, len(step.names) + 2))
+    return values, torch.ones((), dtype=torch.bool, device=device), record
 
 
 def _held(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:

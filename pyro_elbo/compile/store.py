@@ -55,7 +55,7 @@ def machine_code(recording: Recording, kept: int, lift_noise: bool) -> Code:
     code = inductor.code_of(graph, on_cpu(recording.tensors))
     if key is not None and (library := inductor.library_of(code)) is not None:
         noise = [(n.kind, str(n.dtype).removeprefix("torch."), n.size) for n in code.noise]
-        _keep(key, library, {"noise": noise, "stream": code.stream, "written": code.written})
+        _keep(key, library, {"noise": noise, "packs": code.packs, "stream": code.stream, "written": code.written})
     return code
 
 
@@ -160,8 +160,9 @@ def _load(key: str) -> Code | None:
     library, facts = found
     try:
         noise = tuple(Noise(kind, getattr(torch, dtype), int(size)) for kind, dtype, size in facts["noise"])
+        packs = tuple(tuple(pack) for pack in facts["packs"])
         stream = tuple((row, start, stop) for row, start, stop in facts["stream"])
-        return Code(None, entry_of(library), noise, stream, tuple(facts["written"]))
+        return Code(None, entry_of(library), noise, packs, stream, tuple(facts["written"]))
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         _log.warning("%s is damaged (%s): the step is compiled anew", library, error)
         return None

@@ -203,6 +203,11 @@ class Evidence:
         known = curve.epochs >= self.settled
         return Curve(curve.epochs[known], curve.values[known])
 
+    def gained(self, split: str, after: float = 0.0) -> float:
+        """Return the nats per datum that the bound gained after a part of the epochs, whatever the weights were."""
+        smooth = self.curve("elbo", split).smooth.values
+        return float(smooth.max() - smooth[int(after * len(smooth))])
+
     def weight(self, latent: str) -> float | None:
         """Return the last weight of a latent's KL; None for one that is drawn to a target instead (Capacity)."""
         targets = np.atleast_1d(self.history.beta.attrs.get("targets", [])).tolist()  # a file returns one name alone

@@ -152,7 +152,7 @@ def _lagging(evidence: Evidence, part: str, lag: _Lag) -> Iterator[Finding]:
         return
     train, valid = evidence.steady("elbo", "train").at_the_end.smooth, evidence.steady("elbo", "valid").smooth
     fall, gap = evidence.steady("elbo", "valid").fall, Curve(train.epochs, train.values - valid.values)
-    behind, most = gap.values[-1], BEHIND * float(np.ptp(valid.values[len(valid) // 10 :]))
+    behind, most = gap.values[-1], BEHIND * evidence.gained("valid", after=0.1)
     lags = behind > most and behind - gap.values[len(gap) // 4] > WIDENED * behind
     of_part = (evidence.steady(part, "valid").smooth.values - evidence.steady(part, "train").smooth.values)[-1]
     if not (fall.is_sure or lags) or behind <= 0 or of_part <= behind / 2:
@@ -197,8 +197,9 @@ def noisy_objective(evidence: Evidence) -> Iterator[Finding]:
     least = np.maximum(norm.values, noise.values / MOST)
     rough = float(np.median(noise.values / np.where(least > 0, least, 1.0)))
     smooth = elbo.smooth.values
-    gained, late = float(np.ptp(smooth)), abs(float(smooth[-1] - smooth[len(smooth) // 2]))
-    if rough < ROUGH or elbo.noise < WANDERS * gained or late > SURE * elbo.noise / elbo.window**0.5:
+    late = abs(float(smooth[-1] - smooth[len(smooth) // 2]))
+    wanders = elbo.noise >= WANDERS * evidence.gained(evidence.judged)
+    if rough < ROUGH or not wanders or late > SURE * elbo.noise / elbo.window**0.5:
         return
     yield Finding(
         "noisy objective",
@@ -222,8 +223,7 @@ def not_converged(evidence: Evidence) -> Iterator[Finding]:
     before, gain = second - first, third - second
     ratio = min(gain / before, LONGEST) if before > 0 else LONGEST
     left = gain * ratio / (1 - ratio)
-    whole = float(np.ptp(elbo.smooth.values))
-    if gain <= RISING * elbo.noise * (2 / quarter) ** 0.5 or left <= LEFT * whole:
+    if gain <= RISING * elbo.noise * (2 / quarter) ** 0.5 or left <= LEFT * evidence.gained(split):
         return
     yield Finding(
         "not converged",

@@ -21,6 +21,7 @@ from pyro_elbo.masking import both, expand_to_event, mask_in_event, unmask
 from pyro_elbo.programs import Plate, Site
 from pyro_elbo.terms import Term, Terms, frames, is_one, univariate
 
+MOST_NATS = 700.0  # of a log density, for a message: its exponential is still finite
 LARGEST_BIN = 0.5  # of the probability: beyond, density times width is too far from it
 
 
@@ -285,7 +286,7 @@ def _check_bins(term: Term, width: float) -> None:
     For a normal density that is δ > 1.25 standard deviations. Up to there the length is right to a hundredth of a bit
     per number on average; further on it soon becomes negative.
     """
-    largest = max(_log_density(site).max().item() for site in term.draws)
+    largest = min(max(_log_density(site).max().item() for site in term.draws), MOST_NATS)
     if largest + math.log(width) > math.log(LARGEST_BIN):
         raise ArgumentError(
             f"Site '{term.name}': at resolution {width:g} a density of {math.exp(largest):.3g} would give one bin the "
@@ -299,19 +300,26 @@ def _log_density(site: Site) -> Tensor:
     """Return the log density of every number that counts, -inf of others; their mean where it does not factorize."""
     site = site.stepwise()
     base = univariate(site.fn)
-    if base is None:
-        fn, mask = unmask(site.fn, site.mask)
-        x = fn.log_prob(site.value) / site.fn.event_shape.numel()
-    else:
-        mask = expand_to_event(site.mask, site.event_dim) if isinstance(site.mask, Tensor) else site.mask
-        mask, x = both(mask, mask_in_event(site.fn)), base.log_prob(site.value)
-    return x if mask is None or mask is True else torch.where(torch.as_tensor(mask), x, -torch.inf)
+    if base is not None:
+        return _counted(base.log_prob(site.value), _mask(site), -torch.inf)
+    fn, mask = unmask(site.fn, site.mask)
+    return _counted(fn.log_prob(site.value) / site.fn.event_shape.numel(), mask, -torch.inf)
+
+
+def _mask(site: Site) -> Tensor | bool | None:
+    """Return the mask of the observed numbers, in batches and in the event."""
+    mask = expand_to_event(site.mask, site.event_dim) if isinstance(site.mask, Tensor) else site.mask
+    return both(mask, mask_in_event(site.fn))
+
+
+def _counted(x: Tensor, mask: Tensor | bool | None, other: float) -> Tensor:
+    return x if mask is None or mask is True else torch.where(torch.as_tensor(mask), x, other)
 
 
 def _observed(term: Term) -> Float64[Tensor, "..."]:
     """Return the sum of the observed numbers of every entry of a term, without what masks leave out."""
     site = term.draws[0].stepwise()
-    sums = site.value.detach().double()
+    sums = _counted(site.value.detach().double(), _mask(site), 0.0)
     sums = sums.flatten(-site.event_dim).sum(-1) if site.event_dim else sums
     sums = torch.where(frames(term), sums, 0.0)
     return sums if term.steps is None else sums.sum(-1)

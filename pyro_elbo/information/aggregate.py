@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import CompileError, SiteError
 from pyro_elbo.programs import Plate, Site, is_point
+from pyro_elbo.ranks import gather_rows
 from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms import univariate
 
@@ -33,6 +34,8 @@ EXCLUDED = -1e30  # log density under a row that does not count: finite, so that
 @dataclass(frozen=True)
 class AggregatePosterior:
     """The draws of a latent and the distributions that they came from, one per row of a plate.
+
+    Where several processes hold parts of a batch, the rows are those of all of them.
 
     Args:
         site: the guide's site.
@@ -62,7 +65,7 @@ class AggregatePosterior:
 
     @cached_property
     def shape(self) -> torch.Size:
-        """Batch shape of the site, with all rows."""
+        """Batch shape of the site in this process, with all of its rows."""
         shape = torch.broadcast_shapes(
             self.site.fn.batch_shape, self.site.value.shape[: self.site.value.dim() - self.site.event_dim]
         )
@@ -75,13 +78,13 @@ class AggregatePosterior:
         """Return the mask of the rows that count."""
         mask = self.site.mask
         if mask is None or isinstance(mask, bool):
-            return torch.full((self.plate.size,), mask is not False, device=self.site.value.device)
+            return gather_rows(torch.full((self.plate.size,), mask is not False, device=self.site.value.device), 0)
         if any(n != 1 for d, n in enumerate(mask.shape) if d - mask.dim() != self.plate.dim):
             raise SiteError(
                 f"Latent '{self.site.name}' is masked within the rows of '{self.plate.name}' (mask of shape "
                 f"{tuple(mask.shape)}): such rows have no common density. Mask whole rows."
             )
-        return mask.expand(self.shape[self.plate.dim :]).reshape(self.plate.size)
+        return gather_rows(mask.expand(self.shape[self.plate.dim :]).reshape(self.plate.size), 0)
 
     @cached_property
     def draws(self) -> Float[Tensor, "particles rows elements"]:
@@ -97,7 +100,8 @@ class AggregatePosterior:
         """
         base = univariate(self.site.fn)
         if not isinstance(base, Normal):
-            return lambda start, stop: self._evaluate(self.site.fn, start, stop).sum(-1)
+            value = self._values
+            return lambda start, stop: self._evaluate(self.site.fn, value[start:stop]).sum(-1)
         double = torch.float32 if base.loc.device.type == "mps" else torch.float64
         loc, scale, z = (self._flat(x).to(double) for x in (base.loc, base.scale, self.site.value))
         center = self.draws.detach().mean((0, 1))
@@ -117,7 +121,8 @@ class AggregatePosterior:
                 "that their total correlation within one row is not zero. Use a distribution with .to_event(n)."
             )
         if not isinstance(base, Normal):
-            return lambda start, stop: self._evaluate(base, start, stop).mT
+            value = self._values
+            return lambda start, stop: self._evaluate(base, value[start:stop]).mT
         loc, scale = (self._flat(x).mT.unsqueeze(1).contiguous() for x in (base.loc, base.scale))
         factor, constant = (math.sqrt(2) * scale).reciprocal(), -scale.log() - 0.5 * math.log(2 * math.pi)
         z = self.draws.unsqueeze(-1)
@@ -138,22 +143,26 @@ class AggregatePosterior:
 
     def _flat(self, x: Tensor) -> Tensor:
         """Reshape (batch, event) to (particles, rows, elements)."""
-        return self._arrange(x.expand(*self.shape, *self.site.fn.event_shape), (self._axis,), 0)
+        return gather_rows(self._arrange(x.expand(*self.shape, *self.site.fn.event_shape), (self._axis,), 0), 1)
 
-    def _evaluate(self, fn: Distribution, start: int, stop: int) -> Tensor:
-        """Evaluate log densities pair by pair: (particles, block, rows, elements)."""
+    @property
+    def _values(self) -> Tensor:
+        """The draws with their batch and event dimensions, rows first."""
         value = self.site.value.expand(*self.shape, *self.site.fn.event_shape)
-        value = value.movedim(self._axis, 0)[start:stop].unsqueeze(self._axis + 1)
+        return gather_rows(value.movedim(self._axis, 0), 0)
+
+    def _evaluate(self, fn: Distribution, value: Tensor) -> Tensor:
+        """Evaluate log densities of a block of draws pair by pair: (particles, block, rows, elements)."""
         try:
-            found = fn.log_prob(value)
+            found = fn.log_prob(value.unsqueeze(self._axis + 1))
         except (NotImplementedError, KeyError) as error:  # Pyro looks up the inverses of draws that it has cached
             raise SiteError(
                 f"Latent '{self.site.name}': {type(fn).__name__} has no density at another row's draws. Use a flow "
                 "whose inverse is known, or a penalty that needs draws only (estimator='adversarial' or 'hsic')."
             ) from error
         left = self.site.fn.event_shape[: self.site.event_dim - len(fn.event_shape)]
-        found = found.expand(stop - start, *self.shape, *left)
-        return self._arrange(found, (0, self._axis + 1), 1)
+        found = found.expand(len(value), *self.shape, *left)
+        return gather_rows(self._arrange(found, (0, self._axis + 1), 1), 2)
 
     def _arrange(self, x: Tensor, rows: tuple[int, ...], shift: int) -> Tensor:
         """Move particles and rows to the front and flatten the rest."""

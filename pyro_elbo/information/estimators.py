@@ -21,6 +21,7 @@ from pyro_elbo.information.aggregate import AggregatePosterior, Mixture, Pairs, 
 from pyro_elbo.information.critics import Critic
 from pyro_elbo.information.penalty_term import PenaltyTerm
 from pyro_elbo.programs import Plate, Site
+from pyro_elbo.ranks import gather_rows
 from pyro_elbo.terms import Term, Terms
 
 AttributeSource = str | Callable[..., Tensor] | tuple["str | Callable[..., Tensor]", ...]
@@ -29,7 +30,11 @@ STANDARD_ERRORS = 2.5  # on either side of a bracket: 95 % coverage for means of
 
 @dataclass(frozen=True)
 class PenaltyContext:
-    """The input of a penalty: the terms of the bound, the programs' arguments, and the rows of the latent."""
+    """The input of a penalty: the terms of the bound, the programs' arguments, and the rows of the latent.
+
+    Where several processes hold parts of a batch, terms and arguments are those of this process; ``plate``, draws and
+    values of attributes have the rows of all.
+    """
 
     terms: Terms
     args: tuple
@@ -52,12 +57,12 @@ class PenaltyContext:
     @property
     def aggregate(self) -> Iterator[AggregatePosterior]:
         """Yield the draws of the latent with their densities."""
-        return (AggregatePosterior(site, self.plate, self.terms.particle_dim) for site in self.draws)
+        return (AggregatePosterior(site, self.term.plates[0], self.terms.particle_dim) for site in self.draws)
 
     def values_of(self, attribute: AttributeSource) -> Float[Tensor, "rows columns"]:
         """Return the values of an attribute, one row per row of the latent's plate."""
         parts = attribute if isinstance(attribute, tuple) else (attribute,)
-        return torch.cat([self._column(part) for part in parts], 1)
+        return gather_rows(torch.cat([self._column(part) for part in parts], 1), 0)
 
     def _call(self, attribute: Callable[..., Tensor]) -> Any:
         """Call a function of the programs' arguments, and refuse one that does not take them."""
@@ -77,13 +82,14 @@ class PenaltyContext:
             name, value, axis = label(attribute), self._call(attribute), 0
         else:
             name, (value, axis) = attribute, self._observed(attribute)
-        if not isinstance(value, Tensor) or not value.dim() or value.shape[axis] != self.plate.size:
+        rows = self.term.plates[0].size
+        if not isinstance(value, Tensor) or not value.dim() or value.shape[axis] != rows:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise DataError(
-                f"Attribute '{name}': expected {self.plate.size} rows, those of plate '{self.plate.name}' around "
+                f"Attribute '{name}': expected {rows} rows, those of plate '{self.plate.name}' around "
                 f"latent '{self.latent}', got {got}. Give it one value, or one row of values, per datum."
             )
-        columns = value.movedim(axis, 0).reshape(self.plate.size, -1)
+        columns = value.movedim(axis, 0).reshape(rows, -1)
         if not columns.is_floating_point():
             columns = columns.to(self.term.nats.dtype)
         if not check_or_defer(torch.isfinite(columns).all()):
@@ -136,7 +142,7 @@ def counted(context: PenaltyContext) -> Bool[Tensor, "rows"]:
 
 def flat_draws(context: PenaltyContext, site: Site) -> Float[Tensor, "particles rows elements"]:
     """Return the draws of the latent with all elements of a row flattened."""
-    return AggregatePosterior(site, context.plate, context.terms.particle_dim).draws
+    return AggregatePosterior(site, context.term.plates[0], context.terms.particle_dim).draws
 
 
 def mean_over_rows(x: Float[Tensor, "*particles rows"], rows: Bool[Tensor, "rows"]) -> Float[Tensor, ""]:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, SiteError, check_number, check_positive, describe
+from pyro_elbo.errors import ArgumentError, SiteError, check_count, check_number, check_positive, describe
 from pyro_elbo.information.aggregate import Mixture, Pairs, in_blocks
 from pyro_elbo.information.critics import Critic, CriticSpec, count_levels
 from pyro_elbo.information.estimators import (
@@ -33,6 +33,8 @@ from pyro_elbo.information.estimators import (
     mean_over_rows,
 )
 from pyro_elbo.information.penalty_term import PenaltyTerm
+from pyro_elbo.programs import Plate
+from pyro_elbo.ranks import is_in_parts, total
 from pyro_elbo.schedules import Capacity, Schedule
 from pyro_elbo.terms import Terms
 
@@ -81,7 +83,7 @@ class Penalty(ABC):
         free = not isinstance(weight, Tensor) and weight == 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and not (free and not self.has_critic)):
             estimate = self.estimate(context, critics)
-        scale = torch.as_tensor(context.term.scale).double().mean().to(terms.objective) * context.plate.size
+        scale = torch.as_tensor(context.term.scale).double().mean().to(terms.objective) * context.term.plates[0].size
         return replace(estimate, weight=weight, scale=scale)
 
     @property
@@ -112,12 +114,7 @@ class Penalty(ABC):
                 f"{self.name}: '{self.latent}' is joined from the steps of a loop. Penalize a latent with one "
                 "value per datum."
             )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise ArgumentError(
-                f"{self.name}: the aggregate posterior needs the whole batch, and each of several processes sees a "
-                "part of it. Train with devices=1."
-            )
-        return PenaltyContext(terms, args, kwargs, self.latent, term, term.plates[0])
+        return PenaltyContext(terms, args, kwargs, self.latent, term, _of_all_parts(term.plates[0]))
 
 
 @dataclass(frozen=True, repr=False)
@@ -209,6 +206,10 @@ class MutualInformation(Penalty):
         if self.estimator == "variational" and self.conditional_on is not None:
             raise ArgumentError("estimator='variational' bounds I(z; s) alone. Use another one for I(z; s | y).")
         check_positive("critic_lr", self.critic_lr, "Use about 1e-3, the default.")
+        check_count("seed", self.seed, least=0)
+        for what, sizes in (("hidden", self.hidden), ("levels", self.levels)):
+            for size in sizes if isinstance(sizes, Sequence) else [sizes] if sizes is not None else []:
+                check_count(f"every number of {what}", size)
         object.__setattr__(self, "name", self.name or self._default_name())
         if self.has_critic and CRITIC_ESTIMATORS[self.estimator].direction == "lower":
             _say_once(
@@ -309,6 +310,14 @@ class TotalCorrelation(Penalty):
                 f"{self.name}: expected groups that hold each of the {size} dimensions of '{self.latent}' once, got "
                 f"{self.groups}."
             )
+
+
+def _of_all_parts(plate: Plate) -> Plate:
+    """Return the plate with the rows of all processes that share the batch."""
+    if not is_in_parts():
+        return plate
+    size = int(total(torch.tensor(plate.size)))
+    return plate._replace(size=size, full_size=size if plate.full_size == plate.size else plate.full_size)
 
 
 def _check_common(kind: str, penalty: Penalty) -> None:

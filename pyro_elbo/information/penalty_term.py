@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.information.critics import Critic
+from pyro_elbo.ranks import mean_of_parts
 from pyro_elbo.terms import Terms
 
 
@@ -59,7 +60,7 @@ def critic_gradients(terms: Terms) -> Iterator[tuple[Critic, list[Tensor]]]:
     for penalty in terms.penalties.values():
         if isinstance(penalty, PenaltyTerm) and penalty.critic is not None and penalty.critic_loss is not None:
             parameters = list(penalty.critic.network.parameters())
-            yield penalty.critic, list(torch.autograd.grad(penalty.critic_loss, parameters))
+            yield penalty.critic, mean_of_parts(list(torch.autograd.grad(penalty.critic_loss, parameters)))
 
 
 def _number(x: float | Tensor) -> float:

@@ -19,6 +19,7 @@ from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import NonFiniteError, SiteError, count_nonfinite, describe, first_sentence
 from pyro_elbo.masking import broadcasts
 from pyro_elbo.programs import Baseline
+from pyro_elbo.ranks import is_in_parts, total
 from pyro_elbo.terms import Term
 
 
@@ -74,19 +75,25 @@ def refuse_baselines(sites: Mapping[str, Term]) -> None:
 def moved_average(term: Term, reward: Tensor, old: Tensor | None, particle_dim: int | None) -> Tensor | None:
     """Return the decaying average after this reward; None for a site without one.
 
-    Rows that differ from step to step, those of a subsample and of batches that change their size, share one average.
+    Rows that differ from step to step, those of a subsample, of batches that change their size and of processes that
+    hold parts of a batch, share one average.
     """
     baseline = of(term)
     if baseline is None or not baseline.decaying:
         return None
     new = reward if particle_dim is None else reward.mean(particle_dim)
-    shared = [p.dim for p in term.plates if p.size != p.full_size and new.dim() >= -p.dim]
+    shared = [p.dim for p in term.plates if (p.size != p.full_size or is_in_parts()) and new.dim() >= -p.dim]
     if old is not None:
         changed = _changed(old, new)
         old = old.mean(changed, keepdim=True) if changed else old
         shared += changed
-    new = new.mean(shared, keepdim=True) if shared else new
+    new = _mean_of_parts(new.sum(shared, keepdim=True), new) if shared else new
     return (1 - baseline.decay) * new + (0.0 if old is None else baseline.decay * old)
+
+
+def _mean_of_parts(summed: Tensor, x: Tensor) -> Tensor:
+    """Divide a sum over rows, of all processes that hold parts of the batch, by their number."""
+    return total(summed) / total(x.new_full((), x.numel() // summed.numel()))
 
 
 def _changed(old: Tensor, new: Tensor) -> list[int]:

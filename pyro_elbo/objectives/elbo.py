@@ -18,6 +18,7 @@ from jaxtyping import Float
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_elbo.assumptions import active_loop
 from pyro_elbo.errors import ArgumentError, SiteError, check_count, did_you_mean
 from pyro_elbo.information import Critic, Penalty, check_penalties, critic_gradients
 from pyro_elbo.objectives import baselines
@@ -37,12 +38,14 @@ from pyro_elbo.programs import (
     each_branch,
     evaluating,
     find_plate_nesting,
+    full_precision,
     program_arguments,
     trace_fixed,
     trace_pair,
 )
+from pyro_elbo.ranks import check_alone
 from pyro_elbo.schedules import Schedule
-from pyro_elbo.terms import KLForm, Term, Terms, WeightOf, evaluate_branches, stack_particles
+from pyro_elbo.terms import KLForm, Term, Terms, WeightOf, evaluate_branches, map_particles, stack_particles
 
 _nesting_found: "WeakKeyDictionary[TraceBeta_ELBO, tuple[Program, Program, int]]" = WeakKeyDictionary()
 """The batch dimensions that a trial run found, with its programs: of the last programs of each objective."""
@@ -169,7 +172,9 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
         """Return :meth:`terms` for given values of the schedules, without checking any number."""
-        return self._penalize(self._unpenalized(model, guide, args, kwargs, value), args, kwargs, value)
+        terms = self._unpenalized(model, guide, args, kwargs, value)
+        with full_precision():
+            return self._penalize(terms, args, kwargs, value)
 
     def bound(
         self,
@@ -195,14 +200,12 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     def _unpenalized(
         self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
     ) -> Terms:
-        runs = self._runs(model, guide, args, kwargs)
-        sites, particle_dim = self._sites(runs)
-        weights = self.weighting.of_summed_out(sites, value)
-        charged = sites if weights is None else self._sites(runs, weights)[0]
-        weighted, constant = self.weighting(charged, particle_dim, value)
-        bound = self.bound(charged, weighted, constant, particle_dim)
-        averages = moved_averages(charged, weighted, particle_dim, self.averages)
-        return Terms(sites, particle_dim, bound, averages=averages)
+        sites, charged, particle_dim = self._all_sites(model, guide, args, kwargs, value)
+        with full_precision():
+            weighted, constant = self.weighting(charged, particle_dim, value)
+            bound = self.bound(charged, weighted, constant, particle_dim)
+            averages = moved_averages(charged, weighted, particle_dim, self.averages)
+            return Terms(sites, particle_dim, bound, averages=averages)
 
     def _penalize(self, terms: Terms, args: tuple, kwargs: dict[str, Any], value: ScheduleValue) -> Terms:
         found, objective = {}, terms.objective
@@ -228,7 +231,9 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
 
         Raises:
             NonFiniteError: the objective or a gradient is not finite.
+            ArgumentError: this is one of several processes, whose steps would not average gradients.
         """
+        check_alone()
         with collect_parameters() as parameters:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
@@ -294,18 +299,33 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         for critic in self.critics.values():
             critic.step()
 
-    def _runs(self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any]) -> list[list[Runs]]:
-        """Run the programs for each particle, once per value of the sites that a guide marks ``"sequential"``."""
-        programs, count = (model, guide, args, kwargs), self.num_particles
-        nesting = 0 if math.isinf(self.max_plate_nesting) else int(self.max_plate_nesting)
+    def _all_sites(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict[str, Any], value: ScheduleValue
+    ) -> tuple[dict[str, Term], dict[str, Term], int | None]:
+        """Return the terms, those that the weights charge, and the dimension of particles."""
+        programs, loop = (model, guide, args, kwargs), active_loop()
+        count = 1 if self.vectorize_particles else self.num_particles
+        if count > 1 and loop is not None and loop.maps and not self.penalties:
+            sites, dim = map_particles(loop.map, lambda: self._sites(self._runs(programs, 1))[0], count)
+            return sites, sites, dim
+        runs = self._runs(programs, count)
+        sites, particle_dim = self._sites(runs)
+        weights = self.weighting.of_summed_out(sites, value)
+        charged = sites if weights is None else self._sites(runs, weights)[0]
+        return sites, charged, particle_dim
+
+    def _runs(self, programs: tuple[Program, Program, tuple, dict[str, Any]], times: int) -> list[list[Runs]]:
+        """Run the programs so many times, each time once per value of the sites that a guide marks ``"sequential"``."""
+        count, nesting = self.num_particles, 0 if math.isinf(self.max_plate_nesting) else int(self.max_plate_nesting)
         vectorized = self.vectorize_particles and count > 1
         trace = self._vectorized if vectorized else partial(trace_pair, max_plate_nesting=nesting)
         with SameRows():
             once = partial(trace, *programs)
             again = lambda pair: trace_fixed(pair, *programs, count, nesting)  # noqa: E731
             run = partial(self.estimator.run, once, again)
-            return [each_branch(run) for _ in range(1 if vectorized else count)]
+            return [each_branch(run) for _ in range(times)]
 
+    @full_precision()
     def _sites(
         self, runs: Sequence[Sequence[Runs]], weight_of: WeightOf | None = None
     ) -> tuple[dict[str, Term], int | None]:

@@ -4,8 +4,8 @@ r"""Free bits: a KL whose mean over the data is below λ is charged as λ, witho
 
 The floor holds per latent dimension where the KL factorizes, per site otherwise. The auxiliary sites of a guide and the
 latents that they determine have one KL together, and one floor: alone, :math:`\log q` and :math:`-\log p` mean nothing.
-The mean is over the data and the particles of the step. Where a KL is sampled and few data share it, take enough
-particles: noise that crosses λ biases the gradient.
+The mean is over the data and the particles of the step, of all processes that share it. Where a KL is sampled and few
+data share it, take enough particles: noise that crosses λ biases the gradient.
 
 References:
     Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling (2016), arXiv:1606.04934.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.masking import expand_to_event, masked
+from pyro_elbo.ranks import total
 from pyro_elbo.terms import Term, frames
 
 
@@ -50,7 +51,7 @@ def floor_joint(
     assert isinstance(kl, Tensor)
     counted = _sum_but(keep, frames(first).to(kl.dtype)).clamp(max=1)
     kl, counted = torch.broadcast_tensors(kl, counted)
-    above = (kl.sum() / counted.sum().clamp(min=1)) > free
+    above = (total(kl.sum()) / total(counted.sum()).clamp(min=1)) > free
     charges = {}
     for name, part in parts.items():
         charge = torch.where(above, part.nats * weight, part.nats.new_zeros(()))
@@ -71,7 +72,6 @@ def _mean_over_data(x: Tensor, term: Term, event_dim: int) -> Tensor:
     batch = tuple(range(x.dim() - event_dim))
     if not batch:
         return x
-    if isinstance(term.mask, Tensor):
-        mask = term.mask.expand(x.shape[: x.dim() - event_dim])
-        return x.sum(batch) / mask.sum().clamp(min=1)
-    return x.mean(batch)
+    shape = x.shape[: x.dim() - event_dim]
+    mask = term.mask.expand(shape) if isinstance(term.mask, Tensor) else x.new_ones(shape, dtype=torch.bool)
+    return total(x.sum(batch)) / total(mask.sum()).clamp(min=1)

@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer.elbo import ELBOModule
+from torch import Tensor
 
 from pyro_elbo.programs import check_initialized
+from pyro_elbo.ranks import in_parts
 from pyro_elbo.terms import Terms
 
 if TYPE_CHECKING:
@@ -16,6 +18,14 @@ class TermsModule(ELBOModule):
     """Pyro's ELBOModule with the terms of the bound; its state_dict carries the step count of the schedules."""
 
     elbo: "TraceBeta_ELBO"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss, -objective in nats: see :meth:`TraceBeta_ELBO.differentiable_loss`.
+
+        In a group of processes, as under torch's DistributedDataParallel, each holds an equal part of one batch.
+        """
+        with in_parts():
+            return super().forward(*args, **kwargs)
 
     def terms(self, *args: Any, **kwargs: Any) -> Terms:
         """Evaluate every term of the bound: see :meth:`TraceBeta_ELBO.terms`."""

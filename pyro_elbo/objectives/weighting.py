@@ -12,10 +12,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from pyro_elbo import ranks
 from pyro_elbo.errors import ArgumentError, check_number, describe
 from pyro_elbo.objectives.free_bits import floor_joint, floor_site
 from pyro_elbo.schedules import Capacity, Schedule
-from pyro_elbo.terms import Term, WeightOf, num_data, scaled_sum
+from pyro_elbo.terms import Term, WeightOf, data_plate, num_data, scaled_sum
 
 Weight = float | Tensor | Schedule
 Beta = Weight | Mapping[str, Weight]
@@ -169,11 +170,12 @@ class KLWeighting:
             weight = self._of(name)
             if term.is_kl and isinstance(weight, Capacity):
                 groups.setdefault(weight, []).append(name)
-        gates, constant = {}, 0.0
+        gates, constant, plate = {}, 0.0, data_plate(sites)
+        part = (1 if plate is None else plate.size) / num_data(sites)  # of the full data
         for capacity, names in groups.items():
             total = torch.stack([scaled_sum(sites[n], sites[n].nats.detach(), particle_dim) for n in names]).sum()
             target = value(capacity) * num_data(sites)
-            sign = torch.sign(total - target) * capacity.gamma
+            sign = torch.sign(ranks.total((total - target) * part)) * capacity.gamma
             gates |= dict.fromkeys(names, sign)
             constant = constant - sign * target
         return gates, constant

@@ -57,7 +57,8 @@ def stack_chains(parts: list[tuple[Arrays, Plates]], names: Names) -> "xarray.Da
 
     variables = {}
     for name in parts[0][0]:
-        values = torch.stack([arrays[name] for arrays, _ in parts])
+        arrays = [part[name] for part, _ in parts]
+        values = arrays[0][None] if len(arrays) == 1 else torch.stack(arrays)
         dims, shape = _dims(name, values.shape[2:], parts[0][1].get(name, ()), names)
         variables[name] = (SAMPLE_DIMS + dims, _numpy(values.reshape((*values.shape[:2], *shape))))
     return xarray.Dataset(variables)

@@ -16,17 +16,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.errors import PyroElboError, SiteError, check_count
-from pyro_elbo.posterior.layout import count_data, drop_gaps, lead, lead_unconstrained, per_plate, with_gaps
+from pyro_elbo.posterior.layout import (
+    count_data,
+    drop_gaps,
+    join_draws,
+    lead,
+    lead_unconstrained,
+    per_plate,
+    with_gaps,
+)
 from pyro_elbo.posterior.mapped import are_valid, map_draws
 from pyro_elbo.posterior.psis import PSIS, psis
 from pyro_elbo.posterior.summed_out import RECORD, draw_summed_out, room_for_draws
-from pyro_elbo.posterior.weights import (
-    Weighting,
-    find_point_error,
-    find_weighting,
-    is_discrete,
-    unconstrain,
-)
+from pyro_elbo.posterior.weights import Weighting, find_point_error, find_weighting, is_discrete, unconstrain
 from pyro_elbo.programs import (
     HeldDraws,
     Plate,
@@ -49,6 +51,7 @@ from pyro_elbo.sequences import StackedDistribution
 
 Arrays = dict[str, Tensor]
 Way = Literal["plate", "map", "loop"]
+MOST_ELEMENTS = 2**22  # of the largest site in one chunk of draws: 16 MB, times what its density takes
 
 
 class ProgramCall(NamedTuple):
@@ -179,12 +182,11 @@ def draw(
     check_initialized(guide)
     with torch.no_grad(), seeded(seed), evaluating(model, guide):
         programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), rows)
-        chunk_size = int(min(chunk_size, frame.most))
+        chunk_size = int(min(chunk_size, frame.most, max(2, MOST_ELEMENTS // _largest(frame))))
         sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
-        way, runs = _begin(programs, frame, sizes[0])
-        for count in sizes[1:]:
-            runs += _run(programs, frame, count, way)
-    return _concatenate(runs, frame, way, data)
+        way, first = _begin(programs, frame, sizes[0])
+        later = (run for count in sizes[1:] for run in _run(programs, frame, count, way))
+        return _as_draws(join_draws(first, later, num_samples), frame, way, data)
 
 
 def draw_in_chunks(
@@ -196,12 +198,17 @@ def draw_in_chunks(
     first one has at least two draws, so that it can tell a point estimate from a density.
     """
     programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), None)
-    largest = max((s.value.numel() for s in frame.shapes.model.values()), default=1)
-    size = int(min(num_samples, frame.most, max(2, max_elements // max(largest, 1))))
+    size = int(min(num_samples, frame.most, max(2, max_elements // _largest(frame))))
     way, runs = _begin(programs, frame, size)
-    yield _concatenate(runs, frame, way, data)
+    yield _as_draws(join_draws(runs, (), size), frame, way, data)
     for done in range(size, num_samples, size):
-        yield _concatenate(_run(programs, frame, min(size, num_samples - done), way), frame, way, data)
+        count = min(size, num_samples - done)
+        yield _as_draws(join_draws(_run(programs, frame, count, way), (), count), frame, way, data)
+
+
+def _largest(frame: Frame) -> int:
+    """Return the number of elements of the largest site."""
+    return max((s.value.numel() for s in frame.shapes.model.values() if s.value.numel()), default=1)
 
 
 def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, Frame, RunData]:
@@ -367,23 +374,13 @@ def _collect(pair: TracePair, frame: Frame, count: int) -> dict[str, Any]:
     return groups | densities | weighting.sums(pair, count, nesting)
 
 
-def _concatenate(runs: list[dict[str, Any]], frame: Frame, way: Way, data: RunData) -> Draws:
+def _as_draws(fields: dict[str, Any], frame: Frame, way: Way, data: RunData) -> Draws:
     shapes, weighting, nesting, _ = frame
-
-    def join(name: str) -> Arrays:
-        return {site: torch.cat([r[name][site] for r in runs]) for site in runs[0][name]}
-
-    def join_weights(name: str) -> Any:
-        return None if runs[0][name] is None else torch.cat([r[name] for r in runs])
-
-    groups = {n: join(n) for n in ("latents", "unconstrained", "deterministics", "log_likelihood", "log_prior")}
-    weights = {n: join_weights(n) for n in ("log_p", "log_q", "local_log_p", "local_log_q")}
-    fields: dict[str, Any] = groups | weights
     observed = {n: s for n, s in shapes.model.items() if s.role == "observed"}
-    point = find_point_error(groups["latents"], shapes)
+    point = find_point_error(fields["latents"], shapes)
     return Draws(
         **fields,
-        discrete=frozenset(n for n in groups["latents"] if is_discrete(shapes.model[n])),
+        discrete=frozenset(n for n in fields["latents"] if is_discrete(shapes.model[n])),
         observed={n: drop_gaps(data.observed.get(n, s.value), s) for n, s in observed.items()},
         constants={n: drop_gaps(s.value, s) for n, s in shapes.model.items() if s.role == "constant"},
         counted={n: count_data(s, nesting) for n, s in observed.items() if s.mask is not None and s.mask is not True},

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError, check_count, first_line
 from pyro_elbo.posterior.datasets import Names, label, stack_chains, without_slashes
-from pyro_elbo.posterior.draws import Arrays, Draws, draw
-from pyro_elbo.posterior.layout import count_data, lead, with_gaps
+from pyro_elbo.posterior.draws import MOST_ELEMENTS, Arrays, Draws, draw
+from pyro_elbo.posterior.layout import count_data, join_draws, lead, with_gaps
 from pyro_elbo.posterior.mapped import are_valid, map_draws
 from pyro_elbo.programs import (
     Plate,
@@ -234,14 +234,15 @@ def run_with_draws(
     if draws.rows:
         program = poutine.condition(program, data=draws.rows)
     latents = {} if prior else draws.latents
-    count, parts = len(draws.log_p), []
+    count = len(draws.log_p)
     with torch.no_grad(), seeded(seed), evaluating(program):
         call = _Call(program, args, kwargs, draws)
         shapes = call.sites({n: x[:1] for n, x in latents.items()}, 1)
         known = draws.latents.keys() | draws.deterministics.keys() | draws.observed.keys()
         shapes = {name: site for name, site in shapes.items() if name in known}
-        for start in range(0, count, chunk_size):
-            size = min(chunk_size, count - start)
-            parts += call.run({n: x[start : start + size] for n, x in latents.items()}, size, shapes)
-    arrays = {name: torch.cat([part[name] for part in parts]) for name in shapes}
+        largest = max((site.value.numel() for site in shapes.values() if site.value.numel()), default=1)
+        chunk_size = min(chunk_size, max(2, MOST_ELEMENTS // largest))
+        sizes = ((start, min(chunk_size, count - start)) for start in range(0, count, chunk_size))
+        runs = (call.run({n: x[i : i + size] for n, x in latents.items()}, size, shapes) for i, size in sizes)
+        arrays = join_draws(next(runs), (run for several in runs for run in several), count)
     return arrays, {name: sort_by_dim(s.plates) for name, s in shapes.items()}

@@ -9,6 +9,7 @@ where a scale does.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,26 +19,26 @@ from torch import Tensor
 from pyro_elbo.errors import GuideError
 from pyro_elbo.posterior.weights import align, find_point_error
 from pyro_elbo.programs import (
-    Plate,
     Program,
     SameRows,
+    Site,
     TracePair,
     evaluating,
     seeded,
     shared_plate,
-    trace_pair,
     trace_program,
 )
 
 VECTORIZED, SINGLE = 256, 32  # draws, in one run of the guide or in one run each
+KEPT = 3  # runs of the guide that are not repeated
 
 
-class _Drawn(NamedTuple):
-    """Draws at one site of the guide, their log densities (draws, then batch dimensions), and the plates around it."""
+class _Run(NamedTuple):
+    """A run of the guide: the sites that it draws, and their log densities (draws, then batch dimensions)."""
 
-    value: Tensor
-    log_q: Tensor
-    plates: tuple[Plate, ...]
+    parameters: Tensor
+    sites: dict[str, Site]
+    log_q: dict[str, Tensor]
 
 
 class SymmetrizedKL:
@@ -46,8 +47,12 @@ class SymmetrizedKL:
     If a mean moves by a standard deviations, and nothing else, the root is a. Latents inside the plate of the data
     count row by row: the row that moved most is added to the latents that all rows share.
 
+    A guide whose distributions do not depend on what it draws runs once for each vector, which must not change then.
+    Any other guide runs again at the draws of the other vector.
+
     Args:
-        model, guide, args, kwargs: the programs and their data.
+        guide, args, kwargs: the guide and its data.
+        runs: two runs of model and guide, with different draws for the same rows.
         write: gives the guide the parameters of a vector.
 
     Raises:
@@ -55,20 +60,25 @@ class SymmetrizedKL:
     """
 
     def __init__(
-        self, model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], write: Callable[[Tensor], None]
+        self,
+        guide: Program,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        runs: tuple[TracePair, TracePair],
+        write: Callable[[Tensor], None],
     ) -> None:
+        _check_densities(*runs)
         self._guide, self._args, self._kwargs, self._write = guide, args, kwargs, write
-        with _undisturbed(0), evaluating(model, guide):
-            pair, other = (trace_pair(model, guide, args, kwargs) for _ in range(2))
-        _check_densities(pair, other)
-        self._rows = shared_plate(s.plates for s in pair.model.values() if s.role == "observed")
-        self._nesting = pair.nesting
-        self._count = VECTORIZED if self._vectorizes() else 1
+        self._rows = shared_plate(s.plates for s in runs[0].model.values() if s.role == "observed")
+        self._nesting, self._same_rows, self._known = runs[0].nesting, SameRows(), list[_Run]()
+        self._count, self._runs_once = self._ways()
 
     def __call__(self, first: Tensor, second: Tensor) -> float:
         """Return the root of J plus twice its standard error; the guide has one of the vectors afterwards."""
-        with evaluating(self._guide):
+        with evaluating(self._guide) as modules:
             runs = [self._ratios(first, second, seed) for seed in range(SINGLE if self._count == 1 else 1)]
+        if any(True for module in modules for _ in module.buffers()):
+            self._known.clear()  # training moves buffers
         shared, rows = (torch.cat(parts) for parts in zip(*runs, strict=True))
         return math.sqrt(max((_upper(shared) + _upper(rows)).item(), 0.0))
 
@@ -78,36 +88,54 @@ class SymmetrizedKL:
         """Return log q₁/q₂ at draws of q₁ plus log q₂/q₁ at draws of q₂: of latents that all rows share, and by row."""
         shared = torch.zeros(self._count, 1, dtype=torch.float64)
         rows = torch.zeros(self._count, self._rows.size if self._rows else 1, dtype=torch.float64)
-        with SameRows():
+        with self._same_rows if self._runs_once else SameRows():
             for one, two in ((first, second), (second, first)):
                 drawn = self._run(one, seed)
-                again = self._run(two, seed, {name: site.value for name, site in drawn.items()})
-                for name, site in drawn.items():
-                    ratio = site.log_q - again[name].log_q
+                other = self._log_q(two, drawn.sites, seed)
+                for name, site in drawn.sites.items():
+                    ratio = drawn.log_q[name] - other[name]
                     if self._rows in site.plates:
                         rows += ratio.movedim(self._rows.dim, 1).reshape(*rows.shape, -1).sum(-1)
                     else:
                         shared += ratio.reshape(self._count, -1).sum(-1, keepdim=True)
         return shared, rows
 
-    def _run(self, parameters: Tensor, seed: int, replay: Mapping[str, Tensor] | None = None) -> dict[str, _Drawn]:
+    def _log_q(self, parameters: Tensor, drawn: Mapping[str, Site], seed: int) -> dict[str, Tensor]:
+        """Return the log densities of draws, under other parameters than those that they were drawn with."""
+        if not self._runs_once:
+            return self._run(parameters, seed, {name: site.value for name, site in drawn.items()}).log_q
+        sites = self._run(parameters, seed).sites
+        self._write(parameters)  # with which the distributions may share memory
+        with torch.no_grad():
+            return self._densities({name: replace(sites[name], value=site.value) for name, site in drawn.items()})
+
+    def _run(self, parameters: Tensor, seed: int, replay: Mapping[str, Tensor] | None = None) -> _Run:
         """Run the guide alone, and evaluate its densities while it has these parameters."""
+        known = next((run for run in self._known if run.parameters is parameters), None)
+        if known is not None:
+            return known
         self._write(parameters)
         with _undisturbed(seed):
             sites = trace_program(self._guide, self._args, self._kwargs, replay, self._count, self._nesting)
-            return {
-                name: _Drawn(site.value, align(site.log_prob().double().cpu(), self._count, self._nesting), site.plates)
-                for name, site in sites.items()
-                if site.is_drawn
-            }
+            drawn = {name: site for name, site in sites.items() if site.is_drawn}
+            run = _Run(parameters, drawn, self._densities(drawn))
+        if self._runs_once:
+            self._known = [*self._known[1 - KEPT :], run]
+        return run
 
-    def _vectorizes(self) -> bool:
+    def _densities(self, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+        return {n: align(s.log_prob().double().cpu(), self._count, self._nesting) for n, s in sites.items()}
+
+    def _ways(self) -> tuple[int, bool]:
+        """Return how many draws a run of the guide can make, and whether their distributions are always the same."""
         try:
-            with _undisturbed(0), evaluating(self._guide):
-                sites = trace_program(self._guide, self._args, self._kwargs, None, VECTORIZED, self._nesting)
-                return all(_draws(site.log_prob(), self._nesting) in (1, VECTORIZED) for site in sites.values())
+            with _undisturbed(0), evaluating(self._guide), self._same_rows:
+                sites = trace_program(self._guide, self._args, self._kwargs, None, VECTORIZED, self._nesting).values()
+                if any(_draws(site.log_prob(), self._nesting) not in (1, VECTORIZED) for site in sites):
+                    return 1, False
+                return VECTORIZED, all(_is_constant(site, self._nesting) for site in sites if site.is_drawn)
         except Exception:  # single runs raise it again if the guide itself is at fault
-            return False
+            return 1, False
 
 
 @contextmanager
@@ -118,6 +146,14 @@ def _undisturbed(seed: int) -> Iterator[None]:
 
 def _draws(x: Tensor, nesting: int) -> int:
     return x.shape[0] if x.dim() > nesting else 1
+
+
+def _is_constant(site: Site, nesting: int) -> bool:
+    """Return whether all draws of a site have the same distribution: one value has the same density under each."""
+    if _draws(site.log_prob(), nesting) == 1:
+        return True
+    x = replace(site, value=site.value[:1]).log_prob()
+    return torch.allclose(x, x[:1].expand_as(x))
 
 
 def _upper(x: Float[Tensor, "draws rows"]) -> Float[Tensor, ""]:

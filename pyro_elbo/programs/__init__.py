@@ -15,6 +15,7 @@ from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
 from pyro_elbo.programs.modules import collect_modules, program_name
 from pyro_elbo.programs.parameters import Parameters, check_gradients, check_initialized, collect_parameters
+from pyro_elbo.programs.precision import full_precision
 from pyro_elbo.programs.rng import mix_seed, seed_cpu, seeded
 from pyro_elbo.programs.sites import Baseline, Plate, Site, fixed_sites, is_point, shared_plate, sort_by_dim
 from pyro_elbo.programs.tracing import (
@@ -64,6 +65,7 @@ __all__ = [
     "evaluating",
     "failed_line",
     "find_plate_nesting",
+    "full_precision",
     "keeping_modes",
     "mix_seed",
     "module_evaluating",

@@ -8,6 +8,7 @@ A site of the guide that is marked ``"sequential"`` has one value at a time inst
 each time as a :class:`Branch`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -118,7 +119,7 @@ class Enumerator(EnumMessenger):
         loops = [h for h in _PYRO_STACK if isinstance(h, MarkovMessenger)]
         lags = ((h, lag) for h in loops for lag in range(min(h.history + FURTHER, h._pos), h.history, -1))
         back = {n: lag for h, lag in lags for n in h._stack[h._pos - lag] if n not in scope and n in self.shapes}
-        infer["_markov_scope"] = {n: self._markov_depths[n] for n in back} | scope
+        infer["_markov_scope"] = Counter({n: self._markov_depths[n] for n in back}) | scope
         return back
 
     def _pyro_post_sample(self, msg: Any) -> None:

@@ -28,6 +28,7 @@ from pyro_elbo.programs.checks import (
 from pyro_elbo.programs.data import observed_tensor
 from pyro_elbo.programs.enumeration import FORGOTTEN, TURN
 from pyro_elbo.programs.explain import PARTICLE_PLATE
+from pyro_elbo.programs.precision import in_full, is_mixed
 from pyro_elbo.programs.sites import Plate, Site, SiteRole, is_point, shared_plate
 from pyro_elbo.sequences import StackedDistribution, fill_masked, is_subsample
 
@@ -37,11 +38,15 @@ NO_VARIABLES: Variables = {}
 
 
 class Recorder(poutine.trace_messenger.TraceMessenger):
-    """Record a trace, and the names of the sites that ``poutine.condition`` observes."""
+    """Record a trace in full precision, and the names of the sites that ``poutine.condition`` observes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conditioned: set[str] = set()
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if is_mixed():
+            msg["fn"] = in_full(msg["fn"])
 
     def _pyro_post_sample(self, msg: Message) -> None:
         super()._pyro_post_sample(msg)

@@ -1,12 +1,13 @@
 """Stack the terms of several runs of the programs: particles drawn in a loop."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_elbo.assumptions import NotAlikeError
 from pyro_elbo.errors import SiteError
 from pyro_elbo.terms.term import Term
 
@@ -24,6 +25,65 @@ def stack_particles(runs: list[dict[str, Term]]) -> tuple[dict[str, Term], int |
     depth = max((t.nats.dim() for run in runs for t in run.values()), default=0)
     union = {name: term for run in runs for name, term in run.items()}
     return {name: _merge([run.get(name) for run in runs], depth) for name in union}, -(depth + 1)
+
+
+def map_particles(
+    loop: Callable[[Callable[[], list[Tensor]], int], list[Tensor]], run: Callable[[], dict[str, Term]], count: int
+) -> tuple[dict[str, Term], int]:
+    """Evaluate the terms of all particles in one run that a capture repeats: as :func:`stack_particles` of ``count``.
+
+    Args:
+        loop: returns the stacked results of ``count`` runs of a function, which runs only once.
+        run: evaluates the terms of one particle.
+        count: the number of particles.
+
+    Raises:
+        NotAlikeError: the terms hold more than tensors that can be stacked.
+    """
+    found: dict[str, Term] = {}
+
+    def tensors() -> list[Tensor]:
+        found.update(run())
+        results: list[Tensor] = []
+
+        def keep(make: Callable[[], Tensor], dims: int) -> Tensor:
+            x = make()
+            results.append(x.expand(torch.broadcast_shapes((1,) * dims, x.shape)))
+            return x
+
+        for term in found.values():
+            _map_tensors(term, keep, depth())
+        return results
+
+    def depth() -> int:
+        return max((t.nats.dim() for t in found.values()), default=0)
+
+    stacked = iter(loop(tensors, count))
+    sites = {name: _map_tensors(term, lambda *_: next(stacked), depth()) for name, term in found.items()}
+    return sites, -(depth() + 1)
+
+
+def _map_tensors(term: Term, function: Callable[[Callable[[], Tensor], int], Tensor], dims: int) -> Term:
+    """Replace each tensor of a term by a function of what makes it, and of its number of batch and event dimensions."""
+    if isinstance(term.scale, Tensor) or isinstance(term.mask, Tensor):
+        raise NotAlikeError(f"site '{term.name}' has a scale or a mask per row")
+    if term.posterior is not None or term.averaged is not None or term.expected:
+        raise NotAlikeError(f"site '{term.name}' is summed out")
+    if any(site.baseline is not None for site in term.draws):
+        raise NotAlikeError(f"site '{term.name}' has a baseline")
+
+    def mapped(x: Tensor | None) -> Any:
+        return None if x is None else function(lambda: x, dims)
+
+    per_dim = None if term.per_dim is None else function(term.per_dim, dims + len(term.event_shape))
+    return replace(
+        term,
+        nats=mapped(term.nats),
+        score=mapped(term.score),
+        direct=mapped(term.direct),
+        per_dim=None if per_dim is None else lambda: per_dim,
+        steps=None if term.steps is None else _map_tensors(term.steps, function, dims + 1),
+    )
 
 
 def _merge(runs: Sequence[Term | None], depth: int) -> Term:

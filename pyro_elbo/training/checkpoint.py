@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, CheckpointError
 from pyro_elbo.files import read_file
+from pyro_elbo.training.folder import PREVIOUS
 
 CHECKPOINT_PARTS = frozenset(
-    ("state_dict", "history", "optimizer_states", "loops", "epoch", "global_step", "pytorch-lightning_version")
+    ("state_dict", "history", "optimizer_states", "loops", "epoch", "global_step", "run", "pytorch-lightning_version")
 )
 
 
@@ -38,17 +39,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return read_file(path, CHECKPOINT_PARTS, "checkpoint of pe.fit")
 
 
-def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer, stop: Any) -> str:
-    """Compare a checkpoint with the programs and the plan, and return its path.
+def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer, stop: Any) -> None:
+    """Compare a checkpoint with the programs, the data and the plan.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or belongs to other programs or another optimizer.
-        ArgumentError: it holds as many epochs or steps as training shall have, or ends within an epoch.
+        CheckpointError: the checkpoint cannot be read, or belongs to other programs, data or another optimizer.
+        ArgumentError: it holds more epochs or steps than training shall have, or ends within an epoch.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: there is no run to resume. Leave out resume for the first one.")
-    checkpoint = load_checkpoint(path)
+    checkpoint = _load(path)
     check_state(path, checkpoint["state_dict"], programs.state_dict())
+    _check_run(path, checkpoint["run"], programs.identity)
     ours, theirs = optimizer.state_dict(), checkpoint["optimizer_states"][0]
     options = [[sorted(group) for group in state["param_groups"]] for state in (ours, theirs)]
     if options[0] != options[1]:
@@ -61,27 +61,43 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
         ("epochs", checkpoint["epoch"] + 1, stop.max_epochs),
         ("steps", checkpoint["global_step"], stop.max_steps),
     ):
-        if most is not None and done >= most:
+        if most is not None and done > most:
             raise ArgumentError(
                 f"{path} holds {done} {what} and max_{what}={most}. It counts from the start of training: raise it."
             )
-    if not checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]:
+    whole = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+    if not whole and checkpoint["global_step"] != stop.max_steps:
         raise ArgumentError(
             f"{path} ends within an epoch, where max_steps stopped training: its data cannot be continued exactly. "
             "Train again with dir=..., overwrite=True and a larger max_steps."
         )
-    return str(path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, or name the one before it."""
+    try:
+        return load_checkpoint(path)
+    except CheckpointError as error:
+        before = path.with_name(PREVIOUS)
+        if path == before or not before.exists():
+            raise
+        raise CheckpointError(f"{error} Without it, resume=True continues from {before}, the epoch before.") from error
+
+
+def _check_run(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Raise CheckpointError for a run with another seed, batch size, data or number of processes."""
+    if changed := {n: (expected[n], found.get(n)) for n in expected if expected[n] != found.get(n)}:
+        parts = "; ".join(f"{name}: expected {theirs}, got {ours}" for name, (ours, theirs) in changed.items())
+        raise CheckpointError(
+            f"{path} belongs to another run. {parts}. Resume with the arguments of its first call, or start a run in "
+            "another dir."
+        )
 
 
 def _check_convergence(path: Path, state: Mapping[str, Any] | None, is_auto: bool) -> None:
-    """Raise unless a run of ``lr="auto"`` is continued as such, and has not ended."""
+    """Raise unless a run of ``lr="auto"`` is continued as such."""
     if (state is not None) != is_auto:
         raise CheckpointError(
             f"{path} was written with{'out' if is_auto else ''} lr='auto', and is to be continued with"
             f"{'' if is_auto else 'out'} it. Pass the lr that wrote it, or another dir."
-        )
-    if state is not None and state["due"] == 0:
-        raise ArgumentError(
-            f"{path} holds a run of lr='auto' that has ended. Train on from its averages, which the programs hold or "
-            "pe.load gives them: pe.fit(...) without resume, with a smaller accuracy or a larger max_epochs."
         )

@@ -1,7 +1,6 @@
 """What a run to convergence asks for: programs that repeat, parameters to train, limits that suffice."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +16,16 @@ from pyro_elbo.errors import (
     first_sentence,
 )
 from pyro_elbo.objectives import TraceBeta_ELBO
-from pyro_elbo.programs import Parameters, Program, collect_parameters, seeded
-from pyro_elbo.terms import Terms
+from pyro_elbo.programs import (
+    Parameters,
+    Program,
+    SameRows,
+    TracePair,
+    collect_parameters,
+    evaluating,
+    seeded,
+    trace_pair,
+)
 from pyro_elbo.training.data import arguments
 
 RECORDS = 128  # iterates in a window: two halves of 64 nearly independent ones pass for hundreds of parameters
@@ -86,33 +93,42 @@ def trained_once(parameters: Parameters) -> list[Tensor]:
     return trained
 
 
-def first_runs(
-    model: Program, guide: Program, loss: TraceBeta_ELBO, data: Arguments, bound: Callable[[Terms], Tensor]
-) -> tuple[Parameters, Callable[[int], float], float]:
-    """Run the programs three times; return their parameters, the bound as a function of a seed, and that of seed 0.
+def first_runs(model: Program, guide: Program, data: Arguments) -> tuple[Parameters, tuple[TracePair, TracePair]]:
+    """Run the programs three times; return their parameters, and two runs with different draws for the same rows.
 
     Raises:
         ArgumentError: two runs from the same seed differ.
     """
-    args, kwargs = data
 
-    def run(seed: int) -> float:
+    def run(seed: int | None) -> TracePair:
         with torch.no_grad(), seeded(seed):
-            return bound(loss.terms(model, guide, *args, **kwargs)).item()
+            return trace_pair(model, guide, *data)
 
-    with collect_parameters() as parameters, torch.no_grad():
-        loss.terms(model, guide, *args, **kwargs)  # an AutoGuide makes its parameters now
-    try:
-        first, again = run(0), run(0)
-    except NonFiniteError:
-        raise
-    except Exception as error:
-        what = f"The programs run once on the same data, and then no more: {first_sentence(error)}"
-        raise ArgumentError(f"{what} {_CURE}") from error
-    if not math.isclose(first, again, rel_tol=1e-4, abs_tol=1e-4):
+    with evaluating(model, guide), SameRows():
+        with collect_parameters() as parameters:
+            other = run(None)  # an AutoGuide makes its parameters now
+        try:
+            pair, same = run(0), run(0)
+            first, again = _sampled_bound(pair), _sampled_bound(same)
+        except NonFiniteError:
+            raise
+        except Exception as error:
+            what = f"The programs run once on the same data, and then no more: {first_sentence(error)}"
+            raise ArgumentError(f"{what} {_CURE}") from error
+    if abs(first - again) > 1e-4 * (1 + abs(first)):  # not where they are NaN: the first step says why
         what = "Two runs of the programs on the same data and from the same seed have ELBOs of"
         raise ArgumentError(f"{what} {first:g} and {again:g} nats. {_CURE}")
-    return parameters, run, first
+    return parameters, (other, pair)
+
+
+@torch.no_grad()
+def _sampled_bound(pair: TracePair) -> float:
+    """Return Σ log p - Σ log q at the draws, scaled to the full data."""
+    p, q = (
+        sum((s.log_prob() * s.scale).sum().item() for s in sites.values() if s.has_density)
+        for sites in (pair.model, pair.guide)
+    )
+    return p - q
 
 
 _CURE = (

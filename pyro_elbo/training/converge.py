@@ -42,7 +42,7 @@ from pyro_elbo.compile import Snapshots
 from pyro_elbo.errors import ArgumentError, NonFiniteError, PyroElboError
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.posterior import SymmetrizedKL
-from pyro_elbo.programs import Parameters, Program
+from pyro_elbo.programs import Parameters, Program, seeded
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.comparable import RECORDS, THIN, Arguments, first_runs, trained_once
 from pyro_elbo.training.convergence import ConvergenceReport, Verdict, Window
@@ -138,9 +138,11 @@ class Convergence:
         show: Callable[[Window], None] = lambda window: None,
     ) -> None:
         self._loss, self._goal, self._show = loss, goal, show
-        parameters, self._bound, self._start = first_runs(model, guide, loss, data, bound)
+        parameters, runs = first_runs(model, guide, data)
         self._iterates = Iterates(trained_once(parameters))
-        self._distance = SymmetrizedKL(model, guide, *data, self._iterates.write)
+        self._distance = SymmetrizedKL(guide, *data, runs, self._iterates.write)
+        self._bound = lambda: bound(loss.terms(model, guide, *data[0], **data[1])).item()
+        self._start = math.nan  # the bound of the first step
         start = self._iterates.read()
         self._progress, self._window = Progress(start, start, Plan(1.0, THIN)), Collected.none_of(start)
         self._made, self._moving = lambda: optimizers(parameters), False
@@ -185,6 +187,7 @@ class Convergence:
             return
         taken, self._pending = np.concatenate(self._pending), []
         if self._rates is None:
+            self._start = float(taken[0])
             self._begin()
             return
         x = self._iterates.read()[None] if iterates is None else iterates
@@ -295,23 +298,26 @@ class Convergence:
         return window
 
     def _is_worse(self, bounds: Float[np.ndarray, " steps"]) -> bool:
-        """Return whether a window has left the start for the worse, by several draws of its bound or by a few."""
-        if is_worse(bounds, self._start):
-            here = self._iterates.read()
+        """Return whether a window has left the start for the worse: below the lowest of several draws of its bound."""
+        here = self._iterates.read()
+        for seed in range(DRAWS):
+            if not is_worse(bounds, self._start):
+                return False
             self._iterates.write(self._progress.origin)
-            self._start = min(self._bound(seed) for seed in range(DRAWS))
+            with torch.no_grad(), seeded(seed):
+                self._start = min(self._start, self._bound())
             self._iterates.write(here)
         return is_worse(bounds, self._start)
 
     def _average(self, taken: Collected) -> dict[str, float]:
         """Go on from the average of stationary iterates, and return what is known of it."""
-        progress, error = self._progress, self._distance(*taken.halves) / 2
+        progress, average, error = self._progress, taken.average, self._distance(*taken.halves) / 2
         found = {"error": error}
         if progress.certified:
-            found["moved"] = self._distance(progress.origin, taken.average)
+            found["moved"] = self._distance(progress.origin, average)
             progress.moves.append((self._step_size, found["moved"], math.hypot(error, progress.error)))
             found["distance"] = math.hypot(predict_distance(*zip(*progress.moves, strict=True)), error)
-        self._go_on(taken.average)
+        self._go_on(average)
         progress.error, progress.certified = error, True
         return found
 

@@ -1,56 +1,30 @@
 """Training data: datasets of rows, and a loader for each split and process."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_elbo.errors import DataError
 from pyro_elbo.programs import Program, as_tensors, check_arguments, named_columns, seeded
+from pyro_elbo.training.rows import (
+    Epochs,
+    RowDataset,
+    Shares,
+    StoredRows,
+    fingerprint,
+    has_rows,
+    is_stored,
+    is_xarray,
+    map_parts,
+    num_rows,
+)
 
 Batch = Tensor | tuple | list | dict
-
-
-class RowDataset(Dataset):
-    """A dataset of tensors of the same length, indexed by batches. Numbers are part of every batch."""
-
-    def __init__(self, data: Tensor | tuple | Mapping[str, Any]) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return num_rows(self.data)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: list[int]) -> Any:
-        """Return the rows of a batch in the same container as the data."""
-        if len(indices) == len(self) and indices == list(range(len(self))):
-            return self.data
-        return _map(_rows(indices), self.data)
-
-
-def _map(function: Callable[[Any], Any], data: Any) -> Any:
-    if isinstance(data, Tensor):
-        return function(data)
-    if isinstance(data, Mapping):
-        return {name: function(x) for name, x in data.items()}
-    return tuple(function(x) for x in data)
-
-
-def _has_rows(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 0
-
-
-def num_rows(batch: Any) -> int:
-    """Return the number of rows of a batch, those of its first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
-    return next((len(x) for x in values if _has_rows(x)), 1)
 
 
 def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
@@ -76,7 +50,7 @@ class RunArguments(NamedTuple):
 
     def take(self, indices: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
         """Return some rows."""
-        return _map(_rows(indices), self.args), _map(_rows(indices), self.kwargs)
+        return map_parts(_rows(indices), self.args), map_parts(_rows(indices), self.kwargs)
 
     def spread(self, count: int) -> tuple[tuple, dict[str, Any]]:
         """Return so many rows, spread evenly over the data."""
@@ -93,18 +67,15 @@ class RunArguments(NamedTuple):
 
 
 def _rows(indices: Sequence[int]) -> Callable[[Any], Any]:
-    return lambda x: x[list(indices)] if _has_rows(x) else x
-
-
-def _loader(dataset: Dataset, batch_size: int, shuffle: bool, seed: int, rank: int, world: int) -> DataLoader:
-    """Return a loader whose order depends only on the seed and the epoch (Lightning tells the sampler the epoch)."""
-    sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)
-    collate = _identity if isinstance(dataset, RowDataset) else None
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+    return lambda x: x[list(indices)] if has_rows(x) else x
 
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def _collate(dataset: Any) -> Callable[[Any], Any] | None:
+    return _identity if isinstance(dataset, RowDataset | StoredRows) else None
 
 
 @dataclass(frozen=True)
@@ -119,15 +90,41 @@ class Loaders:
 
     def __call__(self, split: str, rank: int = 0, world: int = 1) -> Any:
         """Return the loader of a split, or an empty list if the split has no data."""
-        loader = self._pass(split, rank, world)
-        return _Passes(loader, self.passes) if split == "train" and self.passes > 1 else loader
-
-    def _pass(self, split: str, rank: int, world: int) -> Any:
         data = self.train if split == "train" else self.valid
-        if data is None or isinstance(data, DataLoader):
-            return data if data is not None else []
+        passes = self.passes if split == "train" else 1
+        if data is None:
+            return []
+        if isinstance(data, DataLoader):
+            return data if passes == 1 else Epochs(data, passes)
         size = len(data) if self.batch_size is None else self.batch_size
-        return _loader(data, size, split == "train" and size < len(data), self.seed, rank, world)
+        if isinstance(data, IterableDataset):
+            return Epochs(DataLoader(data, batch_size=size), passes)
+        shares = Shares(len(data), size, split == "train" and size < len(data), self.seed, rank, world)
+        return Epochs(DataLoader(data, batch_sampler=shares, collate_fn=_collate(data)), passes)
+
+    def steps(self, world: int) -> int:
+        """Return the batches that each of so many processes sees in a pass over the training data."""
+        if isinstance(self.train, DataLoader):
+            return -(-len(self.train) // world)
+        return len(replace(self, passes=1)("train", 0, world))
+
+    def check_processes(self, world: int) -> None:
+        """Raise DataError for data that so many processes cannot share."""
+        for split, data in (("train", self.train), ("valid", self.valid)):
+            rows = data.dataset if isinstance(data, DataLoader) else data
+            if world > 1 and isinstance(rows, IterableDataset):
+                raise DataError(
+                    f"{split}: an IterableDataset gives every one of {world} processes the same rows. Use devices=1, "
+                    "or data with an index, such as a np.memmap or a Dataset with __getitem__."
+                )
+            if data is not None and _length(rows) < world:
+                raise DataError(f"{split}: {_length(rows)} rows for {world} processes: each needs one at least.")
+
+    def identity(self) -> dict[str, str]:
+        """Return what a resumed run must share with the first, by the name of the argument."""
+        size = self.train.batch_size if isinstance(self.train, DataLoader) else self.batch_size
+        splits = {"train": self.train, "valid": self.valid}
+        return {"seed": str(self.seed), "batch_size": str(size)} | {n: fingerprint(x) for n, x in splits.items()}
 
     def as_arguments(self, first: Any) -> RunArguments:
         """Return the training data as arguments of the programs; ``first`` is a batch of them."""
@@ -145,7 +142,7 @@ class Loaders:
         loader: DataLoader[Any] = self.train
         if loader.batch_size is None:
             return (sum(num_rows(as_tensors(batch)) for batch in loader),)
-        if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+        if isinstance(loader.dataset, IterableDataset):
             return (_length(loader.dataset),)
         drawn = _length(loader.sampler)
         counts = [drawn]
@@ -173,33 +170,11 @@ class Loaders:
             ) from error
 
 
-class _Passes:
-    """Several passes over the batches of a loader, each in its own order, as one epoch."""
-
-    def __init__(self, loader: DataLoader, count: int) -> None:
-        self.loader, self.count, self.epoch = loader, count, 0
-        self.sampler = self  # Lightning tells the sampler the epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the orders of an epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count * len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        for i in range(self.count):
-            if isinstance(self.loader.sampler, DistributedSampler):
-                self.loader.sampler.set_epoch(self.count * self.epoch + i)
-            yield from self.loader
-
-
 class _Whole(DataLoader):
     """A loader of one batch with all rows of a dataset."""
 
     def __init__(self, dataset: Any) -> None:
-        collate = _identity if isinstance(dataset, RowDataset) else None
-        super().__init__(dataset, batch_size=len(dataset), collate_fn=collate)
+        super().__init__(dataset, batch_size=len(dataset), collate_fn=_collate(dataset))
 
 
 def _join(batches: list[Any]) -> Any:
@@ -230,12 +205,12 @@ def prepare_data(
     return loaders, first
 
 
-def _as_dataset(split: str, data: Any) -> Any:
-    if data is None and split == "valid":
+def _as_dataset(split: str, given: Any) -> Any:
+    if given is None and split == "valid":
         return None
-    data = as_tensors(data)
-    if isinstance(data, bool | int | float):
-        data = (data,)
+    given = dict(given.data_vars) if is_xarray(given, "Dataset") else given
+    data: Any = map_parts(lambda x: x if is_stored(x) else as_tensors(x), given)
+    data = (data,) if isinstance(data, bool | int | float) or is_stored(data) else data
     if not isinstance(data, Tensor | tuple | list | Mapping):
         try:
             rows = _length(data.dataset if isinstance(data, DataLoader) else None if isinstance(data, str) else data)
@@ -248,20 +223,21 @@ def _as_dataset(split: str, data: Any) -> Any:
             raise DataError(f"{split}: the loader yields nothing; expected at least one batch.")
         return data
     named = data if isinstance(data, Mapping) else dict(enumerate((data,) if isinstance(data, Tensor) else data))
-    lengths = {name: len(x) for name, x in named.items() if _has_rows(x)}
+    lengths = {name: len(x) for name, x in named.items() if has_rows(x)}
     if not named or len(set(lengths.values())) > 1 or not all(map(_is_argument, named.values())):
-        found = {name: len(x) if _has_rows(x) else type(x).__name__ for name, x in named.items()}
+        found = {name: len(x) if has_rows(x) else type(x).__name__ for name, x in named.items()}
         raise DataError(
             f"{split}: expected tensors or arrays with the same number of rows, got {found}. Convert lists by "
             "torch.tensor, and give every argument one row per datum."
         )
     if 0 in lengths.values():
         raise DataError(f"{split}: the data have no rows.")
-    return RowDataset(tuple(data) if isinstance(data, list) else data)
+    kind = StoredRows if any(map(is_stored, named.values())) else RowDataset
+    return kind(tuple(data) if isinstance(data, list) else data)
 
 
 def _is_argument(x: Any) -> bool:
-    return isinstance(x, Tensor | bool | int | float | complex | str | None)
+    return isinstance(x, Tensor | bool | int | float | complex | str | None) or is_stored(x)
 
 
 def _length(data: Any) -> int:

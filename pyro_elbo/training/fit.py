@@ -23,11 +23,20 @@ from pyro_elbo.training.checkpoint import check_resumable, load_checkpoint
 from pyro_elbo.training.checks import check_counts, check_loss
 from pyro_elbo.training.convergence import ConvergenceReport
 from pyro_elbo.training.data import Loaders, RunArguments, arguments, prepare_data
+from pyro_elbo.training.folder import BEST, HISTORY, LAST, Folder
 from pyro_elbo.training.history import EpochRecord
-from pyro_elbo.training.options import Folder, LearningRate, Machine, MakeOptimizer, Options, Scheduler, Steps, Stopping
-from pyro_elbo.training.quiet import undisturbed
+from pyro_elbo.training.machine import Machine
+from pyro_elbo.training.options import LearningRate, MakeOptimizer, Options, Scheduler, Steps, Stopping
+from pyro_elbo.training.quiet import stopping_softly, undisturbed
 from pyro_elbo.training.result import FitResult, Which
-from pyro_elbo.training.trained import Trained, check_validation, checked_minibatches, first_run, make_probe
+from pyro_elbo.training.trained import (
+    Trained,
+    check_compiled_parts,
+    check_validation,
+    checked_minibatches,
+    first_run,
+    make_probe,
+)
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -56,6 +65,7 @@ def fit(
     overwrite: bool = False,
     seed: int = 0,
     devices: int = 1,
+    num_nodes: int = 1,
     accelerator: str = "auto",
     precision: str = "32-true",
     grad_clip: float | None = None,
@@ -99,13 +109,15 @@ def fit(
             from its own generator). ``max_epochs`` and ``max_steps`` count from the start of training.
         overwrite: replace the run that ``dir`` holds.
         seed: repeats a run bit for bit on a CPU. The caller's random state is restored afterwards.
-        devices: processes on this machine; they average their gradients and draw separate noise.
+        devices: processes on a machine; they share the rows, average their gradients and draw separate noise. A batch
+            of each has ``batch_size`` rows, so that a step sees ``devices * num_nodes * batch_size``.
+        num_nodes: machines, each of which runs the script under torchrun.
         accelerator: where one process trains, ``"cpu"``, ``"gpu"`` or another of Lightning's.
         precision: ``"32-true"`` leaves dtypes to the programs; ``"bf16-mixed"`` and ``"16-mixed"`` run layers in half
             precision under autocast. Training in float64 takes torch.set_default_dtype(torch.float64) and no option.
         grad_clip: the largest norm of the gradient; larger gradients are scaled down.
         compile: run repeated steps as one compiled graph (see :class:`SVI`), or in Python with a warning where that
-            fails (``"auto"``); needs ``devices=1``.
+            fails (``"auto"``). On several processes it does without penalties, free bits and capacities.
         logger: Lightning's loggers; they get every number of the history, and loss and ELBO of single steps.
         callbacks: Lightning's callbacks, beside those of the library. They can monitor ``valid_elbo`` and
             ``train_elbo``.
@@ -140,14 +152,15 @@ def fit(
     check_counts({}, {"batch_size": batch_size})
     steps = Steps(lr, accuracy, optimizer, scheduler, accumulate_grad_batches, grad_clip, compile)
     stop = Stopping(max_epochs, max_steps, patience, restore_best, valid is not None)
-    machine = Machine(devices, accelerator, precision, logger, callbacks, compile, steps.is_auto)
+    machine = Machine(devices, num_nodes, accelerator, precision, logger, callbacks, compile, steps.is_auto)
     options = Options(steps, stop, machine, Folder(dir, resume, overwrite), seed, progress)
     with undisturbed(), tempfile.TemporaryDirectory() as scratch:
         loaders, first = prepare_data(train, valid, batch_size, seed, model, guide)
+        loaders.check_processes(machine.processes)
         run = _prepare(loss(model, guide), loaders, first, options, scratch)
         run.train()
         result = run.result(loaders.as_arguments(first["train"][0]))
-    if progress:
+    if progress and run.trainer.global_rank == 0:
         print(f"diagnosis: {result.diagnosis.summary}")
         if result.convergence is not None:
             print(f"convergence: {result.convergence.summary}")
@@ -158,26 +171,30 @@ def _prepare(
     module: TermsModule, loaders: Loaders, first: dict[str, list[Any]], options: Options, scratch: str
 ) -> "_Run":
     """Find what is to be trained, and check all that can be checked, before anything is written."""
-    from pyro_elbo.training import lightning as adapter
+    from pyro_elbo.training.lightning import LightningPrograms
+    from pyro_elbo.training.trainer import make_trainer
 
     machine, place, seed = options.machine, options.place, options.seed
-    batches = -(-len(loaders("train")) // machine.devices)  # a process takes every devices-th row
+    batches = loaders.steps(machine.processes)
     passes = options.steps.passes(batches)
     options = _planned(module.elbo, passes * batches, options)
     pyro.set_rng_seed(seed)
     trained, terms = first_run(module, *arguments(first["train"][0]))
     check_validation(module, first, seed)
-    checked = checked_minibatches(module, terms, batches * machine.devices, loaders)
+    if options.steps.compile and machine.processes > 1:
+        check_compiled_parts(module.elbo, terms)
+    checked = checked_minibatches(module, terms, batches * machine.processes, loaders)
     if checked is not loaders:
         first = first | {"valid": list(checked("valid"))}
     loaders = replace(checked, passes=passes)
     probe = make_probe(trained, terms, first, options.seed)
-    programs = adapter.LightningPrograms(trained, loaders, options, probe)
-    optimizer = programs.configure_optimizers()["optimizer"]
     folder = place.prepared(scratch)
-    files = folder if place.dir is not None or options.stop.restores or machine.devices > 1 else None
-    trainer = adapter.make_trainer(files, options, loaders)
-    start = check_resumable(folder / "last.ckpt", programs, optimizer, options.stop) if place.resume else None
+    files = folder if place.dir is not None or options.stop.restores or machine.forks else None
+    programs = LightningPrograms(trained, loaders, options, probe, files)
+    optimizer = programs.configure_optimizers()["optimizer"]
+    trainer = make_trainer(files, options, loaders)
+    if (start := place.start(folder)) is not None:
+        check_resumable(start, programs, optimizer, options.stop)
     return _Run(trained, programs, trainer, options, files, start, probe, terms.point_estimates)
 
 
@@ -225,13 +242,13 @@ class _Run(NamedTuple):
     trainer: Any
     options: Options
     files: Path | None
-    start: str | None
+    start: Path | None
     probe: Probe
     points: tuple[str, ...]
 
     def train(self) -> None:
         """Train; the parameters end up in the programs, or in files of several processes."""
-        with _training(self.trained), _errors_of_processes():
+        with _training(self.trained), _errors_of_processes(), stopping_softly(self.trainer):
             self.trainer.fit(self.programs, ckpt_path=self.start, weights_only=True)
 
     def result(self, data: RunArguments) -> FitResult:
@@ -248,8 +265,8 @@ class _Run(NamedTuple):
         if self.points:
             history.attrs["point_estimates"] = list(self.points)
         files = None if self.options.place.dir is None else self.files
-        if files is not None:
-            histories.save(history, files / "history.nc")
+        if files is not None and self.trainer.global_rank == 0:
+            histories.save(history, files / HISTORY)
         return FitResult(
             module.model,
             module.guide,
@@ -257,8 +274,8 @@ class _Run(NamedTuple):
             history,
             best_epoch=best,
             stopped_early=epochs < stop.epochs and steps != stop.max_steps,
-            best_path=files and files / "best.ckpt",
-            last_path=files and files / "last.ckpt",
+            best_path=files and files / BEST,
+            last_path=files and files / LAST,
             seed=self.options.seed,
             data=data,
             holds=holds,
@@ -269,9 +286,9 @@ class _Run(NamedTuple):
 
     def _outcome(self) -> tuple[list[EpochRecord], int]:
         """Return the records and the number of steps; several processes leave both and the parameters in a file."""
-        if self.options.machine.devices == 1 or self.files is None:
+        if not self.options.machine.forks or self.files is None:
             return self.programs.records, self.trainer.global_step
-        checkpoint = load_checkpoint(self.files / "last.ckpt")
+        checkpoint = load_checkpoint(self.files / LAST)
         self.trained.load_state_dict(checkpoint["state_dict"])
         return checkpoint["history"], checkpoint["global_step"]
 
@@ -280,11 +297,17 @@ class _Run(NamedTuple):
         run = self.programs.convergence
         return None if run is None else run.report("early stopping" if run.due else None)
 
+    def _best(self, files: Path) -> dict[str, Any]:
+        """Read the parameters of the best epoch; processes that torchrun has started get them from the first."""
+        state = load_checkpoint(files / BEST)["state_dict"] if self.trainer.global_rank == 0 else {}
+        machine = self.options.machine
+        return state if machine.processes == 1 or machine.forks else self.trainer.strategy.broadcast(state)
+
     def _restore(self, best_is_last: bool, restores: bool) -> tuple[Which, dict[str, dict[str, Any]]]:
         """Restore the best epoch if it is wanted; return the epoch in use, and the parameters of the other one."""
         if self.files is None or best_is_last:
             return "last", {}
-        best = load_checkpoint(self.files / "best.ckpt")["state_dict"]
+        best = self._best(self.files)
         if not restores:
             return "last", {"best": best}
         elbo, last = self.trained.module.elbo, copy.deepcopy(dict(self.trained.state_dict()))

@@ -70,12 +70,13 @@ def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -
     import xarray
 
     epochs = sorted({r["epoch"] for r in records})
+    places = {epoch: i for i, epoch in enumerate(epochs)}
     latents = list(dict.fromkeys(name for r in records for name in r["beta"]))
     shape = (len(epochs), len(SPLITS))
     totals = {name: np.full(shape, np.nan) for name in TOTALS}
     kl, beta = np.full((*shape, len(latents)), np.nan), np.full((len(epochs), len(latents)), np.nan)
     for r in records:
-        i, j = epochs.index(r["epoch"]), SPLITS.index(r["split"])
+        i, j = places[r["epoch"]], SPLITS.index(r["split"])
         for name in TOTALS:
             totals[name][i, j] = r["values"][name]
         for k, site in enumerate(latents):
@@ -92,14 +93,14 @@ def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -
     if names:
         penalty, weight = np.full((*shape, len(names)), np.nan), np.full((len(epochs), len(names)), np.nan)
         for r in records:
-            i, j = epochs.index(r["epoch"]), SPLITS.index(r["split"])
+            i, j = places[r["epoch"]], SPLITS.index(r["split"])
             penalty[i, j] = [r["values"].get(name, np.nan) for name in names]
             weight[i] = [r["penalty_weight"].get(name.removeprefix("penalty/"), np.nan) for name in names]
         variables["penalty"] = (("epoch", "split", "penalty_name"), penalty, units)
         variables["penalty_weight"] = (("epoch", "penalty_name"), weight)
         coords["penalty_name"] = [name.removeprefix("penalty/") for name in names]
-    places = {(epochs.index(r["epoch"]), SPLITS.index(r["split"])): r["probe"] for r in records if r.get("probe")}
-    probed, probed_coords = probe_variables(places, shape, latents)
+    probes = {(places[r["epoch"]], SPLITS.index(r["split"])): r["probe"] for r in records if r.get("probe")}
+    probed, probed_coords = probe_variables(probes, shape, latents)
     return xarray.Dataset(variables | probed, coords=coords | probed_coords)
 
 

@@ -22,8 +22,8 @@ class Iterates:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = list(parameters)
         self.size = size = sum(p.numel() for p in self._parameters)
-        chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:WATCHED]
-        self._watched = chosen.sort().values.to(self._parameters[0].device)
+        chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:WATCHED].sort().values
+        self._watched = slice(None) if size <= WATCHED else chosen.to(self._parameters[0].device)
 
     def read(self) -> Float[Tensor, " parameters"]:
         """Return a copy of all parameters."""
@@ -72,7 +72,7 @@ class Collected:
         records: int,
     ) -> None:
         """Add some of ``records`` iterates, all of one half, and the bounds of the steps that led to them."""
-        self.halves[2 * len(self.watched) // records].add_(x.double().sum(0), alpha=2 / records)
+        self.halves[2 * len(self.watched) // records].add_(x.sum(0, dtype=torch.float64), alpha=2 / records)
         self.watched.extend(watched)
         self.bounds.append(bounds)
 

@@ -1,26 +1,19 @@
 """The arguments of :func:`pyro_elbo.fit`, by what they decide, each checked before anything runs."""
 
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_elbo.compile import Compile
-from pyro_elbo.errors import ArgumentError, CheckpointError, GuideError, check_number, describe
+from pyro_elbo.errors import ArgumentError, GuideError, check_number, describe
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip
 from pyro_elbo.training.comparable import check_accuracy, check_steps
-
-if TYPE_CHECKING:
-    from lightning import Callback
-    from lightning.pytorch.loggers import Logger
-
-RUN_FILES = ("best.ckpt", "last.ckpt", "history.nc")
+from pyro_elbo.training.folder import Folder
+from pyro_elbo.training.machine import Machine
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 Scheduler = Any  # a scheduler of torch, or Lightning's dictionary around one
@@ -223,108 +216,6 @@ class Stopping:
                 f"{steps} steps a process{f', at most {self.max_steps},' if self.max_steps else ''} end at step {end}: "
                 "training would end before β is final. Shorten the schedule or train longer."
             )
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What Lightning's Trainer gets as it is: where training runs, and who watches."""
-
-    devices: int
-    accelerator: str
-    precision: str
-    logger: "Logger | Sequence[Logger] | None"
-    callbacks: "Callback | Sequence[Callback] | None"
-    compile: Compile
-    is_auto: bool
-
-    def __post_init__(self) -> None:
-        check_counts({"devices": self.devices}, {})
-        from lightning import Callback
-        from lightning.pytorch.accelerators import AcceleratorRegistry
-        from lightning.pytorch.loggers import Logger
-
-        known = ("auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators()))
-        for name, given, allowed in (
-            ("accelerator", self.accelerator, known),
-            ("precision", self.precision, PRECISIONS),
-        ):
-            if not isinstance(given, str) or given not in allowed:
-                raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, got {describe(given)}.")
-        if self.precision != "32-true" and self.compile:
-            raise ArgumentError("precision: a compiled step has the dtypes of the programs. Use compile=False.")
-        if self.is_auto and (self.devices != 1 or self.precision != "32-true"):
-            raise ArgumentError(
-                "lr='auto' trains on one device, in the dtypes of the programs: leave out devices and "
-                "precision, or give lr a number."
-            )
-        if self.compile and self.devices != 1:
-            raise ArgumentError("compile=True trains on one device: set devices=1, or compile=False.")
-        if self.devices > 1 and self.accelerator not in ("auto", "cpu"):
-            raise ArgumentError(
-                f"devices={self.devices} are processes on the CPU: use accelerator='cpu', or devices=1."
-            )
-        _check_each("logger", self.logger, Logger, "lightning.pytorch.loggers.CSVLogger('logs')")
-        _check_each("callbacks", self.callbacks, Callback, "lightning.pytorch.callbacks.LearningRateMonitor()")
-
-
-def _check_each(name: str, given: Any, kind: type, example: str) -> None:
-    for x in as_list(given):
-        if not isinstance(x, kind):
-            raise ArgumentError(
-                f"{name} must be a {kind.__name__} of Lightning or a list of them, such as {example}; got "
-                f"{describe(x)}."
-            )
-
-
-def as_list(given: Any) -> list[Any]:
-    """Return one value or several as a list; None as an empty one."""
-    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-
-
-@dataclass(frozen=True)
-class Folder:
-    """The folder of a run."""
-
-    dir: str | os.PathLike | None
-    resume: bool
-    overwrite: bool
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.dir, str | os.PathLike | None):
-            raise ArgumentError(f"dir must be a path, got {self.dir!r} ({type(self.dir).__name__}).")
-        if (self.resume or self.overwrite) and self.dir is None:
-            name = "resume" if self.resume else "overwrite"
-            raise ArgumentError(f"{name}=True needs dir=..., the folder of the run.")
-        if self.resume and self.overwrite:
-            raise ArgumentError(
-                "resume=True continues the run in dir and overwrite=True deletes it: choose one of them."
-            )
-
-    def prepared(self, scratch: str) -> Path:
-        """Make the folder, protect or delete the run that it holds, and return it; ``scratch`` without ``dir``.
-
-        Raises:
-            CheckpointError: the folder holds another run, or cannot be written.
-        """
-        if self.dir is None:
-            return Path(scratch)
-        folder = Path(self.dir)
-        found = [] if self.resume else [folder / name for name in RUN_FILES if (folder / name).exists()]
-        if found and not self.overwrite:
-            raise CheckpointError(
-                f"{folder} already holds a run ({', '.join(file.name for file in found)}). Pass resume=True to "
-                "continue it, overwrite=True to replace it, or another dir."
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                for file in found:
-                    file.unlink()
-                return folder
-        except OSError as error:
-            raise CheckpointError(
-                f"The results folder {folder} cannot be written: {error}. Choose another dir."
-            ) from error
 
 
 class Options(NamedTuple):

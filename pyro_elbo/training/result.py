@@ -29,7 +29,8 @@ from pyro_elbo.terms import Terms
 from pyro_elbo.training.checkpoint import check_state
 from pyro_elbo.training.checks import check_loss
 from pyro_elbo.training.convergence import ConvergenceReport
-from pyro_elbo.training.data import RunArguments, arguments, num_rows
+from pyro_elbo.training.data import RunArguments, arguments
+from pyro_elbo.training.rows import num_rows
 from pyro_elbo.training.saved import decode_loss, decode_report, encode_loss, encode_report
 from pyro_elbo.training.summary import Summary, summarize
 from pyro_elbo.training.trained import Trained, first_run

@@ -16,7 +16,8 @@ from pyro_elbo.errors import GuideError, WeightsError
 from pyro_elbo.posterior import Draws, ParetoK, format_k, judge, label_latents, sample_guide
 from pyro_elbo.programs import Program
 from pyro_elbo.terms import Terms
-from pyro_elbo.training.data import RunArguments, num_rows
+from pyro_elbo.training.data import RunArguments
+from pyro_elbo.training.rows import num_rows
 
 if TYPE_CHECKING:
     import pandas

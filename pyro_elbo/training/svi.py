@@ -13,11 +13,12 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_elbo.compile import Compile, CompiledSVI, PyroUpdate, Snapshots, StepTotals, TorchUpdate
+from pyro_elbo.compile import Compile, CompiledSVI, Course, PyroUpdate, StepTotals, TorchUpdate
 from pyro_elbo.display import progress_bar
 from pyro_elbo.errors import ArgumentError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
+from pyro_elbo.ranks import check_alone
 from pyro_elbo.training.checks import check_compile, check_grad_clip, check_loss
 from pyro_elbo.training.comparable import check_limits, repeat
 from pyro_elbo.training.converge import BLOCK, Convergence, Goal
@@ -100,8 +101,9 @@ class SVI:
             DataError: the arguments do not fit those of the programs, or a column does not hold numbers.
             NonFiniteError: the objective or its gradient is not finite; the step leaves the parameters unchanged.
             SiteError: model and guide do not fit each other.
+            ArgumentError: this is one of several processes, whose steps would not average gradients.
         """
-        return self._train(*self._arguments(args, kwargs), 1)[1][0, 0].item()
+        return self._train(*self._arguments(args, kwargs))[1][0, 0].item()
 
     def run(self, num_steps: int, *args: Any, progress: bool = True, **kwargs: Any) -> Float64[Tensor, "num_steps"]:
         """Take many steps on the same data and return the loss of each in nats.
@@ -118,7 +120,7 @@ class SVI:
         with progress_bar(progress, total=num_steps, unit=" steps") as bar:
             for start in range(0, num_steps, BLOCK):
                 part = losses[start : start + BLOCK]
-                names, values = self._train(args, kwargs, len(part))
+                names, values = self._train(args, kwargs, Course(len(part)))
                 part[:] = values[:, 0]
                 bar.update(len(part))
                 bar.set_postfix(elbo=f"{values[:, names.index('elbo')].mean():.4g}")
@@ -195,7 +197,7 @@ class SVI:
                     steps, snapshots = run.snapshots() if batches is None else (1, None)
                     bar.update(steps)
                     try:
-                        names, values = self._train(*next(data), steps, snapshots)
+                        names, values = self._train(*next(data), Course(steps, snapshots))
                     except ValueError as error:
                         run.fail(error, steps)
                     else:
@@ -242,13 +244,9 @@ class SVI:
             return args, kwargs
         return program_arguments(self.model, args, kwargs)
 
-    def _train(self, args: tuple, kwargs: dict[str, Any], steps: int, snapshots: Snapshots | None = None) -> StepTotals:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise ArgumentError(
-                "SVI trains in one process: its steps do not average gradients over ranks. Use pe.fit(..., "
-                "devices=n), or the objective as a module under torch's DistributedDataParallel."
-            )
-        return self._steps.train(args, kwargs, steps, snapshots)
+    def _train(self, args: tuple, kwargs: dict[str, Any], course: Course | None = None) -> StepTotals:
+        check_alone()
+        return self._steps.train(args, kwargs, course or Course())
 
 
 def _check_optim(optim: Any, grad_clip: float | None) -> None:

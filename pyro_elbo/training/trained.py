@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.diagnosis import MAX_ROWS, Call, Probe, ProbeData, are_local, cost_in_steps
-from pyro_elbo.errors import DataError, GuideError, NonFiniteError, first_sentence
+from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError, first_sentence
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Plate, collect_modules, collect_parameters, seeded
+from pyro_elbo.schedules import Capacity
 from pyro_elbo.terms import Term, Terms
-from pyro_elbo.training.data import Loaders, RunArguments, arguments, num_rows
+from pyro_elbo.training.data import Loaders, RunArguments, arguments
+from pyro_elbo.training.rows import num_rows
 
 
 class Trained(nn.Module):
@@ -161,6 +163,17 @@ def _row_shapes(batch: Any) -> list[tuple[int, ...]]:
 
 def _brief(shapes: list[tuple[int, ...]]) -> str:
     return " and ".join(map(str, shapes))
+
+
+def check_compiled_parts(loss: TraceBeta_ELBO, terms: Terms) -> None:
+    """Raise ArgumentError for what compares the rows of all processes within a step, which a graph cannot."""
+    capacity = any(isinstance(schedule, Capacity) for schedule in loss.weighting.schedules)
+    found = {"penalties": loss.penalties, "free_bits": loss.weighting.free_bits, "pe.Capacity": capacity}
+    if wrong := [name for name, x in (found | {"decaying averages of baselines": terms.averages}).items() if x]:
+        raise ArgumentError(
+            f"compile=True on several processes: {', '.join(wrong)} depend on the rows of all processes, and the graph "
+            "of a step sees those of one. Set devices=1, or compile=False."
+        )
 
 
 def _is_subsampled(terms: Terms) -> bool:

@@ -30,6 +30,6 @@ def watch(stop: bool = False, patience: int = 2) -> "Callback":
     if not isinstance(stop, bool):
         raise ArgumentError(f"stop must be True or False, got {describe(stop)}.")
     check_count("patience", patience)
-    from pyro_elbo.training.lightning import Watch
+    from pyro_elbo.training.callbacks import Watch
 
     return Watch(stop, patience)

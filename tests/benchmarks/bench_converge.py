@@ -186,7 +186,7 @@ def early(chosen: list[Problem], kinds: list[str], runs: int, folder: Path, cach
 
 def cost(rounds: int) -> None:
     """Alternate `converge` and the same number of steps of `run`, and print the median of the ratios."""
-    from tests.benchmarks.bench_svi import eight_schools  # which imports JAX
+    from tests.benchmarks.bench_eager import eight_schools
 
     y, sigma = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12]), torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
     x = (torch.rand(128, 64) < 0.3).float()

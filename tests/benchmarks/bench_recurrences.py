@@ -6,7 +6,8 @@ jitted ``svi.update``) or many at once (``pe.SVI.run`` against a jitted ``lax.sc
 start, and the two libraries must first show the same losses. Then they alternate in blocks: times are medians
 of the blocks' means, ratios are medians of the ratios of blocks of one round. The last columns hold the seconds of the
 first three steps and the cores that other programs kept busy. ``--growth`` prints instead, for each model in new
-processes without a disk cache, how seconds of compilation and milliseconds of a step grow with the series.
+processes without a disk cache, how seconds of compilation and milliseconds of a step of a run grow with the series;
+``--looped`` how they grow with particles in a loop.
 """
 
 import argparse
@@ -39,9 +40,9 @@ Call = Callable[[], Any]
 Calls = dict[str, tuple[Call, int]]  # a call that trains, and its number of steps
 
 
-def ours(name: str, steps: int, particles: int) -> Calls:
+def ours(name: str, steps: int, particles: int, looped: bool = False) -> Calls:
     model, y = WORKS[name], data(steps)
-    options = {"num_particles": particles, "vectorize_particles": True, "max_plate_nesting": 0} if particles > 1 else {}
+    options = {"num_particles": particles, "vectorize_particles": not looped, "max_plate_nesting": 0}
     svi = pe.SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": LR}), pe.TraceBeta_ELBO(**options), compile=True)
     return {"ours": (partial(svi.step, y), 1), "our run": (partial(svi.run, RUN, y, progress=False), RUN)}
 
@@ -133,20 +134,42 @@ def growth(names: list[str], particles: int) -> None:
     for name in names:
         rows = []
         for steps in GROWTH:
-            with tempfile.TemporaryDirectory() as cache:
-                command = [sys.executable, "-m", "tests.benchmarks.bench_recurrences", "--cost", str(steps)]
-                command += ["--work", name, "--particles", str(particles)]
-                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-                child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append([float(x) for x in child.stdout.splitlines()[-1].split()])
-            print(f"{name:12} T = {steps:<6} first steps {rows[-1][0]:6.1f} s, a step {1e3 * rows[-1][1]:8.3f} ms")
+            rows.append(in_new_process(name, steps, particles))
+            ready, each = rows[-1]
+            print(f"{name:12} T = {steps:<6} first steps {ready:6.1f} s, a step of a run {1e3 * each:8.3f} ms")
         print(f"{'':12} from {GROWTH[0]} to {GROWTH[-1]}: {rows[-1][1] / rows[0][1]:.1f} x the time", flush=True)
 
 
-def cost(name: str, steps: int, particles: int) -> None:
-    step = ours(name, steps, particles)["ours"][0]
-    ready, calls = first_steps(step), max(1, round(0.2 / timed(step, 3)))
-    print(f"\n{ready} {statistics.median(timed(step, calls) for _ in range(7))}")
+def in_new_process(name: str, steps: int, particles: int, *more: str) -> list[float]:
+    """Seconds of the first steps and of a step, with an empty cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-m", "tests.benchmarks.bench_recurrences", "--cost", str(steps), "--work", name]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        child = subprocess.run(
+            [*command, "--particles", str(particles), *more],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    return [float(x) for x in child.stdout.splitlines()[-1].split()]
+
+
+def loop_over_particles(names: list[str], steps: int) -> None:
+    """Time of the first steps and of a step with one particle and with eight in a loop."""
+    for name in names:
+        one, eight = (in_new_process(name, steps, particles, "--looped") for particles in (1, 8))
+        for particles, row in ((1, one), (8, eight)):
+            seconds, each = row[0], 1e3 * row[1]
+            print(f"{name:12} {particles} particles: first steps {seconds:6.1f} s, a step of a run {each:8.3f} ms")
+        print(f"{'':12} eight over one: {eight[0] / one[0]:.2f} x, {eight[1] / one[1]:.1f} x", flush=True)
+
+
+def cost(name: str, steps: int, particles: int, looped: bool) -> None:
+    calls = ours(name, steps, particles, looped)
+    ready, (run, each) = first_steps(calls["ours"][0]), calls["our run"]
+    count = max(1, round(0.2 / timed(run, 3)))
+    print(f"\n{ready} {statistics.median(timed(run, count) for _ in range(7)) / each}")
 
 
 def main() -> None:
@@ -157,10 +180,14 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=10, help="blocks of either library")
     parser.add_argument("--seconds", type=float, default=0.1, help="length of a block; at least one step")
     parser.add_argument("--growth", action="store_true", help="cost of long series, of ours alone")
+    parser.add_argument("--looped", action="store_true", help="cost of particles in a loop, of ours alone")
     parser.add_argument("--cost", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cost:
-        cost(options.work[0], options.cost, options.particles[0])
+        cost(options.work[0], options.cost, options.particles[0], options.looped)
+        return
+    if options.looped:
+        loop_over_particles(options.work, options.steps[0])
         return
     if options.growth:
         growth(options.work, options.particles[0])

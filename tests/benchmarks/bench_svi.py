@@ -4,11 +4,12 @@ Run with ``python -m tests.benchmarks.bench_svi``; needs ``pip install numpyro j
 same parameters, takes the same optimizer and number of particles, and must first show the same losses. Then they
 alternate in blocks, in rotating order: times are medians of the blocks' means, ratios are medians of the ratios of
 blocks of one round. The columns "our step" and "our run" hold our time over the contender's. ``--compile-times``
-prints what a user waits for instead.
+prints what a user waits for instead, ``--sites`` how that grows with the number of scalar sites.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -318,6 +319,30 @@ def compile_times(key: str, title: str) -> None:
             )
 
 
+def sites(count: int) -> Work:
+    """The hierarchical regression with another number of scalar sites."""
+    x = torch.randn(1000, count - 4)
+    response = 1.0 + x @ (0.1 + 0.2 * torch.randn(count - 4)) + 0.5 * torch.randn(1000)
+    return small(f"{count} scalar sites", hierarchical, svi_numpyro.hierarchical, (x, response), times=30)
+
+
+def growth(counts: list[int]) -> None:
+    """First steps of regressions of more and more sites, each in a new process with an empty disk cache."""
+    for count in counts:
+        with tempfile.TemporaryDirectory() as cache:
+            command = [sys.executable, "-m", "tests.benchmarks.bench_svi", "--first-calls", str(count)]
+            for state in ("cold", "from the disk cache"):
+                environment, before = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, children_cpu()
+                child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+                seconds, cpu = float(child.stdout.split()[-2]), children_cpu() - before
+                print(f"{count} sites, {state}: first steps {seconds:.1f} s; processor {cpu:.1f} s", flush=True)
+
+
+def children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     available = works()
@@ -325,10 +350,14 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=20, help="blocks of every contender")
     parser.add_argument("--seconds", type=float, default=0.15, help="length of a block")
     parser.add_argument("--compile-times", action="store_true", help="time the first calls in new processes")
-    parser.add_argument("--first-calls", choices=available, help=argparse.SUPPRESS)
+    parser.add_argument("--sites", nargs="*", type=int, help="time the first calls of regressions with so many sites")
+    parser.add_argument("--first-calls", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.first_calls:
-        first_calls(available[options.first_calls])
+    if key := options.first_calls:
+        first_calls(sites(int(key)) if key.isdecimal() else available[key])
+        return
+    if options.sites is not None:
+        growth(options.sites or [20, 80, 320])
         return
     for key in options.work:
         if options.compile_times:

@@ -49,7 +49,11 @@ def inner(wrapper):
 
 
 def flat_tensors(graph):
-    return sum(x.shape == FLAT for x in graph.fakes[: graph.externals])
+    """How many tensors of all parameters a graph takes, as inputs or in the vectors of small ones."""
+    vectors = [n for n in graph.module.graph.nodes if n.op == "placeholder"][: len(graph.packs)]
+    parts = [n.args[2:4] for vector in vectors for n in vector.users if n.target is aten.slice.Tensor]
+    inputs = graph.fakes[len(graph.packs) : graph.externals]
+    return sum(stop - start == FLAT.numel() for start, stop in parts) + sum(x.shape == FLAT for x in inputs)
 
 
 def trains_alike(optimizer, between=lambda opt: None, program=guide, **options):
@@ -280,6 +284,43 @@ def test_equal_sites_are_computed_as_one(interpreted, graphs, guide_of):
 
     assert_same(scenario)
     assert sum(n.target is aten.log.default for n in graphs[0].module.graph.nodes) < 6
+
+
+def sites(count):
+    def program(x):
+        mean, scale = pyro.sample("mean", dist.Normal(0.0, 1.0)), pyro.sample("scale", dist.HalfNormal(1.0))
+        weights = [pyro.sample(f"w_{i}", dist.Normal(mean, scale)) for i in range(count)]
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.stack(weights).sum(), 1.0), obs=x)
+
+    return program
+
+
+def test_the_graph_does_not_grow_with_equal_sites(interpreted, graphs):
+    """Neither in the sums over sites, nor in their parameters, whose means and scales alternate."""
+    for count in (12, 30):
+        pyro.clear_param_store()
+        train(pe.SVI(sites(count), AutoNormal(sites(count)), adam(), pe.TraceBeta_ELBO(), compile=True), 2, X)
+    small, large = (list(graph.module.graph.nodes) for graph in graphs)
+    assert len(large) == len(small)
+
+
+def test_tensors_in_vectors_stay_those_of_the_store(interpreted):
+    """A parameter whose memory is replaced between steps, one of several dimensions, and one that no step trains."""
+
+    def program(x):
+        loc, scales = pyro.param("loc", torch.tensor(0.1)), pyro.param("scales", torch.full((2, 3), 0.2))
+        fixed = pyro.param("fixed", torch.ones(2).requires_grad_(False))
+        pyro.sample("z", dist.Normal(loc + fixed.sum(), scales.exp().sum()))
+
+    def scenario(svi_of):
+        svi = svi_of(model, program, adam(), sampled())
+        losses = train(svi, 3, X)
+        loc = pyro.get_param_store().get_param("loc").unconstrained()
+        loc.data = torch.tensor(0.7)
+        return losses, train(svi, 3, X), svi.run(3, X, progress=False), parameters()
+
+    assert_same(scenario)
 
 
 @pytest.mark.slow

@@ -109,6 +109,14 @@ def test_a_bound_that_wanders_on_its_way_is_no_noise():
     assert pe.diagnose(history(distortion=noise - 3.0 * T, gradient=(1.0, 50.0))).names == ("not converged",)
 
 
+def test_what_is_left_is_measured_against_the_gain_of_the_whole_fit():
+    """A warm-up gains 30 nats; of the 3 after it a tenth is left, which is much of 3 and little of 33."""
+    warm, slow = {"beta": np.minimum(T / 12, 1.0)}, 4.0 * np.exp(-T / 15)
+    assert pe.diagnose(history(distortion=slow, **warm)).names == ("healthy",)
+    late = history(distortion=slow, **warm).isel(epoch=slice(12, None))
+    assert pe.diagnose(late).names == ("not converged",)
+
+
 def test_collapse_names_site_and_units():
     (finding,) = pe.diagnose(history(**CASES["posterior collapse"])).findings
     assert (finding.site, finding.units) == ("z", ("z[0]", "z[1]"))
@@ -133,6 +141,13 @@ def test_a_history_of_before_the_probes():
     found = pe.diagnose(old.drop_vars(["gradient_norm", "gradient_noise"]))
     assert found.names == ("healthy",)
     assert any("collapse" in text for text in found.unsaid)
+
+
+def test_epochs_without_a_probe_say_so():
+    """Epochs 1 to 9 of a history that is probed in epoch 0 and from epoch 10 on."""
+    found = pe.diagnose(history().isel(epoch=slice(1, 10)))
+    assert found.unsaid == ("what latents carry, and whether they collapse: no probe falls into these epochs.",)
+    assert pe.diagnose(history().isel(epoch=slice(0, 10))).unsaid == ()
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5])

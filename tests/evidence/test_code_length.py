@@ -167,6 +167,32 @@ def test_every_site_with_a_density_has_its_own_resolution():
         pe.code_length(terms, {"y": 0.25, "w": math.nan})
 
 
+def test_numbers_that_are_missing_are_no_difference_of_rows():
+    """A mask in the event, over NaN that each distribution fills in by a point of its own support."""
+    x, seen = torch.full((4, 2), 0.5), torch.tensor([True, False])
+    x[:, 1] = math.nan
+
+    def length(fn):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", fn.expand([4, 2]).mask(seen).to_event(1), obs=x)
+
+        return pe.code_length(LOSS.terms(model, lambda x: None, x), 0.1)
+
+    assert abs(float(length(dist.Exponential(1.0)) - length(dist.Uniform(0.0, 1.0))) * math.log(2) - 2.0) < 1e-4
+
+
+def test_a_density_without_end_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Gamma(0.1, 1.0), obs=x)
+
+    for least in (1e-30, 1e-45):
+        terms = LOSS.terms(model, lambda x: None, torch.tensor([1.0, least], dtype=torch.float64))
+        with pytest.raises(ArgumentError, match="Site 'x': at resolution 0.1 a density of"):
+            pe.code_length(terms, 0.1)
+
+
 def test_rows_that_differ_cannot_be_compared():
     lengths = [pe.code_length(normal(1.0, y), 0.1) for y in (torch.arange(5.0), torch.arange(5.0).flip(0))]
     with pytest.raises(ArgumentError, match="the numbers of row 0 add up to 0 and 4"):

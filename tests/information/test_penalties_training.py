@@ -398,8 +398,3 @@ def test_settings_out_of_range():
         with refuses(ArgumentError, words):
             make()
     refused(ArgumentError, tc("z", groups=((0, 1),)), "each of the 3 dimensions")
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    refused(ArgumentError, pe.MutualInformation("z", "s"), "several processes", "devices=1")

@@ -251,7 +251,7 @@ def test_joint_weights_stay_in_double_precision() -> None:
     def guide(x: Tensor) -> None:
         pyro.sample("mu", dist.Normal(x.mean(), 1.3 / math.sqrt(len(x))))
 
-    draws = draw(mean_model, guide, (x,), {}, 100, chunk_size=50, seed=0)
+    draws = draw(mean_model, guide, (x,), {}, 100, chunk_size=50, seed=1)
     assert draws.log_weight.dtype == torch.float64
     assert draws.log_weight.unique().numel() == 100
     mu = draws.latents["mu"].double()

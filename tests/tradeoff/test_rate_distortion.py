@@ -113,6 +113,22 @@ def test_the_hull_leaves_out_what_is_dominated():
     assert curve.plot(axes) is axes
 
 
+def test_points_below_the_entropy_are_named():
+    """-log p(x) of the rows is their entropy under the model that is the truth, so that D + R touches it at β = 1."""
+    found = {beta: terms(beta) for beta in (0.5, 1.0)}
+    entropy = -MODEL.log_evidence(X).mean().item()
+    fine = pe.rate_distortion(found, entropy=entropy)
+    assert fine.below_entropy == ()
+    assert "D + R < H" not in repr(fine)
+    wrong = pe.rate_distortion(found, entropy=entropy + 1000.0)
+    assert wrong.below_entropy == (0, 1)
+    assert re.search(r"D \+ R < H at β = 0.5, 1, by up to (999|1000)[.\d]* nats: no code", repr(wrong))
+    assert "D + R &lt; H" in wrong._repr_html_()
+    alone = pe.rate_distortion({1.0: found[1.0]}, entropy=entropy)
+    assert "of 1 fit in" in repr(alone)
+    assert alone.plot().get_legend() is not None
+
+
 def test_fits_name_their_beta_themselves():
     def model(x):
         with pyro.plate("data", len(x)):
@@ -128,6 +144,7 @@ def test_fits_name_their_beta_themselves():
 
     result = fit(2.0)
     assert pe.rate_distortion([result]).points.beta.item() == 2.0
+    assert pe.rate_distortion([result, result]).points.beta.values.tolist() == [2.0, 2.0]
     assert pe.rate_distortion(result).points.equals(pe.rate_distortion({2.0: result}).points)
     with refuses(ArgumentError, "no single β"):
         pe.rate_distortion([fit(pe.LinearWarmup(0.0, 1.0, steps=1))])

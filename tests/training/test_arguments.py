@@ -89,7 +89,7 @@ def test_a_folder_keeps_its_run_unless_told_otherwise(tmp_path):
     with pytest.raises(CheckpointError, match=r"already holds a run \(best.ckpt, last.ckpt, history.nc\).*overwrite"):
         fit(dir=tmp_path)
     assert (tmp_path / "last.ckpt").read_bytes() == before
-    fit(dir=tmp_path, resume=True, max_epochs=2)
+    fit(dir=tmp_path, resume=True, max_epochs=2, seed=1)
     assert fit(dir=tmp_path, overwrite=True).history.sizes["epoch"] == 1
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("")

@@ -15,6 +15,7 @@ from pyro_elbo.compile import Snapshots
 from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError
 from pyro_elbo.posterior import SymmetrizedKL
 from pyro_elbo.training import comparable, converge
+from pyro_elbo.training.comparable import first_runs
 from pyro_elbo.training.converge import Convergence, Goal, Plan
 from pyro_elbo.training.iterates import Iterates
 from pyro_elbo.training.stationarity import is_level, is_worse, predict_distance, split_r_hat
@@ -189,6 +190,10 @@ def test_false_claims_of_runs_that_are_stopped_early_are_rare(exact_distance):
 # --- distances between guides -------------------------------------------------------------------------------------
 
 
+def symmetrized_kl(model, guide, iterates):
+    return SymmetrizedKL(guide, (X,), {}, first_runs(model, guide, ((X,), {}))[1], iterates.write)
+
+
 def test_symmetrized_kl_of_a_shift_is_exact_and_of_a_scale_close():
     def wide(x):
         pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -197,8 +202,8 @@ def test_symmetrized_kl_of_a_shift_is_exact_and_of_a_scale_close():
     auto = AutoNormal(wide, init_scale=0.5)
     auto(X)
     iterates = Iterates(auto.parameters())
+    distance = symmetrized_kl(wide, auto, iterates)
     state = torch.get_rng_state()
-    distance = SymmetrizedKL(wide, auto, (X,), {}, iterates.write)
     start = iterates.read()
     shift = start + torch.tensor([0.3, 0.4, 0.0, 0.0])
     assert distance(start, shift) == pytest.approx(0.5 / 0.5, rel=1e-6)
@@ -224,7 +229,7 @@ def test_symmetrized_kl_takes_the_row_that_moved_most():
     start = iterates.read()
     moved = start + torch.tensor([0.1, 0.2, 0.3, -0.1] + [0.0] * 4)
     for _ in range(2):
-        distance = SymmetrizedKL(rows, auto, (X,), {}, iterates.write)
+        distance = symmetrized_kl(rows, auto, iterates)
         assert distance(start, moved) == pytest.approx(0.3 / 0.5, rel=1e-6)
 
 
@@ -236,8 +241,34 @@ def test_symmetrized_kl_of_a_guide_that_does_not_vectorize():
 
     stubborn(X)
     iterates = Iterates([pyro.param("loc").unconstrained()])
-    distance = SymmetrizedKL(model, stubborn, (X,), {}, iterates.write)
+    distance = symmetrized_kl(model, stubborn, iterates)
     assert distance(torch.zeros(1), torch.full((1,), 0.3)) == pytest.approx(0.3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("chained", "runs"), [(False, [2, 1]), (True, [4, 4])])
+def test_a_guide_runs_again_only_where_its_distributions_depend_on_its_draws(chained, runs):
+    """The second latent has the first, or nothing of it, as its mean: a shift of the first moves it by as much."""
+    calls = []
+
+    def pair(x):
+        calls.append(None)
+        first = pyro.sample("first", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+        pyro.sample("second", dist.Normal(first if chained else 0.0 * pyro.param("loc"), 1.0))
+
+    def latents(x):
+        first = pyro.sample("first", dist.Normal(0.0, 1.0))
+        pyro.sample(
+            "x", dist.Normal(pyro.sample("second", dist.Normal(first, 1.0)), 1.0).expand([4]).to_event(1), obs=x
+        )
+
+    pair(X)
+    iterates = Iterates([pyro.param("loc").unconstrained()])
+    distance = symmetrized_kl(latents, pair, iterates)
+    points = [torch.full((1,), x) for x in (0.0, 0.3, 0.7)]
+    for one, two, expected, count in zip(points, points[1:], (0.3, 0.4), runs, strict=False):
+        calls.clear()
+        assert distance(one, two) == pytest.approx(expected, rel=1e-5)
+        assert len(calls) == count
 
 
 # --- parameters -------------------------------------------------------------------------------------------------

@@ -47,6 +47,21 @@ def test_compiled_training_is_the_same_training(compiled, tmp_path):
     assert np.isfinite(resumed.history.elbo).all()
 
 
-def test_compiled_steps_run_on_one_device():
-    with pytest.raises(ArgumentError, match="devices=1"):
-        fit(True, devices=2)
+def test_processes_average_the_gradients_of_compiled_steps(compiled):
+    """The same training as that of uncompiled processes, with parts of 8 rows, and of 4 and 4 at the end."""
+    options = {"devices": 2, "batch_size": 8, "grad_clip": 5.0}
+    expected, result = fit(False, **options), fit(True, **options)
+    xarray.testing.assert_allclose(result.history, expected.history, rtol=1e-4, atol=1e-4)
+    assert result.loss.step == expected.loss.step == 12
+    trained = zip(result.guide.parameters(), expected.guide.parameters(), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in trained)
+
+
+def test_what_a_graph_of_one_process_cannot_see():
+    penalty = pe.MutualInformation("z", lambda x: x[:, 0] % 2)
+    for loss, words in (
+        (pe.TraceBeta_ELBO(penalties=[penalty], free_bits=0.1), "penalties, free_bits"),
+        (pe.TraceBeta_ELBO(pe.Capacity(0.0, 1.0, steps=5)), "pe.Capacity"),
+    ):
+        with pytest.raises(ArgumentError, match=f"several processes: {words} depend on the rows of all.*devices=1"):
+            pe.fit(VAEModel(12, 2, 8), VAEGuide(12, 2, 8), COUNTS, loss=loss, compile=True, devices=2, progress=False)

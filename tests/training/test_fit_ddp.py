@@ -1,61 +1,105 @@
-"""Two processes: averaged gradients, noise of their own, and parameters that come back."""
+"""Two processes: averaged gradients, noise of their own, shares of the rows, and parameters that come back."""
+
+import math
+import os
+import subprocess
+import sys
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from lightning import Callback
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.errors import ArgumentError, DataError, NonFiniteError
 from pyro_elbo.programs.rng import mix_seed
+from pyro_elbo.training.rows import Shares
 from tests.support.unprobed import _unprobed  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.slow
 
 
+class Remember(Callback):
+    """Leaves what each process has seen, and where it ends."""
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 0:
+            self.seen.append(batch)
+
+    def on_train_end(self, trainer, pl_module):
+        state = {name: x for name, x in pl_module.state_dict().items() if isinstance(x, torch.Tensor)}
+        objective = pl_module.module.elbo.state_dict()
+        torch.save({"state": state, "objective": objective, "seen": self.seen}, self.folder / f"{trainer.global_rank}")
+
+
 def test_two_processes_train_one_model(tmp_path):
-    x = torch.distributions.Binomial(16, torch.linspace(0.1, 0.9, 12)).sample((64,))
+    """For 200 steps with a schedule, a critic and parts of different size: parameters stay equal bit for bit."""
+    x = torch.distributions.Binomial(16, torch.linspace(0.1, 0.9, 12)).sample((413,))
+    x[:, 0] = torch.arange(413) % 17
     torch.manual_seed(0)
     model, guide = VAEModel(12, 2, 8), VAEGuide(12, 2, 8)
     before = [p.detach().clone() for p in model.parameters()]
+    critic = pe.MutualInformation("z", lambda x: x[:, 0] % 2, 2.0, "club", levels=2)
+    loss = pe.TraceBeta_ELBO(pe.LinearWarmup(0.0, 1.0, steps=100), penalties=[critic])
+    options = {"max_epochs": 8, "max_steps": 200, "batch_size": 8, "lr": 1e-2, "progress": False}
     result = pe.fit(
-        model, guide, x[:48], x[48:], max_epochs=3, batch_size=12, lr=1e-2, devices=2, dir=tmp_path, progress=False
+        model, guide, x, x[:21], loss=loss, devices=2, dir=tmp_path / "run", callbacks=Remember(tmp_path), **options
     )
-    assert result.history.sizes["epoch"] == 3
+    first, second = (torch.load(tmp_path / rank, weights_only=True) for rank in "01")
+    assert all(torch.equal(a, second["state"][name]) for name, a in first["state"].items())
+    (one,), (other,) = (tuple(at["objective"]["critics"].values()) for at in (first, second))
+    assert all(torch.equal(a, other["critic"][name]) for name, a in one["critic"].items())
+    assert (first["objective"]["step"], second["objective"]["step"], result.loss.step) == (200, 200, 200)
+    assert [[len(batch) for batch in at["seen"]] for at in (first, second)] == [[8] * 25 + [7], [8] * 25 + [6]]
+    rows = torch.cat([*first["seen"], *second["seen"]])
+    assert torch.equal(rows.unique(dim=0, return_counts=True)[1], x.unique(dim=0, return_counts=True)[1])
+
+    assert result.history.sizes["epoch"] == 8
     assert not bool(result.history.elbo.isnull().any())
     assert bool(result.history.kl_per_dim.isel(epoch=-1).notnull().all())
-    assert result.loss.step == 6  # 24 rows a process, batches of 12
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    saved = torch.load(result.last_path, weights_only=True)["state_dict"]
-    assert all(torch.equal(saved[f"module.model.{n}"], p) for n, p in model.named_parameters())
+    assert all(torch.equal(first["state"][f"module.model.{n}"], p) for n, p in model.named_parameters())
 
 
-def test_ranks_draw_their_own_noise_and_share_parameters(unprobed, tmp_path):
-    """Each rank writes down its first draw and its parameter after training."""
+class Gradients(Callback):
+    def __init__(self, path):
+        self.path, self.found = path, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.found.append(pyro.param("loc").grad.item())
+
+    def on_train_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            torch.save(torch.tensor(self.found), self.path)
+
+
+def test_noise_of_their_own_halves_the_variance_of_the_gradient(unprobed, tmp_path):
+    """The gradient z - x + loc / N of equal rows has the variance of z ~ N(loc, 1): 1 in one process, 1/2 in two."""
 
     def model(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 8, subsample_size=len(x)):
+        with pyro.plate("data", 1600, subsample_size=len(x)):
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(x):
-        loc = pyro.param("loc", torch.tensor(0.0))
-        z = pyro.sample("z", dist.Normal(loc, 1.0))
-        if torch.distributed.is_initialized():
-            rank = torch.distributed.get_rank()
-            with open(tmp_path / f"rank{rank}", "a") as file:
-                file.write(f"{(z - loc).item()} {loc.item()}\n")
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
 
-    pe.fit(model, guide, torch.arange(8.0), batch_size=4, max_epochs=5, devices=2, lr=0.1, progress=False)
-    lines = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)]
-    rows = [[tuple(map(float, line.split())) for line in of_rank] for of_rank in lines]
-    assert len(rows[0]) == len(rows[1]) == 5
-    assert all(a[0] != b[0] for a, b in zip(*rows, strict=True))
-    assert all(a[1] == b[1] for a, b in zip(*rows, strict=True))
-    assert rows[0][-1][1] > 0.2
-    assert pyro.param("loc") > rows[0][-1][1]
+    options = {"batch_size": 4, "max_epochs": 2, "devices": 2, "optimizer": still, "progress": False}
+    pe.fit(model, guide, torch.full((1600,), 2.0), callbacks=Gradients(tmp_path / "found"), **options)
+    found = torch.load(tmp_path / "found", weights_only=True).double()
+    assert len(found) == 400
+    assert abs(found.mean() + 2.0) < 5 * math.sqrt(0.5 / 400)
+    assert abs(found.var() - 0.5) < 5 * 0.5 * math.sqrt(2 / 400)  # 5 standard errors
+
+
+def still(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
 
 
 def test_processes_that_share_the_data_are_checked_as_such():
@@ -89,3 +133,75 @@ def test_an_error_inside_a_process_keeps_its_type():
 def test_streams_differ_by_seed_epoch_and_rank():
     seeds = {mix_seed(seed, epoch, rank) for seed in range(3) for epoch in range(3) for rank in range(3)}
     assert len(seeds) == 27
+
+
+@pytest.mark.parametrize(("rows", "size", "world"), [(41, 8, 2), (17, 8, 2), (16, 8, 2), (100, 7, 3), (5, 8, 4)])
+def test_processes_share_the_rows_of_an_epoch(rows, size, world):
+    """Each row once, as many batches for each, and the rows of one process with batches ``world`` times as large."""
+    parts = [list(Shares(rows, size, True, 3, rank, world)) for rank in range(world)]
+    assert sorted(i for part in parts for batch in part for i in batch) == list(range(rows))
+    assert len({len(part) for part in parts}) == 1
+    whole = list(Shares(rows, size * world, True, 3))
+    for k in range(len(parts[0]) - 1):
+        assert set(whole[k]) == {i for part in parts for i in part[k]}
+
+
+class Stream(IterableDataset):
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return iter(torch.arange(8.0))
+
+
+def test_data_that_processes_cannot_share():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
+
+    options = {"devices": 2, "progress": False}
+    with pytest.raises(DataError, match="1 rows for 2 processes"):
+        pe.fit(model, lambda x: None, torch.zeros(1), **options)
+    for data in (Stream(), DataLoader(Stream(), 4)):
+        with pytest.raises(DataError, match=r"IterableDataset gives every one of 2 processes the same rows.*np.memmap"):
+            pe.fit(model, lambda x: None, data, **options)
+    with pytest.raises(ArgumentError, match=r"num_nodes=3.*torchrun --nnodes=3 --nproc-per-node=2"):
+        pe.fit(model, lambda x: None, torch.zeros(8), num_nodes=3, **options)
+
+
+SCRIPT = """
+import os, sys, torch, pyro_elbo as pe
+from models.vae import VAEGuide, VAEModel
+
+torch.manual_seed(int(os.environ["RANK"]))  # the programs differ until training begins
+x = torch.arange(240.0).reshape(20, 12) % 17
+model, guide = VAEModel(12, 2, 8), VAEGuide(12, 2, 8)
+options = {"batch_size": 4, "lr": 0.05, "dir": sys.argv[1] + "/run", "progress": False}
+try:
+    pe.fit(model, guide, x, **options)
+except ValueError as error:
+    refused = str(error)
+result = pe.fit(model, guide, x, x[:7], devices=2, max_epochs=4, patience=2, **options)
+rank = torch.distributed.get_rank()
+state = {name: p.detach() for name, p in guide.named_parameters()}
+torch.save({"state": state, "refused": refused, "elbo": result.history.elbo.values.tolist()}, f"{sys.argv[1]}/{rank}")
+"""
+
+
+def test_processes_that_torchrun_has_started(tmp_path):
+    """Each runs the whole script: they end with one set of parameters, and with the same history."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = subprocess.run(
+        [*command, script, tmp_path],
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    first, second = (torch.load(tmp_path / rank, weights_only=True) for rank in "01")
+    assert "torchrun has started 2 processes on each of 1 nodes" in first["refused"]
+    assert all(torch.equal(x, second["state"][name]) for name, x in first["state"].items())
+    assert first["elbo"] == second["elbo"]
+    assert {"best.ckpt", "last.ckpt", "history.nc"} <= {file.name for file in (tmp_path / "run").iterdir()}

@@ -93,8 +93,9 @@ def test_a_run_that_max_steps_cut_off_within_an_epoch_is_not_resumed(tmp_path):
     fit(max_steps=8, dir=tmp_path)
     with pytest.raises(ArgumentError, match="ends within an epoch"):
         fit(max_steps=20, max_epochs=4, dir=tmp_path, resume=True)
-    with pytest.raises(ArgumentError, match=r"holds 8 steps and max_steps=8"):
-        fit(max_steps=8, max_epochs=4, dir=tmp_path, resume=True)
+    with pytest.raises(ArgumentError, match=r"holds 8 steps and max_steps=7"):
+        fit(max_steps=7, max_epochs=4, dir=tmp_path, resume=True)
+    assert fit(max_steps=8, max_epochs=4, dir=tmp_path, resume=True).loss.step == 8  # it has ended
     fit(max_steps=12, dir=tmp_path, overwrite=True)
     assert fit(max_steps=18, max_epochs=4, dir=tmp_path, resume=True).loss.step == 18
 
@@ -178,6 +179,40 @@ def test_precision_runs_the_programs_under_autocast():
     assert not any(on for on, _ in seen - {None})
 
 
+COVARIANCE = torch.eye(1000) + 0.01 * torch.ones(1000, 1000).tril(-1)
+LIKELIHOODS = {
+    "independent": lambda loc: dist.Normal(loc, torch.ones_like(loc)).to_event(1),
+    "joint": lambda loc: dist.MultivariateNormal(loc, scale_tril=COVARIANCE.to(loc.dtype)),
+}
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_log_densities_are_in_full_precision_under_autocast(kind):
+    """A layer gives its 1000 outputs in 8 bits of mantissa. Their densities are those of these outputs, to 24 bits."""
+    torch.manual_seed(0)
+    layer, x, outputs = torch.nn.Linear(3, 1000), torch.randn(4, 1000), []
+
+    def wide_model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            outputs.append(layer(z))
+            loc = outputs[-1] if kind == "independent" else outputs[-1].float()
+            pyro.sample("x", LIKELIHOODS[kind](loc), obs=x)
+
+    def wide_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(layer.weight.mean(0), 1.0).to_event(1))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = pe.TraceBeta_ELBO().checked_terms(wide_model, wide_guide, (x,), {})
+        half = LIKELIHOODS[kind](outputs[0] if kind == "independent" else outputs[0].float()).log_prob(x.bfloat16())
+    exact = LIKELIHOODS[kind](outputs[0].double()).log_prob(x.double())
+    assert outputs[0].dtype == torch.bfloat16
+    assert terms.log_likelihood["x"].dtype == torch.float32
+    assert (terms.log_likelihood["x"] - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert (half - exact).abs().max() > 1.0  # what autocast alone would give
+
+
 class Remember(lightning.Callback):
     def on_fit_start(self, trainer, pl_module):
         self.kind = type(trainer.accelerator).__name__
@@ -227,7 +262,7 @@ def test_arguments_that_exclude_each_other():
     for options, match in (
         ({"compile": True, "accumulate_grad_batches": 2}, "a compiled step is one batch"),
         ({"compile": True, "precision": "bf16-mixed"}, "a compiled step has the dtypes of the programs"),
-        ({"devices": 2, "accelerator": "gpu"}, "processes on the CPU"),
+        ({"devices": 2, "accelerator": "gpu"}, "2 processes train on the CPU"),
         ({"restore_best": True}, "restore_best needs validation data"),
     ):
         with pytest.raises(ArgumentError, match=match):

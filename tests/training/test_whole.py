@@ -56,6 +56,33 @@ def test_a_fit_without_lightning_has_the_numbers_of_one_with_it(options, compile
     assert ours.stopped_early == theirs.stopped_early
 
 
+def test_a_course_of_epochs_stops_for_probes_and_seeds_what_the_graph_draws(monkeypatch):
+    """Gamma draws are made inside of the graph, whose epochs then run one by one."""
+    from pyro_elbo.training import lightning as adapter
+
+    monkeypatch.setitem(adapter.PROBE_EVERY, True, 1)
+
+    def rates(x):
+        r = pyro.sample("r", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Poisson(r), obs=x)
+
+    def guide(x):
+        a = pyro.param("a", torch.tensor(2.0), constraint=dist.constraints.positive)
+        pyro.sample("r", dist.Gamma(a, a))
+
+    def history(**options):
+        pyro.clear_param_store()
+        counts = torch.tensor([1.0, 3.0, 2.0])
+        return pe.fit(
+            rates, guide, counts, batch_size=None, max_epochs=14, compile=True, progress=False, **options
+        ).history
+
+    ours, theirs = history(), history(callbacks=Spy())
+    assert ours.identical(theirs)
+    assert ours.gradient_norm.dropna("epoch").epoch.values.tolist() == [0, 4, 8, 12, 13]
+
+
 def test_what_has_to_be_watched_runs_on_lightning(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise RuntimeError("Lightning runs")

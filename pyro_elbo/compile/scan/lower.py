@@ -4,13 +4,14 @@ The step is traced once, with its gradient. The recurrence runs within the opera
 around it, vectorized over all steps. Neither the graph nor its compilation grows with T.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from pyro_elbo.assumptions import NotAlikeError, assume, capturing_inside
 from pyro_elbo.compile._torch import (
     DisableTorchFunction,
     config,
@@ -202,14 +203,18 @@ def _make_draws(draws: Sequence[Draw], values: StepValues, reverse: bool) -> dic
 
 
 class ScanLowering:
-    """Lowers the scans of one captured graph.
+    """Lowers the scans of one captured graph, and its loop over particles.
+
+    Args:
+        maps: capture the loop over particles as one function of all; otherwise particle by particle.
+        owned: as the attribute.
 
     Attributes:
         owned: the loops and streams that operators of the graph find by key: they must live as long as the graph.
     """
 
-    def __init__(self) -> None:
-        self.owned: list[Loop | DrawStream | ChainCode] = []
+    def __init__(self, maps: bool = True, owned: list[Loop | DrawStream | ChainCode] | None = None) -> None:
+        self.maps, self.owned = maps, [] if owned is None else owned
         self._numbers, self._lowered, self._is_tracing = ValueNumbering(), [], False
 
     def __call__(
@@ -236,12 +241,8 @@ class ScanLowering:
             return [new[i] for i in rest], [*outs, *state]  # another loop may share these states
 
         state, columns = [carry[i] for i in rest], [*inputs, *extra]
-        with self._tracing(), disable_proxy_modes_tracing():
-            results: list[Tensor] = []
-            forward = trace_step(reduced, state, columns, results)
-            step = trace_with_gradient(reduced, state, columns, results, forward.constants)
-        bound = _BoundStep(step, steps, reverse, 1 + len(self._lowered), self.owned)
-        results = list(_Scan.apply(bound, *step.constants, *state, *columns))
+        with self._tracing():
+            forward, results = self._lower(reduced, state, columns, steps, reverse)
         finals, outs, states = (
             results[: len(rest)],
             results[len(rest) : -len(rest) or None],
@@ -252,6 +253,46 @@ class ScanLowering:
         last = dict(zip(rest, finals, strict=True))
         last |= {i: other.finals[j] for i, j in shared.items() if other is not None}
         return [last[i] for i in range(len(carry))], outs
+
+    def map(self, function: Callable[[], list[Tensor]], count: int) -> list[Tensor]:
+        """Return the stacked results of ``count`` runs of a function, which draw in their order.
+
+        Raises:
+            NotAlikeError: the function cannot be run for all at once.
+        """
+
+        def body(carry: list[Tensor], row: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            inside = ScanLowering(maps=False, owned=self.owned)
+            with capturing_inside(inside) as assumed:
+                made = function()
+            conditions[:] = assumed
+            return [], [*made, *assumed]
+
+        conditions: list[Tensor] = []
+        index = torch.zeros(count, device=torch.get_default_device())
+        try:
+            forward, results = self._lower(body, [], [index], count, reverse=False)
+        except NotAlikeError:
+            raise
+        except Exception as error:  # whatever the program does, the loop says what is wrong with it
+            raise NotAlikeError(str(error)) from error
+        if drawn := [n for n in forward.graph.graph.nodes if is_random(n)]:
+            raise NotAlikeError(f"{drawn[0].target} is drawn run by run")
+        made = len(results) - len(conditions)
+        for condition in results[made:]:
+            assume(condition.all())
+        return results[:made]
+
+    def _lower(
+        self, body: LoopBody, state: list[Tensor], columns: list[Tensor], steps: int, reverse: bool
+    ) -> tuple[Traced, list[Tensor]]:
+        """Trace a step and apply it; return the step without its gradient, and the results of all steps."""
+        with disable_proxy_modes_tracing():
+            results: list[Tensor] = []
+            forward = trace_step(body, state, columns, results)
+            step = trace_with_gradient(body, state, columns, results, forward.constants)
+        bound = _BoundStep(step, steps, reverse, 1 + len(self._lowered), self.owned)
+        return forward, list(_Scan.apply(bound, *step.constants, *state, *columns))
 
     def messages(self, pair: Tensor, node: Tensor) -> CapturedChain:
         """Return a chain with its messages: see :func:`pyro_elbo.terms.messages`."""

@@ -121,7 +121,9 @@ def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], ste
             loop.machine.call([*fixed, *row])
         return room
     handles = executable.Handles(fixed), executable.Handles(x for row in rows for x in row)
-    message = executable.driver().run(loop.machine.entry, handles[0].capsules, [], handles[1].capsules, steps, None)
+    message = executable.driver().run(
+        loop.machine.entry, handles[0].capsules, [], handles[1].capsules, steps, None, [], None
+    )
     if message is not None:
         raise RuntimeError(f"The compiled step failed: {message.decode()}")
     return room
@@ -133,6 +135,55 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
 
 library.impl("loop", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("pyro_elbo::loop", _meta, lib=library)
+
+
+library.define("loops(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key, int count) -> Tensor[]")
+
+
+def _room_for_loops(
+    constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int, count: int
+) -> list[Tensor]:
+    first = [[x[0] for x in part] for part in (constants, carry, inputs)]
+    room = _meta(first[0], first[1], first[2], steps, key)
+    return [x.new_empty((count, *x.shape)) for x in room]
+
+
+def _run_loops(
+    constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int, count: int
+) -> list[Tensor]:
+    """Run a loop ``count`` times, on rows of tensors."""
+    loop, given = _loops[key], (constants, carry, inputs)
+    room = _room_for_loops(*given, steps, key, count)
+    if loop.scalars is not None and all(x.is_contiguous() for x in loop.layout.like):
+        loop.scalars.each([x.contiguous() for part in (*given, room[:-1]) for x in part], steps)
+        return room
+    for i in range(count):
+        row = [[x[i] for x in part] for part in given]
+        for x, result in zip(room, _run(row[0], row[1], row[2], steps, key), strict=True):
+            x[i].copy_(result)
+    return room
+
+
+library.impl("loops", _run_loops, "CompositeExplicitAutograd")
+torch.library.register_fake("pyro_elbo::loops", _room_for_loops, lib=library)
+
+
+def _map_loop(
+    info: Any, dims: Any, constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int
+) -> tuple[list[Tensor], list[int]]:
+    """Run the loop of each particle, under torch.vmap."""
+    count = info.batch_size
+
+    def rows(tensors: list[Tensor], at: Sequence[int | None]) -> list[Tensor]:
+        pairs = zip(tensors, at, strict=True)
+        return [x.expand(count, *x.shape) if d is None else x.movedim(d, 0) for x, d in pairs]
+
+    given = (rows(x, d) for x, d in zip((constants, carry, inputs), dims, strict=False))
+    room = torch.ops.pyro_elbo.loops(*given, steps, key, count)
+    return room, [0] * len(room)
+
+
+torch.library.register_vmap("pyro_elbo::loop", _map_loop, lib=library)
 
 
 def stable_key(x: Any) -> int:

@@ -282,5 +282,15 @@ class ScalarLoop:
             columns: constants, carry, inputs, states around all steps and exports; time first in the last three.
             steps: the number of steps.
         """
-        pointers = (ctypes.c_void_p * len(columns))(*(x.data_ptr() for x in columns))
+        self._run([x.data_ptr() for x in columns], steps)
+
+    def each(self, columns: Sequence[Tensor], steps: int) -> None:
+        """Run all steps once per row of contiguous tensors."""
+        first = [x.data_ptr() for x in columns]
+        sizes = [x.stride(0) * x.element_size() for x in columns]
+        for i in range(len(columns[0])):
+            self._run([x + i * size for x, size in zip(first, sizes, strict=True)], steps)
+
+    def _run(self, addresses: Sequence[int], steps: int) -> None:
+        pointers = (ctypes.c_void_p * len(addresses))(*addresses)
         self._library.loop(pointers, ctypes.c_int64(steps))

@@ -1,0 +1,120 @@
+"""Memory of a fit to a file that does not fit into it, and of an export of 100 000 data: MiB resident, Linux only.
+
+    .venv/bin/python -m tests.benchmarks.bench_large fit [GiB] [epochs]
+    .venv/bin/python -m tests.benchmarks.bench_large export
+
+The file lies in the folder for temporary files and is deleted. All but its first 64 MiB are zeros without a place on
+the disk, which are read like any other.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+
+import pyro_elbo as pe
+
+COLUMNS, LATENTS, BATCH = 256, 8, 4096
+EXPORTS = {
+    "densities and weights": {"predictive": False, "prior": False},
+    "with predictive draws": {"prior": False},
+    "all groups": {},
+}
+
+
+def status(name: str) -> float:
+    """Return a figure of this process in MiB: VmRSS, RssAnon, or VmHWM, the highest VmRSS so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) / 1024
+
+
+class Analysis(nn.Module):
+    """Factor analysis with an amortized guide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(COLUMNS, 2 * LATENTS), nn.Linear(LATENTS, COLUMNS)
+
+    def model(self, x: torch.Tensor) -> None:
+        pyro.module("analysis", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(LATENTS), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decode(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: torch.Tensor) -> None:
+        pyro.module("analysis", self)
+        loc, raw = self.encode(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, nn.functional.softplus(raw) + 1e-3).to_event(1))
+
+
+class Watch(lightning.Callback):
+    """Prints the memory after every epoch."""
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Print a line."""
+        figures = "".join(f"{status(name):>10.0f}" for name in ("VmRSS", "RssAnon", "VmHWM"))
+        print(f"{trainer.current_epoch:>5} {time.perf_counter() - START:>9.0f}{figures}", flush=True)
+
+
+def fit(gib: float, epochs: int) -> None:
+    """Fit to a file of so many GiB."""
+    rows = int(gib * 2**30) // (4 * COLUMNS)
+    with tempfile.NamedTemporaryFile(suffix=".f32") as file:
+        x = np.memmap(file.name, np.float32, "w+", shape=(rows, COLUMNS))
+        x[: 2**24 // COLUMNS] = np.random.default_rng(0).normal(size=(2**24 // COLUMNS, COLUMNS))
+        x.flush()
+        x = np.memmap(file.name, np.float32, "r", shape=(rows, COLUMNS))
+        print(f"{rows} rows of {COLUMNS} numbers, {x.nbytes / 2**30:.2f} GiB; at the start {status('VmRSS'):.0f} MiB")
+        print(f"{'epoch':>5} {'seconds':>9}{'VmRSS':>10}{'RssAnon':>10}{'VmHWM':>10}")
+        analysis = Analysis()
+        options = {"batch_size": BATCH, "max_epochs": epochs, "progress": False, "callbacks": Watch()}
+        result = pe.fit(analysis.model, analysis.guide, x, **options)
+        print(
+            f"elbo {result.history.elbo.values[-1, 0]:.3f} nats per datum; highest {status('VmHWM'):.0f} MiB resident"
+        )
+
+
+def export(name: str) -> None:
+    """Export 1000 draws of a regression on 100 000 rows."""
+    torch.manual_seed(0)
+    x = torch.randn(100_000)
+    y = 2 * x + torch.randn(100_000)
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    guide = AutoNormal(model)
+    guide(x, y)
+    pe.to_arviz(model, guide, x[:10], y[:10], num_samples=10)  # imports
+    before, start = status("VmRSS"), time.perf_counter()
+    data = pe.to_arviz(model, guide, x, y, num_samples=1000, **EXPORTS[name])
+    large = ("log_likelihood", "posterior_predictive", "prior_predictive")
+    result = sum(data[group].nbytes for group in large if group in data) / 2**20
+    seconds = time.perf_counter() - start
+    print(f"{name:24}{before:>12.0f}{status('VmHWM'):>12.0f}{result:>12.0f}{seconds:>10.1f}", flush=True)
+
+
+START = time.perf_counter()
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    if what == "fit":
+        fit(float(rest[0]) if rest else 4.0, int(rest[1]) if len(rest) > 1 else 2)
+    elif rest:
+        export(rest[0])
+    else:
+        print(f"{'1000 draws of 100 000':24}{'before':>12}{'highest':>12}{'result':>12}{'seconds':>10}", flush=True)
+        for name in EXPORTS:
+            subprocess.run([sys.executable, "-m", "tests.benchmarks.bench_large", "export", name], check=True)

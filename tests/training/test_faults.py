@@ -1,0 +1,156 @@
+"""What goes wrong: killed processes, damaged and foreign files, a full disk, Ctrl-C, numbers that are not finite."""
+
+import os
+import signal
+import threading
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from lightning import Callback
+
+import pyro_elbo as pe
+from pyro_elbo.errors import CheckpointError, NonFiniteError
+from tests.support.full_disk import filling_disk
+from tests.support.killed import Programs, run
+
+X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+S = torch.arange(24) % 2
+
+
+def fit(dir, data=None, programs=None, **options):
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    programs = programs or Programs()
+    settings = {"batch_size": 8, "max_epochs": 2, "progress": False} | options
+    return pe.fit(programs.model, programs.guide, (X, S) if data is None else data, dir=dir, **settings)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(tmp_path):
+    """Buffers, optimizers, schedules, critics, early stopping and random streams (bench_kills.py: 50 kills)."""
+    assert run(tmp_path / "whole", 8)
+    for after in (0.5, 0.9, 1.3):
+        run(tmp_path / "killed", 8, after)
+    assert run(tmp_path / "killed", 8)
+    checksums = [(tmp_path / name / "checksum").read_text() for name in ("whole", "killed")]
+    assert checksums[0] == checksums[1]
+
+
+def test_a_run_that_has_ended_is_given_back(tmp_path):
+    """A process may be killed between the last checkpoint and its result."""
+    options = {"valid": (X, S), "max_epochs": 9, "patience": 1, "lr": 1.0}
+    first = fit(tmp_path, **options)
+    again = fit(tmp_path, resume=True, **options)
+    assert first.stopped_early
+    assert again.stopped_early
+    assert again.history.equals(first.history)
+    assert all(
+        torch.equal(x, again._trained.state_dict()[n])
+        for n, x in first._trained.state_dict().items()
+        if torch.is_tensor(x)
+    )
+
+
+def test_another_run_is_not_resumed(tmp_path):
+    fit(tmp_path, valid=(X[:8], S[:8]))
+    changed = X.clone()
+    changed[3, 1] += 1
+    for options, words in (
+        ({"seed": 7}, "seed: expected 0, got 7"),
+        ({"batch_size": 6}, "batch_size: expected 8, got 6"),
+        ({"data": (changed, S)}, r"train: expected 24 rows with checksum \w+, got 24 rows"),
+        ({"data": (X[1:], S[1:])}, "train: expected 24 rows .* got 23 rows"),
+        ({"valid": (X[:9], S[:9])}, "valid: expected 8 rows"),
+        ({"valid": None}, "valid: .* got no data"),
+    ):
+        with pytest.raises(CheckpointError, match=f"last.ckpt belongs to another run. {words}"):
+            fit(tmp_path, resume=True, max_epochs=3, **{"valid": (X[:8], S[:8])} | options)
+
+
+def test_a_torn_checkpoint_names_the_one_before(tmp_path):
+    expected = fit(tmp_path / "whole", max_epochs=3)
+    fit(tmp_path / "run")
+    last = tmp_path / "run" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=r"last.ckpt is damaged.*continues from .*previous.ckpt"):
+        fit(tmp_path / "run", resume=True, max_epochs=3)
+    last.unlink()
+    found = fit(tmp_path / "run", resume=True, max_epochs=3)
+    assert found.history.equals(expected.history)
+    foreign = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)
+    torch.save({"state_dict": foreign["state_dict"]}, last)
+    with pytest.raises(CheckpointError, match=r"last.ckpt is no checkpoint of pe.fit: it lacks.*previous.ckpt"):
+        fit(tmp_path / "run", resume=True, max_epochs=4)
+
+
+class Fill(Callback):
+    def __init__(self, fill):
+        self.fill = fill
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.fill()
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_there_was(tmp_path):
+    with (
+        filling_disk() as fill,
+        pytest.raises(CheckpointError, match=r"ckpt cannot be written: .*too large.*unchanged"),
+    ):
+        fit(tmp_path, callbacks=Fill(fill))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert fit(tmp_path, resume=True).history.equals(fit(tmp_path / "whole").history)
+
+
+class PressCtrlC(Callback):
+    def __init__(self, times=1):
+        self.times = times
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (1, 1):
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_ends_training_with_a_result(tmp_path):
+    usual = signal.getsignal(signal.SIGINT)
+    result = fit(tmp_path, callbacks=PressCtrlC(), max_epochs=4)
+    assert (result.history.sizes["epoch"], result.loss.step, result.stopped_early) == (2, 5, True)
+    assert signal.getsignal(signal.SIGINT) is usual
+    resumed = fit(tmp_path, resume=True, max_epochs=4)
+    assert resumed.history.equals(fit(None, max_epochs=4).history)
+    with pytest.raises(KeyboardInterrupt):
+        fit(None, callbacks=PressCtrlC(times=2))
+    assert signal.getsignal(signal.SIGINT) is usual
+
+
+def test_training_in_a_thread_leaves_signals_alone():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(fit(None, max_epochs=1)))
+    thread.start()
+    thread.join()
+    assert found[0].history.sizes["epoch"] == 1
+
+
+def test_a_number_that_is_not_finite_names_site_batch_and_checkpoint(tmp_path):
+    """The eleventh run of the model yields NaN: three batches an epoch, and one run before training."""
+    runs = []
+
+    class Sick(Programs):
+        def model(self, x, s):
+            runs.append(len(x))
+            sick = self.training and len(runs) > 8
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                loc = self.decode(z) * (float("nan") if sick else 1.0)
+                pyro.sample("x", dist.Normal(loc, 0.5, validate_args=False).to_event(1), obs=x)
+
+    with pytest.raises(NonFiniteError) as error:
+        fit(tmp_path, programs=Sick(), max_epochs=5)
+    assert "Site 'x'" in str(error.value)
+    assert "This was batch 1 of epoch 2." in str(error.value)
+    assert f"after 7 steps; {tmp_path / 'last.ckpt'} holds those of epoch 1" in str(error.value)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 1

@@ -92,7 +92,7 @@ def infer_discrete(
         run = trace_pair(*programs)
         if marked := [n for n, s in run.guide.items() if s.is_enumerated]:
             raise SiteError(
-                f"The guide enumerates {marked}, where values are asked for given one draw of the guide. Take "
+                f"The guide enumerates {marked}, where values are asked for given one draw of the guide. Use "
                 "terms.posterior, which is the guide's; for the model's posterior, mark these sites in the model and "
                 "leave them out of the guide."
             )

@@ -106,7 +106,7 @@ def test_steps_after_the_end_are_left_out_of_the_density_of_a_draw():
     assert (error <= 5 * (q * (1 - q) / 2000).sqrt()).all()
 
 
-def test_two_plates_in_one_run_or_one_by_one():
+def test_two_plates_in_one_run_or_mapped():
     def model(x, reshape=False):
         level = pyro.sample("level", dist.Normal(torch.zeros(()), 1.0))
         level = level.reshape(()) if reshape else level
@@ -123,7 +123,7 @@ def test_two_plates_in_one_run_or_one_by_one():
         pyro.sample("level", dist.Normal(torch.tensor(0.3), 0.1))
 
     x = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0))
-    for reshape, way in ((False, "plate"), (True, "loop")):
+    for reshape, way in ((False, "plate"), (True, "map")):
         draws = draw(model, guide, (x, reshape), {}, 20, seed=0)
         assert draws.way == way
         assert draws.latents["k"].shape == (20, 3, 2, 5)

@@ -117,7 +117,7 @@ def test_values_of_a_site_that_the_guide_marks_are_its_posterior():
             pyro.sample("k", dist.Categorical(torch.ones(2)), infer=MARK)
 
     model = poutine.condition(means(lambda mu, k: mu[k]), data={"mu": torch.tensor([0.0, 2.0])})
-    with pytest.raises(SiteError, match="Take terms.posterior.*leave them out of the guide"):
+    with pytest.raises(SiteError, match="Use terms.posterior.*leave them out of the guide"):
         pe.infer_discrete(model, guide, X, temperature=0)
 
 

@@ -421,7 +421,7 @@ BAD = {
     "unknown probe": (lambda: audit(Z, S, probes=["svm"]), ArgumentError, ("svm", "gradient boosting")),
     "no probe": (lambda: audit(Z, S, probes=[]), ArgumentError, ("probes: got []",)),
     "probe as text": (lambda: audit(Z, S, probes="mlp"), ArgumentError, ("'mlp'",)),
-    "folds": (lambda: audit(Z, S, folds=1), ArgumentError, ("at least 2, got 1",)),
+    "folds": (lambda: audit(Z, S, folds=1), ArgumentError, (">= 2, got 1",)),
     "names": (lambda: audit(Z, S, name_s="y"), ArgumentError, ("both named 'y'",)),
     "test without y": (lambda: audit(Z, S, Y, test=(Z, S)), ArgumentError, ("(z, s, y)", "got 2")),
     "test with y": (lambda: audit(Z, S, test=(Z, S, Y)), ArgumentError, ("(z, s),", "got 3")),

@@ -10,6 +10,7 @@ from pyro.ops.indexing import Vindex
 
 import pyro_elbo as pe
 from pyro_elbo.errors import ArgumentError, SiteError
+from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 
 MARK = {"enumerate": "parallel"}
 X = torch.tensor([0.1, -0.3, 0.4, 2.2, 1.7, 0.8])
@@ -141,7 +142,7 @@ def test_a_misspelled_mark_is_shown():
         pe.TraceBeta_ELBO().terms(model, no_guide, X)
 
 
-def test_no_guide_and_linear_response_and_annealing_name_their_ways():
+def test_no_guide_and_linear_response_and_annealing_name_their_ways(untyped):
     model = poutine.condition(means(lambda mu, k: mu[k]), data={"mu": torch.tensor([0.0, 2.0])})
     with pytest.raises(ArgumentError, match=r"pass lambda \*args, \*\*kwargs: None"):
         pe.TraceBeta_ELBO().terms(model, None, X)

@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_elbo as pe
-from pyro_elbo.compile import Snapshots
+from pyro_elbo.compile import Course, Snapshots
 from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError
 from pyro_elbo.posterior import SymmetrizedKL
 from pyro_elbo.training import comparable, converge
@@ -357,7 +357,7 @@ def test_machine_code_keeps_the_iterates_on_its_way():
         found = []
         for steps in parts:
             snapshots = Snapshots(tensors, 4, steps // 4)
-            svi._steps.train((X,), {}, steps, snapshots)
+            svi._steps.train((X,), {}, Course(steps, snapshots))
             assert torch.equal(snapshots.rows[-1], torch.stack(tensors).detach())
             found.append(snapshots.rows)
         return torch.cat(found)
@@ -545,7 +545,7 @@ def test_the_distance_is_measured_where_the_model_sums_sites_out():
     auto = AutoNormal(pyro.poutine.block(mixture, hide=["k"]), init_scale=0.5)
     auto(X)
     iterates = Iterates(auto.parameters())
-    distance = SymmetrizedKL(mixture, auto, (X,), {}, iterates.write)
+    distance = symmetrized_kl(mixture, auto, iterates)
     start = iterates.read()
     shift = start + torch.tensor([0.3, 0.4, 0.0, 0.0])
     assert distance(start, shift) == pytest.approx(0.5 / 0.5, rel=1e-6)

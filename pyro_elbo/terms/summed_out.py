@@ -267,16 +267,21 @@ def _sum(
         found[state] = sum_paths(pairs, nodes, state)
         return found[state].shares
 
-    def total(leaves: dict[str, Tensor], shares: dict[str, Tensor]) -> Tensor:
+    def total(leaves: dict[str, Tensor], shares: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         moved = Semiring(log_sum_exp, lambda _, nodes, state: found[state].move(shares[state], nodes))
-        return _log_z({n: x.map(leaves.get(n, x.x)) for n, x in logs.items()}, plates, names, moved).x.sum()
+        log_z = _log_z({n: x.map(leaves.get(n, x.x)) for n, x in logs.items()}, plates, names, moved)
+        labels[:] = log_z.labels
+        return log_z.x.sum(), log_z.x
 
-    log_z = _log_z(logs, plates, names, Semiring(log_sum_exp, over_paths))
+    labels: list[Label] = []
     apart = {n: x for n, x in logs.items() if not _joins_steps(x, names)}
+    if len(apart) < len(logs):
+        _log_z(logs, plates, names, Semiring(log_sum_exp, over_paths))  # finds the paths
     inputs = {n: x.x for n, x in apart.items()}, {n: p.shares.x for n, p in found.items()}
-    q, rows = torch.func.grad(total, (0, 1))(*inputs)  # in a mapped run, where torch.autograd does not work
+    # torch.autograd does not work in a mapped run
+    (q, rows), log_z = torch.func.grad(total, (0, 1), has_aux=True)(*inputs)
     chains = {n: PathsPosterior(p, p.shares.map(rows[n])) for n, p in found.items()}
-    return log_z, {n: x.map(q[n]) for n, x in apart.items()}, chains
+    return Labeled(log_z, tuple(labels)), {n: x.map(q[n]) for n, x in apart.items()}, chains
 
 
 def _log_z(logs: Mapping[str, Labeled], plates: Mapping[str, Plates], names: list[str], semiring: Semiring) -> Labeled:

@@ -6,7 +6,7 @@ then its event, as in one run of the programs.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -182,7 +182,9 @@ def draw(
     check_initialized(guide)
     with torch.no_grad(), seeded(seed), evaluating(model, guide):
         programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), rows)
-        chunk_size = int(min(chunk_size, frame.most, max(2, MOST_ELEMENTS // _largest(frame))))
+        chunk_size = int(
+            min(chunk_size, frame.most, max(2, MOST_ELEMENTS // largest_site(frame.shapes.model.values())))
+        )
         sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
         way, first = _begin(programs, frame, sizes[0])
         later = (run for count in sizes[1:] for run in _run(programs, frame, count, way))
@@ -198,7 +200,7 @@ def draw_in_chunks(
     first one has at least two draws, so that it can tell a point estimate from a density.
     """
     programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), None)
-    size = int(min(num_samples, frame.most, max(2, max_elements // _largest(frame))))
+    size = int(min(num_samples, frame.most, max(2, max_elements // largest_site(frame.shapes.model.values()))))
     way, runs = _begin(programs, frame, size)
     yield _as_draws(join_draws(runs, (), size), frame, way, data)
     for done in range(size, num_samples, size):
@@ -206,9 +208,9 @@ def draw_in_chunks(
         yield _as_draws(join_draws(_run(programs, frame, count, way), (), count), frame, way, data)
 
 
-def _largest(frame: Frame) -> int:
-    """Return the number of elements of the largest site."""
-    return max((s.value.numel() for s in frame.shapes.model.values() if s.value.numel()), default=1)
+def largest_site(sites: Iterable[Site]) -> int:
+    """Return the number of elements of the largest site; 1 where there is none."""
+    return max((s.value.numel() for s in sites if s.value.numel()), default=1)
 
 
 def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, Frame, RunData]:

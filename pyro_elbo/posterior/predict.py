@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError, check_count, first_line
 from pyro_elbo.posterior.datasets import Names, label, stack_chains, without_slashes
-from pyro_elbo.posterior.draws import MOST_ELEMENTS, Arrays, Draws, draw
+from pyro_elbo.posterior.draws import MOST_ELEMENTS, Arrays, Draws, draw, largest_site
 from pyro_elbo.posterior.layout import count_data, join_draws, lead, with_gaps
 from pyro_elbo.posterior.mapped import are_valid, map_draws
 from pyro_elbo.programs import (
@@ -240,8 +240,7 @@ def run_with_draws(
         shapes = call.sites({n: x[:1] for n, x in latents.items()}, 1)
         known = draws.latents.keys() | draws.deterministics.keys() | draws.observed.keys()
         shapes = {name: site for name, site in shapes.items() if name in known}
-        largest = max((site.value.numel() for site in shapes.values() if site.value.numel()), default=1)
-        chunk_size = min(chunk_size, max(2, MOST_ELEMENTS // largest))
+        chunk_size = min(chunk_size, max(2, MOST_ELEMENTS // largest_site(shapes.values())))
         sizes = ((start, min(chunk_size, count - start)) for start in range(0, count, chunk_size))
         runs = (call.run({n: x[i : i + size] for n, x in latents.items()}, size, shapes) for i, size in sizes)
         arrays = join_draws(next(runs), (run for several in runs for run in several), count)

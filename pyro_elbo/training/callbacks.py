@@ -45,7 +45,10 @@ class Watch(EarlyStopping):
         self.standing: dict[str, int] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Stop where a finding has stood long enough, also when a run is resumed."""
+        """Stop a resumed run where a finding has stood long enough."""
+        self._stop_if_due(trainer)
+
+    def _stop_if_due(self, trainer: lightning.Trainer) -> None:
         if self.stops and any(count >= self.probes for count in self.standing.values()):
             trainer.should_stop = True
 
@@ -60,7 +63,7 @@ class Watch(EarlyStopping):
             if self.standing[name] == self.probes and trainer.is_global_zero:
                 bar = trainer.progress_bar_callback
                 (print if bar is None else bar.print)(finding)
-        self.on_train_start(trainer, pl_module)
+        self._stop_if_due(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""

@@ -47,6 +47,11 @@ class RunningMean:
         return means
 
 
+def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the totals that the history keeps: without the log likelihood of single sites."""
+    return {name: x for name, x in values.items() if not name.startswith("log_likelihood")}
+
+
 def best(records: list[EpochRecord]) -> EpochRecord:
     """Return the record with the highest bound at β = 1, of validation if there is one and after the warm-up.
 

@@ -25,7 +25,7 @@ from pyro_elbo.terms import Terms
 from pyro_elbo.training.converge import Convergence, Goal
 from pyro_elbo.training.data import Batch, Loaders, arguments
 from pyro_elbo.training.folder import LAST
-from pyro_elbo.training.history import EpochRecord, RunningMean, add_probe
+from pyro_elbo.training.history import EpochRecord, RunningMean, add_probe, recorded
 from pyro_elbo.training.options import Options
 from pyro_elbo.training.rows import num_rows
 from pyro_elbo.training.trained import Trained
@@ -219,7 +219,7 @@ class LightningPrograms(lightning.LightningModule):
     def count(self, record: Any, batch: Batch, mean: RunningMean) -> dict[str, Tensor]:
         """Add what a step of our own has recorded to the mean of the epoch."""
         names, ((*numbers,),) = record[0], record[1].tolist()
-        values = {n: torch.tensor(x) for n, x in zip(names, numbers, strict=True) if not n.startswith("log_likelihood")}
+        values = {n: torch.tensor(x) for n, x in recorded(dict(zip(names, numbers, strict=True))).items()}
         mean.add(values, num_rows(batch))
         return values
 
@@ -323,7 +323,7 @@ class LightningPrograms(lightning.LightningModule):
             terms = self.module.elbo.checked_terms(self.module.model, self.module.guide, args, kwargs)
         with torch.no_grad():
             values = {"loss": -terms.per_datum.objective} | terms.per_datum.totals()
-        values = {name: x.detach() for name, x in values.items() if not name.startswith("log_likelihood")}
+        values = {name: x.detach() for name, x in recorded(values).items()}
         mean.add(values, num_rows(batch))
         return terms, values
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from pyro_elbo.compile import Course
 from pyro_elbo.programs import mix_seed, seed_cpu
 from pyro_elbo.training.data import Loaders, arguments
-from pyro_elbo.training.history import RunningMean
+from pyro_elbo.training.history import RunningMean, recorded
 from pyro_elbo.training.machine import as_list
 from pyro_elbo.training.options import Options
 from pyro_elbo.training.rows import RowDataset
@@ -79,10 +79,10 @@ class WholeBatchTrainer:
             finally:
                 usable = programs.module.elbo.step - taken
                 self.global_step, programs.place = self.global_step + usable, f"epoch {first + usable}"
-        kept = [(i, n) for i, n in enumerate(names) if n != "divisor" and not n.startswith("log_likelihood")]
+        kept = recorded({n: i for i, n in enumerate(names) if n != "divisor"})
         for i, row in enumerate(rows.tolist()):
             self.current_epoch = first + i
-            programs.record("train", {n: row[j] for j, n in kept}, taken + i + 1)
+            programs.record("train", {n: row[j] for n, j in kept.items()}, taken + i + 1)
         programs.on_train_batch_end(None, batch, 0)
         programs.probe_if_due()
         if time.monotonic() - start < LOOK:

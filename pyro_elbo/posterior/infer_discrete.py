@@ -93,8 +93,8 @@ def infer_discrete(
         if marked := [n for n, s in run.guide.items() if s.is_enumerated]:
             raise SiteError(
                 f"The guide enumerates {marked}, where values are asked for given one draw of the guide. Use "
-                "terms.posterior, which is the guide's; for the model's posterior, mark these sites in the model and "
-                "leave them out of the guide."
+                "terms.posterior, which is the guide's. Give the marks to these sites of the model for its own "
+                "posterior, and leave them out of the guide."
             )
         if not run.summed_out:
             raise SiteError(

@@ -50,8 +50,8 @@ def run_enumerated(
         cure = (
             "Flip xs and run forward."
             if reverse
-            else "Leave horizon out of terms and training, and use predict(horizon=...) of the result of pe.fit, which "
-            "draws the path of the past and carries it on."
+            else "Draw what comes next by predict(horizon=...) of the result of pe.fit, which carries on the path of "
+            "the past, and leave horizon out of terms and training."
         )
         raise SiteError(
             f"Site '{name}' is summed out in a pe.scan that {'runs backward' if reverse else 'forecasts'}: it is "

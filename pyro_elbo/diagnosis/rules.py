@@ -16,6 +16,7 @@ from pyro_elbo.diagnosis.trends import (
     kl_shrinkage,
     noisy_objective,
     not_converged,
+    not_finite,
     overfitting,
     warm_up_too_long,
 )
@@ -99,9 +100,10 @@ def _unsaid(evidence: Evidence) -> Iterator[str]:
 
 
 RULES: tuple[tuple[Rule, tuple[FindingName, ...]], ...] = (
-    (diverging, ()),
-    (warm_up_too_long, ("diverging",)),
+    (not_finite, ()),
     (noisy_objective, ("diverging",)),
+    (diverging, ("diverging", "noisy objective")),
+    (warm_up_too_long, ("diverging",)),
     (dead_decoder, ("diverging", "noisy objective")),
     (exploding_kl, ("diverging", "noisy objective", "dead decoder")),
     (unpaid_rate, ("diverging", "noisy objective", "dead decoder", "exploding KL")),

@@ -30,7 +30,7 @@ Rule = Callable[[Evidence], Iterator[Finding]]
 def diagnose(history: "xarray.Dataset | Any") -> Diagnosis:
     """Say from its history whether a fit is done and healthy, and if not, why.
 
-    The findings, the most important one first: ``diverging``, ``warm-up too long``, ``noisy objective``,
+    The findings, the most important one first: ``diverging``, ``noisy objective``, ``warm-up too long``,
     ``dead decoder``, ``exploding KL``, ``over-regularized``, ``posterior collapse``, ``KL shrinkage``,
     ``overfitting``, ``not converged``; or ``healthy``. ``unused units`` of a latent need no cure. Each carries its
     evidence in nats per datum. What the history does not show is said to be unknown: ``unsaid``.

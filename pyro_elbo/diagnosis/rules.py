@@ -16,6 +16,7 @@ from pyro_elbo.diagnosis.trends import (
     kl_shrinkage,
     noisy_objective,
     not_converged,
+    not_finite,
     overfitting,
     warm_up_too_long,
 )
@@ -29,7 +30,7 @@ Rule = Callable[[Evidence], Iterator[Finding]]
 def diagnose(history: "xarray.Dataset | Any") -> Diagnosis:
     """Say from its history whether a fit is done and healthy, and if not, why.
 
-    The findings, the most important one first: ``diverging``, ``warm-up too long``, ``noisy objective``,
+    The findings, the most important one first: ``diverging``, ``noisy objective``, ``warm-up too long``,
     ``dead decoder``, ``exploding KL``, ``over-regularized``, ``posterior collapse``, ``KL shrinkage``,
     ``overfitting``, ``not converged``; or ``healthy``. ``unused units`` of a latent need no cure. Each carries its
     evidence in nats per datum. What the history does not show is said to be unknown: ``unsaid``.
@@ -99,9 +100,10 @@ def _unsaid(evidence: Evidence) -> Iterator[str]:
 
 
 RULES: tuple[tuple[Rule, tuple[FindingName, ...]], ...] = (
-    (diverging, ()),
-    (warm_up_too_long, ("diverging",)),
+    (not_finite, ()),
     (noisy_objective, ("diverging",)),
+    (diverging, ("diverging", "noisy objective")),
+    (warm_up_too_long, ("diverging",)),
     (dead_decoder, ("diverging", "noisy objective")),
     (exploding_kl, ("diverging", "noisy objective", "dead decoder")),
     (unpaid_rate, ("diverging", "noisy objective", "dead decoder", "exploding KL")),

@@ -25,15 +25,14 @@ from pyro_elbo.diagnosis.findings import Finding, FindingName
 BEHIND = 0.15  # of what was gained after the first tenth: new rows are always explained a little worse
 WIDENED = 0.25  # of the gap, since a quarter of training: less is the difference of the two samples
 RISING = 3.0  # standard errors of the gain of a quarter
-LEFT = 0.05  # of what was gained: as much may be left to gain
-LONGEST = 0.9  # the largest ratio of the gains of two quarters from which the rest is extrapolated
+AHEAD = 0.15  # of what was gained: an exponential with 5 % left to gain would gain as much if it kept its pace
 ROUGH = 1.0  # noise of the gradient over its norm, at half of the probes
 WANDERS = 0.025  # of what was gained: the standard deviation of the bound from epoch to epoch
 MOST = 1000.0  # more cannot be told from two batches
 
 
-def diverging(evidence: Evidence) -> Iterator[Finding]:
-    """Find NaN, or a training bound that falls together with the objective."""
+def not_finite(evidence: Evidence) -> Iterator[Finding]:
+    """Find NaN, which is divergence whatever else the history shows."""
     values = evidence.history.elbo.sel(split="train").values
     if len(gone := np.flatnonzero(~np.isfinite(values))):
         since = int(evidence.history.epoch.values[gone[0]])
@@ -44,7 +43,10 @@ def diverging(evidence: Evidence) -> Iterator[Finding]:
             "lower the learning rate, clip gradients (grad_clip=10.0), and look for data outside the support.",
             since=since,
         )
-        return
+
+
+def diverging(evidence: Evidence) -> Iterator[Finding]:
+    """Find a training bound that falls together with the objective."""
     if _objective(evidence).fall.is_wrong:
         since = evidence.curve("elbo", "train").fall.since
         grown = {part: evidence.curve(part, "train").change(since) for part in ("distortion", "rate")}
@@ -189,7 +191,10 @@ def warm_up_too_long(evidence: Evidence) -> Iterator[Finding]:
 
 
 def noisy_objective(evidence: Evidence) -> Iterator[Finding]:
-    """Find a gradient whose noise exceeds it, while the bound wanders more than it moves."""
+    """Find a gradient whose noise exceeds it, while the bound wanders more than it moves.
+
+    Such a bound may end below its best epoch. That is no divergence: what diverges has a gradient above its noise.
+    """
     norm, noise = evidence.curve("gradient_norm"), evidence.curve("gradient_noise")
     elbo = evidence.steady("elbo", evidence.judged)
     if not len(norm) or len(elbo) < FEWEST:
@@ -219,17 +224,16 @@ def not_converged(evidence: Evidence) -> Iterator[Finding]:
     if len(elbo) < FEWEST:
         return
     quarter = len(elbo) // 4
-    first, second, third = (float(elbo.values[-k * quarter :][:quarter].mean()) for k in (3, 2, 1))
-    before, gain = second - first, third - second
-    ratio = min(gain / before, LONGEST) if before > 0 else LONGEST
-    left = gain * ratio / (1 - ratio)
-    if gain <= RISING * elbo.noise * (2 / quarter) ** 0.5 or left <= LEFT * evidence.gained(split):
+    before, late = (float(elbo.values[-k * quarter :][:quarter].mean()) for k in (2, 1))
+    last = elbo.values[-max(quarter, 3) :]
+    ahead = float(np.polyfit(np.arange(len(last)), last, 1)[0]) * len(elbo)
+    if late - before <= RISING * elbo.noise * (2 / quarter) ** 0.5 or ahead <= AHEAD * evidence.gained(split):
         return
     yield Finding(
         "not converged",
-        f"the {SPLITS[split]} bound gained {before:.3g}, then {gain:.3g} nats per datum in the last two quarters: "
-        f"at this pace, about {left:.3g} are left.",
+        f"the {SPLITS[split]} bound gained {late - before:.3g} nats per datum from one of the last two quarters to the "
+        f"other: at the pace of the end, as many epochs again would gain {ahead:.3g}.",
         "training ended on the way: more epochs would give a better bound.",
         "raise max_epochs, or the learning rate; patience=10 ends training when the bound has settled.",
-        evidence={"gain before": before, "gain": gain, "left": left},
+        evidence={"gain": late - before, "ahead": ahead},
     )

@@ -2,8 +2,9 @@
 
 Run with ``python -m tests.benchmarks.bench_diagnosis develop --cache FOLDER``. The mistakes are built in
 (``diagnosis_runs``). The rules were made with a look at ``develop``, ``final`` and ``fresh``, and mended once ``third``
-was judged; ``fourth`` was judged once, after that. Histories are kept in the folder, so that rules can be tried again
-without training. Prints each run with what was found, the confusion matrix, and the F1 of each finding.
+and then ``fourth`` had been judged; ``fifth`` was judged once, after that. Histories are kept in the folder, so that
+rules can be tried again without training. Prints each run with what was found, the confusion matrix, and the F1 of each
+finding.
 """
 
 import argparse

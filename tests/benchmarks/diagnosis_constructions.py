@@ -1,6 +1,6 @@
 """What is built into the labeled runs of ``bench_diagnosis``: programs, sizes and recipes, by mistake.
 
-``TABLE`` belongs to the sets on which the rules were made, ``THIRD`` and ``FOURTH`` to one set each.
+``TABLE`` belongs to the sets on which the rules were made, ``THIRD``, ``FOURTH`` and ``FIFTH`` to one set each.
 """
 
 from typing import Any, NamedTuple
@@ -135,6 +135,7 @@ TABLE = [
 
 
 LINES = {"lr": 0.04, "epochs": 350, "batch": None}
+SHORT = {"epochs": 12, "decay": 1.0}
 THIRD = [
     Construction("healthy", "vae", {"hidden": 48}, {**SETTLED, "batch": 150, "epochs": 90}, {}),
     Construction("healthy", "vae", {"source": "fashion", "z_dim": 3}, {**SETTLED, "batch": 150}, {}),
@@ -263,4 +264,66 @@ FOURTH = [
     Construction("exploding KL", "vae", {"told": "class", "z_dim": 6}, {"beta": 6e-4, "decay": 1.0}, {}),
     Construction("noisy objective", "vae", {"discrete": True, "z_dim": 35, "rows": 100}, FEW, {}),
     Construction("noisy objective", "regression", {"groups": 10}, {**FEW, "lr": 0.35, "epochs": 12}, {}),
+]
+
+
+FIFTH = [
+    Construction("healthy", "vae", {"hidden": 40, "z_dim": 5}, {**SETTLED, "batch": 100, "epochs": 90}, {}),
+    Construction("healthy", "vae", {"source": "fashion", "hidden": 48}, {**SETTLED, "epochs": 140}, {}),
+    Construction("healthy", "vae", {"told": "class", "z_dim": 4}, {**SETTLED, "lr": 8e-3, "epochs": 120}, {}),
+    Construction("healthy", "vae", {"scale": 0.35, "z_dim": 3}, {**SETTLED, "epochs": 110}, {}),
+    Construction("healthy", "vae", {"source": "fashion", "scale": 0.4, "told": "class"}, SETTLED, {}),
+    Construction("healthy", "vae", {"z_dim": 3}, {**SETTLED, "beta": "warm-up", "rises": 0.25, "epochs": 110}, {}),
+    Construction("healthy", "vae", {"scale": 0.3}, {**SETTLED, "batch": 100, "beta": "warm-up", "rises": 0.3}, {}),
+    Construction("healthy", "factors", {"x_dim": 45, "z_dim": 3, "strength": 0.5}, {"epochs": 45}, {}),
+    Construction("healthy", "factors", {"x_dim": 70, "z_dim": 5}, {"epochs": 60, "batch": 150}, {}),
+    Construction("healthy", "regression", {"groups": 7, "rows": 350}, LINES, {}),
+    Construction("healthy", "regression", {"groups": 4}, {**LINES, "batch": 60, "epochs": 150, "lr": 0.02}, {}),
+    Construction("healthy", "vrnn", {"source": "patterns", "markov": True, "z_dim": 2}, {**FRAMES, "epochs": 70}, {}),
+    Construction("not converged", "vae", {"source": "fashion", "told": "class"}, {**SHORT, "lr": 4e-4}, {}),
+    Construction("not converged", "vae", {"scale": 0.25, "hidden": 48}, {**SHORT, "lr": 3e-4}, {}),
+    Construction("not converged", "factors", {"x_dim": 45}, {**SHORT, "lr": 4e-4, "epochs": 15}, {}),
+    Construction("not converged", "vrnn", {"markov": True, "z_dim": 2}, {"lr": 1.2e-3, "epochs": 9, "decay": 1.0}, {}),
+    Construction("posterior collapse", "vae", {"scale": 3.5, "hidden": 48}, {}, {}),
+    Construction("posterior collapse", "vae", {"source": "coins", "z_dim": 4, "hidden": 64}, {"lr": 8e-3}, {}),
+    Construction("posterior collapse", "vae", {"told": "copy", "hidden": 64, "scale": 0.7, "z_dim": 3}, {}, {}),
+    Construction("posterior collapse", "vrnn", {"hidden": 24}, {"epochs": 24, "lr": 1.5e-2}, {}),
+    Construction("over-regularized", "vae", {"z_dim": 5}, {"beta": 55.0}, {}),
+    Construction("over-regularized", "vae", {"source": "fashion", "told": "class"}, {"beta": 35.0}, {}),
+    Construction("over-regularized", "regression", {"groups": 7}, {**LINES, "beta": 35.0}, {}),
+    Construction(
+        "over-regularized", "vrnn", {"markov": True, "hidden": 20}, {"beta": 11.0, "epochs": 22, "lr": 2e-2}, {}
+    ),
+    Construction("overfitting", "vae", {"rows": 65, "hidden": 256, "z_dim": 8}, FEW_ROWS, {}),
+    Construction("overfitting", "vae", {"rows": 80, "hidden": 320, "told": "class", "z_dim": 5}, FEW_ROWS, {}),
+    Construction("overfitting", "vae", {"rows": 80, "hidden": 256, "scale": 0.1}, FEW_ROWS, {}),
+    Construction("overfitting", "vae", {"rows": 70, "hidden": 320, "source": "fashion", "z_dim": 8}, FEW_ROWS, {}),
+    Construction("KL shrinkage", "factors", {"rows": 65, "noise": 35, "z_dim": 4}, MEMORY, {}),
+    Construction("KL shrinkage", "factors", {"rows": 85, "noise": 40, "x_dim": 45}, MEMORY, {}),
+    Construction("KL shrinkage", "vae", {"rows": 290, "told": "noise", "hidden": 12}, MEMORY, {}),
+    Construction("KL shrinkage", "vae", {"rows": 280, "told": "noise", "source": "fashion", "hidden": 14}, MEMORY, {}),
+    Construction("warm-up too long", "vae", {"source": "fashion", "z_dim": 3}, {"beta": "warm-up"}, {}),
+    Construction("warm-up too long", "vae", {"told": "class", "scale": 0.3}, {"beta": "warm-up", "epochs": 35}, {}),
+    Construction("warm-up too long", "regression", {"groups": 7}, {**LINES, "beta": "warm-up", "epochs": 170}, {}),
+    Construction("warm-up too long", "factors", {"z_dim": 5}, {"beta": "warm-up", "epochs": 35}, {}),
+    Construction("diverging", "vae", {"z_dim": 5}, {"decay": 350.0}, {}),
+    Construction("diverging", "vae", {"told": "class", "source": "fashion"}, {"decay": 450.0}, {}),
+    Construction("diverging", "regression", {"groups": 7}, {**LINES, "lr": 0.05, "epochs": 210, "decay": 110.0}, {}),
+    Construction("diverging", "vrnn", {"markov": True, "z_dim": 2}, {"lr": 1e-2, "epochs": 22, "decay": 350.0}, {}),
+    Construction("dead decoder", "vae", {"deaf": True, "z_dim": 5}, {"free_bits": 0.6}, {}),
+    Construction("dead decoder", "vae", {"deaf": True, "fixed_scale": 0.25, "scale": 0.3}, {}, {}),
+    Construction("dead decoder", "vae", {"deaf": True, "told": "class", "z_dim": 5}, {"capacity": 6.0}, {}),
+    Construction(
+        "dead decoder", "vrnn", {"deaf": True, "hidden": 20}, {"free_bits": 0.4, "epochs": 14, "lr": 1e-2}, {}
+    ),
+    Construction("exploding KL", "vae", {"z_dim": 6}, {"beta": 9e-4, "decay": 1.0}, {}),
+    Construction("exploding KL", "vae", {"told": "class", "source": "fashion"}, {"beta": 7e-4, "decay": 1.0}, {}),
+    Construction("exploding KL", "vae", {"z_dim": 3}, {"capacity": 220.0, "decay": 1.0}, {}),
+    Construction(
+        "exploding KL", "vrnn", {"markov": True, "z_dim": 2}, {"beta": 7e-4, "epochs": 25, "lr": 2e-2, "decay": 1.0}, {}
+    ),
+    Construction("noisy objective", "vae", {"discrete": True, "z_dim": 32, "rows": 95}, FEW, {}),
+    Construction("noisy objective", "vae", {"discrete": True, "z_dim": 28, "rows": 100, "source": "fashion"}, FEW, {}),
+    Construction("noisy objective", "regression", {"groups": 7, "rows": 180}, {**FEW, "lr": 0.3, "epochs": 13}, {}),
+    Construction("noisy objective", "vae", {"rows": 95, "told": "class"}, {**FEW, "batch": 2, "epochs": 13}, {}),
 ]

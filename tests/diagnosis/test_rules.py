@@ -109,6 +109,22 @@ def test_a_bound_that_wanders_on_its_way_is_no_noise():
     assert pe.diagnose(history(distortion=noise - 3.0 * T, gradient=(1.0, 50.0))).names == ("not converged",)
 
 
+def test_a_bound_that_wanders_below_its_best_epoch_diverges_only_if_its_gradient_says_so():
+    """The second half of the epochs lies below the second quarter, by three times the noise of an epoch."""
+    noise = -30 * SETTLING + np.random.default_rng(1).normal(size=EPOCHS) - 3.0 * ((T >= 10) & (T < 20))
+    assert pe.diagnose(history(distortion=noise, gradient=(1.0, 0.5))).names == ("diverging",)
+    assert pe.diagnose(history(distortion=noise, gradient=(1.0, 50.0))).names == ("noisy objective",)
+
+
+def test_the_pace_of_the_end_tells_a_slow_rise_after_a_fast_one():
+    """A fit slows down and goes on: the gains of its quarters shrink tenfold, and those to come do not."""
+    slow = history(distortion=-0.2 * T)
+    (finding,) = pe.diagnose(slow).findings
+    assert finding.name == "not converged"
+    assert finding.evidence["ahead"] == pytest.approx(0.2 * EPOCHS, rel=0.05)
+    assert pe.diagnose(history(distortion=-0.05 * T)).names == ("healthy",)
+
+
 def test_what_is_left_is_measured_against_the_gain_of_the_whole_fit():
     """A warm-up gains 30 nats; of the 3 after it a tenth is left, which is much of 3 and little of 33."""
     warm, slow = {"beta": np.minimum(T / 12, 1.0)}, 4.0 * np.exp(-T / 15)

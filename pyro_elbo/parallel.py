@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from pyro_elbo.display import progress_bar
-from pyro_elbo.errors import ArgumentError, CheckpointError, check_count
+from pyro_elbo.errors import ArgumentError, CheckpointError, check_count, check_flag, check_path
 from pyro_elbo.files import read_file, write_file
 
 SETTINGS = "settings.json"
@@ -60,10 +60,8 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-        if not isinstance(path, str | os.PathLike):
-            raise ArgumentError(f"dir must be the name of a folder, got {path!r} ({type(path).__name__}).")
-        self.path = Path(path)
-        ours = json.loads(json.dumps(settings))
+        self.path = check_path("dir", path, "the name of a folder")
+        ours = json.loads(json.dumps(settings, default=int))  # numbers of NumPy
         theirs = self._settings()
         if theirs is not None and overwrite:
             for old in self.path.glob("*.pt"):
@@ -144,6 +142,7 @@ def run_tasks(
         Exception: what ``work`` raises; results that are there stay.
     """
     check_count("num_workers", num_workers)
+    check_flag("overwrite", overwrite)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Folder(scratch if dir is None else dir, settings, overwrite)
         done = folder.done(names)

@@ -15,7 +15,7 @@ import torch
 from pyro_elbo import errors
 from pyro_elbo.compile import Compile
 from pyro_elbo.diagnosis import Probe
-from pyro_elbo.errors import check_count
+from pyro_elbo.errors import check_flag, check_seed
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, keeping_modes
 from pyro_elbo.training import history as histories
@@ -148,14 +148,15 @@ def fit(
     loss = TraceBeta_ELBO() if loss is None else loss
     check_programs(model, guide)
     check_loss(loss)
-    check_count("seed", seed, least=0)
+    check_seed(seed, optional=False)
+    check_flag("progress", progress)
     check_counts({}, {"batch_size": batch_size})
     steps = Steps(lr, accuracy, optimizer, scheduler, accumulate_grad_batches, grad_clip, compile)
     stop = Stopping(max_epochs, max_steps, patience, restore_best, valid is not None)
     machine = Machine(devices, num_nodes, accelerator, precision, logger, callbacks, compile, steps.is_auto)
-    options = Options(steps, stop, machine, Folder(dir, resume, overwrite), seed, progress)
+    options = Options(steps, stop, machine, Folder(dir, resume, overwrite), int(seed), progress)
     with undisturbed(), tempfile.TemporaryDirectory() as scratch:
-        loaders, first = prepare_data(train, valid, batch_size, seed, model, guide)
+        loaders, first = prepare_data(train, valid, batch_size, options.seed, model, guide)
         loaders.check_processes(machine.processes)
         run = _prepare(loss(model, guide), loaders, first, options, scratch)
         run.train()

@@ -11,7 +11,16 @@ import torch
 
 from pyro_elbo.diagnosis import Diagnosis, diagnose, named_points
 from pyro_elbo.display import count_noun, html_table
-from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, check_count
+from pyro_elbo.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    check_choice,
+    check_count,
+    check_flag,
+    check_path,
+    check_seed,
+)
 from pyro_elbo.files import read_file, write_file
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.plots import plot_history
@@ -194,6 +203,7 @@ class FitResult:
             ArgumentError: ``which`` is neither.
             CheckpointError: the fit did not keep those parameters, or the file cannot be written.
         """
+        check_flag("data", data)
         wanted = [name for name in ("best", "last") if name in self._states] if which is None else [which]
         content = {
             "format": FORMAT,
@@ -208,7 +218,7 @@ class FitResult:
             "data": tuple(self.data) if data and self.data.is_plain() else None,
             "convergence": None if self.convergence is None else encode_report(self.convergence),
         }
-        write_file(content, _checked_path(path))
+        write_file(content, check_path("path", path))
 
     @property
     def _states(self) -> dict[str, Mapping[str, Any]]:
@@ -218,8 +228,7 @@ class FitResult:
         return {"best": only, "last": only} if self.best_epoch == self.history.epoch[-1] else states
 
     def _state(self, which: str) -> Mapping[str, Any]:
-        if which not in ("best", "last"):
-            raise ArgumentError(f"which must be 'best' or 'last', got {which!r}.")
+        check_choice("which", which, ("best", "last"))
         if which not in self._states:
             raise CheckpointError(
                 f"The parameters of the {which} epoch were not kept. Fit with restore_best=True or dir=..., which keep "
@@ -228,8 +237,7 @@ class FitResult:
         return self._states[which]
 
     def _seed(self, seed: int | None) -> int:
-        if seed is not None:
-            check_count("seed", seed, least=0)
+        check_seed(seed)
         return self.seed if seed is None else seed
 
     def _arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -315,10 +323,12 @@ def load(
         True
     """
     check_programs(model, guide)
-    path = _checked_path(path)
+    path = check_path("path", path)
     saved = _read(path)
     loss = _loss_of(path, saved) if loss is None else loss
     check_loss(loss)
+    if which is not None:
+        check_choice("which", which, ("best", "last"))
     holds: Which = saved["holds"] if which is None else which
     if holds not in saved["states"]:
         raise CheckpointError(
@@ -337,12 +347,6 @@ def load(
     report = saved.get("convergence")
     report = None if report is None else decode_report(report)
     return FitResult(model, guide, loss, _history_of(saved), *fixed, holds, report, trained, kept)
-
-
-def _checked_path(path: Any) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"path must be the name of a file, got {path!r} ({type(path).__name__}).")
-    return Path(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -167,6 +167,15 @@ class _Simulations(Work):
     def __call__(self, name: str) -> dict[str, Any]:
         return self._simulate(int(name.rpartition("-")[2]))
 
+    def check(self, result: Mapping[str, Any]) -> None:
+        if "error" in result:
+            return
+        parts = [result[part] for part in ("ranks", "positions", "truth")]
+        if not all(part.keys() == parts[0].keys() for part in parts):
+            raise ValueError("the ranks, the positions and the true values are of other sites")
+        if not all(isinstance(x, Tensor) for part in parts for x in part.values()):
+            raise TypeError("expected tensors by site")
+
     def _simulate(self, number: int) -> dict[str, Any]:
         """Simulate, fit and rank; an error of the fit is a result too."""
         seeds = [mix_seed(self.seed, number, part) for part in range(4)]

@@ -33,7 +33,7 @@ class Inputs:
         """Check the inputs of a scan and give them the form of this class."""
         check_count("pe.scan: horizon", horizon, least=0)
         if length is not None:
-            check_count("pe.scan: length", length)
+            check_count("pe.scan: length", length, least=0)
         if not isinstance(dim, int) or isinstance(dim, bool):
             raise ArgumentError(f"pe.scan: dim must be the number of a dimension of xs, got {describe(dim)}.")
         leaves = pytree.tree_leaves(xs)

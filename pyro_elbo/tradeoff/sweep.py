@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -123,6 +123,10 @@ class _Sweep(Work):
         except Exception as error:
             error.add_note(f"in fit({beta:g})")
             raise
+
+    def check(self, result: Mapping[str, float]) -> None:
+        if not all(isinstance(x, float) for x in Point(**result)):
+            raise TypeError("expected numbers")
 
 
 def to_dataset(betas: Sequence[float], points: Sequence[Point]) -> "xarray.Dataset":

@@ -16,10 +16,11 @@ from pyro_elbo import errors
 from pyro_elbo.compile import Compile
 from pyro_elbo.diagnosis import Probe
 from pyro_elbo.errors import check_flag, check_seed
+from pyro_elbo.files import reading
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, keeping_modes
 from pyro_elbo.training import history as histories
-from pyro_elbo.training.checkpoint import check_resumable, load_checkpoint
+from pyro_elbo.training.checkpoint import KIND, check_resumable, load_checkpoint
 from pyro_elbo.training.checks import check_counts, check_loss
 from pyro_elbo.training.convergence import ConvergenceReport
 from pyro_elbo.training.data import Loaders, RunArguments, arguments, prepare_data
@@ -249,8 +250,19 @@ class _Run(NamedTuple):
 
     def train(self) -> None:
         """Train; the parameters end up in the programs, or in files of several processes."""
-        with _training(self.trained), _errors_of_processes(), stopping_softly(self.trainer):
+        with _training(self.trained), _errors_of_processes(), stopping_softly(self.trainer), self._restoring():
             self.trainer.fit(self.programs, ckpt_path=self.start, weights_only=True)
+
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        """Raise CheckpointError where Lightning cannot restore the checkpoint."""
+        try:
+            yield
+        except Exception as error:
+            if self.start is None or self.programs.has_started:
+                raise
+            with reading(self.start, KIND):
+                raise error
 
     def result(self, data: RunArguments) -> FitResult:
         """Restore the best epoch where it is wanted, write the history, and return the result."""

@@ -5,6 +5,7 @@ spells a valid value in another way gives the same answer. ``PYRO_ELBO_FUZZ`` se
 fuzz``).
 """
 
+import functools
 import os
 import re
 
@@ -17,13 +18,14 @@ from pyro_elbo.errors import PyroElboError
 from tests.support.answers import numbers
 from tests.support.kinds import NOTHING
 from tests.support.public import DOORS, documented
+from tests.support.rows import thorough
 from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 
 pytestmark = [
     pytest.mark.usefixtures("untyped"),
     pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto"),  # of few draws
 ]
-EXAMPLES = int(os.environ.get("PYRO_ELBO_FUZZ", "200"))
+EXAMPLES = int(os.environ.get("PYRO_ELBO_FUZZ", "100"))
 OVERRIDDEN = {"TraceBeta_ELBO.bound", "Penalty.estimate", "MutualInformation.estimate", "TotalCorrelation.estimate"}
 """Methods that a subclass writes and the library calls."""
 
@@ -38,6 +40,10 @@ ALSO_NAMED = {  # what a message names in place of an argument that the programs
     "path": "folder|does not exist|file",
     "data": "pe.to_arviz",
 }
+
+
+VALID = [thorough(name) if door.is_slow else name for name, door in DOORS.items()]
+"""Callables by name; valid calls of the dear ones are left to ``make fuzz``."""
 
 
 def refused(name, argument, value):
@@ -73,7 +79,7 @@ def test_what_no_call_can_take_is_refused(name):
             assert refused(name, argument, value), f"{name}({argument}={value!r}) is taken"
 
 
-@pytest.mark.parametrize("name", [n for n, door in DOORS.items() if not door.is_slow])
+@pytest.mark.parametrize("name", VALID)
 def test_odd_values_are_refused_or_give_finite_answers(name):
     door = DOORS[name]
     for argument in door.arguments:
@@ -83,7 +89,7 @@ def test_odd_values_are_refused_or_give_finite_answers(name):
                 assert not any(map(is_wrong, numbers(answer))), f"{name}({argument}={value!r}): {answer}"
 
 
-@pytest.mark.parametrize("name", [n for n, door in DOORS.items() if not door.is_slow])
+@pytest.mark.parametrize("name", VALID)
 def test_another_spelling_gives_the_same_answer(name):
     door = DOORS[name]
     expected = list(numbers(door()))
@@ -97,7 +103,10 @@ def test_another_spelling_gives_the_same_answer(name):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6, err_msg=f"{name}: {argument} by {spelling}")
 
 
-DRAWN = [(n, a) for n, door in DOORS.items() for a in door.arguments if door.kind(a).drawn is not NOTHING]
+@functools.cache
+def drawn():
+    """Return the arguments whose kind draws values."""
+    return [(n, a) for n, door in DOORS.items() for a in door.arguments if door.kind(a).drawn is not NOTHING]
 
 
 @settings(
@@ -109,7 +118,7 @@ DRAWN = [(n, a) for n, door in DOORS.items() for a in door.arguments if door.kin
 )
 @given(st.data())
 def test_drawn_values_are_refused(data):
-    name, argument = data.draw(st.sampled_from(DRAWN))
+    name, argument = data.draw(st.sampled_from(drawn()))
     value = data.draw(DOORS[name].kind(argument).drawn)
     assert refused(name, argument, value), f"{name}({argument}={value!r}) is taken"
 

@@ -20,8 +20,8 @@ from torch import nn
 import pyro_elbo as pe
 from pyro_elbo.compile import store
 from pyro_elbo.errors import CheckpointError, PyroElboError
-from tests.support.doors import Guide, model, shared
-from tests.support.public import exact, exported, fitted, terms
+from tests.support.made import exact, exported, fitted, terms
+from tests.support.small_programs import Guide, model, shared
 from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
 
 X = torch.linspace(-2.0, 2.0, 24)
@@ -136,6 +136,7 @@ DISGUISES = [
 def test_a_file_with_code_is_refused_and_the_code_does_not_run(reader, tmp_path):
     write, read = READERS[reader]
     path = write(tmp_path / "folder" if reader != "load" else tmp_path)
+    read(path.parent)
     content, marker = torch.load(path, weights_only=True), tmp_path / "marker"
     for disguise in DISGUISES:
         path.write_bytes(disguise(Bomb(marker), content))
@@ -157,6 +158,7 @@ def test_plain_values_of_another_kind_are_refused_or_read(reader, tmp_path, unty
     """Every part of a file is replaced in turn; what is read all the same is a result like the first."""
     write, read = READERS[reader]
     path = write(tmp_path / "folder" if reader != "load" else tmp_path)
+    read(path.parent)
     content = torch.load(path, weights_only=True)
     taken = []
     for name in content:

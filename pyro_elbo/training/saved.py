@@ -102,7 +102,7 @@ def _decode_data(args: Any, kwargs: Any, rows: Any, whole: Any) -> RunArguments:
 
 
 def _typed(x: Any, kind: type, what: str) -> Any:
-    if type(x) is not kind:
+    if not isinstance(x, kind) or isinstance(x, bool) != (kind is bool):
         raise TypeError(f"{what}: expected {kind.__name__}, got {type(x).__name__}")
     return x
 

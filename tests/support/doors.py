@@ -5,12 +5,9 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
-import pyro.distributions as dist
-import torch
-from pyro.nn import PyroModule
 from torch import nn
 
 from tests.support.kinds import (
@@ -32,64 +29,10 @@ from tests.support.kinds import (
 )
 
 
-class Guide(PyroModule):
-    """The guide of ``model``, with parameters of its own."""
+class Later(NamedTuple):
+    """A value that is made when a call needs it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.tensor(0.4))
-
-    def forward(self, x: Any) -> None:
-        """Draw z near its posterior."""
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.slope * x, 0.7))
-
-
-def model(x: Any) -> None:
-    """Draw a latent and a datum for each row."""
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def discrete(x: Any) -> None:
-    """A mixture whose components are summed out."""
-    with pyro.plate("data", len(x)):
-        k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
-        pyro.sample("x", dist.Normal(2.0 * k, 1.0), obs=x)
-
-
-def shared(x: Any) -> None:
-    """One latent of all rows."""
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
-
-
-class Mean(PyroModule):
-    """The guide of ``shared``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loc = nn.Parameter(torch.tensor(0.0))
-        self.width = nn.Parameter(torch.tensor(0.2))
-
-    def forward(self, x: Any) -> None:
-        """Draw the mean."""
-        pyro.sample("mean", dist.Normal(self.loc, self.width))
-
-
-def step(carry: Any, x_t: Any) -> tuple[Any, Any]:
-    """A random walk."""
-    level = pyro.sample("level", dist.Normal(carry, 0.1))
-    pyro.sample("x", dist.Normal(level, 1.0), obs=x_t)
-    return level, level
-
-
-def walk(carry: Any, x_t: Any) -> tuple[Any, Any]:
-    """The guide of ``step``."""
-    level = pyro.sample("level", dist.Normal(x_t, 0.5))
-    return level, None
+    make: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -112,8 +55,7 @@ class Door:
         """Call with some arguments changed."""
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        given = {n: copy.deepcopy(x) if isinstance(x, nn.Module) else x for n, x in self.given.items()}
-        function, values = self.make(), given | changed
+        function, values = self.make(), self.valid | changed
         positional, keywords = [], {}
         parameters = inspect.signature(function).parameters.values()
         spread = any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -131,6 +73,12 @@ class Door:
         return function(*positional, **keywords)
 
     @property
+    def valid(self) -> dict[str, Any]:
+        """The arguments of a valid call; modules are copies, which a fit may change."""
+        made = {n: x.make() if isinstance(x, Later) else x for n, x in self.given.items()}
+        return {n: copy.deepcopy(x) if isinstance(x, nn.Module) else x for n, x in made.items()}
+
+    @property
     def arguments(self) -> tuple[str, ...]:
         """The names of its arguments."""
         return tuple(n for n in inspect.signature(self.make()).parameters if n not in ("given", "unknown"))
@@ -144,7 +92,7 @@ class Door:
         """Other spellings of the valid values: the argument, the spelling and the value."""
         defaults = {n: p.default for n, p in inspect.signature(self.make()).parameters.items()}
         for argument in self.arguments:
-            value = {**defaults, **self.given}[argument]
+            value = {**defaults, **self.valid}[argument]
             if value is None or value is inspect.Parameter.empty:
                 continue
             for spell in self.kind(argument).same:

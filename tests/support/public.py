@@ -3,20 +3,18 @@
 import functools
 import inspect
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
 
 import pyro_elbo as pe
-from tests.support.doors import Door, Guide, Mean, discrete, model, shared, step, walk
+from pyro_elbo.representation.probes import Estimate, ProbeScore, Readout
+from tests.support.doors import Door, Later
 from tests.support.kinds import (
     BY_NAME,
     DATA,
@@ -38,67 +36,33 @@ from tests.support.kinds import (
     fails,
     number,
 )
+from tests.support.made import (
+    FIT,
+    GUIDE,
+    MEAN,
+    QUIET,
+    audited,
+    calibrated,
+    exact,
+    exported,
+    fitted,
+    responded,
+    saved,
+    terms,
+)
+from tests.support.small_programs import Guide, discrete, model, shared, step, walk
 
 API = Path(__file__).parents[2] / "docs" / "api.md"
-QUIET = {"progress": False}
-GUIDE, MEAN = Guide(), Mean()
 PROGRAMS = {"model": model, "guide": GUIDE, "args": (X,)}
-FIT = {"model": model, "train": X, "max_epochs": 1, "batch_size": 12, **QUIET}
+_FIGURE = Estimate(0.5, 0.4, 0.6)
+AN_AUDIT = pe.Audit(48, 2, Readout("s", ("0", "1"), "0", 0.5, 0.7, (ProbeScore("logistic", *[_FIGURE] * 3, True),)))
 S = (torch.arange(24) % 2).float()
 Z, S2 = torch.randn(48, 1, generator=torch.Generator().manual_seed(0)), torch.arange(48) % 2
 
 
-@cache
-def fitted() -> pe.FitResult:
-    """A fit of one epoch."""
-    return pe.fit(guide=Guide(), **FIT)
-
-
-@cache
-def saved() -> str:
-    """The file of a fit."""
-    path = Path(tempfile.mkdtemp()) / "fit"
-    fitted().save(path)
-    return str(path)
-
-
-@cache
-def terms(beta: float = 1.0) -> pe.Terms:
-    """Terms of the fit's programs."""
-    torch.manual_seed(0)
-    return pe.TraceBeta_ELBO(beta=beta).terms(model, GUIDE, X)
-
-
-@cache
-def audited() -> pe.Audit:
-    """An audit of a latent that shows s."""
-    z = torch.randn(48, 1, generator=torch.Generator().manual_seed(0))
-    s = torch.arange(48) % 2
-    return pe.audit(z + s[:, None], s, torch.arange(48) // 2 % 2, probes=["logistic"], folds=2)
-
-
-@cache
-def calibrated() -> pe.Calibration:
-    """A calibration of the exact posterior."""
-    return pe.simulation_based_calibration(shared, exact, torch.zeros(4), num_simulations=20, num_draws=19, **QUIET)
-
-
-@cache
-def responded() -> pe.LinearResponse:
-    """The linear response of one mean."""
-    return pe.linear_response(shared, MEAN, X, num_samples=20)
-
-
-@cache
-def exported() -> Any:
-    """An export to ArviZ."""
-    return pe.to_arviz(model, GUIDE, X, num_samples=40)
-
-
-def exact(x: torch.Tensor) -> Any:
-    """Return the posterior of ``shared``."""
-    posterior = dist.Normal(x.sum() / (1 + len(x)), (1 + len(x)) ** -0.5)
-    return lambda x: pyro.sample("mean", posterior)
+def history() -> Any:
+    """The history of a fit."""
+    return fitted().history
 
 
 def svi() -> pe.SVI:
@@ -346,6 +310,7 @@ DOORS: dict[str, Door] = {
             "logger": Kind((True, 3, "csv", [3], object(), {"a": 3}, int)),
             "callbacks": Kind((True, 3, "cb", [3], object(), {"a": 3}, int)),
         },
+        is_slow=True,
     ),
     "FitResult.sample": Door(lambda: fitted().sample, {"args": (X,), "num_samples": 8}, OF_FIT),
     "FitResult.predict": Door(
@@ -357,11 +322,13 @@ DOORS: dict[str, Door] = {
     ),
     "FitResult.pareto_k": Door(lambda: fitted().pareto_k, {"args": (X,), "num_samples": 40}, OF_FIT),
     "FitResult.plot": Door(lambda: fitted().plot, {}, {"axes": AXES}),
-    "FitResult.summary": Door(lambda: fitted().summary, {"args": (X,), "num_samples": 40}, OF_FIT | SAMPLES),
-    "FitResult.save": Door(lambda: fitted().save, {"path": saved()}, {"path": PATH, "data": FLAG}),
+    "FitResult.summary": Door(
+        lambda: fitted().summary, {"args": (X,), "num_samples": 40}, OF_FIT | SAMPLES, is_slow=True
+    ),
+    "FitResult.save": Door(lambda: fitted().save, {"path": Later(saved)}, {"path": PATH, "data": FLAG}),
     "load": Door(
         lambda: pe.load,
-        {"path": saved(), "model": model, "guide": GUIDE, "args": (X,)},
+        {"path": Later(saved), "model": model, "guide": GUIDE, "args": (X,)},
         {"path": SAVED, "loss": LOADED_LOSSES, "args": DATA.but(DATA.wrong[0])},
     ),
     "SVI": Door(
@@ -389,13 +356,15 @@ DOORS: dict[str, Door] = {
     "SVI.evaluate_loss": Door(lambda: svi().evaluate_loss, {"args": (X,)}),
     "SVI.run": Door(lambda: svi().run, {"num_steps": 2, "args": (X,), **QUIET}, {"num_steps": count()}),
     "SVI.step": Door(lambda: svi().step, {"args": (X,)}),
-    "plot_history": Door(lambda: pe.plot_history, {"history": fitted().history}, {"history": HISTORIES, "axes": AXES}),
-    "diagnose": Door(lambda: pe.diagnose, {"history": fitted().history}, {"history": HISTORIES}),
+    "plot_history": Door(
+        lambda: pe.plot_history, {"history": Later(lambda: fitted().history)}, {"history": HISTORIES, "axes": AXES}
+    ),
+    "diagnose": Door(lambda: pe.diagnose, {"history": Later(history)}, {"history": HISTORIES}),
     "active_units": Door(lambda: pe.active_units, PROGRAMS | {"num_samples": 8}, SAMPLES | {"seed": SEED.or_none()}),
     "watch": Door(lambda: pe.watch, {}, {"stop": FLAG, "patience": count()}),
     "compare_splits": Door(
         lambda: pe.compare_splits,
-        {"train_terms": terms(), "valid_terms": terms()},
+        {"train_terms": Later(terms), "valid_terms": Later(terms)},
         {"train_terms": TERMS, "valid_terms": TERMS},
     ),
     "scan": Door(
@@ -475,7 +444,7 @@ DOORS: dict[str, Door] = {
     ),
     "plot_tradeoff": Door(
         lambda: pe.plot_tradeoff,
-        {"curves": {"a": {0.0: audited(), 1.0: audited()}}},
+        {"curves": Later(lambda: {"a": {0.0: audited(), 1.0: audited()}})},
         {
             "axes": AXES,
             "curves": Kind(
@@ -488,11 +457,11 @@ DOORS: dict[str, Door] = {
                     {"a": {}},
                     {"a": 3},
                     {"a": {0.0: 3}},
-                    {"a": {"b": audited()}},
-                    {"a": {-1.0: audited()}},
-                    {"a": {float("nan"): audited()}},
+                    {"a": {"b": AN_AUDIT}},
+                    {"a": {-1.0: AN_AUDIT}},
+                    {"a": {float("nan"): AN_AUDIT}},
                     {3: {0.0: 3}},
-                    [audited()],
+                    [AN_AUDIT],
                     object(),
                     X,
                     int,
@@ -543,8 +512,8 @@ DOORS: dict[str, Door] = {
     "LinearResponse.draws": Door(lambda: responded().draws, {"num_samples": 8}, {"seed": SEED.or_none()}),
     "loo": Door(
         lambda: pe.loo,
-        {"data": exported()},
-        {"data": Kind((None, True, 3, "data", X, fitted(), *JUNK)), "var_name": NAME.or_none()},
+        {"data": Later(exported)},
+        {"data": Kind((None, True, 3, "data", X, pe.Constant(1.0), *JUNK)), "var_name": NAME.or_none()},
     ),
     "infer_discrete": Door(
         lambda: pe.infer_discrete,
@@ -567,6 +536,7 @@ DOORS: dict[str, Door] = {
             "num_draws": count(19),
             "false_alarm": number(0.0, above=True, most=1.0),
         },
+        is_slow=True,
     ),
     "Calibration.plot": Door(lambda: calibrated().plot, {}, {"axes": AXES}),
     "sweep": Door(
@@ -574,7 +544,7 @@ DOORS: dict[str, Door] = {
     ),
     "rate_distortion": Door(
         lambda: pe.rate_distortion,
-        {"results": {1.0: terms()}, "num_samples": 1},
+        {"results": Later(lambda: {1.0: terms()}), "num_samples": 1},
         {"results": RESULTS, "entropy": number().or_none()},
     ),
     "RateDistortion.plot": Door(lambda: pe.rate_distortion({1.0: terms()}).plot, {}, {"axes": AXES}),
@@ -601,10 +571,11 @@ DOORS: dict[str, Door] = {
             "num_leapfrog": count(),
             "seed": SEED.or_none(),
         },
+        is_slow=True,
     ),
     "code_length": Door(
         lambda: pe.code_length,
-        {"terms": terms(), "resolution": 0.1},
+        {"terms": Later(terms), "resolution": 0.1},
         {
             "terms": TERMS,
             "resolution": Kind(

@@ -43,7 +43,7 @@ test: $(if $(FAST),$(STAMP),lint)
 
 # Many more random programs than `make test` tries, and what is marked thorough.
 fuzz: $(STAMP)
-	PYRO_ELBO_FUZZ=$(or $(SEEDS),2000) $(PYTEST) $(shell find tests -name 'test_random_*.py')
+	PYRO_ELBO_FUZZ=$(or $(SEEDS),2000) $(PYTEST) $(shell find tests -name 'test_random_*.py' -o -name 'test_fuzzed_*.py')
 	$(PYTEST) -m thorough
 
 # The tests under several versions of torch, each in an environment of its own (2.14.1: 5 GB).

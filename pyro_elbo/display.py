@@ -6,12 +6,28 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pyro_elbo.errors import ArgumentError, check_flag, describe
+
 DELAY = 0.5  # seconds until a bar appears
 
 
 def progress_bar(shown: bool, **options: Any) -> tqdm:
     """Return a bar that appears once work has lasted a while: what is refused at once leaves none behind."""
+    check_flag("progress", shown)
     return tqdm(disable=not shown, delay=DELAY, **options)
+
+
+def check_axes(name: str, axes: Any, count: int) -> list[Any]:
+    """Return matplotlib axes as a list.
+
+    Raises:
+        ArgumentError: there are not as many as the figure has views, or they are no axes.
+    """
+    found = list(axes.flat if hasattr(axes, "flat") else axes) if isinstance(axes, Iterable) else [axes]
+    if len(found) != count or not all(callable(getattr(a, "plot", None)) for a in found):
+        cure = f"plt.subplots(1, {count})[1]"
+        raise ArgumentError(f"{name}: axes must be {count} of matplotlib, got {describe(axes)}. Give {cure}.")
+    return found
 
 
 def count_noun(number: int, noun: str) -> str:

@@ -1,13 +1,18 @@
 """The library's errors: a base class and its children, and the checks that arguments share."""
 
 import math
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+MOST_SHOWN = 120  # characters of an argument in a message
 
 
 class PyroElboError(ValueError):
@@ -24,6 +29,14 @@ class SiteError(PyroElboError):
 
 class NonFiniteError(PyroElboError):
     """Data or a term of the bound hold NaN or infinity."""
+
+
+class ProgramError(PyroElboError):
+    """The model or the guide fails in its own code, or in torch or Pyro, on the arguments that it got."""
+
+
+class NoSamplerError(SiteError, NotImplementedError):
+    """A distribution of a program cannot be sampled, or lacks another method that is needed."""
 
 
 class GuideError(PyroElboError):
@@ -102,14 +115,81 @@ def check_positive(what: str, value: Any, cure: str = "") -> None:
         raise ArgumentError(f"{what} must be a finite number > 0, got {describe(value)}. {cure}".rstrip())
 
 
+def check_part(what: str, value: Any) -> None:
+    """Raise ArgumentError unless ``value`` is a number between 0 and 1."""
+    if not _is_finite(value) or not 0 <= value <= 1:
+        raise ArgumentError(f"{what} must be between 0 and 1, got {describe(value)}.")
+
+
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether ``value`` is a number that torch computes with, which fractions are not, and finite."""
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
-def check_count(what: str, value: Any, least: int = 1) -> None:
-    """Raise ArgumentError unless ``value`` is a whole number of at least ``least``."""
+def check_count(what: str, value: Any, least: int = 1, cure: str = "") -> None:
+    """Raise ArgumentError unless ``value`` is a whole number of at least ``least``; ``cure`` is a sentence for it."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"{what} must be a whole number >= {least}, got {describe(value)}.")
+        raise ArgumentError(f"{what} must be a whole number >= {least}, got {describe(value)}. {cure}".rstrip())
+
+
+def check_flag(what: str, value: Any, optional: bool = False) -> None:
+    """Raise ArgumentError unless ``value`` is True or False (or None if ``optional``): ``"no"`` would pass for True.
+
+    Example:
+        >>> check_flag("overwrite", "no")
+        Traceback (most recent call last):
+        pyro_elbo.errors.ArgumentError: overwrite must be True or False, got 'no' (str).
+    """
+    if not (isinstance(value, bool | np.bool_) or optional and value is None):
+        known = "True, False or None" if optional else "True or False"
+        raise ArgumentError(f"{what} must be {known}, got {describe(value)}.")
+
+
+def check_seed(seed: Any, optional: bool = True) -> None:
+    """Raise ArgumentError unless ``seed`` is a whole number that torch and NumPy take, or None if ``optional``."""
+    if optional and seed is None:
+        return
+    check_count("seed", seed, least=0)
+    if seed >= 2**32:
+        raise ArgumentError(f"seed must be below 2**32, got {seed}. Use seed % 2**32.")
+
+
+def check_path(what: str, value: Any, kind: str = "the name of a file") -> Path:
+    """Return a path; raise ArgumentError unless ``value`` names one.
+
+    Example:
+        >>> check_path("dir", 3, "the name of a folder")
+        Traceback (most recent call last):
+        pyro_elbo.errors.ArgumentError: dir must be the name of a folder, got 3.
+    """
+    name = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(name, str) or "\0" in name:
+        raise ArgumentError(f"{what} must be {kind}, got {describe(value)}.")
+    return Path(name)
+
+
+def check_choice(what: str, value: Any, known: Iterable[str], cure: str = "") -> None:
+    """Raise ArgumentError unless ``value`` is one of a few names; ``cure`` is a sentence for the message.
+
+    Example:
+        >>> check_choice("gradient", "std", ("auto", "stl"))
+        Traceback (most recent call last):
+        pyro_elbo.errors.ArgumentError: gradient must be 'auto' or 'stl', got 'std' (str). Did you mean 'stl'?
+    """
+    known = list(known)
+    if isinstance(value, str) and value in known:
+        return
+    names = " or ".join(map(repr, known)) if len(known) < 3 else f"one of {', '.join(map(repr, known))}"
+    near = get_close_matches(value, known, n=1) if isinstance(value, str) else []
+    cure = f"Did you mean {near[0]!r}? {cure}" if near else cure
+    raise ArgumentError(f"{what} must be {names}, got {describe(value)}. {cure}".rstrip())
+
+
+def check_name(what: str, value: Any, kind: str = "the name of a site") -> None:
+    """Raise ArgumentError unless ``value`` is a string."""
+    if not isinstance(value, str):
+        raise ArgumentError(f"{what} must be {kind}, got {describe(value)}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -129,4 +209,8 @@ def describe(value: Any) -> str:
         return f"the class {value.__name__}; give it its arguments, {value.__name__}(...)"
     if isinstance(value, Real) and not isinstance(value, bool):
         return str(value)
-    return f"{value!r} ({type(value).__name__})"
+    text = " ".join(repr(value).split())
+    if len(text) > MOST_SHOWN:
+        shape = getattr(value, "shape", None)
+        text = f"{text[:MOST_SHOWN]}..." if shape is None else f"an array of shape {tuple(shape)}"
+    return f"{text} ({type(value).__name__})"

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import torch
 
-from pyro_elbo.errors import CheckpointError
+from pyro_elbo.errors import CheckpointError, PyroElboError, first_sentence
 
 
 def read_file(path: Path, parts: Collection[str], kind: str) -> dict[str, Any]:
@@ -43,6 +43,18 @@ def read_file(path: Path, parts: Collection[str], kind: str) -> dict[str, Any]:
         missing = sorted(set(parts) - content.keys()) if isinstance(content, dict) else sorted(parts)
         raise CheckpointError(f"{path} is no {kind}: it lacks {missing}. Delete it, or name another file.")
     return content
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Raise CheckpointError where the content of a file, read inside the block, is not what a ``kind`` holds."""
+    try:
+        yield
+    except PyroElboError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {first_sentence(error)}"
+        raise CheckpointError(f"{path} is damaged or is no {kind}: {reason} Delete it, or use a copy.") from error
 
 
 def write_file(content: Mapping[str, Any], path: Path) -> None:

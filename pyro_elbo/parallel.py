@@ -29,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 from pyro_elbo.display import progress_bar
-from pyro_elbo.errors import ArgumentError, CheckpointError, check_count
-from pyro_elbo.files import read_file, write_file
+from pyro_elbo.errors import ArgumentError, CheckpointError, check_count, check_flag, check_path
+from pyro_elbo.files import read_file, reading, write_file
 
 SETTINGS = "settings.json"
 _ALIVE = 1.0  # seconds between two looks at whether the parent process lives
@@ -46,6 +46,10 @@ class Work(ABC):
     def __call__(self, name: str) -> Mapping[str, Any]:
         """Carry out a task and return tensors and plain values."""
 
+    @abstractmethod
+    def check(self, result: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError unless a file holds a result of this work."""
+
 
 class Folder:
     """A folder of results of one kind, made under one set of settings.
@@ -60,10 +64,8 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-        if not isinstance(path, str | os.PathLike):
-            raise ArgumentError(f"dir must be the name of a folder, got {path!r} ({type(path).__name__}).")
-        self.path = Path(path)
-        ours = json.loads(json.dumps(settings))
+        self.path = check_path("dir", path, "the name of a folder")
+        ours = json.loads(json.dumps(settings, default=int))  # numbers of NumPy
         theirs = self._settings()
         if theirs is not None and overwrite:
             for old in self.path.glob("*.pt"):
@@ -84,9 +86,13 @@ class Folder:
         """Keep a result, whole or not at all."""
         write_file({"result": dict(result)}, self._file(name))
 
-    def read(self, name: str) -> dict[str, Any]:
-        """Return a result."""
-        return read_file(self._file(name), ("result",), "result of a task")["result"]
+    def read(self, name: str, work: Work) -> dict[str, Any]:
+        """Return a result of the work."""
+        path, kind = self._file(name), "result of a task"
+        result = read_file(path, ("result",), kind)["result"]
+        with reading(path, kind):
+            work.check(result)
+        return result
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.pt"
@@ -144,6 +150,7 @@ def run_tasks(
         Exception: what ``work`` raises; results that are there stay.
     """
     check_count("num_workers", num_workers)
+    check_flag("overwrite", overwrite)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Folder(scratch if dir is None else dir, settings, overwrite)
         done = folder.done(names)
@@ -153,7 +160,7 @@ def run_tasks(
                 lost = _run_here(work, waiting, folder, bar)
             else:
                 lost = _run_in_processes(work, waiting, folder, min(num_workers, len(waiting)), bar)
-        return Finished({name: folder.read(name) for name in names if name not in lost}, lost)
+        return Finished({name: folder.read(name, work) for name in names if name not in lost}, lost)
 
 
 @contextmanager

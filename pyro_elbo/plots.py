@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyro_elbo.diagnosis import Finding, diagnose
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.display import check_axes
+from pyro_elbo.errors import ArgumentError, check_number, describe
 from pyro_elbo.representation import Audit, Estimate, Fairness, Readout
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
         import matplotlib.pyplot as plt
 
         axes = list(plt.subplots(1, 2, figsize=(10, 4), layout="constrained")[1])
-    bound, kl = _check_axes("plot_history", axes, 2)
+    bound, kl = check_axes("plot_history", axes, 2)
     for split in history.split.values:
         curve = history.elbo.sel(split=split)
         if bool(curve.notnull().any()):
@@ -129,7 +130,9 @@ def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes]
         ['accuracy', 'accuracy']
     """
     if not isinstance(curves, Mapping) or not all(map(_are_audits, curves.values())):
-        raise ArgumentError("plot_tradeoff: expected audits by weight by label. Give {label: {weight: audit}}.")
+        raise ArgumentError(
+            f"plot_tradeoff: curves must be {{label: {{weight: audit}}}}, got {describe(curves)}. Give audits."
+        )
     lines = {label: _points(label, audits) for label, audits in curves.items()}
     if not lines:
         raise ArgumentError("plot_tradeoff: no curves. Give {label: {weight: audit}}.")
@@ -137,7 +140,7 @@ def plot_tradeoff(curves: Mapping[str, Mapping[float, Audit]], axes: "list[Axes]
         import matplotlib.pyplot as plt
 
         axes = list(plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")[1].flat)
-    forget, keep, gaps, both = _check_axes("plot_tradeoff", axes, 4)
+    forget, keep, gaps, both = check_axes("plot_tradeoff", axes, 4)
     _plot_accuracy(forget, {label: [(p.weight, p.s) for p in points] for label, points in lines.items()})
     _plot_accuracy(keep, {label: [(p.weight, p.y) for p in points] for label, points in lines.items()})
     _plot_gaps(gaps, lines)
@@ -151,14 +154,6 @@ def _are_audits(audits: Any) -> bool:
     return isinstance(audits, Mapping) and all(isinstance(audit, Audit) for audit in audits.values())
 
 
-def _check_axes(name: str, axes: Any, count: int) -> list[Any]:
-    """Return matplotlib axes as a list, if there are as many as the figure has views."""
-    found = list(axes.flat if hasattr(axes, "flat") else axes) if hasattr(axes, "__iter__") else [axes]
-    if len(found) != count or not all(hasattr(a, "plot") for a in found):
-        raise ArgumentError(f"{name}: expected {count} matplotlib axes, got {len(found)}: plt.subplots(1, {count})[1].")
-    return found
-
-
 class _Point(NamedTuple):
     """An audit with a target, and the weight of its penalty."""
 
@@ -170,8 +165,10 @@ class _Point(NamedTuple):
 
 def _points(label: str, audits: Mapping[float, Audit]) -> list[_Point]:
     if not audits:
-        raise ArgumentError(f"plot_tradeoff: curve {label!r} has no audits. Give {{weight: audit}}.")
+        raise ArgumentError(f"plot_tradeoff: curves[{label!r}] has no audits. Give {{weight: audit}}.")
     points = []
+    for weight in audits:
+        check_number(f"every weight of curves[{label!r}]", weight)
     for weight in sorted(audits):
         audit = audits[weight]
         if audit.y is None or audit.fairness is None:

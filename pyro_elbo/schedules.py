@@ -56,9 +56,7 @@ def _check_weight(schedule: Schedule, **weights: float) -> None:
 
 
 def _check_steps(schedule: Schedule, steps: int) -> None:
-    if steps == 0:
-        raise ArgumentError(f"{type(schedule).__name__}: steps must be at least 1; a constant weight is pe.Constant.")
-    check_count(f"{type(schedule).__name__}: steps", steps)
+    check_count(f"{type(schedule).__name__}: steps", steps, cure="A constant weight is pe.Constant.")
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class Constant(Schedule):
 
     def __call__(self, step: int) -> float:
         """Return the weight after ``step`` optimization steps."""
+        check_count("step", step, least=0)
         return self.value
 
     @property
@@ -107,6 +106,7 @@ class LinearWarmup(Schedule):
 
     def __call__(self, step: int) -> float:
         """Return the weight after ``step`` optimization steps."""
+        check_count("step", step, least=0)
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
     @property
@@ -142,6 +142,7 @@ class SigmoidWarmup(Schedule):
 
     def __call__(self, step: int) -> float:
         """Return the weight after ``step`` optimization steps."""
+        check_count("step", step, least=0)
         # tanh(k (t - 1/2) / 2) is the logistic curve rescaled to (-1, 1); dividing by its value at t = 1
         # makes the ends exact.
         t = min(step / self.steps, 1.0)
@@ -185,6 +186,7 @@ class Cyclical(Schedule):
 
     def __call__(self, step: int) -> float:
         """Return the weight after ``step`` optimization steps."""
+        check_count("step", step, least=0)
         if step >= self.steps:
             return self.end
         phase = (step * self.cycles / self.steps) % 1.0
@@ -223,6 +225,7 @@ class Capacity(Schedule):
 
     def __call__(self, step: int) -> float:
         """Return the weight after ``step`` optimization steps."""
+        check_count("step", step, least=0)
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
     @property

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.display import check_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,4 @@ def _panels(count: int, axes: Any) -> "list[Axes]":
         for unused in panels[count:]:
             unused.set_visible(False)
         return panels[:count]
-    panels = list(np.ravel(axes))
-    if len(panels) != count:
-        raise ArgumentError(f"Calibration.plot: expected {count} matplotlib axes, one a site, got {len(panels)}.")
-    return panels
+    return check_axes("Calibration.plot", axes, count)

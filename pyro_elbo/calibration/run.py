@@ -14,10 +14,18 @@ from pyro_elbo.calibration.posteriors import LOG_LIKELIHOOD, posterior_draws
 from pyro_elbo.calibration.ranks import ranks_of
 from pyro_elbo.calibration.result import Calibration
 from pyro_elbo.calibration.simulate import Simulator, make_simulator
-from pyro_elbo.errors import ArgumentError, NonFiniteError, check_count, check_positive, describe, first_line
+from pyro_elbo.errors import (
+    ArgumentError,
+    NonFiniteError,
+    check_count,
+    check_positive,
+    check_seed,
+    describe,
+    first_line,
+)
 from pyro_elbo.parallel import Finished, Work, run_tasks
 from pyro_elbo.posterior import label_arrays
-from pyro_elbo.programs import Program, check_options, mix_seed, program_arguments, program_name, seeded
+from pyro_elbo.programs import Program, as_array, check_options, mix_seed, program_arguments, program_name, seeded
 
 if TYPE_CHECKING:
     import xarray
@@ -103,7 +111,7 @@ def simulation_based_calibration(
     check_options(model, kwargs)
     check_count("num_simulations", num_simulations, LEAST_SIMULATIONS)
     check_count("num_draws", num_draws, LEAST_DRAWS)
-    check_count("seed", seed, least=0)
+    check_seed(seed, optional=False)
     if not callable(fit):
         raise ArgumentError(f"fit must be a function of the model's arguments, got {describe(fit)}.")
     check_positive("false_alarm", false_alarm)
@@ -142,7 +150,7 @@ class _Simulations(Work):
     def settings(self) -> dict[str, Any]:
         """What the ranks depend on, as far as it can be compared."""
         leaves, _ = pytree.tree_flatten((self.simulator.args, dict(self.simulator.kwargs)))
-        data = [x.detach().cpu().numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode() for x in leaves]
+        data = [as_array(x).tobytes() if isinstance(x, Tensor) else repr(x).encode() for x in leaves]
         return {
             "kind": "simulation_based_calibration",
             "model": program_name(self.simulator.model),
@@ -158,6 +166,15 @@ class _Simulations(Work):
 
     def __call__(self, name: str) -> dict[str, Any]:
         return self._simulate(int(name.rpartition("-")[2]))
+
+    def check(self, result: Mapping[str, Any]) -> None:
+        if "error" in result:
+            return
+        parts = [result[part] for part in ("ranks", "positions", "truth")]
+        if not all(part.keys() == parts[0].keys() for part in parts):
+            raise ValueError("the ranks, the positions and the true values are of other sites")
+        if not all(isinstance(x, Tensor) for part in parts for x in part.values()):
+            raise TypeError("expected tensors by site")
 
     def _simulate(self, number: int) -> dict[str, Any]:
         """Simulate, fit and rank; an error of the fit is a result too."""

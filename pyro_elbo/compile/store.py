@@ -4,6 +4,9 @@ The key of a graph is a hash of all that decides on its machine code: every oper
 every tensor, the versions of torch and of this package, Inductor's settings, the processor and the number of threads.
 A program is recorded in every process, so what it reads has done its part before the key is made. Whatever cannot be
 spelled out has no key and is compiled anew.
+
+Machine code is code: it runs with the rights of the user. It is read only from a folder of the user's that nobody else
+can write to, in folders that nobody else can rename, and only if it is what was written.
 """
 
 import ctypes
@@ -13,6 +16,7 @@ import logging
 import operator
 import os
 import platform
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -202,15 +206,29 @@ def _keep(key: str, library: str, facts: dict[str, Any]) -> None:
 
 
 def _folder() -> Path | None:
-    """Return the folder of machine code beside Inductor's; None if anyone else may write to it."""
-    folder = Path(cache_dir()) / "pyro_elbo"
+    """Return the folder of machine code beside Inductor's; None if anyone else may write to it or replace it."""
+    folder = Path(cache_dir()).resolve() / "pyro_elbo"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
+        folder = folder.resolve()
+        open_to_others = next((path for path in (folder, *folder.parents) if not _is_ours(path, path != folder)), None)
     except OSError as error:
         _log.warning("machine code is not kept in %s: %s", folder, error)
         return None
-    if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & 0o022):
-        _log.warning("machine code in %s is not used: others than you may write to it", folder)
+    if open_to_others is not None:
+        _log.warning("machine code in %s is not used: others than you may write to %s", folder, open_to_others)
         return None
     return folder
+
+
+def _is_ours(path: Path, is_parent: bool) -> bool:
+    """Return whether a folder belongs to the user or to root, and nobody else can change what its names stand for.
+
+    In a folder with the sticky bit, such as /tmp, everyone may make files, and nobody rename those of others.
+    """
+    if not hasattr(os, "getuid"):
+        return True
+    state = path.stat()
+    owners = (os.getuid(), 0) if is_parent else (os.getuid(),)
+    closed = not state.st_mode & 0o022 or is_parent and bool(state.st_mode & stat.S_ISVTX)
+    return state.st_uid in owners and closed

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_elbo.display import progress_bar
-from pyro_elbo.errors import ArgumentError, check_count, describe
+from pyro_elbo.errors import check_choice, check_count
 from pyro_elbo.evidence.bridge import Bridge, Call, build_bridge
 from pyro_elbo.evidence.hmc import PerChain, Point, Position, transition
 from pyro_elbo.evidence.pilot import Plan, run_pilot
@@ -45,8 +45,7 @@ class Annealing(NamedTuple):
         if self.num_temperatures is not None:
             check_count("num_temperatures", self.num_temperatures, least=2)
         check_count("num_leapfrog", self.num_leapfrog)
-        if self.start not in ("prior", "guide"):
-            raise ArgumentError(f"start must be 'prior' or 'guide', got {describe(self.start)}.")
+        check_choice("start", self.start, ("prior", "guide"))
 
 
 def anneal(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pyro_elbo.display import progress_bar
-from pyro_elbo.errors import ArgumentError, check_count, describe
+from pyro_elbo.errors import ArgumentError, check_choice, check_count
 from pyro_elbo.evidence.annealing import Annealing, anneal
 from pyro_elbo.evidence.batches import check_rows, row_batches
 from pyro_elbo.evidence.result import LogEvidence, WeightSums, join_rows
@@ -107,8 +107,7 @@ def log_evidence(
         (AIS); Wu, Burda, Salakhutdinov, Grosse (2017), arXiv:1611.04273 (of decoders).
     """
     check_options(model, kwargs)
-    if method not in ("importance", "ais"):
-        raise ArgumentError(f"method must be 'importance' or 'ais', got {describe(method)}.")
+    check_choice("method", method, ("importance", "ais"))
     args, kwargs = program_arguments(model, args, kwargs)
     annealing = _annealing(method, start=start, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
     count = num_samples if num_samples is not None else 1000 if annealing is None else 16

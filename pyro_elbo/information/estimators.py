@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pyro_elbo.assumptions import check_or_defer, is_capturing
-from pyro_elbo.errors import ArgumentError, DataError, SiteError, count_nonfinite
+from pyro_elbo.errors import ArgumentError, DataError, SiteError, count_nonfinite, describe
 from pyro_elbo.information.aggregate import AggregatePosterior, Mixture, Pairs, in_blocks
 from pyro_elbo.information.critics import Critic
 from pyro_elbo.information.penalty_term import PenaltyTerm
@@ -61,6 +61,9 @@ class PenaltyContext:
 
     def values_of(self, attribute: AttributeSource) -> Float[Tensor, "rows columns"]:
         """Return the values of an attribute, one row per row of the latent's plate."""
+        if attribute is None:
+            raise ArgumentError("attribute must be the name of an observed site or a function, got None.")
+        check_attribute("attribute", attribute)
         parts = attribute if isinstance(attribute, tuple) else (attribute,)
         return gather_rows(torch.cat([self._column(part) for part in parts], 1), 0)
 
@@ -114,6 +117,17 @@ class PenaltyContext:
                 "value per row. Observe it within the plate."
             )
         return site.value, self.plate.dim - site.event_dim + site.value.dim()
+
+
+def check_attribute(what: str, attribute: Any) -> None:
+    """Raise ArgumentError unless ``attribute`` is None, a name, a function or a tuple of these."""
+    parts = attribute if isinstance(attribute, tuple) else (attribute,)
+    wrong = [x for x in parts if not (isinstance(x, str) or callable(x) and not isinstance(x, type))]
+    if attribute is not None and (wrong or not parts):
+        raise ArgumentError(
+            f"{what} must be the name of an observed site, a function of the programs' arguments such as "
+            f"lambda x, s: s, or a tuple of these, got {describe(wrong[0] if wrong else attribute)}."
+        )
 
 
 def label(attribute: AttributeSource) -> str:

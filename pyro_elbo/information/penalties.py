@@ -18,7 +18,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, SiteError, check_count, check_number, check_positive, describe
+from pyro_elbo.errors import (
+    ArgumentError,
+    SiteError,
+    check_choice,
+    check_count,
+    check_name,
+    check_number,
+    check_positive,
+    check_seed,
+    describe,
+)
 from pyro_elbo.information.aggregate import Mixture, Pairs, in_blocks
 from pyro_elbo.information.critics import Critic, CriticSpec, count_levels
 from pyro_elbo.information.estimators import (
@@ -26,6 +36,7 @@ from pyro_elbo.information.estimators import (
     ESTIMATORS,
     AttributeSource,
     PenaltyContext,
+    check_attribute,
     check_varies,
     critic_inputs,
     information_on_data,
@@ -194,10 +205,9 @@ class MutualInformation(Penalty):
         if given is not None:
             raise ArgumentError("given= is called attribute= now: in I(z; s | y), y is what is given.")
         _check_common("MutualInformation", self)
-        _check_attribute("attribute", self.attribute)
-        _check_attribute("conditional_on", self.conditional_on)
-        if self.estimator not in get_args(Estimator):
-            raise ArgumentError(f"estimator must be one of {get_args(Estimator)}, got {self.estimator!r}.")
+        check_attribute("attribute", self.attribute)
+        check_attribute("conditional_on", self.conditional_on)
+        check_choice("estimator", self.estimator, get_args(Estimator))
         if self.attribute is None and (self.estimator != "aggregate" or self.conditional_on is not None):
             raise ArgumentError(
                 "Without an attribute the penalty is I(z; x), which only estimator='aggregate' estimates, not "
@@ -206,9 +216,9 @@ class MutualInformation(Penalty):
         if self.estimator == "variational" and self.conditional_on is not None:
             raise ArgumentError("estimator='variational' bounds I(z; s) alone. Use another one for I(z; s | y).")
         check_positive("critic_lr", self.critic_lr, "Use about 1e-3, the default.")
-        check_count("seed", self.seed, least=0)
+        check_seed(self.seed, optional=False)
         for what, sizes in (("hidden", self.hidden), ("levels", self.levels)):
-            for size in sizes if isinstance(sizes, Sequence) else [sizes] if sizes is not None else []:
+            for size in sizes if isinstance(sizes, tuple | list) else [sizes] if sizes is not None else []:
                 check_count(f"every number of {what}", size)
         object.__setattr__(self, "name", self.name or self._default_name())
         if self.has_critic and CRITIC_ESTIMATORS[self.estimator].direction == "lower":
@@ -281,6 +291,7 @@ class TotalCorrelation(Penalty):
 
     def __post_init__(self) -> None:
         _check_common("TotalCorrelation", self)
+        _check_dimensions(self.groups)
         default = f"TC({self.latent})" if self.groups is None else f"TC({self.latent}: {self.groups})"
         object.__setattr__(self, "name", self.name or default)
 
@@ -321,24 +332,23 @@ def _of_all_parts(plate: Plate) -> Plate:
 
 
 def _check_common(kind: str, penalty: Penalty) -> None:
-    if not isinstance(penalty.latent, str):
-        raise ArgumentError(f"{kind}: latent must be the name of a site, got {describe(penalty.latent)}.")
-    if not isinstance(penalty.name, str):
-        raise ArgumentError(f"{kind}: name must be a string, got {describe(penalty.name)}.")
+    check_name(f"{kind}: latent", penalty.latent)
+    check_name(f"{kind}: name", penalty.name, "a string")
     if isinstance(penalty.weight, Capacity):
         raise ArgumentError(f"{kind}: pe.Capacity sets a target for a KL; the weight of a penalty is a number.")
     if not isinstance(penalty.weight, Schedule):
         check_number(f"{kind}: weight (or a schedule)", penalty.weight, least=-math.inf)
 
 
-def _check_attribute(what: str, attribute: Any) -> None:
-    parts = attribute if isinstance(attribute, tuple) else (attribute,)
-    wrong = [x for x in parts if not (isinstance(x, str) or callable(x) and not isinstance(x, type))]
-    if attribute is not None and (wrong or not parts):
+def _check_dimensions(groups: Any) -> None:
+    if groups is None:
+        return
+    if not isinstance(groups, tuple | list) or not all(isinstance(group, tuple | list) for group in groups):
         raise ArgumentError(
-            f"{what} must be the name of an observed site, a function of the programs' arguments such as "
-            f"lambda x, s: s, or a tuple of these, got {describe(wrong[0] if wrong else attribute)}."
+            f"groups must be tuples of dimensions such as ((0, 1), (2,)), or None, got {describe(groups)}."
         )
+    for d in (d for group in groups for d in group):
+        check_count("every dimension of groups", d, least=0)
 
 
 @cache

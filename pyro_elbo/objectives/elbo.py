@@ -19,11 +19,12 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_elbo.assumptions import active_loop
-from pyro_elbo.errors import ArgumentError, SiteError, check_count, did_you_mean
+from pyro_elbo.errors import ArgumentError, ProgramError, SiteError, check_choice, check_count, check_flag, did_you_mean
 from pyro_elbo.information import Critic, Penalty, check_penalties, critic_gradients
 from pyro_elbo.objectives import baselines
 from pyro_elbo.objectives.gradients import BoundKind, Gradient, Runs, check_gradient
 from pyro_elbo.objectives.module import TermsModule
+from pyro_elbo.objectives.saved_state import read_state
 from pyro_elbo.objectives.score_function import moved_averages, surrogate
 from pyro_elbo.objectives.step_count import advance_after_backward
 from pyro_elbo.objectives.weighting import Beta, KLWeighting, ScheduleValue
@@ -110,10 +111,11 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
     ) -> None:
         for name in unknown:
             raise ArgumentError(f"{type(self).__name__} has no option {name}=. {did_you_mean(name, self._defaults())}")
-        if kl not in ("auto", "sampled"):
-            raise ArgumentError(f"kl must be 'auto' or 'sampled', got {kl!r}.")
+        check_choice("kl", kl, ("auto", "sampled"))
         check_count("num_particles", num_particles)
-        if max_plate_nesting != math.inf:
+        check_flag("vectorize_particles", vectorize_particles)
+        check_flag("retain_graph", retain_graph, optional=True)
+        if not (isinstance(max_plate_nesting, float) and max_plate_nesting == math.inf):
             check_count("max_plate_nesting", max_plate_nesting, least=0)
         super().__init__(num_particles=num_particles, retain_graph=retain_graph)
         self.vectorize_particles = vectorize_particles
@@ -159,8 +161,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         """Evaluate the terms in the modes that modules have, as a training step does, and check them."""
         try:
             terms = self.evaluate(model, guide, args, kwargs, lambda schedule: schedule(self.step))
-        except TypeError:
-            check_programs(model, guide)
+        except ProgramError:
             check_arguments("The objective", {"model": model, "guide": guide}, args, kwargs)
             raise
         if not torch.isfinite(terms.objective):
@@ -223,6 +224,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
         """Return -objective, differentiable; a backward followed by an optimizer's step counts as one step."""
+        check_programs(model, guide)
         terms = self.checked_terms(model, guide, *program_arguments(model, args, kwargs))
         return self.count_step(-terms.objective, terms)
 
@@ -288,10 +290,8 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         return {"step": self.step} | critics | averages
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that :meth:`state_dict` returned."""
-        self.step = int(state["step"])
-        self.critics = {n: Critic.restored(critic) for n, critic in state.get("critics", {}).items()}
-        self.averages = {n: x.clone() for n, x in state.get("averages", {}).items()}
+        """Restore the state that :meth:`state_dict` returned; any other raises CheckpointError and changes nothing."""
+        self.step, self.critics, self.averages = read_state(state)
 
     def advance(self) -> None:
         """Count one step of an optimizer and step the critics."""

@@ -48,7 +48,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, describe
+from pyro_elbo.errors import ArgumentError, check_choice
 from pyro_elbo.programs import TracePair, without_own_gradient
 
 Gradient = Literal["auto", "stl", "dreg", "rloo", "vargrad"]
@@ -135,8 +135,7 @@ def check_gradient(gradient: Gradient, bound: BoundKind, num_particles: int, is_
     Raises:
         ArgumentError: no estimator has that name, or it does not suit the objective.
     """
-    if not isinstance(gradient, str) or gradient not in ESTIMATORS:
-        raise ArgumentError(f"gradient must be one of {tuple(ESTIMATORS)}, got {describe(gradient)}.")
+    check_choice("gradient", gradient, ESTIMATORS)
     estimator = ESTIMATORS[gradient]
     if bound not in estimator.bounds:
         why = _CURES.get((gradient, bound), "the choice of ancestors has none either. Use gradient='auto'.")

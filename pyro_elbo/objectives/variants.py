@@ -7,7 +7,7 @@ from typing import Any, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, check_number
+from pyro_elbo.errors import ArgumentError, check_choice, check_number, check_part
 from pyro_elbo.information import AttributeSource, Estimator, MutualInformation
 from pyro_elbo.objectives.elbo import TraceBeta_ELBO
 from pyro_elbo.objectives.gradients import BoundKind
@@ -182,11 +182,9 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
         self.normalize: Normalize = normalize
         self._bound_kind: SequenceBound = bound
         self.resample = resample
-        for name, given, known in (("normalize", normalize, Normalize), ("bound", bound, SequenceBound)):
-            if not isinstance(given, str) or given not in get_args(known):
-                raise ArgumentError(f"{name} must be one of {get_args(known)}, got {given!r}.")
-        if isinstance(resample, bool) or not isinstance(resample, int | float) or not 0 <= resample <= 1:
-            raise ArgumentError(f"resample must be between 0 and 1, got {resample!r}.")
+        check_choice("normalize", normalize, get_args(Normalize))
+        check_choice("bound", bound, get_args(SequenceBound))
+        check_part("resample", resample)
         if bound != "elbo":
             options = _with_option(options, bound, "kl", "sampled")
         if bound == "filtering":
@@ -257,6 +255,7 @@ class TraceTimestep_ELBO(TraceBeta_ELBO):  # noqa: N801  (Pyro's naming)
 
 def _with_option(options: dict[str, Any], bound: str, name: str, needed: Any) -> dict[str, Any]:
     """Return options with the value that a bound needs; another one is refused."""
-    if options.get(name, needed) != needed:
-        raise ArgumentError(f"The {bound} bound needs {name}={needed!r}, got {options[name]!r}. Leave {name} out.")
+    given = options.get(name, needed)
+    if not isinstance(given, type(needed)) or given != needed:
+        raise ArgumentError(f"The {bound} bound needs {name}={needed!r}, got {given!r}. Leave {name} out.")
     return options | {name: needed}

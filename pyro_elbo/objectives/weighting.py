@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo import ranks
-from pyro_elbo.errors import ArgumentError, check_number, describe
+from pyro_elbo.errors import ArgumentError, check_count, check_name, check_number, describe
 from pyro_elbo.objectives.free_bits import floor_joint, floor_site
 from pyro_elbo.schedules import Capacity, Schedule
 from pyro_elbo.terms import Term, WeightOf, data_plate, num_data, scaled_sum
@@ -44,6 +44,8 @@ class KLWeighting:
     def __post_init__(self) -> None:
         per_site = self.beta if isinstance(self.beta, Mapping) else {None: self.beta}
         for name, weight in per_site.items():
+            if name is not None:
+                check_name("every key of beta", name)
             _check_weight("beta" if name is None else f"beta['{name}']", weight)
         check_number("free_bits (nats)", self.free_bits)
         if self.free_bits and any(isinstance(w, Capacity) for w in per_site.values()):
@@ -61,6 +63,9 @@ class KLWeighting:
 
     def at(self, step: int, sites: Iterable[str]) -> dict[str, float]:
         """Return the β of each site at a step, averaged over data (for a Capacity, its target in nats)."""
+        check_count("step", step, least=0)
+        for name in (sites := _listed(sites)):
+            check_name("every one of sites", name)
         weights = {name: self._of(name) for name in sites}
         values = {n: w(step) if isinstance(w, Schedule) else w for n, w in weights.items()}
         return {name: float(torch.as_tensor(w).mean()) for name, w in values.items()}
@@ -194,10 +199,18 @@ class KLWeighting:
                 )
 
 
+def _listed(sites: Iterable[str]) -> list[str]:
+    if isinstance(sites, str | bytes) or not isinstance(sites, Iterable) or isinstance(sites, type):
+        raise ArgumentError(f"sites must be a list of names, got {describe(sites)}.")
+    return list(sites)
+
+
 def _check_weight(what: str, weight: Weight) -> None:
     if isinstance(weight, Schedule):
         return
     if isinstance(weight, Tensor):
+        if weight.is_complex() or not weight.numel():
+            raise ArgumentError(f"{what} must hold real numbers >= 0, got {describe(weight)}.")
         if not (torch.isfinite(weight) & (weight >= 0)).all():
             raise ArgumentError(f"{what} must be finite and >= 0, got a tensor with NaN, infinity or negative entries.")
         return

@@ -1,7 +1,7 @@
 """Export draws to ArviZ: InferenceData on ArviZ 0.x, xarray.DataTree on ArviZ 1 and later, from the same groups."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_elbo.errors import ArgumentError, GuideError, check_count, first_line
+from pyro_elbo.errors import ArgumentError, GuideError, check_choice, check_flag, check_seed, describe, first_line
 from pyro_elbo.posterior.datasets import (
     Groups,
     Names,
@@ -118,10 +118,13 @@ def to_arviz(
         {'chain': 1, 'draw': 50, 'data': 20}
     """
     models: Sequence[Any] = model if isinstance(model, list | tuple) else [model]
+    if not models or (isinstance(guide, list | tuple) and not guide):
+        raise ArgumentError("model and guide must be programs, or lists of at least one, got an empty list.")
     for program in models:
         check_options(program, kwargs)
-    check_count("seed", seed, least=0)
-    options = Options(num_samples, resample, predictive, prior, history, coords or {}, seed, dims or {}, covariance)
+    check_seed(seed, optional=False)
+    coords, dims = ({} if x is None else x for x in (coords, dims))
+    options = Options(num_samples, resample, predictive, prior, history, coords, seed, dims, covariance)
     args, kwargs = program_arguments(models[0], args, kwargs)
     return to_container(build_groups(model, guide, args, kwargs, options))
 
@@ -138,10 +141,7 @@ def to_container(groups: Groups, major: int | None = None) -> Any:
 
 def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], options: Options) -> Groups:
     """Build all groups as Datasets: see :func:`to_arviz`."""
-    if options.resample not in (None, "psis"):
-        raise ArgumentError(f"resample must be None or 'psis', got {options.resample!r}.")
-    if options.covariance not in ("guide", "linear_response"):
-        raise ArgumentError(f"covariance must be 'guide' or 'linear_response', got {options.covariance!r}.")
+    _check_options(options)
     chains = _restarts(model, guide)
     attributes: dict[str, Any] = {
         "inference_library": "pyro_elbo",
@@ -190,6 +190,20 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
     groups = without_slashes(label(groups, options.coords, row_labels(drawn, chains[0][0], args, kwargs)))
     history = getattr(options.history, "history", options.history)
     return groups | ({"training": history} if history is not None else {})
+
+
+def _check_options(options: Options) -> None:
+    if options.resample is not None:
+        check_choice("resample", options.resample, ("psis",), "None leaves the draws as they are.")
+    check_choice("covariance", options.covariance, ("guide", "linear_response"))
+    check_flag("predictive", options.predictive)
+    check_flag("prior", options.prior)
+    for what, given in (("coords", options.coords), ("dims", options.dims)):
+        if not isinstance(given, Mapping) or not all(isinstance(x, Collection) for x in given.values()):
+            raise ArgumentError(f"{what} must be a dictionary of lists by name, got {describe(given)}.")
+    history = getattr(options.history, "history", options.history)
+    if history is not None and not hasattr(history, "data_vars"):
+        raise ArgumentError(f"history must be the result of pe.fit, or its history, got {describe(options.history)}.")
 
 
 def _drawn_from(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, Any], options: Options) -> Program:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.posterior.draws import Arrays, Draws
-from pyro_elbo.programs import Plate, Program
+from pyro_elbo.programs import Plate, Program, as_array
 
 if TYPE_CHECKING:
     import xarray
@@ -60,7 +60,7 @@ def stack_chains(parts: list[tuple[Arrays, Plates]], names: Names) -> "xarray.Da
         arrays = [part[name] for part, _ in parts]
         values = arrays[0][None] if len(arrays) == 1 else torch.stack(arrays)
         dims, shape = _dims(name, values.shape[2:], parts[0][1].get(name, ()), names)
-        variables[name] = (SAMPLE_DIMS + dims, _numpy(values.reshape((*values.shape[:2], *shape))))
+        variables[name] = (SAMPLE_DIMS + dims, as_array(values.reshape((*values.shape[:2], *shape))))
     return xarray.Dataset(variables)
 
 
@@ -96,7 +96,7 @@ def data_groups(drawn: Draws, model: Program, args: tuple, kwargs: Mapping[str, 
 
     def variable(name: str, x: Tensor, plates: tuple[Plate, ...]) -> tuple[tuple[str, ...], Any]:
         dims, shape = _dims(name, x.shape, plates, names._replace(taken=names.taken | {name}))
-        return dims, _numpy(x.reshape(shape))
+        return dims, as_array(x.reshape(shape))
 
     constants = {}
     every = {p for stack in drawn.plates.values() for p in stack}
@@ -116,7 +116,7 @@ def mark_masked(groups: Groups, drawn: Draws) -> Groups:
     if not drawn.counted:
         return groups
     likelihood = groups["log_likelihood"]
-    marks = {f"{n}_counted": (likelihood[n].dims[2:], _numpy(x)) for n, x in drawn.counted.items()}
+    marks = {f"{n}_counted": (likelihood[n].dims[2:], as_array(x)) for n, x in drawn.counted.items()}
     return groups | {"log_likelihood": likelihood.assign_coords(marks)}
 
 
@@ -177,7 +177,3 @@ def without_slashes(groups: Groups) -> Groups:
         group: ds.rename({n: renamed[str(n)] for n in dict.fromkeys((*ds.variables, *ds.dims)) if n in renamed})
         for group, ds in groups.items()
     }
-
-
-def _numpy(x: Tensor) -> Any:
-    return x.detach().cpu().numpy()

@@ -93,7 +93,7 @@ def antithetic_normal(rows: int, columns: int, seed: int) -> Float[Tensor, "rows
     if columns == 0:
         return torch.empty(rows, 0, dtype=torch.float64)
     if columns <= SobolEngine.MAXDIM:
-        uniform = SobolEngine(columns, scramble=True, seed=seed).draw(pairs, dtype=torch.float64)
+        uniform = SobolEngine(columns, scramble=True, seed=int(seed)).draw(pairs, dtype=torch.float64)
         half = torch.special.ndtri(uniform.clamp(1e-10, 1 - 1e-10))
     else:
         half = torch.randn(pairs, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -213,8 +213,9 @@ def _likelihood_and_weight(tree: Any, var_name: str | None) -> tuple[Any, Any]:
     if name not in names:
         raise ArgumentError(f"var_name must be one of the observed sites {names}, got {var_name!r}.")
     likelihood, stats = tree["log_likelihood"][name], tree["sample_stats"]
-    if reason := stats.attrs.get("weights_skipped"):
-        raise (GuideError if stats.attrs.get("point_estimate") else WeightsError)(reason)
+    if "weights_skipped" in stats.attrs:
+        kind = GuideError if "point_estimate" in stats.attrs else WeightsError
+        raise kind(str(stats.attrs["weights_skipped"]))
     local = stats.data_vars.get("log_weight_local")
     return likelihood, stats["log_weight"] if local is None or not set(local.dims) <= set(likelihood.dims) else local
 

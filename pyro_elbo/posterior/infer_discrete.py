@@ -1,12 +1,13 @@
 """The values of the discrete latents that a model sums out: one joint draw, or the most probable joint values."""
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, SiteError
+from pyro_elbo.errors import ArgumentError, SiteError, describe
 from pyro_elbo.posterior.draws import ProgramCall
 from pyro_elbo.posterior.summed_out import check_masked, check_possible, draw_summed_out, in_plates
 from pyro_elbo.programs import (
@@ -76,8 +77,8 @@ def infer_discrete(
         Obermeyer, Bingham, Jankowiak, Chiu, Pradhan, Rush, Goodman (2019), Tensor variable elimination for plated
         factor graphs, arXiv:1902.03210.
     """
-    if temperature not in (0, 1):
-        raise ArgumentError(f"temperature must be 0 (the mode) or 1 (a draw), got {temperature!r}.")
+    if not isinstance(temperature, Real) or temperature not in (0, 1):
+        raise ArgumentError(f"temperature must be 0 (the mode) or 1 (a draw), got {describe(temperature)}.")
     if guide is None:
         raise ArgumentError(
             "pe.infer_discrete returns values at once: expected the guide and the data after the model, as in "

@@ -28,7 +28,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_elbo.errors import ArgumentError, NonFiniteError, check_count, count_nonfinite, describe
+from pyro_elbo.errors import (
+    ArgumentError,
+    NonFiniteError,
+    check_choice,
+    check_count,
+    count_nonfinite,
+    describe,
+    first_sentence,
+)
 from pyro_elbo.posterior.draws import Arrays, Frame, ProgramCall
 from pyro_elbo.posterior.fixed_draws import Evaluated, FixedDraws
 from pyro_elbo.posterior.gaussian import GaussianGuide
@@ -48,6 +56,7 @@ from pyro_elbo.programs import (
     check_options,
     check_programs,
     evaluating,
+    failed_line,
     find_plate_nesting,
     program_arguments,
     seeded,
@@ -154,8 +163,7 @@ def _check_arguments(num_samples: Any, functions: Any, method: Any) -> None:
             f"functions must be a function of the latents, such as lambda z: {{'sum': z['a'] + z['b']}}, got "
             f"{describe(functions)}."
         )
-    if method not in ("auto", "dense", "cg"):
-        raise ArgumentError(f"method must be 'auto', 'dense' or 'cg', got {method!r}.")
+    check_choice("method", method, ("auto", "dense", "cg"))
 
 
 def _respond_at_optimum(objective: FixedDraws, functions: Functions | None, method: Method) -> LinearResponse:
@@ -235,6 +243,11 @@ def _evaluate(functions: Functions | None, evaluated: Evaluated) -> Arrays:
     except KeyError as error:
         raise ArgumentError(
             f"functions: KeyError {error}. Use the latents and deterministics {list(evaluated.values)}."
+        ) from error
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise ArgumentError(
+            f"functions: {failed_line(error)}: {first_sentence(error)} It is called with draws of "
+            f"{list(evaluated.values)} by name, {len(evaluated.nats)} in the first dimension."
         ) from error
     values = dict(result) if isinstance(result, Mapping) else {"value": result}
     count = len(evaluated.nats)

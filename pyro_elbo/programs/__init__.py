@@ -9,7 +9,7 @@ Imports sequences and below.
 
 from pyro_elbo.programs.checks import MOST_ENTRIES, check_options, check_programs
 from pyro_elbo.programs.completion import complete_guide
-from pyro_elbo.programs.data import as_tensors, check_arguments, named_columns, program_arguments
+from pyro_elbo.programs.data import as_array, as_tensors, check_arguments, check_dense, named_columns, program_arguments
 from pyro_elbo.programs.enumeration import HeldDraws, each_branch, step_before, without_marks
 from pyro_elbo.programs.explain import failed_line
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
@@ -35,8 +35,10 @@ from pyro_elbo.programs.tracing import (
 
 __all__ = [
     "MOST_ENTRIES",
+    "as_array",
     "as_tensors",
     "check_arguments",
+    "check_dense",
     "named_columns",
     "program_arguments",
     "Baseline",

@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 
 from pyro_elbo.assumptions import check_or_defer
 from pyro_elbo.errors import ArgumentError, GuideError, SiteError, describe
+from pyro_elbo.programs.data import signature_of
 from pyro_elbo.programs.explain import VINDEX
 from pyro_elbo.programs.sites import Baseline, Plate, Site, is_point, source_of
 from pyro_elbo.sequences import StackedDistribution
@@ -25,14 +26,18 @@ _NOTHING = " Where no latent is left to guide, pass lambda *args, **kwargs: None
 def check_programs(model: Any, guide: Any) -> None:
     """Raise ArgumentError unless model and guide are programs: functions, methods or instances of modules."""
     for role, program in (("model", model), ("guide", guide)):
-        if inspect.isclass(program):
-            made = f"{program.__name__}(model)" if role == "guide" else f"{program.__name__}(...)"
-            raise ArgumentError(f"{role} must be a program, got the class {program.__name__}. Make one: {made}.")
-        if not callable(program) or (isinstance(program, nn.Module) and _lacks_forward(program)):
-            raise ArgumentError(
-                f"{role} must be a program that can be called, such as a function, a method or a module with forward, "
-                f"got {type(program).__name__}.{_NOTHING if program is None and role == 'guide' else ''}"
-            )
+        _check_program(role, program)
+
+
+def _check_program(role: str, program: Any) -> None:
+    if inspect.isclass(program):
+        made = f"{program.__name__}(model)" if role == "guide" else f"{program.__name__}(...)"
+        raise ArgumentError(f"{role} must be a program, got the class {program.__name__}. Make one: {made}.")
+    if not callable(program) or (isinstance(program, nn.Module) and _lacks_forward(program)):
+        raise ArgumentError(
+            f"{role} must be a program that can be called, such as a function, a method or a module with forward, "
+            f"got {type(program).__name__}.{_NOTHING if program is None and role == 'guide' else ''}"
+        )
 
 
 def _lacks_forward(module: nn.Module) -> bool:
@@ -336,10 +341,15 @@ _OPTIONS = {
 }
 
 
-def check_options(program: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise ArgumentError for a keyword that is another library's name of an option, unless the program names it."""
-    unwrapped = poutine.unwrap(program)
-    parameters = inspect.signature(unwrapped.forward if isinstance(unwrapped, nn.Module) else unwrapped).parameters
+def check_options(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for a keyword that is another library's name of an option, unless the model names it.
+
+    Raises:
+        ArgumentError: also where the model is no program.
+    """
+    _check_program("model", model)
+    signature = signature_of(poutine.unwrap(model))
+    parameters = {} if signature is None else signature.parameters
     for wrong, right in _OPTIONS.items():
         if wrong in kwargs and wrong not in parameters:
             raise ArgumentError(f"{wrong}= is no argument of the program. The option is called {right}=.")

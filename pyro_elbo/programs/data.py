@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pyro_elbo.errors import DataError
+from pyro_elbo.errors import DataError, describe, first_sentence
 
 
 def as_tensors(data: Any) -> Any:
@@ -28,9 +28,34 @@ def as_tensors(data: Any) -> Any:
     return pytree.tree_map(_as_tensor, data)
 
 
-def observed_tensor(x: Any) -> Tensor:
-    """Return an observed value as a tensor; Python and NumPy numbers become tensors without dimensions."""
-    return x if isinstance(x, Tensor) else torch.as_tensor(as_tensors(x))
+def observed_tensor(x: Any, name: str) -> Tensor:
+    """Return an observed value as a tensor; Python and NumPy numbers become tensors without dimensions.
+
+    Raises:
+        DataError: it is none of these, or a tensor without values or of another layout.
+    """
+    try:
+        found = x if isinstance(x, Tensor) else torch.as_tensor(as_tensors(x))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"Site '{name}': expected observed values as a tensor, an array or a number, got {describe(x)}: "
+            f"{first_sentence(error)} Convert them by torch.tensor."
+        ) from error
+    check_dense(f"Site '{name}'", found)
+    return found
+
+
+def check_dense(what: str, x: Tensor) -> None:
+    """Raise DataError for a sparse tensor, and for one without values."""
+    if x.layout is not torch.strided or x.is_meta:
+        kind = "values on the device 'meta', where there are none" if x.is_meta else f"the layout {x.layout}"
+        raise DataError(f"{what}: expected a tensor of numbers, got {kind}. Use x.to_dense(), or data with values.")
+
+
+def as_array(x: Tensor) -> Any:
+    """Return a tensor as a NumPy array, which has no bfloat16."""
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def _as_tensor(x: Any) -> Any:
@@ -66,7 +91,7 @@ def _is_frame(x: Any, kind: str = "DataFrame") -> bool:
 
 def named_columns(data: Any, program: Callable[..., Any]) -> Any:
     """Return a DataFrame as ``{column: tensor}`` if its columns are arguments of ``program``, all else unchanged."""
-    signature = _signature(program)
+    signature = signature_of(program)
     if not _is_frame(data) or signature is None or not all(isinstance(name, str) for name in data.columns):
         return data
     columns = {name: data[name] for name in data.columns}
@@ -86,7 +111,8 @@ def program_arguments(
     return as_tensors(args), as_tensors(dict(kwargs))
 
 
-def _signature(program: Callable[..., Any]) -> inspect.Signature | None:
+def signature_of(program: Callable[..., Any]) -> inspect.Signature | None:
+    """Return the signature of a program, that of its ``forward`` for a module; None for a builtin without one."""
     try:
         return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
     except (TypeError, ValueError):  # a builtin
@@ -104,16 +130,20 @@ def check_arguments(
         cure: how to pass other arguments.
     """
     for role, program in programs.items():
-        signature = _signature(program)
+        signature = signature_of(program)
         try:
             if signature is not None:
                 signature.bind(*args, **kwargs)
         except TypeError as error:
-            given = [*map(_describe, args), *(f"{name}={_describe(x)}" for name, x in kwargs.items())]
             raise DataError(
-                f"{call} calls the {role} as {role}({', '.join(given)}), but it takes {signature}: {error}. {cure}Give "
-                "model and guide the same arguments."
+                f"{call} calls the {role} as {role}{describe_arguments(args, kwargs)}, but it takes {signature}: "
+                f"{error}. {cure}Give model and guide the same arguments."
             ) from error
+
+
+def describe_arguments(args: tuple, kwargs: Mapping[str, Any]) -> str:
+    """Return the arguments of a call with the shapes of tensors and the types of everything else, in parentheses."""
+    return f"({', '.join([*map(_describe, args), *(f'{name}={_describe(x)}' for name, x in kwargs.items())])})"
 
 
 def _describe(x: Any) -> str:

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.assumptions import is_capturing
-from pyro_elbo.errors import DataError, NonFiniteError, PyroElboError, SiteError, count_nonfinite, first_sentence
+from pyro_elbo.errors import (
+    DataError,
+    NonFiniteError,
+    NoSamplerError,
+    ProgramError,
+    PyroElboError,
+    SiteError,
+    count_nonfinite,
+    first_sentence,
+)
+from pyro_elbo.programs.data import describe_arguments
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name of the plate of vectorized particles."""
@@ -28,6 +38,8 @@ NOTHING: Mapping[str, torch.Size] = {}
 
 _ROOTS = [Path(str(module.__file__)).parent for module in (torch, pyro, jaxtyping)] + [Path(__file__).parents[1]]
 _LIBRARIES = tuple(f"{root.resolve()}{os.sep}" for root in _ROOTS) + (os.path.realpath(contextlib.__file__),)
+_FAILURES = (ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
+_NO_KERNEL = re.compile(r"not implemented for '|Could not run '")  # torch: of a dtype, a layout or a device
 _BAD_VALUES = re.compile(r"\b(nan|inf)\b|positive-definite|positive definite|contains? non-finite|>= 0\.0", re.I)
 
 
@@ -45,22 +57,36 @@ def explain_failure(
         NonFiniteError: the arguments hold NaN that reached a distribution, or a parameter has diverged.
         SiteError: a plate is empty or does not fit, or the program fails on all values of a site at once.
         DataError: a batch of one row meets batch norm.
+        NoSamplerError: a distribution lacks a method.
+        ProgramError: the program fails for another reason. Exceptions of a user's own class pass.
     """
     try:
         yield
     except PyroElboError:
         raise
-    except (ValueError, RuntimeError, ZeroDivisionError, TypeError, IndexError) as error:
-        if is_capturing() or (isinstance(error, TypeError | IndexError) and not enumerated):
+    except _FAILURES as error:
+        if is_capturing() or type(error).__module__ != "builtins":
             raise
         explained = _explained(error, first_sentence(error), {**dict(enumerate(args)), **kwargs}, enumerated)
-        raise _on_values(explained, enumerated) from error
+        raise _on_values(explained, enumerated) or _failed(error, args, kwargs) from error
 
 
-def _on_values(error: Exception, enumerated: Mapping[str, torch.Size]) -> Exception:
+def _failed(error: Exception, args: tuple, kwargs: Mapping[str, Any]) -> PyroElboError:
+    """Return the error for a program that fails for a reason of its own."""
+    kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
+    text = f"{failed_line(error)}: {kind}{first_sentence(error)}"
+    if isinstance(error, NotImplementedError) and not _NO_KERNEL.search(str(error)):
+        return NoSamplerError(f"{text} A distribution lacks a method, such as its sampler: use another one.")
+    return ProgramError(
+        f"{text} The program was called with {describe_arguments(args, kwargs)}: give it arguments that it takes, "
+        "or look at that line."
+    )
+
+
+def _on_values(error: Exception, enumerated: Mapping[str, torch.Size]) -> PyroElboError | None:
     """Return an error that says which sites have all their values at once, where that may be why a program fails."""
     if not enumerated or isinstance(error, NonFiniteError | DataError):
-        return error
+        return error if isinstance(error, PyroElboError) else None
     shapes = ", ".join(f"'{n}' {tuple(shape)}" for n, shape in enumerated.items())
     text = str(error) if isinstance(error, SiteError) else f"{failed_line(error)}: {first_sentence(error)}"
     return SiteError(

@@ -151,7 +151,7 @@ def _read_site(
     if message["infer"].get("_deterministic"):
         role = "deterministic"
     if message["is_observed"]:
-        value = fill_masked(fn, observed_tensor(value), mask)
+        value = fill_masked(fn, observed_tensor(value, name), mask)
     frames = _vectorized(message)
     sizes = {f.dim: rows[f.name] if f.size == -1 else int(f.size) for f in frames}
     shape = batch_shape(fn, value)
@@ -214,7 +214,7 @@ def _rows_without_size(messages: Mapping[str, Message]) -> dict[str, int]:
         for f in _vectorized(message):
             if f.size != -1:
                 continue
-            n = _size_at(batch_shape(message["fn"], observed_tensor(message["value"])), f.dim)
+            n = _size_at(batch_shape(message["fn"], observed_tensor(message["value"], name)), f.dim)
             rows, other = found.get(f.name, (1, name))
             if n != 1 and rows not in (1, n):
                 raise SiteError(

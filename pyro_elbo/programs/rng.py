@@ -7,7 +7,7 @@ import numpy as np
 import pyro
 import torch
 
-from pyro_elbo.errors import check_count
+from pyro_elbo.errors import check_seed
 
 
 def mix_seed(*parts: int) -> int:
@@ -26,12 +26,11 @@ class seeded:  # noqa: N801  (used as a statement)
     """Use a seed inside the block and restore the caller's random state; None continues the caller's stream.
 
     Raises:
-        ArgumentError: the seed is no whole number of at least 0.
+        ArgumentError: the seed is no whole number from 0 to 2**32 - 1.
     """
 
     def __init__(self, seed: int | None) -> None:
-        if seed is not None:
-            check_count("seed", seed, least=0)
+        check_seed(seed)
         self.seed = seed
 
     def __enter__(self) -> None:

@@ -141,7 +141,21 @@ class Site:
         """Return the log density at the value in nats: masked, unscaled, batch dimensions aligned with the plates."""
         if self.role == "observed" and self.fn._validate_args is not False:
             defer_check(lambda: masked(~self.fn.support.check(self.value), self.mask).logical_not().all())
-        return masked(self._evaluate(self.fn.log_prob), self.mask)
+        found = self._evaluate(self.fn.log_prob)
+        if found.is_complex():
+            raise SiteError(
+                f"Site '{self.name}': the log density of {type(self.fn).__name__} is complex, expected a real one. "
+                "Give real and imaginary parts as two numbers."
+            )
+        return masked(found, self.mask)
+
+    def check_data(self) -> None:
+        """Raise NonFiniteError for values that are NaN or infinite."""
+        if self.value.is_floating_point() and not torch.isfinite(self.value).all():
+            raise NonFiniteError(
+                f"Site '{self.name}': {count_nonfinite(self.value)}. Remove them, or mark them as missing with "
+                "pyro.poutine.mask or obs_mask."
+            )
 
     def score_parts(self) -> ScoreParts:
         """Return Pyro's three parts of the gradient estimator: unscaled, log density and entropy term masked."""
@@ -180,11 +194,7 @@ class Site:
         except (ValueError, RuntimeError) as error:
             if is_capturing():
                 raise
-            if self.value.is_floating_point() and not torch.isfinite(self.value).all():
-                raise NonFiniteError(
-                    f"Site '{self.name}': {count_nonfinite(self.value)}. Remove them, or mark them as missing with "
-                    "pyro.poutine.mask or obs_mask."
-                ) from error
+            self.check_data()
             raise SiteError(self._misfit(error)) from error
 
     def _misfit(self, error: Exception) -> str:

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.display import html_table
-from pyro_elbo.errors import ArgumentError, DataError, PyroElboError, check_count, count_nonfinite
+from pyro_elbo.errors import (
+    ArgumentError,
+    DataError,
+    PyroElboError,
+    check_choice,
+    check_count,
+    check_name,
+    check_seed,
+    count_nonfinite,
+    describe,
+)
+from pyro_elbo.programs import as_array
 from pyro_elbo.representation.fairness import Fairness, count_cells, describe_fairness, measure_fairness
 from pyro_elbo.representation.probes import PROBES, Labels, ProbeRows, Readout, read_out
 
@@ -164,7 +175,7 @@ def audit(
         Xu, Zhao, Song, Stewart, Ermon (2020), A theory of usable information under computational constraints,
         arXiv:2002.10689.
     """
-    _check_options(probes, folds, (name_s, name_y))
+    _check_options(probes, folds, seed, (name_s, name_y))
     given = (z, s) if y is None else (z, s, y)
     rows = _gather(given, test, folds, (name_s, name_y))
     found, _ = read_out(name_s, rows.labels[0], rows, probes, seed)
@@ -179,12 +190,17 @@ def audit(
 # --- inputs
 
 
-def _check_options(probes: Sequence[str], folds: int, names: tuple[str, str]) -> None:
+def _check_options(probes: Sequence[str], folds: int, seed: int, names: tuple[str, str]) -> None:
     if missing := [name for name in ("sklearn", "fairlearn") if find_spec(name) is None]:
         raise PyroElboError(f"audit needs {' and '.join(missing)}: pip install 'pyro-elbo[probe]'.")
-    if isinstance(probes, str) or not probes or (set(probes) - set(PROBES)):
-        raise ArgumentError(f"probes: got {probes!r}. Choose some of {PROBES}.")
+    if not isinstance(probes, Sequence) or isinstance(probes, str) or not probes:
+        raise ArgumentError(f"probes must be a list of some of {PROBES}, got {describe(probes)}.")
+    for probe in probes:
+        check_choice("every one of probes", probe, PROBES)
     check_count("folds", folds, least=2)
+    check_seed(seed, optional=False)
+    for what, name in zip(("name_s", "name_y"), names, strict=True):
+        check_name(what, name, "a string")
     if names[0] == names[1]:
         raise ArgumentError(f"s and y are both named {names[0]!r}. Give name_s and name_y that differ.")
 
@@ -192,6 +208,8 @@ def _check_options(probes: Sequence[str], folds: int, names: tuple[str, str]) ->
 def _gather(given: Sequence[Any], test: Sequence[Any] | None, folds: int, names: tuple[str, str]) -> ProbeRows:
     parts = [_check_rows(given, "", names)]
     if test is not None:
+        if not isinstance(test, Sequence) or isinstance(test, str):
+            raise ArgumentError(f"test must be (z, s) or (z, s, y), got {describe(test)}.")
         if len(test) != len(given):
             what = "(z, s, y)" if len(given) == 3 else "(z, s)"
             raise ArgumentError(f"test must be {what}, as given for training; got {len(test)} values.")
@@ -221,9 +239,10 @@ def _check_apart(fitted: Sequence[np.ndarray], judged: Sequence[np.ndarray]) -> 
 
 def _check_rows(given: Sequence[Any], where: str, names: tuple[str, str]) -> list[np.ndarray]:
     try:
-        z = _array(given[0]).astype(np.float64)
+        z = _array(given[0])
+        z = z.astype(np.float64, casting="unsafe" if z.dtype.kind in "biufO" else "safe")
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{where}z must be an array of numbers, N × D: {error}.") from error
+        raise ArgumentError(f"{where}z must be an array of real numbers, N × D: {error}.") from error
     if z.ndim != 2 or not z.size:
         raise ArgumentError(f"{where}z must be N × D, got shape {z.shape}. Use z.reshape(N, -1) or z[:, None].")
     if not np.isfinite(z).all():
@@ -238,15 +257,19 @@ def _check_rows(given: Sequence[Any], where: str, names: tuple[str, str]) -> lis
 def _array(x: Any) -> np.ndarray:
     if not isinstance(x, Tensor):
         return np.asarray(x)
-    x = x.detach().cpu()
-    return (x.double() if x.is_floating_point() else x).numpy()  # numpy has no bfloat16
+    return as_array(x.double() if x.is_floating_point() else x)
 
 
 def _discrete(x: Any, name: str) -> np.ndarray:
     """Check that labels are discrete and complete; whole numbers in floats are labels too."""
     import pandas as pd
 
-    values = _array(x)
+    try:
+        values = _array(x)
+    except ValueError as error:
+        raise ArgumentError(f"{name} must be N labels, or N × k of several attributes: {error}.") from error
+    if values.dtype.kind == "c":
+        raise ArgumentError(f"{name} must hold labels, got complex numbers. Number its levels.")
     if values.ndim not in (1, 2):
         raise ArgumentError(f"{name} must be N labels, or N × k of several attributes; got shape {values.shape}.")
     if missing := int(pd.isna(values).sum()):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_elbo.errors import DataError, SiteError, check_count
+from pyro_elbo.errors import DataError, SiteError, check_count, check_name
 from pyro_elbo.information import AggregatePosterior, Mixture, in_blocks
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_options, seeded
@@ -115,6 +115,8 @@ def kl_decomposition(
     """
     check_options(model, kwargs)
     check_count("num_samples", num_samples)
+    if latent is not None:
+        check_name("latent", latent)
     loss = TraceBeta_ELBO()
     found = []
     with torch.no_grad(), seeded(seed):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.assumptions import check_or_defer
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.errors import ArgumentError, check_count, describe
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,16 @@ class Inputs:
     @staticmethod
     def make(xs: Any, lengths: Any, length: int | None, horizon: int, dim: int) -> "Inputs":
         """Check the inputs of a scan and give them the form of this class."""
+        check_count("pe.scan: horizon", horizon, least=0)
+        if length is not None:
+            check_count("pe.scan: length", length, least=0)
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise ArgumentError(f"pe.scan: dim must be the number of a dimension of xs, got {describe(dim)}.")
         leaves = pytree.tree_leaves(xs)
         if bad := [type(x).__name__ for x in leaves if x is not None and not isinstance(x, Tensor)]:
             raise ArgumentError(f"pe.scan: xs must hold tensors, got {bad[0]}. Pass torch.as_tensor(x).")
         sizes = [_size(x, dim) for x in leaves if x is not None] + ([] if length is None else [length])
-        if len(set(sizes)) != 1 or sizes[0] + horizon < 1 or horizon < 0:
+        if len(set(sizes)) != 1 or sizes[0] + horizon < 1:
             raise ArgumentError(
                 f"pe.scan: expected inputs of one length T >= 1 in dimension {dim}, got lengths {sizes} and a "
                 f"horizon of {horizon}. Skip empty sequences; pass length=T where xs is None."
@@ -76,8 +81,11 @@ def _size(x: Tensor, dim: int) -> int:
 
 
 def _check_lengths(lengths: Any, total: int, xs: Sequence[Tensor]) -> Tensor:
-    lengths = torch.as_tensor(lengths)
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+    try:
+        lengths = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"pe.scan: lengths must be integers, got {describe(lengths)}.") from error
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ArgumentError(f"pe.scan: lengths must be integers, got {lengths.dtype}.")
     for x in xs:
         if x.shape[1 : 1 + lengths.dim()] != lengths.shape:

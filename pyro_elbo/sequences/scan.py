@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.assumptions import active_loop, is_capturing
-from pyro_elbo.errors import ArgumentError, CompileError, PyroElboError, SiteError, first_sentence
+from pyro_elbo.errors import (
+    ArgumentError,
+    CompileError,
+    PyroElboError,
+    SiteError,
+    check_flag,
+    check_name,
+    describe,
+    first_sentence,
+)
 from pyro_elbo.sequences.enumerated import run_enumerated
 from pyro_elbo.sequences.function import as_function, with_tensors
 from pyro_elbo.sequences.inputs import Inputs
@@ -79,12 +88,20 @@ def scan(
     References:
         Bradbury et al. (2018), JAX (``jax.lax.scan``); Phan, Pradhan, Jankowiak (2019), arXiv:1912.11554.
     """
+    _check_options(step, reverse, name)
+    inputs = Inputs.make(xs, lengths, length, horizon, dim)
     if horizon and reverse:
         raise ArgumentError("pe.scan: a forecast runs forward from the end of xs. Pass either horizon or reverse.")
-    inputs = Inputs.make(xs, lengths, length, horizon, dim)
     steps = StepProgram(step, inputs.total)
     last_carry, stacked = _run(steps, init, inputs, reverse)
     return last_carry, steps.emit(stacked, inputs.valid, dim, ScanRun(name, reverse))
+
+
+def _check_options(step: Any, reverse: Any, name: Any) -> None:
+    if not callable(step) or isinstance(step, type):
+        raise ArgumentError(f"pe.scan: step must be a function of the carry and x_t, got {describe(step)}.")
+    check_flag("pe.scan: reverse", reverse)
+    check_name("pe.scan: name", name, "the name of the time dimension")
 
 
 def _run(steps: StepProgram, init: Any, inputs: Inputs, reverse: bool) -> tuple[Any, list[Tensor]]:

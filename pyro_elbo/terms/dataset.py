@@ -4,6 +4,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pyro_elbo.errors import check_flag
+from pyro_elbo.programs import as_array
+
 if TYPE_CHECKING:
     import xarray
 
@@ -16,6 +19,7 @@ def to_dataset(terms: "Terms", per_datum: bool) -> "xarray.Dataset":
     """Label all terms by site, plate and dimension: see :meth:`Terms.to_dataset`."""
     import xarray
 
+    check_flag("per_datum", per_datum)
     view, units = (terms.per_datum, "nats per datum") if per_datum else (terms, "nats")
     totals = {name: ((), getattr(view, name), units) for name in TOTALS}
     sites = {
@@ -23,9 +27,7 @@ def to_dataset(terms: "Terms", per_datum: bool) -> "xarray.Dataset":
         for group in ("log_likelihood", "kl", "kl_per_dim")
         for name, values in getattr(terms, group).items()
     }
-    variables = {
-        name: (dims, x.detach().cpu().numpy(), {"units": unit}) for name, (dims, x, unit) in (totals | sites).items()
-    }
+    variables = {name: (dims, as_array(x), {"units": unit}) for name, (dims, x, unit) in (totals | sites).items()}
     coords = {"penalty_name": list(terms.penalties)} if terms.penalties else {}
     if terms.penalties:
         values = [p.nats.item() for p in terms.penalties.values()]

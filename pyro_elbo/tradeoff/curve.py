@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_elbo.display import count_noun, html_table
-from pyro_elbo.errors import ArgumentError, check_count, check_number, describe
+from pyro_elbo.errors import ArgumentError, check_count, check_number, check_seed, describe
 from pyro_elbo.tradeoff.plot import plot_curve
 from pyro_elbo.tradeoff.points import Point, measure
 from pyro_elbo.tradeoff.sweep import to_dataset
@@ -158,7 +158,7 @@ def rate_distortion(
     if entropy is not None:
         check_number("entropy", entropy, -np.inf)
     check_count("num_samples", num_samples)
-    check_count("seed", seed, least=0)
+    check_seed(seed, optional=False)
     if hasattr(results, "data_vars"):
         return RateDistortion(_checked_points(results), entropy)
     by_beta = _by_beta(results)

@@ -1,9 +1,11 @@
 """The plane of rate and distortion. Needs the extra ``plot``."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from pyro_elbo.display import check_axes
 
 if TYPE_CHECKING:
     import xarray
@@ -12,14 +14,13 @@ if TYPE_CHECKING:
 _POINT, _HULL, _SLOPE, _ENTROPY = "#1f5fa8", "#9aa5b1", "#d08c3f", "#5f6b78"
 
 
-def plot_curve(
-    points: "xarray.Dataset", hull: Sequence[int], entropy: float | None, axes: "Axes | None" = None
-) -> "Axes":
+def plot_curve(points: "xarray.Dataset", hull: Sequence[int], entropy: float | None, axes: Any = None) -> "Axes":
     """Draw points with two standard errors, the hull, a short line of slope -β at each point, and D + R = H."""
     if axes is None:
         import matplotlib.pyplot as plt
 
         axes = plt.subplots(figsize=(5.5, 4.2), layout="constrained")[1]
+    (axes,) = check_axes("plot", axes, 1)
     at = points.isel(beta=list(hull))
     axes.plot(at.rate, at.distortion, color=_HULL, lw=1.5, label="lower convex hull", zorder=1)
     reach = 0.06 * float(np.ptp(points.rate.values) or 1.0)

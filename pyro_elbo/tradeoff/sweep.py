@@ -2,14 +2,14 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_elbo.errors import ArgumentError, check_count, check_number, describe
+from pyro_elbo.errors import ArgumentError, check_count, check_number, check_seed, describe
 from pyro_elbo.parallel import Work, run_tasks
 from pyro_elbo.programs import mix_seed, seeded
 from pyro_elbo.tradeoff.points import Point, measure
@@ -73,7 +73,7 @@ def sweep(
     if not callable(fit):
         raise ArgumentError(f"fit must be a function from beta to a FitResult or Terms, got {describe(fit)}.")
     check_count("num_samples", num_samples)
-    check_count("seed", seed, least=0)
+    check_seed(seed, optional=False)
     values = _as_numbers(betas)
     work = _Sweep(fit, num_samples, seed)
     names = [f"beta-{beta!r}" for beta in values]
@@ -94,6 +94,8 @@ def sweep(
 
 
 def _as_numbers(betas: Any) -> list[float]:
+    if not isinstance(betas, Real | Iterable) or isinstance(betas, type):
+        raise ArgumentError(f"betas must be a list of numbers, got {describe(betas)}.")
     values = [betas] if isinstance(betas, Real) else list(betas)
     for beta in values:
         check_number("every one of betas", beta)
@@ -121,6 +123,10 @@ class _Sweep(Work):
         except Exception as error:
             error.add_note(f"in fit({beta:g})")
             raise
+
+    def check(self, result: Mapping[str, float]) -> None:
+        if not all(isinstance(x, float) for x in Point(**result)):
+            raise TypeError("expected numbers")
 
 
 def to_dataset(betas: Sequence[float], points: Sequence[Point]) -> "xarray.Dataset":

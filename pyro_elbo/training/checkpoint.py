@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, CheckpointError
-from pyro_elbo.files import read_file
+from pyro_elbo.files import read_file, reading
 from pyro_elbo.training.folder import PREVIOUS
+from pyro_elbo.training.history import best, to_dataset
 
+KIND = "checkpoint of pe.fit"
 CHECKPOINT_PARTS = frozenset(
     ("state_dict", "history", "optimizer_states", "loops", "epoch", "global_step", "run", "pytorch-lightning_version")
 )
@@ -36,7 +38,7 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of :func:`fit`: see :func:`read_file`."""
-    return read_file(path, CHECKPOINT_PARTS, "checkpoint of pe.fit")
+    return read_file(path, CHECKPOINT_PARTS, KIND)
 
 
 def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer, stop: Any) -> None:
@@ -47,7 +49,14 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
         ArgumentError: it holds more epochs or steps than training shall have, or ends within an epoch.
     """
     checkpoint = _load(path)
+    with reading(path, KIND):
+        _compare(path, checkpoint, programs, optimizer, stop)
+
+
+def _compare(path: Path, checkpoint: Mapping[str, Any], programs: Any, optimizer: Any, stop: Any) -> None:
     check_state(path, checkpoint["state_dict"], programs.state_dict())
+    best(checkpoint["history"])
+    to_dataset(checkpoint["history"])
     _check_run(path, checkpoint["run"], programs.identity)
     ours, theirs = optimizer.state_dict(), checkpoint["optimizer_states"][0]
     options = [[sorted(group) for group in state["param_groups"]] for state in (ours, theirs)]

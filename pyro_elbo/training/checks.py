@@ -4,7 +4,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from pyro_elbo.errors import ArgumentError, check_count, check_positive
+import numpy as np
+
+from pyro_elbo.errors import ArgumentError, check_count, check_positive, describe
 from pyro_elbo.objectives import TraceBeta_ELBO
 
 
@@ -21,6 +23,13 @@ def check_loss(loss: Any) -> None:
         )
 
 
+def with_python_numbers(options: Any) -> None:
+    """Replace the numbers of NumPy among the fields of a frozen dataclass: Lightning takes Python's alone."""
+    for name, x in vars(options).items():
+        if isinstance(x, np.generic):
+            object.__setattr__(options, name, x.item())
+
+
 def check_counts(required: Mapping[str, Any], optional: Mapping[str, Any]) -> None:
     """Raise ArgumentError unless all values are whole numbers of at least 1, or None for the optional ones."""
     for name, count in required.items():
@@ -32,8 +41,8 @@ def check_counts(required: Mapping[str, Any], optional: Mapping[str, Any]) -> No
 
 def check_compile(compile: Any) -> None:
     """Raise ArgumentError unless ``compile`` is True, False or ``"auto"``."""
-    if not isinstance(compile, bool) and compile != "auto":
-        raise ArgumentError(f'compile must be True, False or "auto", got {compile!r} ({type(compile).__name__}).')
+    if not isinstance(compile, bool) and not (isinstance(compile, str) and compile == "auto"):
+        raise ArgumentError(f'compile must be True, False or "auto", got {describe(compile)}.')
 
 
 def check_grad_clip(grad_clip: Any) -> None:

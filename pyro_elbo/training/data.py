@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_elbo.errors import DataError
-from pyro_elbo.programs import Program, as_tensors, check_arguments, named_columns, seeded
+from pyro_elbo.programs import Program, as_tensors, check_arguments, check_dense, named_columns, seeded
 from pyro_elbo.training.rows import (
     Epochs,
     RowDataset,
@@ -222,6 +223,9 @@ def _as_dataset(split: str, given: Any) -> Any:
         if rows == 0:
             raise DataError(f"{split}: the loader yields nothing; expected at least one batch.")
         return data
+    for x in pytree.tree_leaves(data):
+        if isinstance(x, Tensor):
+            check_dense(split, x)
     named = data if isinstance(data, Mapping) else dict(enumerate((data,) if isinstance(data, Tensor) else data))
     lengths = {name: len(x) for name, x in named.items() if has_rows(x)}
     if not named or len(set(lengths.values())) > 1 or not all(map(_is_argument, named.values())):

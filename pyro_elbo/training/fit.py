@@ -15,11 +15,12 @@ import torch
 from pyro_elbo import errors
 from pyro_elbo.compile import Compile
 from pyro_elbo.diagnosis import Probe
-from pyro_elbo.errors import check_count
+from pyro_elbo.errors import check_flag, check_seed
+from pyro_elbo.files import reading
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, keeping_modes
 from pyro_elbo.training import history as histories
-from pyro_elbo.training.checkpoint import check_resumable, load_checkpoint
+from pyro_elbo.training.checkpoint import KIND, check_resumable, load_checkpoint
 from pyro_elbo.training.checks import check_counts, check_loss
 from pyro_elbo.training.convergence import ConvergenceReport
 from pyro_elbo.training.data import Loaders, RunArguments, arguments, prepare_data
@@ -148,14 +149,15 @@ def fit(
     loss = TraceBeta_ELBO() if loss is None else loss
     check_programs(model, guide)
     check_loss(loss)
-    check_count("seed", seed, least=0)
+    check_seed(seed, optional=False)
+    check_flag("progress", progress)
     check_counts({}, {"batch_size": batch_size})
     steps = Steps(lr, accuracy, optimizer, scheduler, accumulate_grad_batches, grad_clip, compile)
     stop = Stopping(max_epochs, max_steps, patience, restore_best, valid is not None)
     machine = Machine(devices, num_nodes, accelerator, precision, logger, callbacks, compile, steps.is_auto)
-    options = Options(steps, stop, machine, Folder(dir, resume, overwrite), seed, progress)
+    options = Options(steps, stop, machine, Folder(dir, resume, overwrite), int(seed), progress)
     with undisturbed(), tempfile.TemporaryDirectory() as scratch:
-        loaders, first = prepare_data(train, valid, batch_size, seed, model, guide)
+        loaders, first = prepare_data(train, valid, batch_size, options.seed, model, guide)
         loaders.check_processes(machine.processes)
         run = _prepare(loss(model, guide), loaders, first, options, scratch)
         run.train()
@@ -248,8 +250,19 @@ class _Run(NamedTuple):
 
     def train(self) -> None:
         """Train; the parameters end up in the programs, or in files of several processes."""
-        with _training(self.trained), _errors_of_processes(), stopping_softly(self.trainer):
+        with _training(self.trained), _errors_of_processes(), stopping_softly(self.trainer), self._restoring():
             self.trainer.fit(self.programs, ckpt_path=self.start, weights_only=True)
+
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        """Raise CheckpointError where Lightning cannot restore the checkpoint."""
+        try:
+            yield
+        except Exception as error:
+            if self.start is None or self.programs.has_started:
+                raise
+            with reading(self.start, KIND):
+                raise error
 
     def result(self, data: RunArguments) -> FitResult:
         """Restore the best epoch where it is wanted, write the history, and return the result."""

@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyro_elbo.errors import ArgumentError, CheckpointError
+from pyro_elbo.errors import ArgumentError, CheckpointError, check_flag, check_path
 
 BEST, LAST, PREVIOUS, HISTORY = "best.ckpt", "last.ckpt", "previous.ckpt", "history.nc"
 
@@ -31,8 +31,10 @@ class Folder:
     overwrite: bool
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dir, str | os.PathLike | None):
-            raise ArgumentError(f"dir must be a path, got {self.dir!r} ({type(self.dir).__name__}).")
+        if self.dir is not None:
+            check_path("dir", self.dir, "a path")
+        check_flag("resume", self.resume)
+        check_flag("overwrite", self.overwrite)
         if (self.resume or self.overwrite) and self.dir is None:
             name = "resume" if self.resume else "overwrite"
             raise ArgumentError(f"{name}=True needs dir=..., the folder of the run.")

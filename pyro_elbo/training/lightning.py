@@ -62,6 +62,7 @@ class LightningPrograms(lightning.LightningModule):
         self.loaders, self.seed = loaders, options.seed
         self.progress, self.logs = options.progress, options.machine.logger is not None
         self.records: list[EpochRecord] = []
+        self.has_started = False
         self.probe, self.probed_at = probe, 0
         self._weights: tuple[Any, EpochRecord] = None, {}
         self.files, self.place = files, ""
@@ -123,6 +124,7 @@ class LightningPrograms(lightning.LightningModule):
         if self.options.is_auto:
             self._prepare_convergence()
         self.trainer.should_stop = self.trainer.should_stop or self._has_ended
+        self.has_started = True
 
     @property
     def _has_ended(self) -> bool:
@@ -293,7 +295,7 @@ class LightningPrograms(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the history from the checkpoint."""
-        self.records, self.probed_at = list(checkpoint["history"]), checkpoint.get("probed_at", 0)
+        self.records, self.probed_at = list(checkpoint["history"]), int(checkpoint.get("probed_at", 0))
         self.resumed = checkpoint.get("convergence")
 
     @property

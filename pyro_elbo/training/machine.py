@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_elbo.compile import Compile
 from pyro_elbo.errors import ArgumentError, describe
-from pyro_elbo.training.checks import check_counts
+from pyro_elbo.training.checks import check_counts, with_python_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +31,7 @@ class Machine:
     is_auto: bool
 
     def __post_init__(self) -> None:
+        with_python_numbers(self)
         check_counts({"devices": self.devices, "num_nodes": self.num_nodes}, {})
         self._check_names()
         self._check_processes()

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_elbo.compile import Compile
 from pyro_elbo.errors import ArgumentError, GuideError, check_number, describe
 from pyro_elbo.objectives import TraceBeta_ELBO
-from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip
+from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip, with_python_numbers
 from pyro_elbo.training.comparable import check_accuracy, check_steps
 from pyro_elbo.training.folder import Folder
 from pyro_elbo.training.machine import Machine
@@ -39,6 +39,7 @@ class Steps:
     compile: Compile
 
     def __post_init__(self) -> None:
+        with_python_numbers(self)
         _check_lr(self.lr)
         check_grad_clip(self.grad_clip)
         check_compile(self.compile)
@@ -174,6 +175,7 @@ class Stopping:
     has_validation: bool
 
     def __post_init__(self) -> None:
+        with_python_numbers(self)
         limits = {"max_epochs": self.max_epochs, "max_steps": self.max_steps, "patience": self.patience}
         check_counts({}, limits)
         if not isinstance(self.restore_best, bool | None):

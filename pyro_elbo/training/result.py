@@ -11,8 +11,17 @@ import torch
 
 from pyro_elbo.diagnosis import Diagnosis, diagnose, named_points
 from pyro_elbo.display import count_noun, html_table
-from pyro_elbo.errors import ArgumentError, CheckpointError, DataError, check_count
-from pyro_elbo.files import read_file, write_file
+from pyro_elbo.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    check_choice,
+    check_count,
+    check_flag,
+    check_path,
+    check_seed,
+)
+from pyro_elbo.files import read_file, reading, write_file
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.plots import plot_history
 from pyro_elbo.posterior import ParetoK, label_latents, pareto_k, predict_data, sample_guide, to_arviz
@@ -31,7 +40,7 @@ from pyro_elbo.training.checks import check_loss
 from pyro_elbo.training.convergence import ConvergenceReport
 from pyro_elbo.training.data import RunArguments, arguments
 from pyro_elbo.training.rows import num_rows
-from pyro_elbo.training.saved import decode_loss, decode_report, encode_loss, encode_report
+from pyro_elbo.training.saved import SavedResult, decode_loss, decode_result, encode_loss, encode_report
 from pyro_elbo.training.summary import Summary, summarize
 from pyro_elbo.training.trained import Trained, first_run
 
@@ -194,6 +203,7 @@ class FitResult:
             ArgumentError: ``which`` is neither.
             CheckpointError: the fit did not keep those parameters, or the file cannot be written.
         """
+        check_flag("data", data)
         wanted = [name for name in ("best", "last") if name in self._states] if which is None else [which]
         content = {
             "format": FORMAT,
@@ -208,7 +218,7 @@ class FitResult:
             "data": tuple(self.data) if data and self.data.is_plain() else None,
             "convergence": None if self.convergence is None else encode_report(self.convergence),
         }
-        write_file(content, _checked_path(path))
+        write_file(content, check_path("path", path))
 
     @property
     def _states(self) -> dict[str, Mapping[str, Any]]:
@@ -218,8 +228,7 @@ class FitResult:
         return {"best": only, "last": only} if self.best_epoch == self.history.epoch[-1] else states
 
     def _state(self, which: str) -> Mapping[str, Any]:
-        if which not in ("best", "last"):
-            raise ArgumentError(f"which must be 'best' or 'last', got {which!r}.")
+        check_choice("which", which, ("best", "last"))
         if which not in self._states:
             raise CheckpointError(
                 f"The parameters of the {which} epoch were not kept. Fit with restore_best=True or dir=..., which keep "
@@ -228,8 +237,7 @@ class FitResult:
         return self._states[which]
 
     def _seed(self, seed: int | None) -> int:
-        if seed is not None:
-            check_count("seed", seed, least=0)
+        check_seed(seed)
         return self.seed if seed is None else seed
 
     def _arguments(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -315,63 +323,54 @@ def load(
         True
     """
     check_programs(model, guide)
-    path = _checked_path(path)
+    path = check_path("path", path)
     saved = _read(path)
     loss = _loss_of(path, saved) if loss is None else loss
     check_loss(loss)
-    holds: Which = saved["holds"] if which is None else which
-    if holds not in saved["states"]:
+    if which is not None:
+        check_choice("which", which, ("best", "last"))
+    holds: Which = saved.holds if which is None else which
+    if holds not in saved.states:
         raise CheckpointError(
-            f"{path} holds the parameters of the epochs {list(saved['states'])}, not of {holds!r}. Leave which out, or "
+            f"{path} holds the parameters of the epochs {list(saved.states)}, not of {holds!r}. Leave which out, or "
             "save a fit that kept both (restore_best=True or dir=...)."
         )
     data = _data_of(path, saved, program_arguments(model, args, kwargs))
     batch = data.batch()
     check_arguments(f"{path}: its data", {"model": model, "guide": guide}, *batch, "Pass arguments to pe.load. ")
-    with seeded(saved["seed"]):
+    with seeded(saved.seed):
         trained, _ = first_run(loss(model, guide), *batch)
-    check_state(path, saved["states"][holds], trained.state_dict())
-    trained.load_state_dict(saved["states"][holds])
-    kept = {name: state for name, state in saved["states"].items() if name != holds}
-    fixed = saved["best_epoch"], saved["stopped_early"], None, None, saved["seed"], data
-    report = saved.get("convergence")
-    report = None if report is None else decode_report(report)
-    return FitResult(model, guide, loss, _history_of(saved), *fixed, holds, report, trained, kept)
+    check_state(path, saved.states[holds], trained.state_dict())
+    with reading(path, _KIND):
+        trained.load_state_dict(saved.states[holds])
+    kept = {name: state for name, state in saved.states.items() if name != holds}
+    fixed = saved.best_epoch, saved.stopped_early, None, None, saved.seed, data
+    return FitResult(model, guide, loss, saved.history, *fixed, holds, saved.convergence, trained, kept)
 
 
-def _checked_path(path: Any) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"path must be the name of a file, got {path!r} ({type(path).__name__}).")
-    return Path(path)
+def _read(path: Path) -> SavedResult:
+    plain = read_file(path, _PARTS, _KIND)
+    if not isinstance(plain["format"], str) or plain["format"] != FORMAT:
+        raise CheckpointError(f"{path}: expected the format {FORMAT}, got {plain['format']!r}. Save it again.")
+    with reading(path, _KIND):
+        return decode_result(plain)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    saved = read_file(path, _PARTS, _KIND)
-    if saved["format"] != FORMAT:
-        raise CheckpointError(f"{path}: expected the format {FORMAT}, got {saved['format']!r}. Save it again.")
-    return saved
-
-
-def _loss_of(path: Path, saved: Mapping[str, Any]) -> TraceBeta_ELBO:
-    if saved["loss"] is None:
+def _loss_of(path: Path, saved: SavedResult) -> TraceBeta_ELBO:
+    if saved.loss is None:
         raise ArgumentError(
-            f"{path}: the objective {saved['loss_repr']} holds functions or classes that a file cannot: pass it as "
+            f"{path}: the objective {saved.loss_repr} holds functions or classes that a file cannot: pass it as "
             "loss=..."
         )
-    return decode_loss(saved["loss"])
+    with reading(path, _KIND):
+        return decode_loss(saved.loss)
 
 
-def _data_of(path: Path, saved: Mapping[str, Any], given: tuple[tuple, dict[str, Any]]) -> RunArguments:
+def _data_of(path: Path, saved: SavedResult, given: tuple[tuple, dict[str, Any]]) -> RunArguments:
     """Return the data that were given, or those of the file."""
     args, kwargs = given
     if args or kwargs:
         return RunArguments(args, kwargs, num_rows((*args, *kwargs.values())), whole=True)
-    if saved["data"] is None:
+    if saved.data is None:
         raise CheckpointError(f"{path} was saved without data: pass the arguments of the programs to pe.load.")
-    return RunArguments(*saved["data"])
-
-
-def _history_of(saved: Mapping[str, Any]) -> "xarray.Dataset":
-    import xarray
-
-    return xarray.Dataset.from_dict(saved["history"])
+    return saved.data

@@ -60,7 +60,7 @@ def map_parts(function: Callable[[Any], Any], data: Any) -> Any:
 
 def has_rows(x: Any) -> bool:
     """Return whether the first dimension of a part of a batch holds its rows; numbers have none."""
-    return isinstance(x, Tensor) and x.dim() > 0 or is_stored(x)
+    return isinstance(x, Tensor) and x.dim() > 0 and x.layout is torch.strided or is_stored(x)
 
 
 def is_stored(x: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import astuple, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -10,6 +10,10 @@ from pyro_elbo import schedules
 from pyro_elbo.information import MutualInformation, TotalCorrelation
 from pyro_elbo.objectives import TraceBeta_ELBO, TraceIW_ELBO, TraceMI_ELBO, TraceTimestep_ELBO
 from pyro_elbo.training.convergence import ConvergenceReport, Window
+from pyro_elbo.training.data import RunArguments
+
+if TYPE_CHECKING:
+    import xarray
 
 OBJECTIVES = {cls.__name__: cls for cls in (TraceBeta_ELBO, TraceIW_ELBO, TraceTimestep_ELBO)}
 SCHEDULES = [x for x in vars(schedules).values() if isinstance(x, type) and issubclass(x, schedules.Schedule)]
@@ -45,6 +49,62 @@ def encode_report(report: ConvergenceReport) -> dict[str, Any]:
 def decode_report(plain: Mapping[str, Any]) -> ConvergenceReport:
     """Return the report that :func:`encode_report` described."""
     return ConvergenceReport(**{**plain, "windows": tuple(Window(*window) for window in plain["windows"])})
+
+
+class SavedResult(NamedTuple):
+    """What a file of a result holds; ``loss`` is described by plain values, or None with ``loss_repr`` alone."""
+
+    states: dict[str, dict[str, Any]]
+    holds: Any
+    loss: dict[str, Any] | None
+    loss_repr: str
+    history: "xarray.Dataset"
+    best_epoch: int
+    stopped_early: bool
+    seed: int
+    data: RunArguments | None
+    convergence: ConvergenceReport | None
+
+
+def decode_result(plain: Mapping[str, Any]) -> SavedResult:
+    """Return what the plain values of a file stand for.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError: they are not those of a result.
+    """
+    import xarray
+
+    states = {_typed(name, str, "states"): _typed(state, dict, "states") for name, state in plain["states"].items()}
+    history = xarray.Dataset.from_dict(plain["history"])
+    if not {"epoch", "split", "latent"} <= set(history.dims) or "elbo" not in history:
+        raise ValueError(f"the history has the dimensions {list(history.dims)}")
+    report = plain.get("convergence")
+    return SavedResult(
+        states,
+        {name: name for name in states}[plain["holds"]],
+        None if plain["loss"] is None else _typed(plain["loss"], dict, "loss"),
+        _typed(plain["loss_repr"], str, "loss_repr"),
+        history,
+        _typed(plain["best_epoch"], int, "best_epoch"),
+        _typed(plain["stopped_early"], bool, "stopped_early"),
+        _typed(plain["seed"], int, "seed"),
+        None if plain["data"] is None else _decode_data(*plain["data"]),
+        None if report is None else decode_report(report),
+    )
+
+
+def _decode_data(args: Any, kwargs: Any, rows: Any, whole: Any) -> RunArguments:
+    parts = zip((args, kwargs, rows, whole), (tuple, dict, int, bool), strict=True)
+    found = RunArguments(*(_typed(x, kind, "data") for x, kind in parts))
+    if not found.is_plain():
+        raise TypeError("data: expected tensors, numbers and strings")
+    return found
+
+
+def _typed(x: Any, kind: type, what: str) -> Any:
+    if not isinstance(x, kind) or isinstance(x, bool) != (kind is bool):
+        raise TypeError(f"{what}: expected {kind.__name__}, got {type(x).__name__}")
+    return x
 
 
 def _encode(x: Any) -> Any:

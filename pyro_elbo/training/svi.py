@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from pyro_elbo.compile import Compile, CompiledSVI, Course, PyroUpdate, StepTotals, TorchUpdate
 from pyro_elbo.display import progress_bar
-from pyro_elbo.errors import ArgumentError, check_count
+from pyro_elbo.errors import ArgumentError, check_count, check_flag
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
 from pyro_elbo.ranks import check_alone
@@ -75,6 +75,7 @@ class SVI:
         check_programs(model, guide)
         check_loss(loss)
         check_compile(compile)
+        check_flag("fallback_random", fallback_random)
         _check_optim(optim, grad_clip)
         self.model, self.guide, self.optim, self.loss, self.compile = model, guide, optim, loss, compile
         update = TorchUpdate(optim, grad_clip) if isinstance(optim, Optimizer) else PyroUpdate(optim, grad_clip)

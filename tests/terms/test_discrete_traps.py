@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 
 import pyro_elbo as pe
-from pyro_elbo.errors import ArgumentError, SiteError
+from pyro_elbo.errors import ArgumentError, ProgramError, SiteError
 from tests.programs_discrete import assignments, log_density, nothing
 from tests.support.refusing import refusing
 
@@ -238,7 +238,7 @@ def test_a_program_that_takes_all_values_for_one_is_told_their_shape(mean):
 
 
 def test_a_program_of_other_faults_is_told_nothing_of_values():
-    with pytest.raises(TypeError) as caught:
+    with pytest.raises(ProgramError, match="TypeError") as caught:
         elbo(lambda x: torch.ones(2) + "1", X)
     assert "side by side" not in str(caught.value)
 

@@ -1,0 +1,297 @@
+"""Files of somebody else: nothing in them runs, and what is not what the library wrote is refused by its own errors."""
+
+import ast
+import hashlib
+import io
+import json
+import os
+import pickle
+import subprocess
+from pathlib import Path
+
+import arviz
+import numpy as np
+import pyro
+import pytest
+import torch
+import xarray
+from torch import nn
+
+import pyro_elbo as pe
+from pyro_elbo.compile import store
+from pyro_elbo.errors import CheckpointError, PyroElboError
+from tests.support.made import exact, exported, fitted, terms
+from tests.support.small_programs import Guide, model, shared
+from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
+
+X = torch.linspace(-2.0, 2.0, 24)
+QUIET = {"progress": False}
+
+
+class Bomb:
+    """What makes a folder when a pickle is read with trust."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def fit(**options):
+    pyro.clear_param_store()
+    return pe.fit(model, Guide(), X, **{"max_epochs": 1, "batch_size": 12, **QUIET} | options)
+
+
+def sweep(folder):
+    return pe.sweep(lambda beta: terms(), [1.0], num_samples=1, dir=folder, **QUIET)
+
+
+def calibrate(folder):
+    sizes = {"num_simulations": 20, "num_draws": 19, **QUIET}
+    return pe.simulation_based_calibration(shared, exact, torch.zeros(4), dir=folder, **sizes)
+
+
+def saved(folder):
+    fit().save(folder / "fit")
+    return folder / "fit"
+
+
+def checkpoint(folder):
+    fit(dir=folder)
+    return folder / "last.ckpt"
+
+
+def point(folder):
+    sweep(folder)
+    return folder / "beta-1.0.pt"
+
+
+def simulation(folder):
+    calibrate(folder)
+    return folder / "simulation-000003.pt"
+
+
+READERS = {  # what writes a file, and what reads it again
+    "load": (saved, lambda folder: pe.load(folder / "fit", model, Guide())),
+    "resume": (checkpoint, lambda folder: fit(dir=folder, resume=True, max_epochs=2)),
+    "sweep": (point, sweep),
+    "calibration": (simulation, calibrate),
+}
+
+
+def as_pickle(bomb, content):
+    return pickle.dumps(bomb)
+
+
+def as_torch_file(bomb, content):
+    return written(bomb)
+
+
+def as_old_torch_file(bomb, content):
+    return written(bomb, _use_new_zipfile_serialization=False)
+
+
+def inside_of_what_was_written(bomb, content):
+    return written(content | {next(iter(content)): [bomb]})
+
+
+def as_another_key(bomb, content):
+    return written(content | {"more": {"deep": (bomb,)}})
+
+
+def as_numpy_file(bomb, content):
+    path = bomb.marker + ".npz"
+    np.savez(path, x=np.array([bomb], dtype=object))
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def as_script(bomb, content):
+    path = bomb.marker + ".script"
+    torch.jit.save(torch.jit.trace(nn.Identity(), torch.zeros(1)), path)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def written(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+DISGUISES = [
+    as_pickle,
+    as_torch_file,
+    as_old_torch_file,
+    inside_of_what_was_written,
+    as_another_key,
+    as_numpy_file,
+    as_script,
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_with_code_is_refused_and_the_code_does_not_run(reader, tmp_path):
+    write, read = READERS[reader]
+    path = write(tmp_path / "folder" if reader != "load" else tmp_path)
+    read(path.parent)
+    content, marker = torch.load(path, weights_only=True), tmp_path / "marker"
+    for disguise in DISGUISES:
+        path.write_bytes(disguise(Bomb(marker), content))
+        with pytest.raises(CheckpointError, match=path.name):
+            read(path.parent)
+        assert not marker.exists(), disguise.__name__
+
+
+def test_the_code_would_run_if_the_file_were_trusted(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "marker")))
+    assert (tmp_path / "marker").exists()
+
+
+FOREIGN = (None, "x", -1, [None], {"a": 1}, torch.zeros(2))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_plain_values_of_another_kind_are_refused_or_read(reader, tmp_path, untyped):
+    """Every part of a file is replaced in turn; what is read all the same is a result like the first."""
+    write, read = READERS[reader]
+    path = write(tmp_path / "folder" if reader != "load" else tmp_path)
+    read(path.parent)
+    content = torch.load(path, weights_only=True)
+    taken = []
+    for name in content:
+        for value in FOREIGN:
+            torch.save(content | {name: value}, path)
+            try:
+                read(path.parent)
+            except PyroElboError:
+                continue
+            taken.append((name, value))
+    assert len(taken) < len(content) * len(FOREIGN) / 4, taken
+
+
+def test_attributes_of_a_netcdf_file_are_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    history = fitted().history.copy(deep=True)
+    exported().to_netcdf("data.nc")
+    for attribute in ("__import__('os').mkdir('marker')", np.arange(4.0), 3):
+        history.attrs["point_estimates"] = history.attrs["units"] = attribute
+        history.beta.attrs["targets"] = attribute
+        history.to_netcdf("history.nc", engine="h5netcdf")
+        with xarray.open_dataset("history.nc", engine="h5netcdf") as file:
+            assert isinstance(pe.diagnose(file.load()).summary, str)
+        data = arviz.from_netcdf("data.nc")
+        for name in ("weights_skipped", "point_estimate", "pareto_k"):
+            data["sample_stats"].attrs[name] = attribute
+        with pytest.raises(PyroElboError):
+            pe.loo(data)
+    assert not os.path.exists("marker")
+
+
+# --- machine code on disk -----------------------------------------------------------------------------------------
+
+SOURCE = 'extern "C" int answer() { return 42; }'
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """A cache whose entry for SOURCE makes a folder when it is loaded; returns the cache and that folder."""
+    cache, marker = tmp_path / "open" / "cache", tmp_path / "marker"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    folder = store._folder()
+    code = f'#include <sys/stat.h>\n__attribute__((constructor)) static void run() {{ mkdir("{marker}", 0700); }}'
+    key = store._digest([SOURCE, *store._surroundings()])
+    library = folder / f"{key}.so"
+    command = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+    subprocess.run(command, input=code, text=True, check=True)
+    facts = {"sha256": hashlib.sha256(library.read_bytes()).hexdigest()}
+    library.with_suffix(".json").write_text(json.dumps(facts))
+    return folder, marker
+
+
+def open_folder(folder, monkeypatch):
+    folder.chmod(0o777)
+
+
+def open_to_the_group(folder, monkeypatch):
+    folder.chmod(0o770)
+
+
+def open_parent(folder, monkeypatch):
+    folder.parent.parent.chmod(0o777)
+
+
+def of_another_user(folder, monkeypatch):
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+
+
+def by_a_link(folder, monkeypatch):
+    """The folder's name leads to a place that others can write to."""
+    place = folder.parent.parent / "place"
+    folder.rename(place)
+    place.chmod(0o777)
+    folder.symlink_to(place)
+
+
+def with_another_library(folder, monkeypatch):
+    facts = next(folder.glob("*.json"))
+    facts.write_text(json.dumps({"sha256": "0" * 64}))
+
+
+def with_facts_of_another_kind(folder, monkeypatch):
+    next(folder.glob("*.json")).write_text('["sha256", {"__reduce__": "os.mkdir"}]')
+
+
+@pytest.mark.parametrize(
+    "distrust",
+    [
+        open_folder,
+        open_to_the_group,
+        open_parent,
+        of_another_user,
+        by_a_link,
+        with_another_library,
+        with_facts_of_another_kind,
+    ],
+)
+def test_machine_code_that_others_could_have_written_is_not_found(planted, monkeypatch, distrust, caplog):
+    folder, marker = planted
+    distrust(folder, monkeypatch)
+    assert store._find(store._digest([SOURCE, *store._surroundings()])) is None
+    assert "others than you" in caplog.text or "damaged" in caplog.text
+    assert not marker.exists()
+
+
+def test_machine_code_in_a_folder_of_ones_own_is_loaded(planted):
+    """Trust is in the folder: whoever can write to it can do what the user can."""
+    folder, marker = planted
+    folder.parent.parent.chmod(0o1777)  # like /tmp: others make files beside, and cannot rename it
+    store.load_library(SOURCE)
+    assert marker.exists()
+
+
+@pytest.mark.thorough
+def test_code_of_others_is_compiled_anew(planted, monkeypatch):
+    folder, marker = planted
+    open_parent(folder, monkeypatch)
+    assert store.load_library(SOURCE).answer() == 42
+    assert not marker.exists()
+
+
+def test_pickles_are_read_in_one_place():
+    """And there without trust; errors of other processes are pickled and read by the same process."""
+    readers = {"torch.load", "pickle.load", "pickle.loads", "np.load", "joblib.load", "eval", "exec", "__import__"}
+    root = Path(pe.__file__).parent
+    calls = {
+        (path.name, ast.unparse(node.func))
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    }
+    assert {call for call in calls if call[1] in readers} == {
+        ("files.py", "torch.load"),
+        ("parallel.py", "pickle.loads"),
+    }

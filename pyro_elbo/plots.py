@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyro_elbo.diagnosis import Finding, diagnose
+from pyro_elbo.diagnosis import Finding, diagnose, read_history
 from pyro_elbo.display import check_axes
 from pyro_elbo.errors import ArgumentError, check_number, describe
 from pyro_elbo.representation import Audit, Estimate, Fairness, Readout
@@ -28,29 +28,23 @@ _SIDES = (
 )
 
 
-def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) -> "list[Axes]":
+def plot_history(history: "xarray.Dataset | Any", axes: "list[Axes] | None" = None) -> "list[Axes]":
     """Plot training curves: the bound with its two parts, and the KL of every latent site beside its weight.
 
     What :func:`diagnose` finds is named in the legends, those of single latents beside their KL; a vertical line marks
     the first epoch. Legends stand below the curves: a figure of your own needs room there (layout="constrained").
 
     Args:
-        history: ``history`` of a :class:`pyro_elbo.FitResult`: dimensions ``epoch`` and ``split``, nats per datum.
+        history: the result of :func:`fit`, or its ``history``, or some of its epochs.
         axes: two matplotlib axes to draw into; a new figure if omitted.
 
     Returns:
         The two axes.
 
     Raises:
-        ArgumentError: ``history`` is no history or has no epochs, or ``axes`` are not two.
+        ArgumentError: ``history`` is none, has no epochs or lacks training, or ``axes`` are not two.
     """
-    if not {"epoch", "split", "latent"} <= set(getattr(history, "dims", ())):
-        raise ArgumentError(
-            f"plot_history: expected a history over epoch, split and latent, got a {type(history).__name__}. "
-            "Give result.history of a fit."
-        )
-    if not history.sizes["epoch"]:
-        raise ArgumentError("plot_history: the history has no epochs. Give the history of a fit.")
+    history = read_history("plot_history", history)
     if axes is None:
         import matplotlib.pyplot as plt
 
@@ -61,7 +55,7 @@ def plot_history(history: "xarray.Dataset", axes: "list[Axes] | None" = None) ->
         if bool(curve.notnull().any()):
             _plot_epochs(bound, curve, color=_COLORS[str(split)], label=f"elbo, {split}")
     distortion = -history.distortion.sel(split="train")
-    _plot_epochs(bound, distortion, color="#d08c3f", lw=1, ls=":", label="-distortion")
+    _plot_epochs(bound, distortion, color="#d08c3f", lw=1, ls=":", label="-distortion, train")
     bound.set(xlabel="epoch", ylabel="nats per datum", title="evidence lower bound (β = 1)")
     findings = [f for f in diagnose(history).findings if not f.is_harmless]
     _mark(bound, [f for f in findings if f.site is None])

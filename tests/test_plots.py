@@ -116,7 +116,7 @@ def test_bad_curves():
     alone = Audit(1000, 0, readout("sex", 0.7, 0.675))
     with refuses(ArgumentError, "no curves"):
         plot_tradeoff({})
-    with refuses(ArgumentError, "'aggregate' has no audits"):
+    with refuses(ArgumentError, "curves['aggregate'] has no audits"):
         plot_tradeoff({"aggregate": {}})
     with refuses(ArgumentError, "'aggregate' at 3 has no target"):
         plot_tradeoff({"aggregate": {3.0: alone}})
@@ -165,14 +165,25 @@ def test_a_history_of_one_epoch_is_seen_as_points():
         plot_history(history().isel(epoch=slice(0)))
 
 
+def test_what_is_no_axes_is_called_so():
+    plot = inspect.unwrap(plot_history)  # without the tests' type checks
+    with pytest.raises(ArgumentError, match=r"axes must be 2 matplotlib axes, got \[1, 2\] \(list\)"):
+        plot(history(), [1, 2])
+
+
+def test_the_distortion_is_said_to_be_that_of_training():
+    bound, _ = plot_history(history())
+    assert [line.get_label() for line in bound.lines] == ["elbo, train", "elbo, valid", "-distortion, train"]
+
+
 def test_inputs_that_are_no_history_or_no_audits_are_refused():
     audits = tradeoff(1.0)
     history, curves = inspect.unwrap(plot_history), inspect.unwrap(plot_tradeoff)  # without the tests' type checks
-    with refuses(ArgumentError, "epoch, split and latent", "a dict"):
+    with refuses(ArgumentError, "epoch, split and latent", "dict"):
         history({"elbo": [1.0]})
     with refuses(ArgumentError, "label", "weight"):
         curves(audits)
-    with pytest.raises(ArgumentError, match="expected 4 matplotlib axes, got 2"):
+    with pytest.raises(ArgumentError, match=r"axes must be 4 matplotlib axes, got .*Axes"):
         plot_tradeoff({"aggregate": audits}, plt.subplots(1, 2)[1])
     with refuses(ArgumentError, "label", "weight"):
         curves({"aggregate": {0.0: 1.0}})

@@ -2,8 +2,9 @@
 
 Takes a training history, programs and data, or terms; gives ``Diagnosis``, a tuple of ``Finding``, active units, and
 the comparison of two splits (``splits``, from terms by row in ``rows``).
-``probe`` measures what the bound alone does not show, ``activity`` counts units that move with the data, ``evidence``
-reads a history, ``rules`` judges it, a function per finding (``trends``, ``latents``), ``findings`` holds the words.
+``probe`` measures what the bound alone does not show, ``activity`` counts units that move with the data, ``reading``
+checks a history, ``evidence`` takes its curves, ``rules`` judges them, a function per finding (``trends``,
+``latents``), ``findings`` holds the words.
 Imports objectives and below.
 """
 
@@ -11,6 +12,7 @@ from pyro_elbo.diagnosis.activity import ACTIVE, active_units, spread_of_means
 from pyro_elbo.diagnosis.evidence import named_points
 from pyro_elbo.diagnosis.findings import Diagnosis, Finding
 from pyro_elbo.diagnosis.probe import MAX_ROWS, Call, Probe, ProbeData, ProbeRecord, are_local, cost_in_steps
+from pyro_elbo.diagnosis.reading import read_history
 from pyro_elbo.diagnosis.recorded import probe_variables
 from pyro_elbo.diagnosis.rows import rows_of
 from pyro_elbo.diagnosis.rules import diagnose
@@ -34,6 +36,7 @@ __all__ = [
     "diagnose",
     "named_points",
     "probe_variables",
+    "read_history",
     "rows_of",
     "spread_of_means",
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from pyro_elbo.errors import ArgumentError
+from pyro_elbo.diagnosis.reading import PROBED, SPLITS, read_history
 
 if TYPE_CHECKING:
     import xarray
@@ -17,9 +17,7 @@ SURE = 5.0  # standard errors of an average, where the best of many epochs is co
 LOST = 0.05  # of what was gained: less is the noise of a fit that has settled,
 SLIGHT = 0.01  # unless it is more than this, and
 UNLIKE = 3.0  # times as deep as any fall before
-SPLITS = {"train": "training", "valid": "validation"}
-PROBED = ("kl_per_dim", "active_units", "swapped_distortion", "gradient_norm")
-TOTALS = {"elbo", "loss", "distortion", "rate", "beta", "kl"}
+COMPARED = ("elbo", "distortion", "rate")  # of one split with the other
 
 
 class Fall(NamedTuple):
@@ -137,18 +135,9 @@ class Evidence:
         """Read a history.
 
         Raises:
-            ArgumentError: it is none.
+            ArgumentError: it is none, or one from which nothing can be judged.
         """
-        dims, names = set(getattr(history, "dims", ())), set(getattr(history, "data_vars", ()))
-        if not {"epoch", "split", "latent"} <= dims or not names >= TOTALS:
-            raise ArgumentError(
-                f"diagnose: expected a history over epoch, split and latent with {sorted(TOTALS)}, got a "
-                f"{type(history).__name__}. Give the result of pe.fit, or its history."
-            )
-        if not history.sizes["epoch"]:
-            raise ArgumentError(
-                "diagnose: the history has no epochs. Give the history of a fit, or some of its epochs."
-            )
+        history = read_history("diagnose", history)
         beta, epochs = history.beta.values, history.epoch.values
         moves = np.flatnonzero((np.diff(beta, axis=0) != 0).any(1)) if beta.size else np.empty(0, int)
         first = moves[-1] + 1 if len(moves) else 0
@@ -183,8 +172,8 @@ class Evidence:
 
     @property
     def judged(self) -> str:
-        """The split that tells how good the fit is: validation if there is one."""
-        return "valid" if len(self.curve("elbo", "valid")) else "train"
+        """The split that tells how good the fit is: validation if its bound is known under the final weights."""
+        return "valid" if len(self.steady("elbo", "valid")) else "train"
 
     def curve(self, name: str, split: str | None = None, **labels: str) -> Curve:
         """Return a figure over all epochs in which it is known; without any where the history lacks it."""
@@ -198,9 +187,15 @@ class Evidence:
         return Curve(self.history.epoch.values[known], values[known])
 
     def steady(self, name: str, split: str) -> Curve:
-        """Return a figure over the epochs under the final weights."""
-        curve = self.curve(name, split)
+        """Return a figure over the epochs under the final weights.
+
+        The parts of the bound are compared between the splits, so they are those of epochs in which both are known.
+        """
+        curve, epochs = self.curve(name, split), self.history.epoch.values
         known = curve.epochs >= self.settled
+        if name in COMPARED:
+            both = np.isfinite(self.history[name].values)
+            known &= np.isin(curve.epochs, epochs[both[:, both.any(0)].all(1)])
         return Curve(curve.epochs[known], curve.values[known])
 
     def gained(self, split: str, after: float = 0.0) -> float:

@@ -191,17 +191,6 @@ def test_noise_of_a_settled_fit_is_nothing():
         assert pe.diagnose(history(distortion=tuple(0.3 * noise))).names == ("healthy",)
 
 
-@pytest.mark.parametrize("wrong", [{"elbo": [1.0]}, None, 3.0, torch.zeros(3)])
-def test_what_is_no_history_is_refused(wrong):
-    with pytest.raises(ArgumentError, match=r"expected a history over epoch, split and latent.*pe\.fit"):
-        diagnose(wrong)
-
-
-def test_an_empty_history_is_refused():
-    with pytest.raises(ArgumentError, match="no epochs"):
-        pe.diagnose(history().isel(epoch=slice(0)))
-
-
 def test_a_notebook_shows_what_print_shows():
     found = pe.diagnose(history(**CASES["overfitting"]))
     words = re.sub(r"<[^>]*>", " ", found._repr_html_())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from pyro_elbo.diagnosis.reading import PROBED, SPLITS, read_history
+from pyro_elbo.diagnosis.reading import PROBED, read_history
 
 if TYPE_CHECKING:
     import xarray
@@ -17,6 +17,7 @@ SURE = 5.0  # standard errors of an average, where the best of many epochs is co
 LOST = 0.05  # of what was gained: less is the noise of a fit that has settled,
 SLIGHT = 0.01  # unless it is more than this, and
 UNLIKE = 3.0  # times as deep as any fall before
+SPLITS = {"train": "training", "valid": "validation"}
 COMPARED = ("elbo", "distortion", "rate")  # of one split with the other
 
 

@@ -31,7 +31,7 @@ TOGETHER = (
 )
 """Figures that tell something together only."""
 LABELED = {"epoch", "split", "latent"}
-SPLITS = {"train": "training", "valid": "validation"}
+BOTH = ["train", "valid"]
 
 
 def read_history(call: str, history: Any) -> "xarray.Dataset":
@@ -60,7 +60,7 @@ def read_history(call: str, history: Any) -> "xarray.Dataset":
     kept = [name for name in (*TOTALS, *PROBED) if _is_whole(found, name)]
     for name in kept:
         _check_figure(call, name, found[name])
-    ordered = found[kept].assign_attrs(found.attrs).sortby("epoch").reindex(split=list(SPLITS))
+    ordered = found[kept].assign_attrs(found.attrs).sortby("epoch").reindex(split=BOTH)
     for names in TOGETHER:
         known = [np.isfinite(ordered[name].astype(float)) for name in names if name in kept]
         for name in set(names) & set(kept):
@@ -90,7 +90,7 @@ def _check_labels(call: str, history: "xarray.Dataset") -> None:
     if history.epoch.dtype.kind not in "iuf":
         raise ArgumentError(f"{call}: the epochs of a history are numbers, got {describe(history.epoch.values)}.")
     splits = history.split.values.tolist()
-    if "train" not in splits or not set(splits) <= set(SPLITS):
+    if "train" not in splits or not set(splits) <= set(BOTH):
         raise ArgumentError(
             f"{call}: the splits of a history are 'train', from which training is judged, and 'valid' if there is "
             f"validation, got {splits}. Give both, or 'train' alone."

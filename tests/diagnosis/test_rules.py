@@ -1,19 +1,14 @@
 """The rules on hand-made histories: each finding where it was put, no other, and nothing guessed."""
 
-import inspect
 import re
 from typing import get_args
 
 import numpy as np
 import pytest
-import torch
 
 import pyro_elbo as pe
 from pyro_elbo.diagnosis.findings import FindingName
-from pyro_elbo.errors import ArgumentError
 from tests.diagnosis.histories import CASES, EPOCHS, LATE, SETTLING, T, history
-
-diagnose = inspect.unwrap(pe.diagnose)  # without the tests' type checks
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,7 +8,7 @@ checks a history, ``evidence`` takes its curves, ``rules`` judges them, a functi
 Imports objectives and below.
 """
 
-from pyro_elbo.diagnosis.activity import ACTIVE, active_units, spread_of_means
+from pyro_elbo.diagnosis.activity import active_units, are_active
 from pyro_elbo.diagnosis.evidence import named_points
 from pyro_elbo.diagnosis.findings import Diagnosis, Finding
 from pyro_elbo.diagnosis.probe import MAX_ROWS, Call, Probe, ProbeData, ProbeRecord, are_local, cost_in_steps
@@ -19,7 +19,6 @@ from pyro_elbo.diagnosis.rules import diagnose
 from pyro_elbo.diagnosis.splits import Gap, SplitComparison, compare_splits
 
 __all__ = [
-    "ACTIVE",
     "Call",
     "Diagnosis",
     "Finding",
@@ -30,6 +29,7 @@ __all__ = [
     "ProbeRecord",
     "SplitComparison",
     "active_units",
+    "are_active",
     "are_local",
     "compare_splits",
     "cost_in_steps",
@@ -38,5 +38,4 @@ __all__ = [
     "probe_variables",
     "read_history",
     "rows_of",
-    "spread_of_means",
 ]

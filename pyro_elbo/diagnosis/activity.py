@@ -1,8 +1,10 @@
 r"""Active units: the elements of a latent whose posterior mean moves with the data.
 
-.. math:: \mathrm{Var}_x\, E_q[z \mid x] > 0.01,
+.. math:: \mathrm{Var}_x\, E_q[z \mid x] > 0.01\, \mathrm{Var}_p(z),
 
-the threshold of Burda et al. The variance over rows of a mean of S draws contains 1/S of the variance within a
+the threshold of Burda et al. where the prior has unit variance, and the same under any other units of z. The prior's
+variance is that of its distribution given what it depends on, averaged over rows; 1 stands for one that is infinite or
+unknown. The variance over rows of a mean of S draws contains 1/S of the variance within a
 posterior, which is subtracted. In a sequence the variance over sequences is averaged over time.
 
 References:
@@ -19,7 +21,7 @@ from pyro_elbo.errors import DataError, check_count
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.posterior import label_latents, sample_guide
 from pyro_elbo.programs import Program, check_options, program_arguments, seeded
-from pyro_elbo.terms import Terms
+from pyro_elbo.terms import Term, Terms
 
 if TYPE_CHECKING:
     import xarray
@@ -32,9 +34,11 @@ def active_units(
 ) -> dict[str, Bool[Tensor, "*unit"]]:
     r"""Say which units of each latent are active: their posterior mean moves with the data.
 
-    .. math:: \mathrm{Var}_x\, E_q[z \mid x] > 0.01
+    .. math:: \mathrm{Var}_x\, E_q[z \mid x] > 0.01\, \mathrm{Var}_p(z)
 
-    Modules run in evaluation mode; parameters, modes, buffers and torch's random stream stay as they were.
+    Under a prior of unit variance this is the rule of Burda et al. Where the prior's variance is infinite or has no
+    formula, the threshold is 0.01. Modules run in evaluation mode; parameters, modes, buffers and torch's random stream
+    stay as they were.
 
     Args:
         model: the generative program.
@@ -79,11 +83,31 @@ def active_units(
             "more rows."
         )
     draws = label_latents(sample_guide(model, guide, args, kwargs, num_samples, seed))
-    spreads = {name: spread_of_means(name, terms, draws) for name, term in terms.sites.items() if term.kind == "latent"}
-    return {name: spread > ACTIVE for name, spread in spreads.items() if spread is not None}
+    found = {name: are_active(name, terms, draws) for name, term in terms.sites.items() if term.kind == "latent"}
+    return {name: units for name, units in found.items() if units is not None}
 
 
-def spread_of_means(name: str, terms: Terms, draws: "xarray.Dataset") -> Float[Tensor, "*unit"] | None:
+def are_active(name: str, terms: Terms, draws: "xarray.Dataset") -> Bool[Tensor, "*unit"] | None:
+    """Return which units of a latent are active, from draws; None for one without a value per row."""
+    spread = _spread_of_means(name, terms, draws)
+    return None if spread is None else spread > threshold(terms.sites[name]).to(spread)
+
+
+def threshold(term: Term) -> Float[Tensor, "*unit"]:
+    """Return the variance of means above which the units of a latent are active: a hundredth of their prior's."""
+    unknown = torch.full(term.event_shape, ACTIVE)
+    if term.in_model is None:
+        return unknown
+    prior = term.in_model.stepwise().fn
+    try:
+        variance = prior.variance.detach()
+    except NotImplementedError:
+        return unknown
+    variance = variance.flatten(0, -1 - len(prior.event_shape)).mean(0) if prior.batch_shape else variance
+    return (ACTIVE * variance).where(variance.isfinite() & (variance > 0), ACTIVE)
+
+
+def _spread_of_means(name: str, terms: Terms, draws: "xarray.Dataset") -> Float[Tensor, "*unit"] | None:
     """Return the variance over rows of a latent's posterior mean, from draws; None for one without a value per row."""
     data, plates = terms.data_plate, [p.name for p in terms.plates[name]]
     if data is None or data.name not in plates or name not in draws:

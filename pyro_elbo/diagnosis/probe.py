@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_elbo.diagnosis.activity import ACTIVE, variance_of_means
+from pyro_elbo.diagnosis.activity import threshold, variance_of_means
 from pyro_elbo.information import PenaltyContext, information_on_data
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Plate, Program, SameRows, Site, evaluating, is_point, seeded, trace_program
@@ -169,7 +169,7 @@ def _count_active(terms: Terms, call: Call, name: str, plate: Plate) -> float:
     spread = variance_of_means(means.double(), has_time)
     if not spread.isfinite().all():
         raise ValueError("the posterior has no mean")
-    return float((spread > ACTIVE).sum())
+    return float((spread > threshold(terms.sites[name]).to(spread)).sum())
 
 
 def _means(site: Site, plate: str, has_time: bool) -> Float[Tensor, "rows *rest"]:

@@ -343,21 +343,21 @@ def _over_time(site: Site, steps: Term) -> Term:
     if steps.independent is not None:
         moved = tuple(p._replace(dim=p.dim - 1) for p in steps.independent)
         whole = replace(whole, steps=replace(steps, independent=moved))
-    return replace(whole, posterior=steps.posterior, pairs=steps.pairs)
+    return replace(whole, posterior=steps.posterior, pairs=steps.pairs, in_model=steps.in_model)
 
 
 def _latent_part(p: Site, q: Site, exact: bool, changed: bool) -> _Part:
     """Return the part of a latent that the guide has too."""
     variables = {**p.variables, **q.variables}
     if exact and not changed and not q.is_enumerated and all(variables[d] == v for d, v in p.variables.items()):
-        term = replace(latent_term(p, q, True), draws=_single(q))
+        term = replace(latent_term(p, q, True), draws=_single(q), in_model=p)
         return _split(term, label(term.nats, variables), None, term.score, q)
     log_q, score = (q.log_prob(), None) if q.is_enumerated else log_density(q.stepwise())
     if not alike(p.scale, q.scale):
         log_q = log_q * (q.scale / p.scale)
     steps = p.stepwise()
     rest, log_p = label_steps(log_q, q), label_steps(steps.log_prob(), p)
-    term = term_of(steps, "latent", log_q, is_analytic=q.is_enumerated, draws=_single(q))
+    term = term_of(steps, "latent", log_q, is_analytic=q.is_enumerated, draws=_single(q), in_model=p)
     return _split(term, rest if changed else rest - log_p, log_p if changed else None, score, q)
 
 

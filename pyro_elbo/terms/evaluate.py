@@ -62,8 +62,9 @@ def site_term(site: Site, q: Site | None, exact: bool, fixed: bool) -> Term:
     if site.role == "latent":
         assert q is not None
         if isinstance(site.fn, StackedDistribution) and isinstance(q.fn, StackedDistribution):
-            return replace(sum_over_time(site, latent_term(site.stepwise(), q.stepwise(), exact)), draws=(q,))
-        return replace(latent_term(site, q, exact), draws=(q,))
+            over_time = sum_over_time(site, latent_term(site.stepwise(), q.stepwise(), exact))
+            return replace(over_time, draws=(q,), in_model=site)
+        return replace(latent_term(site, q, exact), draws=(q,), in_model=site)
     if site.role == "deterministic":  # a latent that poutine.reparam split into parts
         return _negated(replace(_likelihood(site, "auxiliary"), draws=(site,)))
     return replace(_likelihood(site, likelihood_kind(site, fixed)), draws=(site,))

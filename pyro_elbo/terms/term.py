@@ -48,6 +48,7 @@ class Term:
         expected: True for an expectation over sites that the guide enumerates.
         prior: the model's distribution of a latent that the guide gives as a point (Delta), drawn elsewhere or nowhere;
             None for one that it draws.
+        in_model: the model's site of a latent that the guide draws under the same name, in the first run.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Term:
     independent: tuple[Plate, ...] | None = None
     expected: bool = False
     prior: Distribution | None = None
+    in_model: Site | None = None
 
     @property
     def reward_plates(self) -> tuple[Plate, ...]:

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from pyro_elbo.diagnosis import ACTIVE, MAX_ROWS, are_local, spread_of_means
+from pyro_elbo.diagnosis import MAX_ROWS, are_active, are_local
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import GuideError, WeightsError
 from pyro_elbo.posterior import Draws, ParetoK, format_k, judge, label_latents, sample_guide
@@ -114,7 +114,7 @@ class Summary:
         part = f"k-hat and active units of {self.num_rows} rows." if self.num_rows < self.num_data else ""
         names = ", ".join(map(repr, self.point_estimates))
         points = f"The elbo is no bound, and minus the log prior stands for the KL of {names}." if names else ""
-        active = "Active: units whose posterior mean moves with the data, Var_x E_q[z] > 0.01."
+        active = "Active: units whose posterior mean moves with the data, Var_x E_q[z] > 0.01 Var_p(z)."
         active = active if any(s.units for s in self.sites) else ""
         return [note for note in (str(self.pareto_k or self.caution or ""), points, active, part) if note]
 
@@ -182,8 +182,8 @@ def _kl_by_site(terms: Terms, found: Sequence[Mapping[str, float]]) -> dict[str,
 
 def _count_active(name: str, terms: Terms, draws: "xarray.Dataset") -> tuple[int, int] | tuple[None, None]:
     """Count the active units of a latent, and all of them."""
-    spread = spread_of_means(name, terms, draws)
-    return (None, None) if spread is None else (int((spread > ACTIVE).sum()), spread.numel())
+    active = are_active(name, terms, draws)
+    return (None, None) if active is None else (int(active.sum()), active.numel())
 
 
 def _number(x: float, form: str) -> str:

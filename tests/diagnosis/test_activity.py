@@ -41,6 +41,44 @@ def test_the_exact_variance_decides():
     )
 
 
+@pytest.mark.parametrize("unit", [1e-3, 10.0])
+def test_the_units_of_a_latent_do_not_matter(unit):
+    """The latent in other units: the same bound, the same KL, the same active units, in the probes of a fit as well."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), unit).to_event(1))
+            pyro.sample("x", dist.Normal(WEIGHTS * z / unit, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        precision = WEIGHTS.square() + 1
+        with pyro.plate("data", len(x)):
+            scale = unit * precision.rsqrt() + 0.0 * pyro.param("unused", torch.tensor(1.0))
+            pyro.sample("z", dist.Normal(unit * WEIGHTS * x / precision, scale).to_event(1))
+
+    x = rows(400)
+    assert pe.active_units(model, guide, x)["z"].tolist() == [True, True, False, False]
+    result = pe.fit(model, guide, x, batch_size=None, max_epochs=1, progress=False)
+    assert result.history.active_units.values.ravel()[0] == 2
+    assert result.summary(num_samples=200).sites[0].active_units == 2
+
+
+@pytest.mark.parametrize("prior", [dist.Cauchy(0.0, 1.0), dist.Normal(0.0, 1.0)])
+def test_a_prior_without_a_variance_counts_as_one_of_unit_variance(prior):
+    def model(x, pull):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, pull):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pull * x, 0.1))
+
+    x = torch.linspace(-1.0, 1.0, 200)
+    for pull, active in ((0.3, True), (0.1, False)):  # variances of 0.030 and 0.003
+        assert pe.active_units(model, guide, x, pull)["z"].item() is active
+
+
 def test_the_variance_of_means_is_exact_without_noise():
     x = rows(400)
     means = (WEIGHTS * x / (WEIGHTS.square() + 1)).double()

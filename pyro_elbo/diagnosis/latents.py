@@ -69,7 +69,7 @@ def over_regularized(evidence: Evidence) -> Iterator[Finding]:
         silent = f", and {len(dead)} of {len(units)} units carry less than {DEAD:g}" if units else ""
         yield Finding(
             "over-regularized",
-            f"the weight of the KL is β = {beta:.3g}, and the KL {kl:.3g} nats per datum{silent}.",
+            f"the weight of the KL is β = {beta:.3g}; the KL is {kl:.3g} nats per datum{silent}.",
             f"where training stands still, one more nat of rate would save {beta:.3g} nats of distortion: the bound at "
             "β = 1 is not at its optimum.",
             "lower β to 1, or raise it by a schedule that ends there.",
@@ -92,7 +92,7 @@ def posterior_collapse(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             "posterior collapse",
             f"none of the {len(units)} units carries {DEAD:g} nats per datum"
-            + ("." if active is None else f"; the posterior means of {active:.0f} move with the data."),
+            + ("." if active is None else f", and {active:.0f} of them move their posterior means with the data."),
             "the guide answers with the prior whatever the datum: the latent is no representation of it.",
             "raise β slowly from 0 (pe.LinearWarmup), give free_bits, weaken the decoder (fewer inputs beside the "
             "latent, a smaller scale of the likelihood), lower the learning rate of the decoder.",

@@ -78,7 +78,7 @@ def test_a_weight_is_too_large_since_it_was_raised(beta, since):
     seen["kl_per_dim"] = seen.kl_per_dim.where(seen.epoch >= 20, 1.0).where(seen.kl_per_dim.notnull())
     (finding, *_) = pe.diagnose(seen).findings
     assert (finding.name, finding.since, finding.units) == ("over-regularized", since, ("z[1]",))
-    assert "1 of 2 units carry less than 0.02" in finding.seen
+    assert re.search(r"β = 20; the KL is [\d.]+ nats per datum, and 1 of 2 units carry less than 0.02", finding.seen)
 
 
 def test_an_objective_that_falls_diverges_whichever_part_it_loses_to():
@@ -131,6 +131,7 @@ def test_what_is_left_is_measured_against_the_gain_of_the_whole_fit():
 def test_collapse_names_site_and_units():
     (finding,) = pe.diagnose(history(**CASES["posterior collapse"])).findings
     assert (finding.site, finding.units) == ("z", ("z[0]", "z[1]"))
+    assert finding.seen.endswith("nats per datum, and 0 of them move their posterior means with the data.")
     assert "posterior collapse of 'z', since epoch 0" in str(pe.diagnose(history(**CASES["posterior collapse"])))
 
 

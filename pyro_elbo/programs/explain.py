@@ -38,7 +38,16 @@ NOTHING: Mapping[str, torch.Size] = {}
 
 _ROOTS = [Path(str(module.__file__)).parent for module in (torch, pyro, jaxtyping)] + [Path(__file__).parents[1]]
 _LIBRARIES = tuple(f"{root.resolve()}{os.sep}" for root in _ROOTS) + (os.path.realpath(contextlib.__file__),)
-_FAILURES = (ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
+_FAILURES = (
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    StopIteration,  # data that a program takes from an iterator run out
+)
 _NO_KERNEL = re.compile(r"not implemented for '|Could not run '")  # torch: of a dtype, a layout or a device
 _BAD_VALUES = re.compile(r"\b(nan|inf)\b|positive-definite|positive definite|contains? non-finite|>= 0\.0", re.I)
 

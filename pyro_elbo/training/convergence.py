@@ -78,9 +78,11 @@ class ConvergenceReport:
         if not self.windows:
             return f"Ended by {self.limit} before one window of iterates was complete."
         last = self.windows[-1]
+        far = "how far their average is from the optimum cannot be said without two such step sizes in a row"
+        if not math.isnan(self.distance):
+            far = f"their average is {self.distance:.2g} from the optimum"
         found = {
-            "stationary": f"the iterates are stationary at step size {last.step_size:.4g}, but their average is "
-            f"{self.distance:.2g} from the optimum",
+            "stationary": f"the iterates are stationary at step size {last.step_size:.4g}, but {far}",
             "level": f"the bound no longer rises, but parameters still wander at step size {last.step_size:.4g}",
             "drifts": f"the iterates still drift at step size {last.step_size:.4g}",
             "weights move": "the weights of the objective still moved",

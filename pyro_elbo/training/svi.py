@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterable
 from contextlib import closing
 from typing import Any
@@ -189,7 +190,8 @@ class SVI:
         with progress_bar(progress, total=max_steps, unit=" steps") as bar:
 
             def show(window: Window) -> None:
-                bar.set_postfix(step_size=window.step_size, r_hat=window.r_hat, distance=window.distance)
+                shown = {"step_size": window.step_size, "r_hat": window.r_hat, "distance": window.distance}
+                bar.set_postfix({name: x for name, x in shown.items() if not math.isnan(x)})
 
             made, goal = self._steps.update.optimizers, Goal(accuracy, max_steps)
             run = Convergence(self.model, self.guide, self.loss, next(data), made, goal, show=show)

@@ -1,6 +1,7 @@
 """Training to a stated distance from the optimum: the decisions on exact processes, then real programs."""
 
 import math
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyro
@@ -12,11 +13,12 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyro_elbo as pe
 from pyro_elbo.compile import Course, Snapshots
-from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError
+from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError, ProgramError
 from pyro_elbo.posterior import SymmetrizedKL
 from pyro_elbo.training import comparable, converge
 from pyro_elbo.training.comparable import first_runs
 from pyro_elbo.training.converge import Convergence, Goal, Plan
+from pyro_elbo.training.convergence import ConvergenceReport, Window
 from pyro_elbo.training.iterates import Iterates
 from pyro_elbo.training.stationarity import is_level, is_worse, predict_distance, split_r_hat
 from tests.support.compiled import X, _as_captured, _graphs, adam, guide, model  # noqa: F401
@@ -170,6 +172,36 @@ def test_a_slow_process_is_called_unconverged():
     assert not report.converged
     assert math.isnan(report.distance)
     assert "still drift" in report.reason
+
+
+def test_a_distance_that_is_not_known_is_not_shown_as_a_number(monkeypatch):
+    """A single window is stationary, from which no distance can be predicted."""
+    report = ConvergenceReport(0.1, 4000, (Window(0.1, 1024, "stationary", 1.01, -3.25, 0.05),))
+    assert "how far their average is from the optimum cannot be said" in report.reason
+    assert "nan" not in str(report)
+    bar = MagicMock()
+    bar.__enter__.return_value = bar
+    monkeypatch.setattr("pyro_elbo.training.svi.progress_bar", lambda *args, **options: bar)
+    pyro.clear_param_store()
+    svi = pe.SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.1}), pe.TraceBeta_ELBO())
+    assert svi.converge(X, max_steps=3073).windows
+    shown = [call.args[0] for call in bar.set_postfix.call_args_list]
+    assert "distance" not in shown[0]
+    assert not any(math.isnan(x) for figures in shown for x in figures.values())
+
+
+def test_data_that_run_out_inside_a_program_are_an_error_of_the_program():
+    rows = iter([X] * 3)
+
+    def exhausted():
+        model(next(rows))
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    svi = pe.SVI(exhausted, guide, pyro.optim.Adam({"lr": 0.1}), pe.TraceBeta_ELBO())
+    with pytest.raises(ProgramError, match="StopIteration"):
+        svi.converge(progress=False)
 
 
 @pytest.mark.thorough

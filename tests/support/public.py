@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+import xarray
 
 import pyro_elbo as pe
 from pyro_elbo.representation.probes import Estimate, ProbeScore, Readout
@@ -111,7 +112,9 @@ LOSSES = Kind(
 )
 LOADED_LOSSES = LOSSES.or_none()
 AXES = Kind((True, 3, "axes", [None], [3], [], {}, (), np.array([3, 4]), [3, 4, 5, 6], object()), same=())
-HISTORIES = Kind((None, True, 3, "history", X, *JUNK), odd=())
+HISTORIES = Kind(
+    (None, True, 3, "history", X, xarray.Dataset(), xarray.Dataset({"elbo": ("epoch", [1.0, 2.0])}), *JUNK), odd=()
+)
 ATTRIBUTES = Kind(
     (
         True,

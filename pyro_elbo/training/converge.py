@@ -199,8 +199,8 @@ class Convergence:
     def fail(self, error: ValueError, steps: int = 1) -> None:
         """Note that one of ``steps`` failed, and go back; raise the error if no step size helps.
 
-        A program raises a ValueError of Pyro where parameters leave the domain of a distribution. Errors other than that
-        and NonFiniteError tell of programs and data, and are raised.
+        Pyro raises a ValueError where parameters leave the domain of a distribution. Errors other than that and
+        NonFiniteError tell of programs and data, and are raised.
         """
         self._iterates.drop_gradients()
         left_domain = isinstance(error, ProgramError) and isinstance(error.__cause__, ValueError)

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_elbo.errors import NonFiniteError, PyroElboError, SiteError, check_count, count_nonfinite
+from pyro_elbo.errors import PyroElboError, SiteError, check_count
 from pyro_elbo.posterior.layout import (
     count_data,
     drop_gaps,
@@ -36,6 +36,7 @@ from pyro_elbo.programs import (
     RunData,
     Site,
     TracePair,
+    check_data,
     check_initialized,
     check_programs,
     evaluating,
@@ -222,9 +223,7 @@ def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, F
         programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
         data = read_data(*programs)
     shapes = trace_pair(*programs)
-    for site in shapes.model.values():
-        if site.role == "observed":
-            site.check_data()
+    check_data(shapes.model.values())
     if any(s.is_enumerated for s in shapes.guide.values()):
         programs = programs._replace(guide=without_marks(programs.guide))
         shapes = trace_pair(*programs)
@@ -381,12 +380,6 @@ def _collect(pair: TracePair, frame: Frame, count: int) -> dict[str, Any]:
 
 def _as_draws(fields: dict[str, Any], frame: Frame, way: Way, data: RunData) -> Draws:
     shapes, weighting, nesting, _ = frame
-    for name, x in fields["latents"].items():
-        if x.is_floating_point() and not torch.isfinite(x).all():
-            raise NonFiniteError(
-                f"Site '{name}': of its draws, {count_nonfinite(x)}. Look for data of the guide that are not finite, "
-                "and for a parameter that has diverged."
-            )
     observed = {n: s for n, s in shapes.model.items() if s.role == "observed"}
     point = find_point_error(fields["latents"], shapes)
     return Draws(

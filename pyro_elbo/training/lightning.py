@@ -139,7 +139,7 @@ class LightningPrograms(lightning.LightningModule):
         goal = Goal(self.options.goal, most, "max_epochs" if most == self.stop.epochs * steps else "max_steps")
         programs = self.module.model, self.module.guide, self.module.elbo
         data = move_data_to_device(self.probe.data, self.device).train[0]
-        with seeded(self.seed):
+        with seeded(mix_seed(self.seed, 1)):  # other draws than those of two equal runs, which have the seed 0
             self.convergence = Convergence(*programs, data, lambda _: [optimizer], goal, _elbo_per_datum)
         if self.resumed is not None:
             self.convergence.load(self.resumed)

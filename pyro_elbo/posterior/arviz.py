@@ -27,7 +27,7 @@ from pyro_elbo.posterior.datasets import (
     without_slashes,
 )
 from pyro_elbo.posterior.draws import Arrays, Draws, ProgramCall, draw
-from pyro_elbo.posterior.importance import resample
+from pyro_elbo.posterior.importance import resample, smooth
 from pyro_elbo.posterior.linear_response import respond
 from pyro_elbo.posterior.netcdf import open_groups, write_groups
 from pyro_elbo.posterior.predict import Predictions, predict
@@ -202,7 +202,7 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
                 storage=options.storage,
             )
             if drawn.weights_error is None and options.num_samples >= MIN_DRAWS:
-                ks.append(max(float(smoothed.pareto_k.max()) for smoothed in drawn.smooth()))
+                ks.append(max(float(smoothed.pareto_k.max()) for smoothed in smooth(drawn)))
             parts.append(_chain(p, drawn, args, kwargs, options, options.seed + i, attributes))
     drawn, arrays = parts[-1][0], [part for _, part in parts]
     taken = {n for part in arrays for group, _ in part.values() for n in group}
@@ -249,16 +249,16 @@ def _chain(
 ) -> tuple[Draws, dict[str, tuple[Arrays, Plates]]]:
     """Return the draws of one restart, resampled if asked for, and their groups."""
     if options.resample:
-        drawn = resample(drawn, torch.Generator().manual_seed(seed), options.storage)
+        drawn = resample(drawn, torch.Generator().manual_seed(seed))
         attributes["resampled"] = options.resample
-    part = _posterior_groups(drawn, options.storage)
+    part = _posterior_groups(drawn)
     observed = drawn.observed.keys()
     if unsupported := drawn.latents.keys() - drawn.unconstrained.keys() - drawn.discrete:
         attributes["unconstrained_skipped"] = f"no transform to the real line is known for {sorted(unsupported)}"
     if options.predictive and observed:
-        part |= _predictive_groups(model, args, kwargs, drawn, seed, attributes, options.storage)
+        part |= _predictive_groups(model, args, kwargs, drawn, seed, attributes)
     if options.prior:
-        part |= _prior_groups(model, args, kwargs, drawn, seed, attributes, options.storage)
+        part |= _prior_groups(model, args, kwargs, drawn, seed, attributes)
     return drawn, part
 
 
@@ -314,14 +314,14 @@ def _check_not_shared(
             )
 
 
-def _posterior_groups(drawn: Draws, storage: Storage) -> dict[str, tuple[Arrays, Plates]]:
+def _posterior_groups(drawn: Draws) -> dict[str, tuple[Arrays, Plates]]:
     stats: Arrays = {"lp": drawn.log_p, "lp_approx": drawn.log_q}
     stats["log_weight"] = torch.zeros_like(drawn.log_weight) if drawn.resampled else drawn.log_weight
     plates = dict(drawn.plates)
     if drawn.local_log_p is not None and drawn.local_log_q is not None and drawn.data_plate is not None:
         pairs = zip(drawn.local_log_p, drawn.local_log_q, strict=True)
         weights = ((torch.zeros_like(p) if drawn.resampled else p - q)[None] for p, q in pairs)
-        stats["log_weight_local"] = storage.join(weights, len(drawn.log_p))
+        stats["log_weight_local"] = drawn.storage.join(weights, len(drawn.log_p))
         plates["log_weight_local"] = (drawn.data_plate,)
     return {
         "posterior": (drawn.latents | drawn.deterministics, plates),
@@ -333,16 +333,10 @@ def _posterior_groups(drawn: Draws, storage: Storage) -> dict[str, tuple[Arrays,
 
 
 def _prior_groups(
-    model: Program,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    drawn: Draws,
-    seed: int,
-    attributes: dict[str, Any],
-    storage: Storage,
+    model: Program, args: tuple, kwargs: Mapping[str, Any], drawn: Draws, seed: int, attributes: dict[str, Any]
 ) -> dict[str, tuple[Arrays, Plates]]:
     try:
-        found = predict(model, args, kwargs, drawn, seed, True, storage)
+        found = predict(model, args, kwargs, drawn, seed, prior=True)
     except Exception as error:  # the program ran with draws from the guide: its prior is flat, or overflows
         attributes["prior_skipped"] = f"the prior cannot be sampled ({first_line(error)})"
         return {}
@@ -354,16 +348,10 @@ def _prior_groups(
 
 
 def _predictive_groups(
-    model: Program,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    drawn: Draws,
-    seed: int,
-    attributes: dict[str, Any],
-    storage: Storage,
+    model: Program, args: tuple, kwargs: Mapping[str, Any], drawn: Draws, seed: int, attributes: dict[str, Any]
 ) -> dict[str, tuple[Arrays, Plates]]:
     try:
-        found = predict(model, args, kwargs, drawn, seed, storage=storage)
+        found = predict(model, args, kwargs, drawn, seed)
     except Exception as error:  # the program ran with its data: it cannot run with draws in their place
         attributes["posterior_predictive_skipped"] = f"no predictive draws ({first_line(error)})"
         return {}

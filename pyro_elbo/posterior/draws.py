@@ -27,7 +27,6 @@ from pyro_elbo.posterior.layout import (
     with_gaps,
 )
 from pyro_elbo.posterior.mapped import are_valid, map_draws
-from pyro_elbo.posterior.psis import PSIS, psis
 from pyro_elbo.posterior.storage import MEMORY, Storage
 from pyro_elbo.posterior.summed_out import RECORD, draw_summed_out, room_for_draws
 from pyro_elbo.posterior.weights import Weighting, find_point_error, find_weighting, is_discrete, unconstrain
@@ -87,6 +86,7 @@ class Draws:
             not broadcast, or in a ``loop`` once per draw.
         nesting: number of batch dimensions that the plates use.
         rows: the rows that subsampled plates took, the same for every draw.
+        storage: where the arrays lie, and those that are made of them.
         resampled: whether the draws were drawn again by their weights, which are uniform since.
     """
 
@@ -112,6 +112,7 @@ class Draws:
     way: Way
     nesting: int
     rows: Arrays
+    storage: Storage
     resampled: bool = False
 
     @property
@@ -130,22 +131,6 @@ class Draws:
     def weights_error(self) -> PyroElboError | None:
         """Why the weights, of a row where all latents are local, are not those of the posterior; None if they are."""
         return self.obstacle if self.local_log_p is None else self.local_obstacle
-
-    def smooth(self) -> Iterator[PSIS]:
-        """Smooth the importance weights: those of some rows after the other where all latents are local, else joint.
-
-        Raises:
-            GuideError: the guide is a point estimate in some latent.
-            WeightsError: the weights are not those of a posterior.
-        """
-        if self.weights_error is not None:
-            raise self.weights_error
-        if self.local_log_p is None or self.local_log_q is None:
-            yield psis(self.log_weight, self.eps)
-            return
-        size = max(1, MOST_ELEMENTS // len(self.log_p))
-        for p, q in zip(self.local_log_p.split(size, 1), self.local_log_q.split(size, 1), strict=True):
-            yield psis((p - q).T, self.eps)
 
 
 class Frame(NamedTuple):
@@ -195,7 +180,7 @@ def draw(
         sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
         way, first = _begin(programs, frame, sizes[0])
         later = chain.from_iterable(_run(programs, frame, count, way) for count in sizes[1:])
-        return _as_draws(storage.join(chain(first, later), num_samples), frame, way, data)
+        return _as_draws(storage.join(chain(first, later), num_samples), frame, way, data, storage)
 
 
 def draw_in_chunks(
@@ -378,7 +363,7 @@ def _collect(pair: TracePair, frame: Frame, count: int) -> dict[str, Any]:
     return groups | densities | weighting.sums(pair, count, nesting)
 
 
-def _as_draws(fields: dict[str, Any], frame: Frame, way: Way, data: RunData) -> Draws:
+def _as_draws(fields: dict[str, Any], frame: Frame, way: Way, data: RunData, storage: Storage = MEMORY) -> Draws:
     shapes, weighting, nesting, _ = frame
     observed = {n: s for n, s in shapes.model.items() if s.role == "observed"}
     point = find_point_error(fields["latents"], shapes)
@@ -397,4 +382,5 @@ def _as_draws(fields: dict[str, Any], frame: Frame, way: Way, data: RunData) -> 
         way=way,
         nesting=nesting,
         rows=data.rows,
+        storage=storage,
     )

@@ -1,6 +1,6 @@
 """Importance weights of the guide's draws: k-hat, resampling, and the leave-one-out predictive density."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import ArgumentError, GuideError, WeightsError
 from pyro_elbo.posterior.draws import MOST_ELEMENTS, Draws, draw
-from pyro_elbo.posterior.psis import describe_k, format_k, most_even, pareto_k_threshold, psis
-from pyro_elbo.posterior.storage import MEMORY, Storage
+from pyro_elbo.posterior.psis import PSIS, describe_k, format_k, most_even, pareto_k_threshold, psis
+from pyro_elbo.posterior.storage import Storage
 from pyro_elbo.programs import Plate, Program, check_options, program_arguments
 
 SAMPLE_DIMS = ("chain", "draw")
+MOST_WEIGHTS = 2**19  # at once: the fit of their tails takes thirty times their memory
 
 
 @dataclass(frozen=True)
@@ -101,34 +102,58 @@ def pareto_k(
     return judge(draw(model, guide, *program_arguments(model, args, kwargs), num_samples, seed=seed))
 
 
+def smooth(draws: Draws) -> Iterator[PSIS]:
+    """Smooth importance weights: those of some rows after the other where all latents are local, joint ones otherwise.
+
+    Raises:
+        GuideError: the guide is a point estimate in some latent.
+        WeightsError: the weights are not those of a posterior.
+    """
+    if draws.weights_error is not None:
+        raise draws.weights_error
+    if draws.local_log_p is None:
+        yield psis(draws.log_weight, draws.eps)
+        return
+    size = max(1, MOST_WEIGHTS // len(draws.log_p))
+    for i in range(0, draws.local_log_p.shape[1], size):
+        yield psis(_local_weights(draws, slice(i, i + size)), draws.eps)
+
+
+def _local_weights(draws: Draws, rows: slice) -> Tensor:
+    """Return the log weights of some rows of the data, rows first."""
+    both: Any = draws.local_log_p, draws.local_log_q
+    p, q = (draws.storage.in_memory(lambda part: part[:, rows].clone(), x) for x in both)
+    return (p - q).T
+
+
 def judge(draws: Draws) -> ParetoK:
     """Return k-hat of draws: see :func:`pareto_k`.
 
     Raises:
-        GuideError, WeightsError: as :meth:`Draws.smooth`.
+        GuideError, WeightsError: as :func:`smooth`.
     """
     local = draws.local_log_p is not None and draws.data_plate is not None
     count, plate = len(draws.log_p), draws.data_plate.name if local else None
-    parts = [(s.pareto_k, s.ess, s.log_weights.amax(-1).exp() * count) for s in draws.smooth()]
+    parts = [(s.pareto_k, s.ess, s.log_weights.amax(-1).exp() * count) for s in smooth(draws)]
     k, ess, largest = (torch.cat(x) if local else x[0] for x in zip(*parts, strict=True))
     return ParetoK(k, ess, largest, count, plate)
 
 
-def resample(draws: Draws, generator: torch.Generator, storage: Storage = MEMORY) -> Draws:
+def resample(draws: Draws, generator: torch.Generator) -> Draws:
     """Draw with replacement in proportion to the smoothed weights; the result has uniform weights.
 
-    Where all latents are local, every row of the data plate is drawn on its own. The arrays lie in ``storage``.
+    Where all latents are local, every row of the data plate is drawn on its own.
 
     Raises:
-        GuideError, WeightsError: as :meth:`Draws.smooth`.
+        GuideError, WeightsError: as :func:`smooth`.
     """
     count = len(draws.log_p)
-    found = (torch.multinomial(s.log_weights.exp(), count, True, generator=generator) for s in draws.smooth())
+    found = (torch.multinomial(s.log_weights.exp(), count, True, generator=generator) for s in smooth(draws))
     if draws.data_plate is None or draws.local_log_p is None or draws.local_log_q is None:
         (index,) = found
-        return _pick(draws, lambda x, _, part: x[index[part]], draws.log_p[index], draws.log_q[index], storage)
+        return _pick(draws, lambda x, _, part: x[index[part]], draws.log_p[index], draws.log_q[index])
     name, done = draws.data_plate.name, 0
-    rows = storage.empty(torch.empty(0, dtype=torch.long), tuple(draws.local_log_p.shape))
+    rows = draws.storage.empty(torch.empty(0, dtype=torch.long), tuple(draws.local_log_p.shape))
     for index in found:
         rows[:, done : done + len(index)] = index.T
         done += len(index)
@@ -143,19 +168,22 @@ def resample(draws: Draws, generator: torch.Generator, storage: Storage = MEMORY
         shape[0], shape[dim] = chosen.shape
         return x.gather(0, chosen.reshape(shape).expand(len(chosen), *x.shape[1:]))
 
-    local = [_in_parts(x, (draws.data_plate,), by_row, storage) for x in (draws.local_log_p, draws.local_log_q)]
+    local = [_in_parts(x, (draws.data_plate,), by_row, draws.storage) for x in (draws.local_log_p, draws.local_log_q)]
     scale = draws.data_plate.full_size / draws.data_plate.size
-    picked = _pick(draws, by_row, local[0].sum(1) * scale, local[1].sum(1) * scale, storage)
+    log_p, log_q = (draws.storage.in_memory(lambda x: x.sum(1) * scale, x) for x in local)
+    picked = _pick(draws, by_row, log_p, log_q)
     return replace(picked, local_log_p=local[0], local_log_q=local[1])
 
 
 _Choice = Callable[[Tensor, tuple[Plate, ...], slice], Tensor]
 
 
-def _pick(draws: Draws, choose: _Choice, log_p: Tensor, log_q: Tensor, storage: Storage) -> Draws:
+def _pick(draws: Draws, choose: _Choice, log_p: Tensor, log_q: Tensor) -> Draws:
     names = ("latents", "unconstrained", "deterministics", "log_likelihood", "log_prior")
     fields: dict[str, Any] = {
-        name: {site: _in_parts(x, draws.plates[site], choose, storage) for site, x in getattr(draws, name).items()}
+        name: {
+            site: _in_parts(x, draws.plates[site], choose, draws.storage) for site, x in getattr(draws, name).items()
+        }
         for name in names
     }
     return replace(draws, **fields, log_p=log_p, log_q=log_q, resampled=True)

@@ -17,7 +17,6 @@ from pyro_elbo.posterior.datasets import Names, label, stack_chains, without_sla
 from pyro_elbo.posterior.draws import MOST_ELEMENTS, Arrays, Draws, draw
 from pyro_elbo.posterior.layout import count_data, largest_site, lead, with_gaps
 from pyro_elbo.posterior.mapped import are_valid, map_draws
-from pyro_elbo.posterior.storage import MEMORY, Storage
 from pyro_elbo.programs import (
     Plate,
     Program,
@@ -163,7 +162,6 @@ def predict(
     draws: Draws,
     seed: int,
     prior: bool = False,
-    storage: Storage = MEMORY,
 ) -> Predictions:
     """Draw the observed sites of the model anew, one draw for each of ``draws``; every site with ``prior``.
 
@@ -176,7 +174,7 @@ def predict(
     while True:
         resampled = ResampleObserved(draws.observed.keys() - skipped.keys())
         try:
-            arrays, plates = run_with_draws(resampled(model), args, kwargs, draws, seed, prior, storage)
+            arrays, plates = run_with_draws(resampled(model), args, kwargs, draws, seed, prior)
         except Exception as error:
             if resampled.current is None:
                 raise
@@ -230,7 +228,6 @@ def run_with_draws(
     draws: Draws,
     seed: int,
     prior: bool = False,
-    storage: Storage = MEMORY,
 ) -> tuple[Arrays, dict[str, tuple[Plate, ...]]]:
     """Run a program once for each of the draws, its latents from them unless ``prior``: see :func:`predict`."""
     if draws.rows:
@@ -245,5 +242,5 @@ def run_with_draws(
         chunk_size = min(250, max(2, MOST_ELEMENTS // largest_site(shapes.values())))
         sizes = ((start, min(chunk_size, count - start)) for start in range(0, count, chunk_size))
         runs = (call.run({n: x[i : i + size] for n, x in latents.items()}, size, shapes) for i, size in sizes)
-        arrays = storage.join(chain.from_iterable(runs), count)
+        arrays = draws.storage.join(chain.from_iterable(runs), count)
     return arrays, {name: sort_by_dim(s.plates) for name, s in shapes.items()}

@@ -4,7 +4,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 SMALL = 2**20  # bytes that are kept in memory in any case
+FEW = 16  # draws
 
 
 class Storage:
@@ -61,14 +62,26 @@ class Storage:
         for part in parts:
             leaves, spec = pytree.tree_flatten(part)
             whole = whole or [None if x is None else self.empty(x, (count, *x.shape[1:])) for x in leaves]
-            size = next((len(x) for x in leaves if x is not None), 0)
-            for place, x in zip(whole, leaves, strict=True):
-                if place is not None:
-                    place[done : done + size] = x
-            done += size
-            del part, leaves, x  # the next one is made now
-            self.forget()
+            done = self._put(whole, leaves, done)
+            del part, leaves  # the next one is made now
         return None if spec is None else pytree.tree_unflatten(whole, spec)
+
+    def _put(self, whole: list[Tensor | None], leaves: list[Any], done: int) -> int:
+        end = done
+        for place, x in zip(whole, leaves, strict=True):
+            if place is not None:
+                end = done + len(x)
+                place[done:end] = x
+                self.forget()
+        return end
+
+    def in_memory(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return a function of an array, of a few draws at a time: reading maps much more than what is read."""
+        found = []
+        for part in x.split(FEW):
+            found.append(function(part))
+            self.forget()
+        return torch.cat(found)
 
     def forget(self) -> None:
         """Give the pages of mapped arrays back to the disk."""

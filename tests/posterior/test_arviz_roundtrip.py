@@ -158,6 +158,7 @@ def patch_sizes(monkeypatch):
         monkeypatch.setattr(module, "SMALL", 64)
     for module in (draws, importance):
         monkeypatch.setattr(module, "MOST_ELEMENTS", 500)
+    monkeypatch.setattr(importance, "MOST_WEIGHTS", 120)
 
 
 @pytest.mark.parametrize("resample", [None, "psis"])

@@ -49,8 +49,8 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
     checkpoint = _load(path)
     check_state(path, checkpoint["state_dict"], programs.state_dict())
     _check_run(path, checkpoint["run"], programs.identity)
-    ours, theirs = optimizer.state_dict(), checkpoint["optimizer_states"][0]
-    options = [[sorted(group) for group in state["param_groups"]] for state in (ours, theirs)]
+    ours, theirs = optimizer.param_groups, checkpoint["optimizer_states"][0]["param_groups"]
+    options = [[sorted(group) for group in groups] for groups in (ours, theirs)]
     if options[0] != options[1]:
         raise CheckpointError(
             f"{path} was written with another optimizer; options (expected, got): {options}. Pass the optimizer that "

@@ -4,7 +4,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,7 @@ from pyro_elbo.diagnosis import Probe
 from pyro_elbo.errors import check_count
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, keeping_modes
+from pyro_elbo.ranks import group_of_one
 from pyro_elbo.training import history as histories
 from pyro_elbo.training.checkpoint import check_resumable, load_checkpoint
 from pyro_elbo.training.checks import check_counts, check_loss
@@ -31,11 +32,11 @@ from pyro_elbo.training.quiet import stopping_softly, undisturbed
 from pyro_elbo.training.result import FitResult, Which
 from pyro_elbo.training.trained import (
     Trained,
-    check_compiled_parts,
     check_validation,
     checked_minibatches,
     first_run,
     make_probe,
+    needs_all_rows,
 )
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def fit(
             precision under autocast. Training in float64 takes torch.set_default_dtype(torch.float64) and no option.
         grad_clip: the largest norm of the gradient; larger gradients are scaled down.
         compile: run repeated steps as one compiled graph (see :class:`SVI`), or in Python with a warning where that
-            fails (``"auto"``). On several processes it does without penalties, free bits and capacities.
+            fails (``"auto"``).
         logger: Lightning's loggers; they get every number of the history, and loss and ELBO of single steps.
         callbacks: Lightning's callbacks, beside those of the library. They can monitor ``valid_elbo`` and
             ``train_elbo``.
@@ -181,8 +182,6 @@ def _prepare(
     pyro.set_rng_seed(seed)
     trained, terms = first_run(module, *arguments(first["train"][0]))
     check_validation(module, first, seed)
-    if options.steps.compile and machine.processes > 1:
-        check_compiled_parts(module.elbo, terms)
     checked = checked_minibatches(module, terms, batches * machine.processes, loaders)
     if checked is not loaders:
         first = first | {"valid": list(checked("valid"))}
@@ -191,7 +190,9 @@ def _prepare(
     folder = place.prepared(scratch)
     files = folder if place.dir is not None or options.stop.restores or machine.forks else None
     programs = LightningPrograms(trained, loaders, options, probe, files)
-    optimizer = programs.configure_optimizers()["optimizer"]
+    programs.shares_rows = machine.processes > 1 and needs_all_rows(module.elbo, terms)
+    with group_of_one() if machine.processes > 1 else nullcontext():
+        optimizer = programs.configure_optimizers()["optimizer"]
     trainer = make_trainer(files, options, loaders)
     if (start := place.start(folder)) is not None:
         check_resumable(start, programs, optimizer, options.stop)

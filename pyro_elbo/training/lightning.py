@@ -63,6 +63,7 @@ class LightningPrograms(lightning.LightningModule):
         self.progress, self.logs = options.progress, options.machine.logger is not None
         self.records: list[EpochRecord] = []
         self.probe, self.probed_at = probe, 0
+        self.shares_rows = False
         self._weights: tuple[Any, EpochRecord] = None, {}
         self.files, self.place = files, ""
         self.identity = {} if files is None else loaders.identity() | {"devices": str(options.machine.processes)}
@@ -116,6 +117,8 @@ class LightningPrograms(lightning.LightningModule):
             programs = self.module.model, self.module.guide, self.module.elbo
             # draw the same noise as uncompiled steps, so that runs repeat and resume alike
             options: Any = {"compile": self.options.compile, "per_datum": True, "fallback_random": True}
+            if self.shares_rows:
+                options["rows"] = lambda args, kwargs: num_rows((*args, *kwargs.values()))
             self.svi = CompiledSVI(*programs, update, **options)
 
     def on_train_start(self) -> None:
@@ -200,7 +203,8 @@ class LightningPrograms(lightning.LightningModule):
         """Give the parameters the mean of the gradients that the processes have kept."""
         rows = num_rows(batch) * dict(zip(record[0], record[1][0], strict=True)).get("divisor", 1.0)
         with in_parts():
-            part = weighed(torch.ones((), device=self.device), rows)
+            part = torch.ones((), device=self.device)
+            part = part if self.shares_rows else weighed(part, rows)  # shared rows are weighed within the step
             means = mean_of_parts([state["gradient"] * part for state in kept.state.values()])
         for p, mean in zip(kept.state, means, strict=True):
             p.grad = mean

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.diagnosis import MAX_ROWS, Call, Probe, ProbeData, are_local, cost_in_steps
-from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError, first_sentence
+from pyro_elbo.errors import DataError, GuideError, NonFiniteError, first_sentence
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Plate, collect_modules, collect_parameters, seeded
 from pyro_elbo.schedules import Capacity
@@ -165,15 +165,10 @@ def _brief(shapes: list[tuple[int, ...]]) -> str:
     return " and ".join(map(str, shapes))
 
 
-def check_compiled_parts(loss: TraceBeta_ELBO, terms: Terms) -> None:
-    """Raise ArgumentError for what compares the rows of all processes within a step, which a graph cannot."""
+def needs_all_rows(loss: TraceBeta_ELBO, terms: Terms) -> bool:
+    """Return whether a step compares the rows of all processes: penalties, free bits, capacities, averages."""
     capacity = any(isinstance(schedule, Capacity) for schedule in loss.weighting.schedules)
-    found = {"penalties": loss.penalties, "free_bits": loss.weighting.free_bits, "pe.Capacity": capacity}
-    if wrong := [name for name, x in (found | {"decaying averages of baselines": terms.averages}).items() if x]:
-        raise ArgumentError(
-            f"compile=True on several processes: {', '.join(wrong)} depend on the rows of all processes, and the graph "
-            "of a step sees those of one. Set devices=1, or compile=False."
-        )
+    return capacity or bool(loss.penalties or loss.weighting.free_bits or terms.averages)
 
 
 def _is_subsampled(terms: Terms) -> bool:

@@ -119,10 +119,11 @@ def export(name: str) -> None:
     before, start = status("VmRSS"), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         data = pe.to_arviz(model, guide, x, y, num_samples=1000, **EXPORTS[name])
+        highest = status("VmHWM")
         result = sum(x.nbytes for group in data.groups() for x in data[group].data_vars.values()) / 2**20
         data.close()
     seconds = time.perf_counter() - start
-    print(f"{name:24}{before:>12.0f}{status('VmHWM'):>12.0f}{result:>12.0f}{seconds:>10.1f}", flush=True)
+    print(f"{name:24}{before:>12.0f}{highest:>12.0f}{result:>12.0f}{seconds:>10.1f}", flush=True)
 
 
 START = time.perf_counter()

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import pytest
 
 ADDRESSES = "10.77.0.1", "10.77.0.2"
-# Inside of the first host: makes the second one, connects both, and runs a command in each. Both have one name, by which
-# torchrun cannot tell where the rendezvous is.
+# Inside of the first host: makes the second one, connects both, and runs a command in each. Both have one name, from
+# which torchrun cannot tell where the rendezvous is.
 _SCRIPT = """
 set -e
 ip link set lo up

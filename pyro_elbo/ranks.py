@@ -147,6 +147,15 @@ def mean_of_parts(tensors: list[Tensor]) -> list[Tensor]:
     return [x.view_as(y) for x, y in zip(flat.split([y.numel() for y in tensors]), tensors, strict=True)]
 
 
+def all_states(state: Any) -> list[Any]:
+    """Return what each process passes: tensors and plain values."""
+    found = [state]
+    if is_grouped():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, state)
+    return found
+
+
 def digests(text: str) -> list[int]:
     """Return a digest of what each process passes."""
     return _numbers(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little"))

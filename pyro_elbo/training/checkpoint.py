@@ -65,8 +65,9 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
             raise ArgumentError(
                 f"{path} holds {done} {what} and max_{what}={most}. It counts from the start of training: raise it."
             )
-    whole = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-    if not whole and checkpoint["global_step"] != stop.max_steps:
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    continues = progress["is_last_batch"] or "within" in checkpoint
+    if not continues and checkpoint["global_step"] != stop.max_steps:
         raise ArgumentError(
             f"{path} ends within an epoch, where max_steps stopped training: its data cannot be continued exactly. "
             "Train again with dir=..., overwrite=True and a larger max_steps."

@@ -32,6 +32,7 @@ from pyro_elbo.training.quiet import stopping_softly, undisturbed
 from pyro_elbo.training.result import FitResult, Which
 from pyro_elbo.training.trained import (
     Trained,
+    check_position,
     check_validation,
     checked_minibatches,
     first_run,
@@ -64,6 +65,7 @@ def fit(
     dir: str | os.PathLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    save_every: int | None = None,
     seed: int = 0,
     devices: int = 1,
     num_nodes: int = 1,
@@ -109,6 +111,8 @@ def fit(
         resume: continue from ``dir/last.ckpt`` exactly as if training had not stopped (unless a DataLoader draws
             from its own generator). ``max_epochs`` and ``max_steps`` count from the start of training.
         overwrite: replace the run that ``dir`` holds.
+        save_every: write ``dir/last.ckpt`` after this many steps too, not only after every epoch, for epochs that take
+            hours. A resumed run continues with the next batch. Noise is a function of this number too.
         seed: repeats a run bit for bit on a CPU. The caller's random state is restored afterwards.
         devices: processes on a machine; they share the rows, average their gradients and draw separate noise. A batch
             of each has ``batch_size`` rows, so that a step sees ``devices * num_nodes * batch_size``.
@@ -154,10 +158,12 @@ def fit(
     steps = Steps(lr, accuracy, optimizer, scheduler, accumulate_grad_batches, grad_clip, compile)
     stop = Stopping(max_epochs, max_steps, patience, restore_best, valid is not None)
     machine = Machine(devices, num_nodes, accelerator, precision, logger, callbacks, compile, steps.is_auto)
-    options = Options(steps, stop, machine, Folder(dir, resume, overwrite), seed, progress)
+    options = Options(steps, stop, machine, Folder(dir, resume, overwrite, save_every), seed, progress)
     with undisturbed(), tempfile.TemporaryDirectory() as scratch:
         loaders, first = prepare_data(train, valid, batch_size, seed, model, guide)
         loaders.check_processes(machine.processes)
+        if save_every is not None:
+            check_position(loaders, machine.processes, steps.is_auto)
         run = _prepare(loss(model, guide), loaders, first, options, scratch)
         run.train()
         result = run.result(loaders.as_arguments(first["train"][0]))

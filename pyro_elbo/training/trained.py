@@ -7,9 +7,10 @@ import pyro
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from pyro_elbo.diagnosis import MAX_ROWS, Call, Probe, ProbeData, are_local, cost_in_steps
-from pyro_elbo.errors import DataError, GuideError, NonFiniteError, first_sentence
+from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError, first_sentence
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Plate, collect_modules, collect_parameters, seeded
 from pyro_elbo.schedules import Capacity
@@ -163,6 +164,16 @@ def _row_shapes(batch: Any) -> list[tuple[int, ...]]:
 
 def _brief(shapes: list[tuple[int, ...]]) -> str:
     return " and ".join(map(str, shapes))
+
+
+def check_position(loaders: Loaders, processes: int, is_auto: bool) -> None:
+    """Raise ArgumentError where a run cannot go on within an epoch."""
+    if is_auto:
+        raise ArgumentError("save_every: lr='auto' continues at the end of an epoch. Leave save_every out.")
+    if processes > 1 and isinstance(loaders.train, DataLoader):
+        raise ArgumentError(
+            "save_every: processes cannot share a DataLoader and continue within it. Pass tensors, arrays or a Dataset."
+        )
 
 
 def needs_all_rows(loss: TraceBeta_ELBO, terms: Terms) -> bool:

@@ -38,13 +38,13 @@ class _Parts:
     before: list[Tensor]
 
     def gather(self, x: Tensor, sizes: list[int]) -> Tensor:
-        found = torch.ops.pyro_elbo_ranks.gather(x, sizes, self.before)
-        self.before = [found]
-        return found
+        return self._next(torch.ops.pyro_elbo_ranks.gather(x, sizes, self.before))
 
     def total(self, x: Tensor) -> Tensor:
-        found = torch.ops.pyro_elbo_ranks.total(x, self.before)
-        self.before = [found]
+        return self._next(torch.ops.pyro_elbo_ranks.total(x, self.before))
+
+    def _next(self, found: Tensor) -> Tensor:
+        self.before = [found.detach()]  # autograd marks the tensor that a function returns
         return found
 
 

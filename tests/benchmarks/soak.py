@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -190,6 +191,7 @@ def watch(name: str, readings: Iterator[tuple[str, Reading]], lines: int = 20) -
 
 def main(minutes: float) -> None:
     """Print the tables, and fail if anything grows."""
+    warnings.filterwarnings("ignore", message="Estimated shape parameter of Pareto")
     flat = [watch("mixed", rounds(minutes)), watch("2000 epochs", epochs()), watch("200 exports", exports())]
     sys.exit(0 if all(flat) else 1)
 

@@ -13,7 +13,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_elbo.errors import ArgumentError, CheckpointError, GuideError, check_count, first_line
+from pyro_elbo.errors import ArgumentError, CheckpointError, GuideError, check_count, describe, first_line
 from pyro_elbo.posterior.datasets import (
     Groups,
     Names,
@@ -108,7 +108,7 @@ def to_arviz(
 
     Raises:
         ArgumentError: lists of different length, guides that share their parameters, ``coords`` or ``dims`` that do
-            not fit.
+            not fit, a ``file`` that is no path.
         CheckpointError: ``file`` cannot be written; one of that name is unchanged.
         GuideError: a guide that has never run, or ``resample`` with a point estimate.
         GuideError, SiteError, WeightsError: with ``covariance="linear_response"``, as from :func:`linear_response`.
@@ -135,6 +135,8 @@ def to_arviz(
     args, kwargs = program_arguments(models[0], args, kwargs)
     if file is None:
         return to_container(build_groups(model, guide, args, kwargs, options))
+    if not isinstance(file, str | os.PathLike):
+        raise ArgumentError(f"file must be a path, got {describe(file)}.")
     path = Path(file)
     with _written(path):
         path.parent.mkdir(parents=True, exist_ok=True)

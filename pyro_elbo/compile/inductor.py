@@ -23,7 +23,7 @@ from pyro_elbo.compile._torch import (
     tracing,
 )
 from pyro_elbo.compile.capture import Graph
-from pyro_elbo.compile.code import Code, entry_of
+from pyro_elbo.compile.code import C_FUNCTIONS, Code, entry_of
 from pyro_elbo.errors import CompileError, first_sentence
 
 
@@ -37,6 +37,7 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
     options = {
         "size_asserts": not on_cpu,  # externals are checked by fits(), data by their key
         "aot_inductor.allow_stack_allocation": True,
+        "aot_inductor.custom_ops_to_c_shims": C_FUNCTIONS,
         "cpp.min_chunk_size": 2**14,  # a second thread costs more than it saves on smaller loops
         # torch's headers need C++20, and such compilers know every vector instruction; the test takes 7 seconds.
         "cpp.vec_isa_ok": True,

@@ -59,21 +59,25 @@ def machine_code(recording: Recording, kept: int, lift_noise: bool) -> Code:
     return code
 
 
-def load_library(source: str) -> ctypes.PyDLL:
+def load_library(source: str, mode: int = ctypes.DEFAULT_MODE) -> ctypes.PyDLL:
     """Load C++ code that needs nothing but torch, compiled once for all processes.
+
+    Args:
+        source: the code.
+        mode: ``ctypes.RTLD_GLOBAL`` for functions that libraries loaded later call.
 
     Raises:
         CompileError: the C++ compiler failed.
     """
     key = None if config.force_disable_caches else _digest([source, *_surroundings()])
     if key is not None and (found := _find(key)) is not None:
-        return ctypes.PyDLL(found[0])
+        return ctypes.PyDLL(found[0], mode)
     from pyro_elbo.compile import inductor
 
     library = inductor.build_library(source)
     if key is not None:
         _keep(key, library, {})
-    return ctypes.PyDLL(library)
+    return ctypes.PyDLL(library, mode)
 
 
 def key_of(recording: Recording, kept: int, lift_noise: bool) -> str | None:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_elbo.compile import executable
 from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, rand_ops
+from pyro_elbo.compile.code import C_FUNCTIONS, on_cpu
 from pyro_elbo.compile.noise import SCAN_DRAWS, NoiseKind, fill_noise
+from pyro_elbo.compile.scan.native import DECLARATIONS, NativeLoop
 from pyro_elbo.compile.scan.scalar_code import Layout, ScalarLoop, scalar_loop
 from pyro_elbo.compile.scan.scalar_ops import UnsupportedError
-from pyro_elbo.compile.store import on_cpu
 
 # The work of a step, in additions, up to which it is written out: a few microseconds, as long as a call would take.
 SCALARS = 4096
@@ -38,13 +38,12 @@ class Loop:
     reverse: bool
     machine: Any = None
     scalars: ScalarLoop | None = None
+    native: NativeLoop | None = None
 
     def room(self, carry: Sequence[Tensor], like: Tensor, steps: int) -> list[Tensor]:
-        """Make tensors for the carries around all steps and for the exports of each step, and one as padding."""
+        """Make tensors for the carries around all steps and for the exports of each step."""
         states = [c.new_empty((steps + 1, *c.shape)) for c in carry]
-        return (
-            states + [like.new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports] + [_padding(like)]
-        )
+        return states + [like.new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports]
 
     def compile(self) -> None:
         """Compile the recurrence, unless another graph has done so."""
@@ -63,6 +62,10 @@ class Loop:
         self.scalars = scalars_of(graph, self.layout, self.reverse) if on_cpu(real) else None
         if self.scalars is None:
             self.machine = inductor.code_of(Graph(graph, fakes), on_cpu(real))
+        function = self.machine.entry if self.scalars is None else self.scalars.function
+        if function is not None:
+            counts = self.layout.constants, self.layout.carry, self.layout.inputs
+            self.native = NativeLoop(self.key, counts, real, self.reverse, function, self.scalars is not None)
 
 
 def scalars_of(graph: fx.GraphModule, layout: Layout, reverse: bool) -> ScalarLoop | None:
@@ -95,37 +98,37 @@ def _padding(like: Tensor) -> Tensor:
 
 _loops: MutableMapping[int, Loop] = weakref.WeakValueDictionary()
 library = torch.library.Library("pyro_elbo", "DEF")
-library.define("loop(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key) -> Tensor[]")
+_GIVEN = "Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key"
+library.define(f"loop({_GIVEN}) -> Tensor[]")
+library.define(f"loops({_GIVEN}, int count) -> Tensor[]")
+Rows = list[Tensor]
 
 
-def _meta(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
+def _room(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int) -> Rows:
     return _loops[key].room(carry, (*carry, *inputs, *constants)[0], steps)
 
 
-def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
+def _room_for_loops(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int, count: int) -> Rows:
+    first = [[x[0] for x in part] for part in (constants, carry, inputs)]
+    room = _room(first[0], first[1], first[2], steps, key)
+    return [x.new_empty((count, *x.shape)) for x in room]
+
+
+def _run(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int) -> Rows:
     loop = _loops[key]
-    room = _meta(constants, carry, inputs, steps, key)
-    states, exports = room[: len(carry)], room[len(carry) : -1]
-    fixed = [_laid_out(x, like) for x, like in zip(constants, loop.layout.like, strict=False)]
-    if loop.scalars is not None:
-        loop.scalars([*fixed, *(x.contiguous() for x in (*carry, *inputs)), *states, *exports], steps)
+    room = _room(constants, carry, inputs, steps, key)
+    if loop.native is not None:
+        loop.native([*constants, *carry, *inputs], room, steps)
         return room
+    states, exports = room[: len(carry)], room[len(carry) :]
+    fixed = [_laid_out(x, like) for x, like in zip(constants, loop.layout.like, strict=False)]
     for state, c in zip(states, carry, strict=True):
         state[steps if loop.reverse else 0].copy_(c)
     before, after = (slice(1, None), slice(steps)) if loop.reverse else (slice(steps), slice(1, None))
     columns = [x.unbind() for x in (*(s[before] for s in states), *inputs, *(s[after] for s in states), *exports)]
     rows = list(zip(*columns, strict=True))
-    rows = rows[::-1] if loop.reverse else rows
-    if loop.machine.entry is None:
-        for row in rows:
-            loop.machine.call([*fixed, *row])
-        return room
-    handles = executable.Handles(fixed), executable.Handles(x for row in rows for x in row)
-    message = executable.driver().run(
-        loop.machine.entry, handles[0].capsules, [], handles[1].capsules, steps, None, [], None
-    )
-    if message is not None:
-        raise RuntimeError(f"The compiled step failed: {message.decode()}")
+    for row in rows[::-1] if loop.reverse else rows:
+        loop.machine.call([*fixed, *row])
     return room
 
 
@@ -133,29 +136,12 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else torch.empty_strided(like.shape, like.stride(), dtype=x.dtype).copy_(x)
 
 
-library.impl("loop", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("pyro_elbo::loop", _meta, lib=library)
-
-
-library.define("loops(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key, int count) -> Tensor[]")
-
-
-def _room_for_loops(
-    constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int, count: int
-) -> list[Tensor]:
-    first = [[x[0] for x in part] for part in (constants, carry, inputs)]
-    room = _meta(first[0], first[1], first[2], steps, key)
-    return [x.new_empty((count, *x.shape)) for x in room]
-
-
-def _run_loops(
-    constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int, count: int
-) -> list[Tensor]:
+def _run_loops(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int, count: int) -> Rows:
     """Run a loop ``count`` times, on rows of tensors."""
     loop, given = _loops[key], (constants, carry, inputs)
     room = _room_for_loops(*given, steps, key, count)
-    if loop.scalars is not None and all(x.is_contiguous() for x in loop.layout.like):
-        loop.scalars.each([x.contiguous() for part in (*given, room[:-1]) for x in part], steps)
+    if loop.native is not None:
+        loop.native([x for part in given for x in part], room, steps, count)
         return room
     for i in range(count):
         row = [[x[i] for x in part] for part in given]
@@ -164,12 +150,14 @@ def _run_loops(
     return room
 
 
-library.impl("loops", _run_loops, "CompositeExplicitAutograd")
-torch.library.register_fake("pyro_elbo::loops", _room_for_loops, lib=library)
+for _name, _function, _fake in (("loop", _run, _room), ("loops", _run_loops, _room_for_loops)):
+    library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyro_elbo::{_name}", _fake, lib=library)
+    C_FUNCTIONS[getattr(torch.ops.pyro_elbo, _name).default] = [DECLARATIONS[_name]]
 
 
 def _map_loop(
-    info: Any, dims: Any, constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int
+    info: Any, dims: Any, constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int
 ) -> tuple[list[Tensor], list[int]]:
     """Run the loop of each particle, under torch.vmap."""
     count = info.batch_size

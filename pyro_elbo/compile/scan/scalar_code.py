@@ -269,28 +269,11 @@ def _offsets(x: Tensor) -> list[int]:
 
 
 class ScalarLoop:
-    """The machine code of a loop over scalars."""
+    """The machine code of a loop over scalars.
+
+    Attributes:
+        function: the address of a C++ function of the tensors' addresses and the number of steps.
+    """
 
     def __init__(self, source: str) -> None:
-        self._library = load_library(source)
-        self._library.loop.restype = None
-
-    def __call__(self, columns: Sequence[Tensor], steps: int) -> None:
-        """Run all steps.
-
-        Args:
-            columns: constants, carry, inputs, states around all steps and exports; time first in the last three.
-            steps: the number of steps.
-        """
-        self._run([x.data_ptr() for x in columns], steps)
-
-    def each(self, columns: Sequence[Tensor], steps: int) -> None:
-        """Run all steps once per row of contiguous tensors."""
-        first = [x.data_ptr() for x in columns]
-        sizes = [x.stride(0) * x.element_size() for x in columns]
-        for i in range(len(columns[0])):
-            self._run([x + i * size for x, size in zip(first, sizes, strict=True)], steps)
-
-    def _run(self, addresses: Sequence[int], steps: int) -> None:
-        pointers = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._library.loop(pointers, ctypes.c_int64(steps))
+        self.function = ctypes.cast(load_library(source).loop, ctypes.c_void_p)

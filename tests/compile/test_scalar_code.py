@@ -49,7 +49,7 @@ def loop_of(step, constants, carry, inputs, reverse=False):
 
 def assert_equal(step, constants, carry, inputs, reverse=False):
     loop = loop_of(step, constants, carry, inputs, reverse)
-    assert loop.scalars is not None
+    assert loop.source is not None
     found = torch.ops.pyro_elbo.loop(constants, carry, inputs, T, loop.key)
     expected = in_python(step, constants, carry, inputs, reverse)
     tolerance = 1e-5 if carry[0].dtype == torch.float32 else 1e-12
@@ -169,7 +169,7 @@ def test_what_is_not_written_out(monkeypatch, caplog, name):
     carry, inputs = [torch.zeros(3, dtype=dtype)], [torch.ones(T, 3, dtype=dtype)]
     with caplog.at_level(logging.DEBUG, logger="pyro_elbo.compile.scan"):
         loop = loop_of(step, [], carry, inputs)
-    assert loop.scalars is None
+    assert loop.source is None
     assert loop.machine == Code(None, None)
     assert "step by step" in caplog.text
     assert reason in caplog.text
@@ -180,5 +180,7 @@ def test_a_missing_compiler(monkeypatch):
         raise inductor.CppCompileError(["g++"], "not found")
 
     monkeypatch.setattr(inductor.CppCodeCache, "load", load)
+    carry, inputs = [torch.zeros(2)], [torch.ones(T, 2)]
+    loop = loop_of(halved, [], carry, inputs)
     with pytest.raises(CompileError, match=r"Install a C\+\+ compiler"):
-        loop_of(halved, [], [torch.zeros(2)], [torch.ones(T, 2)])
+        torch.ops.pyro_elbo.loop([], carry, inputs, T, loop.key)

@@ -1,6 +1,6 @@
 """Run loops over time without Python: the C++ functions that the machine code of a graph calls for its loop operators.
 
-A loop is found by its key. It is one C++ function over all steps, or the function that Inductor made of one step.
+A loop is found by its key. It calls the function that Inductor made of a step.
 """
 
 import ctypes
@@ -57,8 +57,7 @@ struct Column {
 };
 
 struct Loop {
-  void (*all)(void** columns, int64_t steps);  // all steps
-  void (*one)(Handle* inputs, Handle* outputs);  // one step, if not all of them
+  void (*step)(Handle* inputs, Handle* outputs);
   bool reverse;
   int64_t constants, carry, inputs;
   std::vector<Column> columns;
@@ -148,7 +147,7 @@ static void call_each(const Loop& loop, const std::vector<Given>& tensors, int64
       const Given& x = tensors[is_carry ? given + i - k : i];
       inputs[i] = row(x, loop.columns[i], run, i < k ? 0 : is_carry ? now : is_next ? after : t);
     }
-    loop.one(inputs.data(), nullptr);  // takes ownership
+    loop.step(inputs.data(), nullptr);  // takes ownership
   }
 }
 
@@ -160,14 +159,6 @@ static void run_loop(const Loop& loop, const std::vector<Handle>& given, const s
   for (int64_t i = 0; i < int64_t(results.size()); i++) {
     const int64_t at = given.size() + i;
     tensors.push_back({results[i], nullptr, loop.columns[at].elements * loop.length(at, steps)});
-  }
-  if (loop.all) {
-    std::vector<void*> columns(tensors.size());
-    for (int64_t run = 0; run < (count ? count : 1); run++) {
-      for (size_t i = 0; i < tensors.size(); i++) columns[i] = pointer(tensors[i], loop.columns[i], run);
-      loop.all(columns.data(), steps);
-    }
-    return;
   }
   const PyGILState_STATE state = PyGILState_Ensure();  // the function of a step lets go of it and takes it again
   try {
@@ -188,9 +179,9 @@ static std::shared_ptr<const Loop> find(int64_t key) {
 }
 
 // `numbers`: reverse, constants, carry, inputs, columns; then dtype, bytes, dim, sizes and strides of each column.
-extern "C" void add(int64_t key, void* all, void* one, const int64_t* numbers) {
+extern "C" void add(int64_t key, void* step, const int64_t* numbers) {
   auto next = [&] { return *numbers++; };
-  Loop loop{reinterpret_cast<decltype(Loop::all)>(all), reinterpret_cast<decltype(Loop::one)>(one)};
+  Loop loop{reinterpret_cast<decltype(Loop::step)>(step)};
   loop.reverse = next();
   loop.constants = next(), loop.carry = next(), loop.inputs = next();
   for (int64_t columns = next(); columns; columns--) {
@@ -281,8 +272,7 @@ class NativeLoop:
         counts: the numbers of constants, parts of the carry, and inputs.
         like: a tensor like each constant, carry, input, next carry and export of one step.
         reverse: run from the last step to the first.
-        function: the address of a C++ function over all steps, or of the one that Inductor made of a step.
-        is_whole: which of them.
+        step: the address of the C++ function of a step.
     """
 
     def __init__(
@@ -291,15 +281,13 @@ class NativeLoop:
         counts: Sequence[int],
         like: Sequence[Tensor],
         reverse: bool,
-        function: ctypes.c_void_p,
-        is_whole: bool,
+        step: ctypes.c_void_p,
     ) -> None:
         numbers = [int(reverse), *counts, len(like)]
         for x, dtype in zip(like, executable.dtype_numbers(like), strict=True):
             numbers += [dtype, x.element_size(), x.dim(), *x.shape, *x.stride()]
         self._key = key
-        addresses = (function, None) if is_whole else (None, function)
-        _library().add(key, *addresses, (ctypes.c_int64 * len(numbers))(*numbers))
+        _library().add(key, step, (ctypes.c_int64 * len(numbers))(*numbers))
         weakref.finalize(self, _library().drop, key)
 
     def __call__(self, given: Sequence[Tensor], results: Sequence[Tensor], steps: int, count: int = 0) -> None:
@@ -322,7 +310,7 @@ def _library() -> Any:
     """Build and load the C++ functions, for all libraries that are loaded later."""
     library = load_library(_SOURCE, ctypes.RTLD_GLOBAL)
     key, count, address = ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
-    library.add.restype, library.add.argtypes = None, [key, address, address, address]
+    library.add.restype, library.add.argtypes = None, [key, address, address]
     library.drop.restype, library.drop.argtypes = None, [key]
     library.run.restype = ctypes.c_char_p
     library.run.argtypes = [key, ctypes.py_object, ctypes.py_object, count, count]

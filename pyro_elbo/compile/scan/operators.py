@@ -5,6 +5,7 @@ same loop in another process. The executable of a graph owns the loops and strea
 live as long as it does.
 """
 
+import ctypes
 import hashlib
 import logging
 import weakref
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, rand_ops
-from pyro_elbo.compile.code import C_FUNCTIONS, on_cpu
+from pyro_elbo.compile.code import C_FUNCTIONS, WRITTEN_OUT, on_cpu
 from pyro_elbo.compile.noise import SCAN_DRAWS, NoiseKind, fill_noise
 from pyro_elbo.compile.scan.native import DECLARATIONS, NativeLoop
-from pyro_elbo.compile.scan.scalar_code import Layout, ScalarLoop, scalar_loop
+from pyro_elbo.compile.scan.scalar_code import Layout, function_in, scalar_loop
 from pyro_elbo.compile.scan.scalar_ops import UnsupportedError
 
 # The work of a step, in additions, up to which it is written out: a few microseconds, as long as a call would take.
@@ -29,16 +30,27 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Loop:
-    """The recurrence that the loop operator runs for a key; it writes to the tensors that it is given."""
+    """The recurrence that the loop operator runs for a key; it writes to the tensors that it is given.
+
+    Attributes:
+        source: the C++ source of all steps, where a step is a handful of scalars.
+        machine: otherwise the machine code of a step.
+        native: the function that calls that for all steps, on a CPU.
+    """
 
     key: int
     module: fx.GraphModule
     layout: Layout
     exports: tuple[tuple[torch.Size, torch.dtype], ...]
     reverse: bool
+    source: str | None = None
     machine: Any = None
-    scalars: ScalarLoop | None = None
     native: NativeLoop | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the function in ``source``."""
+        return f"loop_{self.key:x}"
 
     def room(self, carry: Sequence[Tensor], like: Tensor, steps: int) -> list[Tensor]:
         """Make tensors for the carries around all steps and for the exports of each step."""
@@ -46,8 +58,8 @@ class Loop:
         return states + [like.new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports]
 
     def compile(self) -> None:
-        """Compile the recurrence, unless another graph has done so."""
-        if self.machine is not None or self.scalars is not None:
+        """Write the recurrence as C++ source or compile a step of it, unless another graph has done so."""
+        if self.source is not None or self.machine is not None:
             return
         from pyro_elbo.compile import inductor  # takes a second to import
         from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
@@ -59,24 +71,24 @@ class Loop:
             graph = make_fx(self.module, decompositions(not config.fallback_random))(*fakes)
         write_out_alpha(graph.graph)
         graph = optimize(graph, mode, fakes)
-        self.scalars = scalars_of(graph, self.layout, self.reverse) if on_cpu(real) else None
-        if self.scalars is None:
-            self.machine = inductor.code_of(Graph(graph, fakes), on_cpu(real))
-        function = self.machine.entry if self.scalars is None else self.scalars.function
-        if function is not None:
+        self.source = source_of(self.name, graph, self.layout, self.reverse) if on_cpu(real) else None
+        if self.source is not None:
+            return
+        self.machine = inductor.code_of(Graph(graph, fakes), on_cpu(real))
+        if self.machine.entry is not None:
             counts = self.layout.constants, self.layout.carry, self.layout.inputs
-            self.native = NativeLoop(self.key, counts, real, self.reverse, function, self.scalars is not None)
+            self.native = NativeLoop(self.key, counts, real, self.reverse, self.machine.entry)
 
 
-def scalars_of(graph: fx.GraphModule, layout: Layout, reverse: bool) -> ScalarLoop | None:
-    """Return the machine code of the whole loop where a step is a handful of scalars, otherwise None."""
+def source_of(name: str, graph: fx.GraphModule, layout: Layout, reverse: bool) -> str | None:
+    """Return the C++ source of the whole loop where a step is a handful of scalars, otherwise None."""
     try:
-        source = scalar_loop(graph, layout, reverse, SCALARS)
+        source = scalar_loop(name, graph, layout, reverse, SCALARS)
     except UnsupportedError as reason:
         _log.debug("a recurrence is called step by step: %s", reason)
         return None
     _log.debug("a recurrence is one loop over scalars:\n%s", source)
-    return ScalarLoop(source)
+    return source
 
 
 @dataclass(eq=False)
@@ -117,11 +129,16 @@ def _room_for_loops(constants: Rows, carry: Rows, inputs: Rows, steps: int, key:
 def _run(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int) -> Rows:
     loop = _loops[key]
     room = _room(constants, carry, inputs, steps, key)
+    fixed = [_laid_out(x, like) for x, like in zip(constants, loop.layout.like, strict=False)]
+    if loop.source is not None:
+        columns = [*fixed, *(x.contiguous() for x in (*carry, *inputs)), *room]
+        addresses = (ctypes.c_void_p * len(columns))(*(x.data_ptr() for x in columns))
+        function_in(loop.source, loop.name)(addresses, ctypes.c_int64(steps))
+        return room
     if loop.native is not None:
         loop.native([*constants, *carry, *inputs], room, steps)
         return room
     states, exports = room[: len(carry)], room[len(carry) :]
-    fixed = [_laid_out(x, like) for x, like in zip(constants, loop.layout.like, strict=False)]
     for state, c in zip(states, carry, strict=True):
         state[steps if loop.reverse else 0].copy_(c)
     before, after = (slice(1, None), slice(steps)) if loop.reverse else (slice(steps), slice(1, None))
@@ -138,11 +155,8 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
 
 def _run_loops(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int, count: int) -> Rows:
     """Run a loop ``count`` times, on rows of tensors."""
-    loop, given = _loops[key], (constants, carry, inputs)
+    given = constants, carry, inputs
     room = _room_for_loops(*given, steps, key, count)
-    if loop.native is not None:
-        loop.native([x for part in given for x in part], room, steps, count)
-        return room
     for i in range(count):
         row = [[x[i] for x in part] for part in given]
         for x, result in zip(room, _run(row[0], row[1], row[2], steps, key), strict=True):
@@ -150,10 +164,30 @@ def _run_loops(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int,
     return room
 
 
+def _written_out(steps: int, key: int, count: int = 0) -> tuple[str, str, list[tuple[int, ...]]] | None:
+    """Return how a loop over scalars is written into the code of a graph: see :func:`_torch.write_out`."""
+    loop = _loops[key]
+    like = loop.layout.like[: loop.layout.first_result]
+    if loop.source is None or (count and not all(x.is_contiguous() for x in like)):
+        return None
+    call = f"{loop.name}_each(columns, {steps}, {count})" if count else f"{loop.name}(columns, {steps})"
+    strides = []
+    for i, x in enumerate(like):
+        outer = [steps] * (i >= loop.layout.first_input) + [count] * (count > 0)
+        inner, lead = x.stride(), []
+        size = x.numel()
+        for length in outer:
+            lead.insert(0, size)
+            size *= length
+        strides.append((*lead, *inner))
+    return call, loop.source, strides
+
+
 for _name, _function, _fake in (("loop", _run, _room), ("loops", _run_loops, _room_for_loops)):
     library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyro_elbo::{_name}", _fake, lib=library)
-    C_FUNCTIONS[getattr(torch.ops.pyro_elbo, _name).default] = [DECLARATIONS[_name]]
+    operator = getattr(torch.ops.pyro_elbo, _name).default
+    C_FUNCTIONS[operator], WRITTEN_OUT[operator] = [DECLARATIONS[_name]], _written_out
 
 
 def _map_loop(

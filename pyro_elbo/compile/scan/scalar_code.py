@@ -5,10 +5,10 @@ time is part of the code: every element of every tensor of a step is a local var
 and only the results of a step are written to memory. Views vanish while the code is written.
 """
 
-import ctypes
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,13 +44,26 @@ _SOURCE = r"""
 #include <cstdlib>
 #include <limits>
 
-extern "C" void loop(void** columns, int64_t steps) {{
+#ifndef {name}
+#define {name} {name}
+extern "C" void {name}(void** columns, int64_t steps) {{
 {before}
   for (int64_t i = 0; i < steps; i++) {{
     const int64_t t = {time};
 {body}
   }}
 }}
+
+// The same for each of `count` rows.
+extern "C" void {name}_each(void** columns, int64_t steps, int64_t count) {{
+  const int64_t sizes[] = {{{sizes}}};
+  for (int64_t row = 0; row < count; row++) {{
+    void* now[{width}];
+    for (int64_t i = 0; i < {width}; i++) now[i] = static_cast<char*>(columns[i]) + row * sizes[i];
+    {name}(now, steps);
+  }}
+}}
+#endif
 """
 
 
@@ -190,10 +203,13 @@ class Layout:
         return self.first_input + self.inputs
 
 
-def scalar_loop(module: fx.GraphModule, layout: Layout, reverse: bool, limit: int) -> str:
-    """Return the C++ source of the loop over a step.
+def scalar_loop(name: str, module: fx.GraphModule, layout: Layout, reverse: bool, limit: int) -> str:
+    """Return the C++ source of the loop over a step: functions of the addresses of tensors and the number of steps.
+
+    The tensors are constants, carry, inputs, states around all steps, and exports; the last three with time first.
 
     Args:
+        name: of the function; with ``_each`` at its end, it runs for each row of tensors.
         module: a step that writes next carry and exports to its last arguments, functional otherwise.
         layout: its arguments.
         reverse: run from the last step to the first.
@@ -219,7 +235,8 @@ def scalar_loop(module: fx.GraphModule, layout: Layout, reverse: bool, limit: in
         elif node.op == "get_attr":
             raise UnsupportedError("a tensor that the graph holds")
     split = layout.first_result
-    return _source(code, layout, reverse, [values[n] for n in places[:split]], [results[n] for n in places[split:]])
+    names, stored = [values[n] for n in places[:split]], [results[n] for n in places[split:]]
+    return _source(name, code, layout, reverse, names, stored)
 
 
 def _names(code: _Code, position: int, like: Tensor) -> Array:
@@ -227,7 +244,9 @@ def _names(code: _Code, position: int, like: Tensor) -> Array:
     return np.array(names, dtype=object).reshape(tuple(like.shape))
 
 
-def _source(code: _Code, layout: Layout, reverse: bool, names: Sequence[Array], results: Sequence[Array]) -> str:
+def _source(
+    name: str, code: _Code, layout: Layout, reverse: bool, names: Sequence[Array], results: Sequence[Array]
+) -> str:
     """Return the source: what stands before the loop, then loads, statements, stores and the turn to the next step."""
     before = [f"  {TYPES[x.dtype]}* const __restrict p{p} = {_pointer(x, p)};" for p, x in enumerate(layout.like)]
     loads: list[str] = []
@@ -253,7 +272,13 @@ def _source(code: _Code, layout: Layout, reverse: bool, names: Sequence[Array], 
         if is_carry:
             carry = names[p - layout.first_result + layout.constants]
             turns += [f"    {x} = y{p}_{i};" for i, x in enumerate(carry.flat)]
+    lengths = ["1"] * layout.first_input + ["steps"] * layout.inputs
+    lengths += ["(steps + 1)"] * layout.carry + ["steps"] * (len(results) - layout.carry)
+    sizes = [f"{length} * {x.numel() * x.element_size()}" for length, x in zip(lengths, layout.like, strict=True)]
     return _SOURCE.format(
+        name=name,
+        sizes=", ".join(sizes),
+        width=len(sizes),
         before="\n".join(before),
         time="steps - 1 - i" if reverse else "i",
         body="\n".join([*loads, *code.lines, *stores, *turns]),
@@ -268,12 +293,9 @@ def _offsets(x: Tensor) -> list[int]:
     return [sum(i * s for i, s in zip(index, x.stride(), strict=True)) for index in np.ndindex(*x.shape)]
 
 
-class ScalarLoop:
-    """The machine code of a loop over scalars.
-
-    Attributes:
-        function: the address of a C++ function of the tensors' addresses and the number of steps.
-    """
-
-    def __init__(self, source: str) -> None:
-        self.function = ctypes.cast(load_library(source).loop, ctypes.c_void_p)
+@cache
+def function_in(source: str, name: str) -> Callable[..., None]:
+    """Compile the source of a loop and return its function ``name``."""
+    function = getattr(load_library(source), name)
+    function.restype = None
+    return function

@@ -136,11 +136,11 @@ def _surroundings() -> list[str]:
     """Return what machine code depends on beside its graph."""
     variables = {k: x for k, x in sorted(os.environ.items()) if k.startswith(_VARIABLES) and k != _CACHE_DIR}
     modes = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    return [_installation(), config.get_hash().hex(), str(variables), str(modes)]
+    return [installation(), config.get_hash().hex(), str(variables), str(modes)]
 
 
 @cache
-def _installation() -> str:
+def installation() -> str:
     """Return a hash of the versions of torch and of this package, and of the processor."""
     package = Path(__file__).parent
     sources = [f"{path.relative_to(package)} {path.read_text()}" for path in sorted(package.rglob("*.py"))]

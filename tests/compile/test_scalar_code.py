@@ -78,20 +78,36 @@ def test_pointwise_operators(dtype):
         return [torch.tanh(u - x)], outs
 
     torch.manual_seed(0)
-    inputs, start = torch.randn(T, 3, dtype=dtype), torch.zeros(3, dtype=dtype)
+    inputs, start = torch.randn(T, 13, dtype=dtype), torch.zeros(13, dtype=dtype)  # vectors, and one that is left
     assert_equal(step, [torch.tensor(0.6, dtype=dtype)], [start], [inputs])
 
 
-def test_not_a_number_and_infinity_pass_through():
+@pytest.mark.parametrize("lanes", [1, 5])
+def test_not_a_number_and_infinity_pass_through(lanes):
     def step(constants, carry, inputs):
         (x,) = inputs
         a, b = x.unbind()
-        outs = [torch.maximum(a, b), torch.minimum(a, b), x.amax(), x.amin(), a.clamp(min=0.5), torch.relu(a)]
-        return [carry[0] * a], [*outs, torch.logsumexp(x, 0), a == b, x.sign(), torch.where(a < b, a, torch.inf)]
+        outs = [torch.maximum(a, b), torch.minimum(a, b), x.amax(0), x.amin(0), a.clamp(min=0.5), torch.relu(a)]
+        outs += [torch.logsumexp(x, 0), a == b, x.sign(), torch.where(a < b, a, torch.inf)]
+        return [carry[0] * a], [*outs, a.isinf(), a.isnan(), a.exp(), a.log(), torch.where(a.isnan() | (b > a), b, -a)]
 
     inf, nan = torch.inf, torch.nan
     values = torch.tensor([[nan, 1.0], [1.0, nan], [inf, 1.0], [-inf, -inf], [0.0, -2.0]], dtype=torch.float64)
-    assert_equal(step, [], [torch.tensor(1.0, dtype=torch.float64)], [values])
+    values = torch.stack([values.roll(i, 0) for i in range(lanes)], -1)
+    assert_equal(step, [], [torch.ones(lanes, dtype=torch.float64)], [values])
+
+
+def test_lanes_of_several_vectors():
+    def step(constants, carry, inputs):
+        (c,), (x,) = carry, inputs
+        pairs = c.unsqueeze(-1) + x.unsqueeze(-2)
+        new = torch.logsumexp(pairs, -2).flip(-1)
+        seen = (new > 0).logical_and(x.roll(1, 0) < 0.5)
+        outs = [pairs.transpose(1, 2), pairs[:, ::2], torch.where(seen, x, c.T[0][:, None][:3]), seen, pairs.sum(0)]
+        return [0.5 * new], [*outs, torch.cat([c, x.flip(0)], 1), (pairs * pairs).mean((0, 2)), torch.ones_like(x) * 3]
+
+    torch.manual_seed(0)
+    assert_equal(step, [], [torch.randn(3, 6).double()], [torch.randn(T, 3, 6).double()])
 
 
 def test_views_sums_and_products():

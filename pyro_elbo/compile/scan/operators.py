@@ -22,6 +22,7 @@ from pyro_elbo.compile.noise import SCAN_DRAWS, NoiseKind, fill_noise
 from pyro_elbo.compile.scan.native import DECLARATIONS, NativeLoop
 from pyro_elbo.compile.scan.scalar_code import Layout, function_in, scalar_loop
 from pyro_elbo.compile.scan.scalar_ops import UnsupportedError
+from pyro_elbo.compile.store import installation
 
 # The work of a step, in additions, up to which it is written out: a few microseconds, as long as a call would take.
 SCALARS = 4096
@@ -173,13 +174,9 @@ def _written_out(steps: int, key: int, count: int = 0) -> tuple[str, str, list[t
     call = f"{loop.name}_each(columns, {steps}, {count})" if count else f"{loop.name}(columns, {steps})"
     strides = []
     for i, x in enumerate(like):
-        outer = [steps] * (i >= loop.layout.first_input) + [count] * (count > 0)
-        inner, lead = x.stride(), []
-        size = x.numel()
-        for length in outer:
-            lead.insert(0, size)
-            size *= length
-        strides.append((*lead, *inner))
+        time = [x.numel()] * (i >= loop.layout.first_input)
+        row = x.numel() * (steps if time else 1)
+        strides.append((*([row] if count else ()), *time, *x.stride()))
     return call, loop.source, strides
 
 
@@ -249,5 +246,5 @@ def register(module: fx.GraphModule, layout: Layout, exports: Any, reverse: bool
     Loops with equal keys and arguments are computed once; ``number`` distinguishes those that draw.
     """
     rows = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in layout.like]
-    key = stable_key((module.code, rows, exports, reverse, number, config.fallback_random))
+    key = stable_key((module.code, rows, exports, reverse, number, config.fallback_random, installation()))
     return _loops.setdefault(key, Loop(key, module, layout, exports, reverse))

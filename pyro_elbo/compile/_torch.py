@@ -45,6 +45,7 @@ __all__ = [
     "joint_graph_passes",
     "lazy_graph_modules",
     "make_fx",
+    "mutates",
     "optimizers_compiling",
     "pytree",
     "step_without_hooks",
@@ -94,6 +95,11 @@ def valueless_fakes() -> FakeTensorMode:
 
     mode.fake_tensor_converter.from_real_tensor = without_value
     return mode
+
+
+def mutates(target: Any) -> bool:
+    """Return whether an operator changes one of its arguments in place."""
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 @contextmanager

@@ -36,7 +36,6 @@ int32_t aoti_torch_get_data_ptr(Handle, void**);
 int32_t aoti_torch_get_dim(Handle, int64_t*);
 int32_t aoti_torch_get_sizes(Handle, int64_t**);
 int32_t aoti_torch_get_strides(Handle, int64_t**);
-int32_t aoti_torch_get_storage_offset(Handle, int64_t*);
 int32_t aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
 int32_t aoti_torch__reinterpret_tensor(Handle, int64_t, const int64_t*, const int64_t*, int64_t, Handle*);
 int32_t aoti_torch_copy_(Handle, Handle, int32_t);
@@ -122,10 +121,8 @@ static char* pointer(const Given& x, const Column& column, int64_t run) {
 }
 
 static Handle row(const Given& x, const Column& column, int64_t run, int64_t time) {
-  int64_t offset;
-  check(aoti_torch_get_storage_offset(x.handle, &offset));
+  const int64_t offset = run * x.run + time * column.elements;  // from the tensor's own
   Handle made;
-  offset += run * x.run + time * column.elements;
   check(aoti_torch__reinterpret_tensor(
       x.handle, column.sizes.size(), column.sizes.data(), column.strides.data(), offset, &made));
   return made;

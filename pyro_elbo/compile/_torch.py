@@ -5,8 +5,9 @@ the top are loaded with torch itself. Those in ``_LAZY`` take a second to import
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ __all__ = [
     "joint_graph_passes",
     "lazy_graph_modules",
     "make_fx",
+    "mutates",
     "optimizers_compiling",
     "pytree",
     "step_without_hooks",
@@ -51,6 +53,7 @@ __all__ = [
     "tracing",
     "unset_fake_temporarily",
     "valueless_fakes",
+    "write_out",
 ]
 
 _LAZY = {
@@ -92,6 +95,11 @@ def valueless_fakes() -> FakeTensorMode:
 
     mode.fake_tensor_converter.from_real_tensor = without_value
     return mode
+
+
+def mutates(target: Any) -> bool:
+    """Return whether an operator changes one of its arguments in place."""
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 @contextmanager
@@ -140,3 +148,58 @@ def joint_graph_passes(module: fx.GraphModule, mode: FakeTensorMode, on_cpu: boo
             passes.joint_graph_passes(module)
     finally:
         passes.lazy_init = lazy_init
+
+
+@cache
+def write_out(
+    operator: OpOverload, function_of: Callable[..., tuple[str, str, Sequence[Sequence[int]]] | None]
+) -> None:
+    """Have Inductor write a call of an operator as one of a C++ function of our own, into the code of a graph.
+
+    Args:
+        operator: takes lists of tensors, then numbers, and returns a list of tensors.
+        function_of: numbers -> the call of the function for ``columns``, the addresses of the operator's tensors and
+            its results; its definition, which may stand in the code more than once; and the strides that tensors must
+            have. None to call the operator instead.
+    """
+    ir, lowering, virtualized = (
+        importlib.import_module(f"torch._inductor.{name}") for name in ("ir", "lowering", "virtualized")
+    )
+
+    class Call(ir.ExternKernel):
+        def __init__(self, call: str, source: str, given: list, results: list) -> None:
+            self.device, self.call, self.source = results[0].get_device(), call, source
+            layout = ir.NoneLayout(device=self.device)
+            super().__init__(None, layout, self.unwrap_storage([self.realize_input(x) for x in (*given, *results)]))
+            self.mutation_outputs = [ir.MutationOutput(layout, x, self) for x in results]
+            virtualized.V.graph.register_operation(self)
+
+        def get_outputs(self) -> list:
+            return self.mutation_outputs
+
+        def get_device(self) -> torch.device:
+            return self.device
+
+        def codegen(self, wrapper: Any) -> None:
+            addresses = [
+                f"static_cast<char*>(static_cast<void*>(get_data_ptr_wrapper({x.get_name()})))"
+                f" + {x.get_layout().offset * x.get_dtype().itemsize}"
+                for x in self.inputs
+            ]
+            wrapper.define_kernel(self.call, self.source, gpu=False)
+            wrapper.writeline(f"{{ void* columns[] = {{{', '.join(addresses)}}}; {self.call}; }}")
+
+    def lower(*args: Any) -> Any:
+        numbers = [x for x in args if isinstance(x, int)]
+        if (made := function_of(*numbers)) is None:
+            return lowering.fallback_handler(operator)(*args)
+        call, source, strides = made
+        tensors = [x for part in args if not isinstance(part, int) for x in part]
+        given = [ir.ExternKernel.require_exact_strides(x, s) for x, s in zip(tensors, strides, strict=True)]
+        empty = lowering.lowerings[torch.ops.aten.empty_strided.default]
+        values = virtualized.V.graph.current_node.meta["val"]
+        results = [empty(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in values]
+        Call(call, source, given, results)
+        return results
+
+    lowering.register_lowering(operator, type_promotion_kind=None)(lower)

@@ -136,6 +136,14 @@ class Handles:
         weakref.finalize(self, driver().release, self.capsules)
 
 
+def dtype_numbers(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the number by which torch's C interface calls the dtype of each tensor."""
+    handles = Handles(x.new_empty(()) for x in tensors)
+    layout = (ctypes.c_int64 * (2 * len(tensors)))()
+    driver().layout(handles.capsules, layout, 0)
+    return layout[::2]
+
+
 class StepInputs:
     """The scalars, records and noise of up to ``count`` steps: the inputs that differ between steps."""
 

@@ -21,9 +21,10 @@ from pyro_elbo.compile._torch import (
     config,
     detect_fake_mode,
     tracing,
+    write_out,
 )
 from pyro_elbo.compile.capture import Graph
-from pyro_elbo.compile.code import Code, entry_of
+from pyro_elbo.compile.code import C_FUNCTIONS, WRITTEN_OUT, Code, entry_of
 from pyro_elbo.errors import CompileError, first_sentence
 
 
@@ -33,10 +34,13 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
     Raises:
         CompileError: Inductor or the C++ compiler failed.
     """
+    for operator, function_of in WRITTEN_OUT.items() if on_cpu else ():
+        write_out(operator, function_of)
     context = TracingContext(detect_fake_mode(graph.fakes))
     options = {
         "size_asserts": not on_cpu,  # externals are checked by fits(), data by their key
         "aot_inductor.allow_stack_allocation": True,
+        "aot_inductor.custom_ops_to_c_shims": C_FUNCTIONS,
         "cpp.min_chunk_size": 2**14,  # a second thread costs more than it saves on smaller loops
         # torch's headers need C++20, and such compilers know every vector instruction; the test takes 7 seconds.
         "cpp.vec_isa_ok": True,

@@ -4,9 +4,7 @@ The function runs once, unchanged, on fake tensors: it may call Pyro, autograd a
 it touches (parameters, buffers, the optimizer's state, tensors of closures) becomes an input of the graph, by identity.
 """
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -43,18 +41,6 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Recordi
     if any(isinstance(x, FakeTensor) for x in externals):
         raise NotAlikeError("a tensor of one particle is used outside of its run")
     return Recording(module, tuple(externals), tuple(inputs), tuple(lifting.frozen.values()))
-
-
-@contextmanager
-def garbage_later() -> Iterator[None]:
-    """Collect no cycles meanwhile: the objects of a graph live on, and looking through them takes a fifth longer."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def check_writes(recording: Recording, written: Sequence[int]) -> None:

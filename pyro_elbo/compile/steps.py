@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pyro_elbo.assumptions import NotAlikeError, capturing
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
 from pyro_elbo.compile.course import Course
-from pyro_elbo.compile.execution import Execution, collect_code, record_execution
+from pyro_elbo.compile.execution import Execution, collect_code, garbage_later, record_execution
 from pyro_elbo.compile.gradients import hooks_of, network_gradients, program_gradients
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.known_step import KnownStep
@@ -326,7 +326,7 @@ class CompiledSVI:
             explain_capture(step.guard.generators),
             config.patch(fallback_random=self.fallback_random),
             lazy_graph_modules(True),
-            recorder.garbage_later(),
+            garbage_later(),
             compiling(),
         ):
             check_reachable(step.guard)

@@ -63,21 +63,25 @@ def machine_code(recording: Recording, kept: int, lift_noise: bool) -> Code:
     return code
 
 
-def load_library(source: str) -> ctypes.PyDLL:
+def load_library(source: str, mode: int = ctypes.DEFAULT_MODE) -> ctypes.PyDLL:
     """Load C++ code that needs nothing but torch, compiled once for all processes.
+
+    Args:
+        source: the code.
+        mode: ``ctypes.RTLD_GLOBAL`` for functions that libraries loaded later call.
 
     Raises:
         CompileError: the C++ compiler failed.
     """
     key = None if config.force_disable_caches else _digest([source, *_surroundings()])
     if key is not None and (found := _find(key)) is not None:
-        return ctypes.PyDLL(found[0])
+        return ctypes.PyDLL(found[0], mode)
     from pyro_elbo.compile import inductor
 
     library = inductor.build_library(source)
     if key is not None:
         _keep(key, library, {})
-    return ctypes.PyDLL(library)
+    return ctypes.PyDLL(library, mode)
 
 
 def key_of(recording: Recording, kept: int, lift_noise: bool) -> str | None:
@@ -136,11 +140,11 @@ def _surroundings() -> list[str]:
     """Return what machine code depends on beside its graph."""
     variables = {k: x for k, x in sorted(os.environ.items()) if k.startswith(_VARIABLES) and k != _CACHE_DIR}
     modes = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    return [_installation(), config.get_hash().hex(), str(variables), str(modes)]
+    return [installation(), config.get_hash().hex(), str(variables), str(modes)]
 
 
 @cache
-def _installation() -> str:
+def installation() -> str:
     """Return a hash of the versions of torch and of this package, and of the processor."""
     package = Path(__file__).parent
     sources = [f"{path.relative_to(package)} {path.read_text()}" for path in sorted(package.rglob("*.py"))]

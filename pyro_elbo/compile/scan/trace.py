@@ -11,6 +11,7 @@ from torch.func import functionalize
 from pyro_elbo.compile._torch import (
     DisableTorchFunction,
     make_fx,
+    mutates,
     unset_fake_temporarily,
 )
 from pyro_elbo.compile.graphs import lift, remove_identities, remove_repetition
@@ -34,9 +35,11 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[f
     with unset_fake_temporarily(), DisableTorchFunction():  # literals of the program are real
         constants = lift(raw, {})
     raw.recompile()
-    everything = [x.detach() for x in (*constants, *arguments)]
-    with torch.no_grad(), DisableTorchFunction():  # nothing is left to lift
-        module = make_fx(functionalize(raw, remove="mutations"))(*everything)
+    module = raw
+    if any(mutates(n.target) for n in raw.graph.nodes):
+        everything = [x.detach() for x in (*constants, *arguments)]
+        with torch.no_grad(), DisableTorchFunction():  # nothing is left to lift
+            module = make_fx(functionalize(raw, remove="mutations"))(*everything)
     remove_identities(module.graph)
     _clamp_slices(module.graph)
     remove_repetition(module)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C import DisableTorchFunction
+from torch._C import DisableTorchFunction, DispatchKey, _dispatch_has_kernel_for_dispatch_key, _TorchDispatchModeKey
 from torch._C._aoti import unsafe_alloc_void_ptrs_from_tensors as tensor_handles
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import TracingContext, tracing
@@ -21,25 +21,31 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    in_kernel_invocation_manager,
     unset_fake_temporarily,
 )
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "PROXY",
     "DataDependentOutputException",
     "DisableTorchFunction",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "TorchDispatchMode",
     "TracingContext",
     "custom_functions_taking",
     "disable_proxy_modes_tracing",
     "get_proxy_mode",
-    "get_proxy_slot",
+    "import_compiler",
+    "in_kernel_invocation_manager",
+    "is_composite",
     "is_functorch_wrapped_tensor",
     "joint_graph_passes",
     "lazy_graph_modules",
@@ -51,7 +57,10 @@ __all__ = [
     "tracing",
     "unset_fake_temporarily",
     "valueless_fakes",
+    "without_vector_tests",
 ]
+
+PROXY = _TorchDispatchModeKey.PROXY
 
 _LAZY = {
     "BoxedBool": "torch._inductor.utils",
@@ -78,6 +87,11 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def is_composite(function: OpOverload) -> bool:
+    """Return whether an operator is a function of others, which torch calls in its place."""
+    return _dispatch_has_kernel_for_dispatch_key(function.name(), DispatchKey.CompositeImplicitAutograd)
 
 
 def valueless_fakes() -> FakeTensorMode:
@@ -140,3 +154,21 @@ def joint_graph_passes(module: fx.GraphModule, mode: FakeTensorMode, on_cpu: boo
             passes.joint_graph_passes(module)
     finally:
         passes.lazy_init = lazy_init
+
+
+@contextmanager
+def without_vector_tests() -> Iterator[None]:
+    """Skip three runs of the compiler that try instructions of 2019 and 2020, where the processor has them."""
+    vectors = importlib.import_module("torch._inductor.cpu_vec_isa")
+    known = vectors.VecAVX512._avx512_bf16_code, vectors.VecAVX512VNNI._avx512_vnni_code
+    build = vectors.VecISA.check_build
+    vectors.VecISA.check_build = lambda self, code: code in known or build(self, code)
+    try:
+        yield
+    finally:
+        vectors.VecISA.check_build = build
+
+
+def import_compiler() -> None:
+    """Import what the first steps use of torch; under the profiler of the first one this would take twice as long."""
+    importlib.import_module("torch._inductor.config")

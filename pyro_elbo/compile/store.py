@@ -14,8 +14,8 @@ import operator
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +59,25 @@ def machine_code(recording: Recording, kept: int, lift_noise: bool) -> Code:
     return code
 
 
-def load_library(source: str) -> ctypes.PyDLL:
-    """Load C++ code that needs nothing but torch, compiled once for all processes.
+def load_library(source: str) -> Callable[[], ctypes.PyDLL]:
+    """Begin to compile C++ code that needs nothing but torch, once for all processes; return what waits for it.
 
     Raises:
-        CompileError: the C++ compiler failed.
+        CompileError: the C++ compiler failed. What waits raises it too.
     """
     key = None if config.force_disable_caches else _digest([source, *_surroundings()])
     if key is not None and (found := _find(key)) is not None:
-        return ctypes.PyDLL(found[0])
+        return partial(ctypes.PyDLL, found[0])
     from pyro_elbo.compile import inductor
 
-    library = inductor.build_library(source)
-    if key is not None:
-        _keep(key, library, {})
-    return ctypes.PyDLL(library)
+    path = inductor.build_library(source)
+
+    def load() -> ctypes.PyDLL:
+        if key is not None:
+            _keep(key, path(), {})
+        return ctypes.PyDLL(path())
+
+    return load
 
 
 def key_of(recording: Recording, kept: int, lift_noise: bool) -> str | None:
@@ -81,7 +85,7 @@ def key_of(recording: Recording, kept: int, lift_noise: bool) -> str | None:
     if config.force_disable_caches or not on_cpu(recording.tensors):
         return None
     try:
-        lines = [*_lines(recording.module.graph), *map(_layout, recording.tensors)]
+        lines = [*_lines(recording.graph), *map(_layout, recording.tensors)]
     except _UnknownError as unknown:
         _log.debug("the machine code of a graph is not kept on disk: %s", unknown)
         return None

@@ -272,7 +272,7 @@ class ScalarLoop:
     """The machine code of a loop over scalars."""
 
     def __init__(self, source: str) -> None:
-        self._library = load_library(source)
+        self._library = load_library(source)()
         self._library.loop.restype = None
 
     def __call__(self, columns: Sequence[Tensor], steps: int) -> None:

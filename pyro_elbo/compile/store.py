@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_elbo.compile._torch import OpOverload, cache_dir, config, pytree
+from pyro_elbo.compile._torch import OpOverload, cache_dir, config
 from pyro_elbo.compile.code import Code, entry_of, on_cpu
 from pyro_elbo.compile.noise import Noise
 from pyro_elbo.compile.record import Recording, check_writes
@@ -103,14 +103,18 @@ def _lines(graph: fx.Graph) -> Iterator[str]:
     def spelled(x: Any) -> str:
         if isinstance(x, fx.Node):
             return f"%{numbers[x]}"
+        if isinstance(x, Tensor):
+            return _layout(x)
+        if isinstance(x, list | tuple):
+            return f"({', '.join(map(spelled, x))})"
+        if isinstance(x, dict):
+            return f"({', '.join(f'{key}: {spelled(part)}' for key, part in x.items())})"
         if not isinstance(x, _PLAIN):
             raise _UnknownError(f"an argument of type {type(x).__name__}")
         return f"{type(x).__name__} {x!r}"
 
     for node in graph.nodes:
-        leaves, tree = pytree.tree_flatten((node.args, node.kwargs))
-        values = [_layout(x) if isinstance(x, Tensor) else spelled(x) for x in pytree.tree_leaves(node.meta.get("val"))]
-        yield f"{node.op} {_operator(node)} {tree} {[*map(spelled, leaves)]} {values}"
+        yield f"{node.op} {_operator(node)} {spelled(node.args)} {spelled(node.kwargs)} {spelled(node.meta.get('val'))}"
         numbers[node] = len(numbers)
 
 

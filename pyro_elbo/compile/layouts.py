@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_elbo.compile._torch import FakeTensor, FakeTensorMode, OpOverload, in_kernel_invocation_manager, is_composite
 
 aten = torch.ops.aten
-_Layout = tuple[Any, ...]  # dtype, shape, stride, offset, device
+_Layout = tuple[Any, ...]  # dtype, shape, stride, device
 _UNLIKE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
 
 
@@ -31,7 +31,7 @@ class Layouts:
             return None
         if x.is_conj() or x.is_neg():
             return None
-        layout = x.dtype, x.shape, x.stride(), x.storage_offset(), x.fake_device
+        layout = x.dtype, x.shape, x.stride(), x.fake_device
         if layout not in self._numbers:
             self._numbers[layout] = len(self._layouts)
             self._layouts.append(layout)
@@ -40,32 +40,33 @@ class Layouts:
     def call(
         self, function: OpOverload, args: tuple, kwargs: dict[str, Any], given: list[Any]
     ) -> tuple[Any, int | None]:
-        """Call an operator on fake tensors; return its result and the number of that's layout.
+        """Call an operator on fake tensors; return its result, and the number of the result's layout.
 
         Args:
             function, args, kwargs: the call.
             given: the numbers of its tensors' layouts, and its other arguments.
         """
-        kind = _kind(function)
-        if kind is None or None in given or not args or type(args[0]) is not FakeTensor:
+        kind, first = _kind(function), args[0] if args else None
+        first = first[0] if isinstance(first, list) and first else first
+        if kind is None or None in given or type(first) is not FakeTensor:
             return function(*args, **kwargs), None
         key = (function, torch.get_default_dtype(), *given)
         number = self._results.get(key)
         if number is None:
             result = function(*args, **kwargs)
             number = self.of(result)
-            if number is not None and (kind == "view" or result is args[0] or self._layouts[number][3] == 0):
+            if number is not None and (kind == "view" or result is args[0] or result.storage_offset() == 0):
                 self._results[key] = number
             return result, number
         if kind == "in place":
             return args[0], number
-        return self._made(args[0].fake_mode, function if kind == "view" else None, args, kwargs, number), number
+        return self._made(first.fake_mode, function if kind == "view" else None, args, kwargs, number), number
 
     def _made(
         self, mode: FakeTensorMode, view: OpOverload | None, args: tuple, kwargs: dict[str, Any], number: int
     ) -> Tensor:
         """Return a tensor of a layout, with memory of its own or as a view."""
-        dtype, shape, stride, _, device = self._layouts[number]
+        dtype, shape, stride, device = self._layouts[number]
         with in_kernel_invocation_manager(mode):
             if view is None:
                 made = torch.empty_strided(shape, stride, dtype=dtype, device="meta")

@@ -111,7 +111,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(x, dict):
             key += x
             return {name: self._spelled(part, key) for name, part in x.items()}
-        key += (type(x), x)
+        key.append((type(x), x))  # 1 == 1.0 == True
         return x
 
     def _constant(self, x: Tensor) -> _Known:

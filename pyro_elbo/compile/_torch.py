@@ -57,7 +57,7 @@ __all__ = [
     "tracing",
     "unset_fake_temporarily",
     "valueless_fakes",
-    "without_vector_tests",
+    "faster_builds",
 ]
 
 PROXY = _TorchDispatchModeKey.PROXY
@@ -157,16 +157,21 @@ def joint_graph_passes(module: fx.GraphModule, mode: FakeTensorMode, on_cpu: boo
 
 
 @contextmanager
-def without_vector_tests() -> Iterator[None]:
-    """Skip three runs of the compiler that try instructions of 2019 and 2020, where the processor has them."""
-    vectors = importlib.import_module("torch._inductor.cpu_vec_isa")
+def faster_builds() -> Iterator[None]:
+    """Spare the C++ compiler work that it need not do.
+
+    It does not try instructions of 2019 and 2020 where the processor has them, and finds the headers of kernels among
+    the precompiled ones, not only those of the code around kernels.
+    """
+    vectors, code = map(importlib.import_module, ("torch._inductor.cpu_vec_isa", "torch._inductor.codecache"))
     known = vectors.VecAVX512._avx512_bf16_code, vectors.VecAVX512VNNI._avx512_vnni_code
-    build = vectors.VecISA.check_build
-    vectors.VecISA.check_build = lambda self, code: code in known or build(self, code)
+    build, header = vectors.VecISA.check_build, code._get_cpp_wrapper_header
+    vectors.VecISA.check_build = lambda self, source: source in known or build(self, source)
+    code._get_cpp_wrapper_header = lambda device: f"{header(device)}>\n#include <torch/csrc/inductor/cpp_prefix.h"
     try:
         yield
     finally:
-        vectors.VecISA.check_build = build
+        vectors.VecISA.check_build, code._get_cpp_wrapper_header = build, header
 
 
 def import_compiler() -> None:

@@ -21,8 +21,8 @@ from pyro_elbo.compile._torch import (
     compile_fx_inner,
     config,
     detect_fake_mode,
+    faster_builds,
     tracing,
-    without_vector_tests,
 )
 from pyro_elbo.compile.capture import Graph
 from pyro_elbo.compile.code import Code, entry_of
@@ -44,7 +44,7 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
         "aot_inductor.allow_stack_allocation": True,
         "cpp.min_chunk_size": 2**14,  # a second thread costs more than it saves on smaller loops
     }
-    with config.patch(options | _KNOWN), without_vector_tests(), torch.no_grad(), tracing(context), _quiet():
+    with config.patch(options | _KNOWN), faster_builds(), torch.no_grad(), tracing(context), _quiet():
         try:
             return compile_fx_inner(
                 graph.module,
@@ -80,7 +80,7 @@ def build_library(source: str) -> Callable[[], str]:
 
     background = ThreadPoolExecutor(1)
     try:
-        with config.patch(_KNOWN), without_vector_tests():
+        with config.patch(_KNOWN), faster_builds():
             load = CppCodeCache.load_async(source, submit_fn=background.submit)
     except (CppCompileError, InvalidCxxCompiler) as error:
         raise _not_compiled(error) from error

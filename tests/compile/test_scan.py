@@ -658,6 +658,21 @@ def test_machine_code_of_a_ragged_scan():
     assert_compiled(model, guide, frames(N), LENGTHS)
 
 
+def test_machine_code_of_a_step_of_products():
+    """Its loop calls the step time after time."""
+    weight = torch.eye(65) + 0.01 * torch.randn(65, 65)
+
+    def step(h, x_t):
+        h = torch.tanh(h @ weight + number("c"))
+        pyro.sample("x", dist.Normal(h.sum(), 1.0), obs=x_t)
+        return h, None
+
+    def model(x):
+        pe.scan(step, torch.zeros(65), x)
+
+    assert_compiled(model, lambda x: None, torch.randn(5))
+
+
 @pytest.mark.thorough
 def test_machine_code_of_a_ragged_vrnn():
     def scenario(svi_of):

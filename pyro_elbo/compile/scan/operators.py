@@ -122,7 +122,7 @@ def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], ste
         return room
     handles = executable.Handles(fixed), executable.Handles(x for row in rows for x in row)
     message = executable.driver().run(
-        loop.machine.entry, handles[0].capsules, [], handles[1].capsules, steps, None, [], None
+        loop.machine.entry, handles[0].capsules, [], handles[1].capsules, len(rows[0]), steps, None, [], None
     )
     if message is not None:
         raise RuntimeError(f"The compiled step failed: {message.decode()}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C import DisableTorchFunction
+from torch._C import DisableTorchFunction, DispatchKey, _dispatch_has_kernel_for_dispatch_key, _TorchDispatchModeKey
 from torch._C._aoti import unsafe_alloc_void_ptrs_from_tensors as tensor_handles
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import TracingContext, tracing
@@ -22,25 +22,31 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    in_kernel_invocation_manager,
     unset_fake_temporarily,
 )
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "PROXY",
     "DataDependentOutputException",
     "DisableTorchFunction",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "TorchDispatchMode",
     "TracingContext",
     "custom_functions_taking",
     "disable_proxy_modes_tracing",
     "get_proxy_mode",
-    "get_proxy_slot",
+    "import_compiler",
+    "in_kernel_invocation_manager",
+    "is_composite",
     "is_functorch_wrapped_tensor",
     "joint_graph_passes",
     "lazy_graph_modules",
@@ -54,7 +60,10 @@ __all__ = [
     "unset_fake_temporarily",
     "valueless_fakes",
     "write_out",
+    "faster_builds",
 ]
+
+PROXY = _TorchDispatchModeKey.PROXY
 
 _LAZY = {
     "BoxedBool": "torch._inductor.utils",
@@ -81,6 +90,11 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def is_composite(function: OpOverload) -> bool:
+    """Return whether an operator is a function of others, which torch calls in its place."""
+    return _dispatch_has_kernel_for_dispatch_key(function.name(), DispatchKey.CompositeImplicitAutograd)
 
 
 def valueless_fakes() -> FakeTensorMode:
@@ -203,3 +217,26 @@ def write_out(
         return results
 
     lowering.register_lowering(operator, type_promotion_kind=None)(lower)
+
+
+@contextmanager
+def faster_builds() -> Iterator[None]:
+    """Spare the C++ compiler work that it need not do.
+
+    It does not try instructions of 2019 and 2020 where the processor has them, and finds the headers of kernels among
+    the precompiled ones, not only those of the code around kernels.
+    """
+    vectors, code = map(importlib.import_module, ("torch._inductor.cpu_vec_isa", "torch._inductor.codecache"))
+    known = vectors.VecAVX512._avx512_bf16_code, vectors.VecAVX512VNNI._avx512_vnni_code
+    build, header = vectors.VecISA.check_build, code._get_cpp_wrapper_header
+    vectors.VecISA.check_build = lambda self, source: source in known or build(self, source)
+    code._get_cpp_wrapper_header = lambda device: f"{header(device)}>\n#include <torch/csrc/inductor/cpp_prefix.h"
+    try:
+        yield
+    finally:
+        vectors.VecISA.check_build, code._get_cpp_wrapper_header = build, header
+
+
+def import_compiler() -> None:
+    """Import what the first steps use of torch; under the profiler of the first one this would take twice as long."""
+    importlib.import_module("torch._inductor.config")

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -317,10 +317,21 @@ class Executable:
         return self._rows[count]
 
 
+def build_driver(tensors: Iterable[Tensor]) -> None:
+    """Begin to build what :func:`driver` returns, if code on these tensors needs it."""
+    if on_cpu(tensors):
+        _library()
+
+
+@cache
+def _library() -> Callable[[], ctypes.PyDLL]:
+    return load_library(_DRIVER)
+
+
 @cache
 def driver() -> ctypes.PyDLL:
     """Build and load the C++ library that calls compiled functions."""
-    library = load_library(_DRIVER)
+    library = _library()()
     library.run.restype = ctypes.c_char_p
     lists, steps = (ctypes.py_object,) * 3, (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
     library.run.argtypes = [ctypes.c_void_p, *lists, *steps, ctypes.py_object, ctypes.c_void_p]

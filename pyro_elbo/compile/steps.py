@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyro
@@ -20,6 +20,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from pyro_elbo.assumptions import NotAlikeError, capturing
+from pyro_elbo.compile import record as recorder
+from pyro_elbo.compile._torch import import_compiler, lazy_graph_modules
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
 from pyro_elbo.compile.course import Course
 from pyro_elbo.compile.execution import Execution, collect_code, garbage_later, record_execution
@@ -45,9 +47,6 @@ from pyro_elbo.programs import (
 )
 from pyro_elbo.ranks import Sizes, all_of, digests, in_parts, weighed
 from pyro_elbo.terms import Terms
-
-if TYPE_CHECKING:
-    from pyro_elbo.compile.record import Recording
 
 Compile = bool | Literal["auto"]
 StepKind = Literal["train", "evaluate"]
@@ -249,6 +248,8 @@ class CompiledSVI:
     def _record_step(self, kind: StepKind, args: tuple, kwargs: Kwargs) -> tuple[KnownStep, StepTotals]:
         """Take a step in Python and note everything that its graph will rely on."""
         sizes: Sizes = {}
+        with garbage_later():
+            import_compiler()
         with record_execution() as execution:
             terms, record, parameters = self._in_python(kind, args, kwargs, sizes)
         trained = kind == "train" and terms.objective.requires_grad
@@ -286,9 +287,8 @@ class CompiledSVI:
 
     def _capture(self, step: KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
-        from pyro_elbo.compile import record as recorder
-        from pyro_elbo.compile._torch import config, lazy_graph_modules  # what they import takes half a second
-        from pyro_elbo.compile.executable import Executable, compiling
+        from pyro_elbo.compile._torch import config  # takes a second to import
+        from pyro_elbo.compile.executable import Executable, build_driver, compiling
         from pyro_elbo.compile.scan.lower import ScanLowering
         from pyro_elbo.compile.store import machine_code
 
@@ -316,7 +316,7 @@ class CompiledSVI:
             alive.copy_(usable)
             return usable
 
-        def trace() -> "Recording":
+        def trace() -> recorder.Recording:
             with refuse_side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
                 return recorder.record(function, inputs)
 
@@ -344,6 +344,7 @@ class CompiledSVI:
                 args, kwargs = with_tensors(leaves, spec, [x for x in leaves if isinstance(x, Tensor)])
                 step.guard = self._guard(step.execution, args, kwargs, step.parameters, step.plan.optimizers)
                 check_reachable(step.guard)
+            build_driver(call.tensors)
             scans.compile()
             code = machine_code(call, kept=2, lift_noise=not self.fallback_random)
             step.execute = Executable(call, code, row, scans.owned)

@@ -305,7 +305,7 @@ class NativeLoop:
 @cache
 def _library() -> Any:
     """Build and load the C++ functions, for all libraries that are loaded later."""
-    library = load_library(_SOURCE, ctypes.RTLD_GLOBAL)
+    library = load_library(_SOURCE, ctypes.RTLD_GLOBAL)()
     key, count, address = ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
     library.add.restype, library.add.argtypes = None, [key, address, address]
     library.drop.restype, library.drop.argtypes = None, [key]

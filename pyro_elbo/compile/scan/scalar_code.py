@@ -268,6 +268,6 @@ def _offsets(x: Tensor) -> list[int]:
 @cache
 def function_in(source: str, name: str) -> Callable[..., None]:
     """Compile the source of a loop and return its function ``name``."""
-    function = getattr(load_library(source), name)
+    function = getattr(load_library(source)(), name)
     function.restype = None
     return function

@@ -8,19 +8,15 @@ import torch
 from torch import Tensor, fx
 from torch.func import functionalize
 
-from pyro_elbo.compile._torch import (
-    DisableTorchFunction,
-    make_fx,
-    mutates,
-    unset_fake_temporarily,
-)
-from pyro_elbo.compile.graphs import lift, remove_identities, remove_repetition
+from pyro_elbo.compile._torch import DisableTorchFunction, make_fx, mutates
+from pyro_elbo.compile.graphs import remove_identities, remove_repetition
 from pyro_elbo.compile.noise import (
     RANDOM,
     location_scale,
     write_out_bernoulli,
     write_out_categorical,
 )
+from pyro_elbo.compile.recorder import Recorder
 from pyro_elbo.compile.scan.partition import StepGraph, split_products
 from pyro_elbo.compile.scan.paths import as_leaves, leaves_of
 from pyro_elbo.errors import CompileError
@@ -31,10 +27,8 @@ LoopBody = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tenso
 
 def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
     """Trace a function into a functional graph of constants and arguments; return it and the constants."""
-    raw = make_fx(function)(*arguments)
-    with unset_fake_temporarily(), DisableTorchFunction():  # literals of the program are real
-        constants = lift(raw, {})
-    raw.recompile()
+    recorder = Recorder()
+    raw, constants = fx.GraphModule({}, recorder(function, arguments)), recorder.constants
     module = raw
     if any(mutates(n.target) for n in raw.graph.nodes):
         everything = [x.detach() for x in (*constants, *arguments)]

@@ -192,10 +192,10 @@ def test_what_is_not_written_out(monkeypatch, caplog, name):
 
 
 def test_a_missing_compiler(monkeypatch):
-    def load(source):
+    def load_async(source, **_):
         raise inductor.CppCompileError(["g++"], "not found")
 
-    monkeypatch.setattr(inductor.CppCodeCache, "load", load)
+    monkeypatch.setattr(inductor.CppCodeCache, "load_async", load_async)
     carry, inputs = [torch.zeros(2)], [torch.ones(T, 2)]
     loop = loop_of(halved, [], carry, inputs)
     with pytest.raises(CompileError, match=r"Install a C\+\+ compiler"):

@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Byte code is kept: without it every process compiles the library and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo examples test fuzz lint bench compat docs
+.PHONY: install demo examples test fuzz soak lint bench compat docs
 
 install: $(STAMP)
 
@@ -45,6 +45,10 @@ test: $(if $(FAST),$(STAMP),lint)
 fuzz: $(STAMP)
 	PYRO_ELBO_FUZZ=$(or $(SEEDS),2000) $(PYTEST) $(shell find tests -name 'test_random_*.py' -o -name 'test_fuzzed_*.py')
 	$(PYTEST) -m thorough
+
+# An hour of fits, compiled runs, exports and resumed runs in one process: fails if memory, files or threads grow.
+soak: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.soak $(or $(MINUTES),60)
 
 # The tests under several versions of torch, each in an environment of its own (2.14.1: 5 GB).
 TORCH_VERSIONS ?= 2.13.0 2.14.1

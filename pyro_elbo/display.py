@@ -25,8 +25,9 @@ def check_axes(name: str, axes: Any, count: int) -> list[Any]:
     """
     found = list(axes.flat if hasattr(axes, "flat") else axes) if isinstance(axes, Iterable) else [axes]
     if len(found) != count or not all(callable(getattr(a, "plot", None)) for a in found):
-        cure = f"plt.subplots(1, {count})[1]"
-        raise ArgumentError(f"{name}: axes must be {count} matplotlib axes, got {describe(axes)}. Give {cure}.")
+        got = len(found) if len(found) != count else describe(axes)
+        cure = f"axes=plt.subplots(1, {count})[1]"
+        raise ArgumentError(f"{name}: expected {count} matplotlib axes, got {got}. Give {cure}.")
     return found
 
 

@@ -74,7 +74,9 @@ def count_nonfinite(x: Tensor) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or its type where it has none; of a program, of what it raised."""
+    while isinstance(error, ProgramError | NoSamplerError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 

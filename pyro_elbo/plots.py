@@ -159,7 +159,7 @@ class _Point(NamedTuple):
 
 def _points(label: str, audits: Mapping[float, Audit]) -> list[_Point]:
     if not audits:
-        raise ArgumentError(f"plot_tradeoff: curves[{label!r}] has no audits. Give {{weight: audit}}.")
+        raise ArgumentError(f"plot_tradeoff: curves: {label!r} has no audits. Give {{weight: audit}}.")
     points = []
     for weight in audits:
         check_number(f"every weight of curves[{label!r}]", weight)

@@ -5,13 +5,14 @@ the top are loaded with torch itself. Those in ``_LAZY`` take a second to import
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
-from torch._C import DisableTorchFunction
+from torch._C import DisableTorchFunction, DispatchKey, _dispatch_has_kernel_for_dispatch_key, _TorchDispatchModeKey
 from torch._C._aoti import unsafe_alloc_void_ptrs_from_tensors as tensor_handles
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import TracingContext, tracing
@@ -21,29 +22,36 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    in_kernel_invocation_manager,
     unset_fake_temporarily,
 )
 from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "PROXY",
     "DataDependentOutputException",
     "DisableTorchFunction",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "TorchDispatchMode",
     "TracingContext",
     "custom_functions_taking",
     "disable_proxy_modes_tracing",
     "get_proxy_mode",
-    "get_proxy_slot",
+    "import_compiler",
+    "in_kernel_invocation_manager",
+    "is_composite",
     "is_functorch_wrapped_tensor",
     "joint_graph_passes",
     "lazy_graph_modules",
     "make_fx",
+    "mutates",
     "optimizers_compiling",
     "pytree",
     "step_without_hooks",
@@ -51,7 +59,11 @@ __all__ = [
     "tracing",
     "unset_fake_temporarily",
     "valueless_fakes",
+    "write_out",
+    "faster_builds",
 ]
+
+PROXY = _TorchDispatchModeKey.PROXY
 
 _LAZY = {
     "BoxedBool": "torch._inductor.utils",
@@ -80,6 +92,11 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
+def is_composite(function: OpOverload) -> bool:
+    """Return whether an operator is a function of others, which torch calls in its place."""
+    return _dispatch_has_kernel_for_dispatch_key(function.name(), DispatchKey.CompositeImplicitAutograd)
+
+
 def valueless_fakes() -> FakeTensorMode:
     """Make a mode whose fake tensors never know a value: torch 2.14 has some answer item() with that of a real one."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -92,6 +109,11 @@ def valueless_fakes() -> FakeTensorMode:
 
     mode.fake_tensor_converter.from_real_tensor = without_value
     return mode
+
+
+def mutates(target: Any) -> bool:
+    """Return whether an operator changes one of its arguments in place."""
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 @contextmanager
@@ -140,3 +162,81 @@ def joint_graph_passes(module: fx.GraphModule, mode: FakeTensorMode, on_cpu: boo
             passes.joint_graph_passes(module)
     finally:
         passes.lazy_init = lazy_init
+
+
+@cache
+def write_out(
+    operator: OpOverload, function_of: Callable[..., tuple[str, str, Sequence[Sequence[int]]] | None]
+) -> None:
+    """Have Inductor write a call of an operator as one of a C++ function of our own, into the code of a graph.
+
+    Args:
+        operator: takes lists of tensors, then numbers, and returns a list of tensors.
+        function_of: numbers -> the call of the function for ``columns``, the addresses of the operator's tensors and
+            its results; its definition, which may stand in the code more than once; and the strides that tensors must
+            have. None to call the operator instead.
+    """
+    ir, lowering, virtualized = (
+        importlib.import_module(f"torch._inductor.{name}") for name in ("ir", "lowering", "virtualized")
+    )
+
+    class Call(ir.ExternKernel):
+        def __init__(self, call: str, source: str, given: list, results: list) -> None:
+            self.device, self.call, self.source = results[0].get_device(), call, source
+            layout = ir.NoneLayout(device=self.device)
+            super().__init__(None, layout, self.unwrap_storage([self.realize_input(x) for x in (*given, *results)]))
+            self.mutation_outputs = [ir.MutationOutput(layout, x, self) for x in results]
+            virtualized.V.graph.register_operation(self)
+
+        def get_outputs(self) -> list:
+            return self.mutation_outputs
+
+        def get_device(self) -> torch.device:
+            return self.device
+
+        def codegen(self, wrapper: Any) -> None:
+            addresses = [
+                f"static_cast<char*>(static_cast<void*>(get_data_ptr_wrapper({x.get_name()})))"
+                f" + {x.get_layout().offset * x.get_dtype().itemsize}"
+                for x in self.inputs
+            ]
+            wrapper.define_kernel(self.call, self.source, gpu=False)
+            wrapper.writeline(f"{{ void* columns[] = {{{', '.join(addresses)}}}; {self.call}; }}")
+
+    def lower(*args: Any) -> Any:
+        numbers = [x for x in args if isinstance(x, int)]
+        if (made := function_of(*numbers)) is None:
+            return lowering.fallback_handler(operator)(*args)
+        call, source, strides = made
+        tensors = [x for part in args if not isinstance(part, int) for x in part]
+        given = [ir.ExternKernel.require_exact_strides(x, s) for x, s in zip(tensors, strides, strict=True)]
+        empty = lowering.lowerings[torch.ops.aten.empty_strided.default]
+        values = virtualized.V.graph.current_node.meta["val"]
+        results = [empty(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in values]
+        Call(call, source, given, results)
+        return results
+
+    lowering.register_lowering(operator, type_promotion_kind=None)(lower)
+
+
+@contextmanager
+def faster_builds() -> Iterator[None]:
+    """Spare the C++ compiler work that it need not do.
+
+    It does not try instructions of 2019 and 2020 where the processor has them, and finds the headers of kernels among
+    the precompiled ones, not only those of the code around kernels.
+    """
+    vectors, code = map(importlib.import_module, ("torch._inductor.cpu_vec_isa", "torch._inductor.codecache"))
+    known = vectors.VecAVX512._avx512_bf16_code, vectors.VecAVX512VNNI._avx512_vnni_code
+    build, header = vectors.VecISA.check_build, code._get_cpp_wrapper_header
+    vectors.VecISA.check_build = lambda self, source: source in known or build(self, source)
+    code._get_cpp_wrapper_header = lambda device: f"{header(device)}>\n#include <torch/csrc/inductor/cpp_prefix.h"
+    try:
+        yield
+    finally:
+        vectors.VecISA.check_build, code._get_cpp_wrapper_header = build, header
+
+
+def import_compiler() -> None:
+    """Import what the first steps use of torch; under the profiler of the first one this would take twice as long."""
+    importlib.import_module("torch._inductor.config")

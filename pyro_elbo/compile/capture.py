@@ -61,11 +61,10 @@ def functional_graph(recording: Recording, kept: int, lift_noise: bool) -> Graph
         lift_noise: draw normal and uniform noise outside the graph, all at once. Otherwise draw as an uncompiled run
             does: outside the graph, in its order, where all draws have fixed distributions; else inside the graph.
     """
-    raw, tensors = recording.module, recording.tensors
-    write_out_draws(raw.graph)
-    batch_scalars(raw.graph)
-    raw.recompile()
-    functional = functionalize(raw, remove="mutations")
+    tensors = recording.tensors
+    write_out_draws(recording.graph)
+    batch_scalars(recording.graph)
+    functional = functionalize(fx.GraphModule({}, recording.graph), remove="mutations")
     graph = make_fx(functional, decompositions(lift_noise), "fake")(*tensors)
     remove_identities(graph.graph)
     write_out_alpha(graph.graph)

@@ -10,6 +10,12 @@ from torch import Tensor
 from pyro_elbo.compile.noise import Noise, Segment
 from pyro_elbo.compile.packed import Pack
 
+C_FUNCTIONS: dict[Any, list[str]] = {}
+"""The C++ declarations of operators that machine code on a CPU calls without Python; their libraries are loaded."""
+
+WRITTEN_OUT: dict[Any, Callable[..., Any]] = {}
+"""What gives the C++ code of operators that are written into that of a graph: see :func:`_torch.write_out`."""
+
 _ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -134,6 +134,14 @@ class Handles:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.capsules = tensor_handles(list(tensors))
         weakref.finalize(self, driver().release, self.capsules)
+
+
+def dtype_numbers(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the number by which torch's C interface calls the dtype of each tensor."""
+    handles = Handles(x.new_empty(()) for x in tensors)
+    layout = (ctypes.c_int64 * (2 * len(tensors)))()
+    driver().layout(handles.capsules, layout, 0)
+    return layout[::2]
 
 
 class StepInputs:
@@ -309,10 +317,21 @@ class Executable:
         return self._rows[count]
 
 
+def build_driver(tensors: Iterable[Tensor]) -> None:
+    """Begin to build what :func:`driver` returns, if code on these tensors needs it."""
+    if on_cpu(tensors):
+        _library()
+
+
+@cache
+def _library() -> Callable[[], ctypes.PyDLL]:
+    return load_library(_DRIVER)
+
+
 @cache
 def driver() -> ctypes.PyDLL:
     """Build and load the C++ library that calls compiled functions."""
-    library = load_library(_DRIVER)
+    library = _library()()
     library.run.restype = ctypes.c_char_p
     lists, steps = (ctypes.py_object,) * 3, (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
     library.run.argtypes = [ctypes.c_void_p, *lists, *steps, ctypes.py_object, ctypes.c_void_p]

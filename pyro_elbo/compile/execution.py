@@ -7,6 +7,7 @@ however the program came by it: by an import inside a function, a registry, ``gl
 
 import cProfile
 import functools
+import gc
 import importlib
 import os
 import random
@@ -130,17 +131,30 @@ def _module(called: Any, holder: Any) -> str:
 
 
 @contextmanager
+def garbage_later() -> Iterator[None]:
+    """Collect no cycles meanwhile: that takes time, and runs finalizers and callbacks that are not the program's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
 def record_execution() -> Iterator[Execution | None]:
     """Record what runs in the context; None where another profiler is at work already."""
     if sys.getprofile() is not None:
         yield None
         return
     execution = Execution()
-    sys.setprofile(execution.note)
-    try:
-        yield execution
-    finally:
-        sys.setprofile(None)
+    with garbage_later():
+        sys.setprofile(execution.note)
+        try:
+            yield execution
+        finally:
+            sys.setprofile(None)
 
 
 @contextmanager

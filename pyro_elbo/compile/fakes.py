@@ -140,6 +140,8 @@ class Lifting(TorchFunctionMode):
             return
         if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "empty" in name:
             return
+        if name not in _OF_SHAPE and any(isinstance(x, Tensor) and id(x) not in self._values for x in args):
+            return
         leaves, spec = pytree.tree_flatten((args, kwargs))
         found = {id(x): self._known(x) for x in leaves if isinstance(x, Tensor)}
         if not (all(found.values()) and (found or name in _FACTORIES)) and name not in _OF_SHAPE:

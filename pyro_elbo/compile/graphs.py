@@ -1,10 +1,9 @@
-"""Simplify recorded graphs: tensors become inputs, copies and repetition go."""
+"""Simplify graphs: copies and repetition go."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from pyro_elbo.compile._torch import OpOverload, fx_graph_cse, rand_ops
 
@@ -18,33 +17,6 @@ _IDENTITIES = (
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
 )
-_LITERALS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
-
-
-def lift(module: fx.GraphModule, real: Mapping[int, Tensor]) -> list[Tensor]:
-    """Make the tensors that the trace holds the first inputs, and return them; literals become constants."""
-    found: dict[int, tuple[Tensor, fx.Node]] = {}
-    first = next(iter(module.graph.nodes))
-    for node in [n for n in module.graph.nodes if n.op == "get_attr"]:
-        held = getattr(module, node.target)
-        value = real.get(id(held), held)
-        if not node.users:
-            module.graph.erase_node(node)
-            continue
-        literal = value.dim() == 0 and all(user.target in _LITERALS for user in node.users)
-        with module.graph.inserting_before(node if literal else first):
-            if literal:
-                options = {"dtype": value.dtype, "device": value.device}
-                new = module.graph.call_function(aten.full.default, ([], value.item()), options)
-            elif id(value) in found:
-                new = found[id(value)][1]
-            else:
-                new = module.graph.placeholder(f"external_{len(found)}")
-                found[id(value)] = value, new
-            new.meta["val"] = held
-        node.replace_all_uses_with(new)
-        module.graph.erase_node(node)
-    return [value for value, _ in found.values()]
 
 
 def remove_identities(graph: fx.Graph) -> None:

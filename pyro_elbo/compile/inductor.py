@@ -4,7 +4,8 @@ import ctypes
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +21,16 @@ from pyro_elbo.compile._torch import (
     compile_fx_inner,
     config,
     detect_fake_mode,
+    faster_builds,
     tracing,
+    write_out,
 )
 from pyro_elbo.compile.capture import Graph
-from pyro_elbo.compile.code import Code, entry_of
+from pyro_elbo.compile.code import C_FUNCTIONS, WRITTEN_OUT, Code, entry_of
 from pyro_elbo.errors import CompileError, first_sentence
+
+# torch's headers need C++20, and such compilers know every vector instruction; the test takes 7 seconds.
+_KNOWN = {"cpp.vec_isa_ok": True}
 
 
 def compile_graph(graph: Graph, on_cpu: bool) -> Any:
@@ -33,15 +39,16 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
     Raises:
         CompileError: Inductor or the C++ compiler failed.
     """
+    for operator, function_of in WRITTEN_OUT.items() if on_cpu else ():
+        write_out(operator, function_of)
     context = TracingContext(detect_fake_mode(graph.fakes))
     options = {
         "size_asserts": not on_cpu,  # externals are checked by fits(), data by their key
         "aot_inductor.allow_stack_allocation": True,
+        "aot_inductor.custom_ops_to_c_shims": C_FUNCTIONS,
         "cpp.min_chunk_size": 2**14,  # a second thread costs more than it saves on smaller loops
-        # torch's headers need C++20, and such compilers know every vector instruction; the test takes 7 seconds.
-        "cpp.vec_isa_ok": True,
     }
-    with config.patch(options), torch.no_grad(), tracing(context), _quiet():
+    with config.patch(options | _KNOWN), faster_builds(), torch.no_grad(), tracing(context), _quiet():
         try:
             return compile_fx_inner(
                 graph.module,
@@ -62,16 +69,28 @@ def _not_compiled(error: Exception) -> CompileError:
     )
 
 
-def build_library(source: str) -> str:
-    """Compile C++ code, unless Inductor's disk cache holds it; return the path of the library.
+def build_library(source: str) -> Callable[[], str]:
+    """Begin to compile C++ code, unless Inductor's disk cache holds it; return what waits for the library's path.
 
     Raises:
-        CompileError: the C++ compiler failed.
+        CompileError: the C++ compiler failed. What waits raises it too.
     """
+
+    def path() -> str:
+        try:
+            return load()._name
+        except (CppCompileError, InvalidCxxCompiler) as error:
+            raise _not_compiled(error) from error
+
+    background = ThreadPoolExecutor(1)
     try:
-        return CppCodeCache.load(source)._name
+        with config.patch(_KNOWN), faster_builds():
+            load = CppCodeCache.load_async(source, submit_fn=background.submit)
     except (CppCompileError, InvalidCxxCompiler) as error:
         raise _not_compiled(error) from error
+    finally:
+        background.shutdown(wait=False)
+    return path
 
 
 @contextmanager

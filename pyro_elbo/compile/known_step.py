@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from pyro_elbo.compile.execution import Execution
 from pyro_elbo.compile.gradients import Hooks
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.optimizer import UpdatePlan
+from pyro_elbo.ranks import Sizes
 
 if TYPE_CHECKING:
     from pyro_elbo.compile.executable import Executable
@@ -26,6 +28,7 @@ class KnownStep:
     names: tuple[str, ...]
     guard: Guard
     execution: Execution | None
+    sizes: Sizes
     execute: "Executable | None" = None
 
     def broken(self) -> str | None:
@@ -37,3 +40,9 @@ class KnownStep:
             if self.execute.fits()
             else "the layout of a parameter, or the values of a buffer that the programs read"
         )
+
+    def row(self, scalars: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Make what differs from step to step: the scalars, the flag that all steps were usable, and the record."""
+        device = next((p.device for p in self.parameters.values()), torch.get_default_device())
+        values, record = (torch.zeros(n, dtype=torch.float64, device=device) for n in (scalars, len(self.names) + 2))
+        return values, torch.ones((), dtype=torch.bool, device=device), record

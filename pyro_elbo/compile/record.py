@@ -4,17 +4,15 @@ The function runs once, unchanged, on fake tensors: it may call Pyro, autograd a
 it touches (parameters, buffers, the optimizer's state, tensors of closures) becomes an input of the graph, by identity.
 """
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from pyro_elbo.assumptions import NotAlikeError
-from pyro_elbo.compile._torch import FakeTensor, make_fx, valueless_fakes
+from pyro_elbo.compile._torch import FakeTensor, valueless_fakes
 from pyro_elbo.compile.fakes import Lifting
-from pyro_elbo.compile.graphs import lift
+from pyro_elbo.compile.recorder import Recorder
 from pyro_elbo.errors import CompileError
 
 
@@ -22,7 +20,7 @@ from pyro_elbo.errors import CompileError
 class Recording:
     """One call of a function. The inputs of the graph are ``externals``, then those of the function."""
 
-    module: fx.GraphModule
+    graph: fx.Graph
     externals: tuple[Tensor, ...]
     inputs: tuple[Tensor, ...]  # two of them may be the same object
     frozen: tuple[tuple[Tensor, Tensor], ...]  # tensors that the graph holds by value
@@ -38,23 +36,13 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Recordi
     mode = valueless_fakes()
     fakes = [mode.from_tensor(x.detach()) for x in inputs]
     with mode, Lifting(mode) as lifting:
-        module = make_fx(function)(*fakes)
-    externals = lift(module, lifting.lifted)
+        recorder = Recorder()
+        graph = recorder(function, fakes)
+    lifted = lifting.lifted
+    externals = [lifted.get(id(x), x) for x in recorder.constants]
     if any(isinstance(x, FakeTensor) for x in externals):
         raise NotAlikeError("a tensor of one particle is used outside of its run")
-    return Recording(module, tuple(externals), tuple(inputs), tuple(lifting.frozen.values()))
-
-
-@contextmanager
-def garbage_later() -> Iterator[None]:
-    """Collect no cycles meanwhile: the objects of a graph live on, and looking through them takes a fifth longer."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return Recording(graph, tuple(externals), tuple(inputs), tuple(lifting.frozen.values()))
 
 
 def check_writes(recording: Recording, written: Sequence[int]) -> None:

@@ -9,9 +9,9 @@ then on the code runs as long as the guard (:mod:`pyro_elbo.compile.guard`) find
 import logging
 import os
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
 
 import numpy as np
 import pyro
@@ -20,9 +20,11 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from pyro_elbo.assumptions import NotAlikeError, capturing
+from pyro_elbo.compile import record as recorder
+from pyro_elbo.compile._torch import import_compiler, lazy_graph_modules
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
 from pyro_elbo.compile.course import Course
-from pyro_elbo.compile.execution import Execution, collect_code, record_execution
+from pyro_elbo.compile.execution import Execution, collect_code, garbage_later, record_execution
 from pyro_elbo.compile.gradients import hooks_of, network_gradients, program_gradients
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.known_step import KnownStep
@@ -43,10 +45,8 @@ from pyro_elbo.programs import (
     evaluating,
     module_evaluating,
 )
+from pyro_elbo.ranks import Sizes, all_of, digests, in_parts, weighed
 from pyro_elbo.terms import Terms
-
-if TYPE_CHECKING:
-    from pyro_elbo.compile.record import Recording
 
 Compile = bool | Literal["auto"]
 StepKind = Literal["train", "evaluate"]
@@ -69,6 +69,8 @@ class CompiledSVI:
         per_datum: divide the loss by the number of rows of the full data.
         fallback_random: draw with torch's own operators in the program's order, which reproduces the stream of an
             uncompiled run. Otherwise all noise of a step is drawn at once.
+        rows: counts the rows of a step's arguments, where they are a part of a batch that several processes hold and
+            the objective needs the rows of all. All of them run a step in Python, or none.
 
     Attributes:
         trains: whether the objective depends on a parameter.
@@ -87,10 +89,11 @@ class CompiledSVI:
         compile: Compile = True,
         per_datum: bool = False,
         fallback_random: bool = False,
+        rows: Callable[[tuple, Kwargs], int] | None = None,
     ) -> None:
         self.model, self.guide, self.loss, self.update = model, guide, loss, update
         self.compile: Compile = compile
-        self.per_datum, self.fallback_random = per_datum, fallback_random
+        self.per_datum, self.fallback_random, self.rows = per_datum, fallback_random, rows
         self._known: dict[Key, list[KnownStep]] = {}
         self._modules: list[nn.Module] = []
         self._misses = 0
@@ -140,22 +143,36 @@ class CompiledSVI:
             yield
 
     def _run(self, kind: StepKind, args: tuple, kwargs: Kwargs, course: Course) -> StepTotals:
-        if not self.compile or _PYRO_STACK:  # a graph would freeze the handlers around the step
+        here = bool(self.compile) and not _PYRO_STACK  # a graph would freeze the handlers around the step
+        if not self._everywhere(here):
             return self._run_in_python(kind, args, kwargs, course)
         key, leaves, spec = describe(kind, args, kwargs)
+        data = [x for x in leaves if isinstance(x, Tensor)]
+        if self.rows is not None:
+            key = (*key, *digests(repr([x.shape for x in data])))
         step = None
         with self._or_python():
             step = self._captured(key, kind, leaves, spec)
-        if step is not None:
-            data = [x for x in leaves if isinstance(x, Tensor)]
+        if self._everywhere(step is not None) and step is not None:
             return self._execute(step, args, kwargs, data, course)
-        if not self.compile:
+        if not self.compile or step is not None:
             return self._run_in_python(kind, args, kwargs, course)
         ((step, (names, first)),) = (self._record_step(kind, args, kwargs) for _ in course.first().in_python())
         self._known[key][:] = [step, *self._known[key][: MAX_MISSES - 1]]
         if course.steps == 1:
             return names, first
         return names, np.concatenate([first, self._run(kind, args, kwargs, course.rest())[1]])
+
+    def _everywhere(self, condition: bool) -> bool:
+        """Return whether a condition holds in every process that holds a part of the batch."""
+        return condition if self.rows is None else all_of(condition)
+
+    def _sharing(self, sizes: Sizes, captured: Tensor | None = None) -> AbstractContextManager[None]:
+        return nullcontext() if self.rows is None else in_parts(sizes, captured)
+
+    def _weighed(self, loss: Tensor, record: Mapping[str, Tensor], args: tuple, kwargs: Kwargs) -> Tensor:
+        """Weigh the loss of a part of a batch by its rows (frames, ...)."""
+        return loss if self.rows is None else weighed(loss, self.rows(args, kwargs) * record.get("divisor", 1))
 
     def _captured(self, key: Key, kind: StepKind, leaves: list[Any], spec: Any) -> KnownStep | None:
         """Return a step whose graph can run, captured now where it ran once in Python; None for a new step."""
@@ -201,31 +218,40 @@ class CompiledSVI:
         return {"loss": loss.detach()} | {name: x.detach() for name, x in totals.items()}
 
     def _run_in_python(self, kind: StepKind, args: tuple, kwargs: Kwargs, course: Course) -> StepTotals:
-        records = [self._in_python(kind, args, kwargs)[1] for _ in course.in_python()]
+        records = [self._in_python(kind, args, kwargs, {})[1] for _ in course.in_python()]
         return tuple(records[0]), np.array([[x.item() for x in record.values()] for record in records])
 
-    def _in_python(self, kind: StepKind, args: tuple, kwargs: Kwargs) -> tuple[Terms, dict[str, Tensor], Parameters]:
+    def _in_python(
+        self, kind: StepKind, args: tuple, kwargs: Kwargs, sizes: Sizes
+    ) -> tuple[Terms, dict[str, Tensor], Parameters]:
         """Take a step as pyro.infer.SVI does; return its terms, its record and the parameters that it used."""
-        with torch.set_grad_enabled(kind == "train"), collect_parameters() as parameters, ExitStack() as stack:
+        train = torch.set_grad_enabled(kind == "train")
+        with train, self._sharing(sizes), collect_parameters() as parameters, ExitStack() as stack:
             if kind == "evaluate":
                 self._modules = stack.enter_context(evaluating(self.model, self.guide))
             terms = self.loss.checked_terms(self.model, self.guide, args, kwargs)
             loss = self._loss(terms)
+            record = self._record(terms, loss)
+            if kind == "train" and loss.requires_grad:
+                loss = self.loss.count_step(self._weighed(loss, record, args, kwargs), terms)
         if kind == "train":
             self.trains = loss.requires_grad
         if kind == "train" and loss.requires_grad:
             self._start.note(parameters)
-            self.loss.count_step(loss, terms).backward()
+            loss.backward()
             check_own(parameters)
             check_gradients(parameters)
             self.update(parameters)
             pyro.infer.util.zero_grads(parameters.values())
-        return terms, self._record(terms, loss), parameters
+        return terms, record, parameters
 
     def _record_step(self, kind: StepKind, args: tuple, kwargs: Kwargs) -> tuple[KnownStep, StepTotals]:
         """Take a step in Python and note everything that its graph will rely on."""
+        sizes: Sizes = {}
+        with garbage_later():
+            import_compiler()
         with record_execution() as execution:
-            terms, record, parameters = self._in_python(kind, args, kwargs)
+            terms, record, parameters = self._in_python(kind, args, kwargs, sizes)
         trained = kind == "train" and terms.objective.requires_grad
         critics = [critic.optimizer for critic in self.loss.critics.values()]
         plan = UpdatePlan(optimizers := self.update.optimizers(parameters) + critics if trained else [])
@@ -233,7 +259,7 @@ class CompiledSVI:
             guard = self._guard(execution, args, kwargs, parameters, optimizers)
         gradients = {p: p.grad for p in _held(optimizers) if p.grad is not None}
         hooks, sites = hooks_of(parameters), tuple(terms.sites)
-        step = KnownStep(parameters, plan, gradients, hooks, sites, tuple(record), guard, execution)
+        step = KnownStep(parameters, plan, gradients, hooks, sites, tuple(record), guard, execution, sizes)
         return step, (step.names, np.array([[x.item() for x in record.values()]]))
 
     def _guard(
@@ -261,9 +287,8 @@ class CompiledSVI:
 
     def _capture(self, step: KnownStep, kind: StepKind, leaves: list[Any], spec: Any) -> None:
         """Capture and compile a step."""
-        from pyro_elbo.compile import record as recorder
-        from pyro_elbo.compile._torch import config, lazy_graph_modules  # what they import takes half a second
-        from pyro_elbo.compile.executable import Executable, compiling
+        from pyro_elbo.compile._torch import config  # takes a second to import
+        from pyro_elbo.compile.executable import Executable, build_driver, compiling
         from pyro_elbo.compile.scan.lower import ScanLowering
         from pyro_elbo.compile.store import machine_code
 
@@ -275,30 +300,33 @@ class CompiledSVI:
             *tensors, scalars, alive, record = inputs
             args, kwargs = with_tensors(leaves, spec, tensors)
             named = {name: scalars[i] for i, name in enumerate(names)}
-            with capturing(validate, scans) as assumed, torch.set_grad_enabled(kind == "train"):
-                with recording() as found:
-                    terms = self.loss.evaluate(self.model, self.guide, args, kwargs, named.__getitem__)
-                ran.append(found)
-                check_sites(step.sites, tuple(terms.sites))
-                loss = self._loss(terms)
-                recorded = self._record(terms, loss)
-            finite = self._traced_update(step, terms, loss, named) if step.plan.optimizers else torch.ones_like(alive)
+            with self._sharing(step.sizes, alive):
+                with capturing(validate, scans) as assumed, torch.set_grad_enabled(kind == "train"):
+                    with recording() as found:
+                        terms = self.loss.evaluate(self.model, self.guide, args, kwargs, named.__getitem__)
+                    ran.append(found)
+                    check_sites(step.sites, tuple(terms.sites))
+                    recorded = self._record(terms, loss := self._loss(terms))
+                    share = self._weighed(loss, recorded, args, kwargs)
+                finite = (
+                    self._traced_update(step, terms, share, named) if step.plan.optimizers else torch.ones_like(alive)
+                )
             usable = torch.stack([alive, torch.isfinite(loss.detach()), finite, *assumed]).all()
             record.copy_(torch.stack([x.to(torch.float64) for x in (*recorded.values(), finite, usable)]))
             alive.copy_(usable)
             return usable
 
-        def trace() -> "Recording":
+        def trace() -> recorder.Recording:
             with refuse_side_effects(step.guard), pyro.settings.context(**dict.fromkeys(_VALIDATION, False)):
                 return recorder.record(function, inputs)
 
-        row = _row(step, len(names))
+        row = step.row(len(names))
         inputs = [*(x for x in leaves if isinstance(x, Tensor)), *row]
         with (
             explain_capture(step.guard.generators),
             config.patch(fallback_random=self.fallback_random),
             lazy_graph_modules(True),
-            recorder.garbage_later(),
+            garbage_later(),
             compiling(),
         ):
             check_reachable(step.guard)
@@ -316,6 +344,7 @@ class CompiledSVI:
                 args, kwargs = with_tensors(leaves, spec, [x for x in leaves if isinstance(x, Tensor)])
                 step.guard = self._guard(step.execution, args, kwargs, step.parameters, step.plan.optimizers)
                 check_reachable(step.guard)
+            build_driver(call.tensors)
             scans.compile()
             code = machine_code(call, kept=2, lift_noise=not self.fallback_random)
             step.execute = Executable(call, code, row, scans.owned)
@@ -364,13 +393,6 @@ class CompiledSVI:
                 self.loss.terms(self.model, self.guide, *args, **kwargs)  # raises an error that names site and rows
             totals = dict(zip(step.names, row.tolist(), strict=False))
             explain_unusable(totals, bool(row[-2]), loss, step.parameters)
-
-
-def _row(step: KnownStep, scalars: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what differs from step to step: the scalars, the flag that all steps were usable, and the record."""
-    device = next((p.device for p in step.parameters.values()), torch.get_default_device())
-    values, record = (torch.zeros(n, dtype=torch.float64, device=device) for n in (scalars, len(step.names) + 2))
-    return values, torch.ones((), dtype=torch.bool, device=device), record
 
 
 def _held(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:

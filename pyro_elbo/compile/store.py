@@ -18,15 +18,15 @@ import os
 import platform
 import stat
 import sys
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from pyro_elbo.compile._torch import OpOverload, cache_dir, config, pytree
+from pyro_elbo.compile._torch import OpOverload, cache_dir, config
 from pyro_elbo.compile.code import Code, entry_of, on_cpu
 from pyro_elbo.compile.noise import Noise
 from pyro_elbo.compile.record import Recording, check_writes
@@ -63,21 +63,29 @@ def machine_code(recording: Recording, kept: int, lift_noise: bool) -> Code:
     return code
 
 
-def load_library(source: str) -> ctypes.PyDLL:
-    """Load C++ code that needs nothing but torch, compiled once for all processes.
+def load_library(source: str, mode: int = ctypes.DEFAULT_MODE) -> Callable[[], ctypes.PyDLL]:
+    """Begin to compile C++ code that needs nothing but torch, once for all processes; return what waits for it.
+
+    Args:
+        source: the code.
+        mode: ``ctypes.RTLD_GLOBAL`` for functions that libraries loaded later call.
 
     Raises:
-        CompileError: the C++ compiler failed.
+        CompileError: the C++ compiler failed. What waits raises it too.
     """
     key = None if config.force_disable_caches else _digest([source, *_surroundings()])
     if key is not None and (found := _find(key)) is not None:
-        return ctypes.PyDLL(found[0])
+        return partial(ctypes.PyDLL, found[0], mode)
     from pyro_elbo.compile import inductor
 
-    library = inductor.build_library(source)
-    if key is not None:
-        _keep(key, library, {})
-    return ctypes.PyDLL(library)
+    path = inductor.build_library(source)
+
+    def load() -> ctypes.PyDLL:
+        if key is not None:
+            _keep(key, path(), {})
+        return ctypes.PyDLL(path(), mode)
+
+    return load
 
 
 def key_of(recording: Recording, kept: int, lift_noise: bool) -> str | None:
@@ -85,7 +93,7 @@ def key_of(recording: Recording, kept: int, lift_noise: bool) -> str | None:
     if config.force_disable_caches or not on_cpu(recording.tensors):
         return None
     try:
-        lines = [*_lines(recording.module.graph), *map(_layout, recording.tensors)]
+        lines = [*_lines(recording.graph), *map(_layout, recording.tensors)]
     except _UnknownError as unknown:
         _log.debug("the machine code of a graph is not kept on disk: %s", unknown)
         return None
@@ -103,14 +111,18 @@ def _lines(graph: fx.Graph) -> Iterator[str]:
     def spelled(x: Any) -> str:
         if isinstance(x, fx.Node):
             return f"%{numbers[x]}"
+        if isinstance(x, Tensor):
+            return _layout(x)
+        if isinstance(x, list | tuple):
+            return f"({', '.join(map(spelled, x))})"
+        if isinstance(x, dict):
+            return f"({', '.join(f'{key}: {spelled(part)}' for key, part in x.items())})"
         if not isinstance(x, _PLAIN):
             raise _UnknownError(f"an argument of type {type(x).__name__}")
         return f"{type(x).__name__} {x!r}"
 
     for node in graph.nodes:
-        leaves, tree = pytree.tree_flatten((node.args, node.kwargs))
-        values = [_layout(x) if isinstance(x, Tensor) else spelled(x) for x in pytree.tree_leaves(node.meta.get("val"))]
-        yield f"{node.op} {_operator(node)} {tree} {[*map(spelled, leaves)]} {values}"
+        yield f"{node.op} {_operator(node)} {spelled(node.args)} {spelled(node.kwargs)} {spelled(node.meta.get('val'))}"
         numbers[node] = len(numbers)
 
 
@@ -136,11 +148,11 @@ def _surroundings() -> list[str]:
     """Return what machine code depends on beside its graph."""
     variables = {k: x for k, x in sorted(os.environ.items()) if k.startswith(_VARIABLES) and k != _CACHE_DIR}
     modes = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    return [_installation(), config.get_hash().hex(), str(variables), str(modes)]
+    return [installation(), config.get_hash().hex(), str(variables), str(modes)]
 
 
 @cache
-def _installation() -> str:
+def installation() -> str:
     """Return a hash of the versions of torch and of this package, and of the processor."""
     package = Path(__file__).parent
     sources = [f"{path.relative_to(package)} {path.read_text()}" for path in sorted(package.rglob("*.py"))]

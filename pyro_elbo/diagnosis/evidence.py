@@ -17,8 +17,8 @@ SURE = 5.0  # standard errors of an average, where the best of many epochs is co
 LOST = 0.05  # of what was gained: less is the noise of a fit that has settled,
 SLIGHT = 0.01  # unless it is more than this, and
 UNLIKE = 3.0  # times as deep as any fall before
+AWFUL = 5.0  # times what was gained after the first tenth: more is owed to a start that says nothing of the fit
 SPLITS = {"train": "training", "valid": "validation"}
-COMPARED = ("elbo", "distortion", "rate")  # of one split with the other
 
 
 class Fall(NamedTuple):
@@ -108,6 +108,13 @@ class Curve:
         share = drop / gained if gained > 0 else float("inf") if drop > 0 else 0.0
         return Fall(int(smooth.epochs[best]), drop, share, self.noise / self.window**0.5, dip)
 
+    @property
+    def late_gain(self) -> tuple[float, float]:
+        """The last quarter's average less that of the quarter before, and the standard error of this difference."""
+        quarter = len(self) // 4
+        before, last = (float(self.values[-k * quarter :][:quarter].mean()) for k in (2, 1))
+        return last - before, self.noise * (2 / quarter) ** 0.5
+
     def below_since(self, number: float) -> int:
         """Return the first epoch from which the curve stays below a number until the end."""
         above = np.flatnonzero(self.values >= number)
@@ -187,22 +194,38 @@ class Evidence:
         known = np.isfinite(values)
         return Curve(self.history.epoch.values[known], values[known])
 
-    def steady(self, name: str, split: str) -> Curve:
-        """Return a figure over the epochs under the final weights.
-
-        The parts of the bound are compared between the splits, so they are those of epochs in which both are known.
-        """
-        curve, epochs = self.curve(name, split), self.history.epoch.values
+    def steady(self, name: str, split: str, **labels: str) -> Curve:
+        """Return a figure over the epochs under the final weights."""
+        curve = self.curve(name, split, **labels)
         known = curve.epochs >= self.settled
-        if name in COMPARED:
-            both = np.isfinite(self.history[name].values)
-            known &= np.isin(curve.epochs, epochs[both[:, both.any(0)].all(1)])
         return Curve(curve.epochs[known], curve.values[known])
 
     def gained(self, split: str, after: float = 0.0) -> float:
         """Return the nats per datum that the bound gained after a part of the epochs, whatever the weights were."""
         smooth = self.curve("elbo", split).smooth.values
-        return float(smooth.max() - smooth[int(after * len(smooth))])
+        since, late = (float(smooth.max() - smooth[int(part * len(smooth))]) for part in (after, 0.1))
+        return min(since, AWFUL * late)
+
+    @property
+    def shared(self) -> list[str]:
+        """The latents that all rows share, as far as probes tell: none of their units belongs to a row."""
+        seen = len(self.curve("gradient_norm")) > 0
+        return [n for n in self.latents if not self.units(n)] if seen else []
+
+    def of_rows(self, name: str, split: str) -> Curve:
+        """Return the bound or a part of it under the final weights, without the KL of the latents that all rows share.
+
+        That KL is one number, whichever rows the bound divides it by.
+        """
+        curve, sign = self.steady(name, split), {"elbo": 1.0, "rate": -1.0}.get(name, 0.0)
+        shared = sum(self.steady("kl", split, latent=n).values for n in self.shared)
+        return Curve(curve.epochs, curve.values + sign * shared)
+
+    def gap(self, name: str) -> Curve:
+        """Return how far the validation bound is behind that of training, or what a part of it makes of that."""
+        train, valid = self.of_rows(name, "train").at_the_end, self.of_rows(name, "valid")
+        both, i, j = np.intersect1d(train.epochs, valid.epochs, return_indices=True)
+        return Curve(both, (train.values[i] - valid.values[j]) * (1.0 if name == "elbo" else -1.0))
 
     def weight(self, latent: str) -> float | None:
         """Return the last weight of a latent's KL; None for one that is drawn to a target instead (Capacity)."""

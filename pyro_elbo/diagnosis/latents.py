@@ -18,12 +18,12 @@ def dead_decoder(evidence: Evidence) -> Iterator[Finding]:
     """Find a decoder that does not look at latents that carry something."""
     split = evidence.judged
     own, other = (evidence.curve(f"{name}_distortion", split) for name in ("own", "swapped"))
-    if not len(own):
+    if not 0 < len(own) == len(other):
         return
     local = [n for n in evidence.latents if evidence.units(n)]
     kl = sum(evidence.curve("kl", split, latent=n).last or 0.0 for n in local)
     cost = other.values - own.values
-    if kl < PAID or cost[-1] >= USED * kl or abs(_trend(evidence.curve("rate", split))) > STILL:
+    if kl < PAID or abs(cost[-1]) >= USED * kl or abs(_trend(evidence.curve("rate", split))) > STILL:
         return
     yield Finding(
         "dead decoder",
@@ -31,7 +31,7 @@ def dead_decoder(evidence: Evidence) -> Iterator[Finding]:
         "the latents are paid for and not used: reconstructions do not depend on them.",
         "look for a detached or zeroed input of the decoder; lower free_bits or a Capacity that force a KL; weaken "
         "the decoder's other inputs.",
-        since=Curve(own.epochs, cost).below_since(USED * kl),
+        since=Curve(own.epochs, abs(cost)).below_since(USED * kl),
         evidence={"exchange": float(cost[-1]), "kl": float(kl)},
     )
 

@@ -24,6 +24,7 @@ from pyro_elbo.diagnosis.findings import Finding, FindingName
 
 BEHIND = 0.15  # of what was gained after the first tenth: new rows are always explained a little worse
 WIDENED = 0.25  # of the gap, since a quarter of training: less is the difference of the two samples
+APART = 0.5  # of what was gained, and a nat: so far behind from the start are rows of another kind
 RISING = 3.0  # standard errors of the gain of a quarter
 AHEAD = 0.15  # of what was gained: an exponential with 5 % left to gain would gain as much if it kept its pace
 ROUGH = 1.0  # noise of the gradient over its norm, at half of the probes
@@ -128,12 +129,14 @@ def _fallen(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
     lost = evidence.curve(part, "train").change(fall.since)
     if not fall.is_wrong or lost < fall.drop / 2:
         return
+    before = f", {fall.share:.0%} of what it had gained after the first tenth" if fall.share <= 1 else ""
+    asked = part == "rate" and any(evidence.weight(n) is None for n in evidence.latents)
     yield Finding(
         words.name,
-        f"the training bound has lost {fall.drop:.3g} nats per datum since epoch {fall.since}, {fall.share:.0%} of its "
-        f"gain; the {part} grew by {lost:.3g}.",
-        words.why,
-        words.cure,
+        f"the training bound has lost {fall.drop:.3g} nats per datum since epoch {fall.since}{before}; the {part} grew "
+        f"by {lost:.3g}.",
+        "a Capacity asks for more KL than the data pay for." if asked else words.why,
+        "lower the target of the Capacity, or use a weight: β = 1." if asked else words.cure,
         since=fall.since,
         evidence={"drop": fall.drop, "share": fall.share, part: lost},
     )
@@ -152,11 +155,11 @@ def _lagging(evidence: Evidence, part: str, lag: _Lag) -> Iterator[Finding]:
     """
     if evidence.judged != "valid":
         return
-    train, valid = evidence.steady("elbo", "train").at_the_end.smooth, evidence.steady("elbo", "valid").smooth
-    fall, gap = evidence.steady("elbo", "valid").fall, Curve(train.epochs, train.values - valid.values)
-    behind, most = gap.values[-1], BEHIND * evidence.gained("valid", after=0.1)
-    lags = behind > most and behind - gap.values[len(gap) // 4] > WIDENED * behind
-    of_part = (evidence.steady(part, "valid").smooth.values - evidence.steady(part, "train").smooth.values)[-1]
+    every, fall = evidence.gap("elbo"), evidence.of_rows("elbo", "valid").fall
+    gap, noise = every.smooth, every.noise / every.window**0.5
+    behind, widened = gap.values[-1], gap.values[-1] - gap.values[len(gap) // 4]
+    lags = behind > BEHIND * evidence.gained("valid", after=0.1) and widened > max(WIDENED * behind, SURE * noise)
+    of_part = evidence.gap(part).smooth.values[-1]
     if not (fall.is_sure or lags) or behind <= 0 or of_part <= behind / 2:
         return
     words = lag.falls if fall.is_sure else lag.behind
@@ -172,6 +175,13 @@ def _lagging(evidence: Evidence, part: str, lag: _Lag) -> Iterator[Finding]:
         since=since,
         evidence={"gap": float(behind), part: float(of_part), "drop": fall.drop},
     )
+
+
+def apart(evidence: Evidence) -> float:
+    """Return how far the validation bound was behind since the first quarter, where that is much; otherwise 0."""
+    gap = evidence.gap("elbo").smooth.values
+    always = float(gap[len(gap) // 4 :].min())
+    return always if always > max(APART * evidence.gained("valid"), 1.0) else 0.0
 
 
 def warm_up_too_long(evidence: Evidence) -> Iterator[Finding]:
@@ -223,17 +233,16 @@ def not_converged(evidence: Evidence) -> Iterator[Finding]:
     elbo = evidence.steady("elbo", split)
     if len(elbo) < FEWEST:
         return
-    quarter = len(elbo) // 4
-    before, late = (float(elbo.values[-k * quarter :][:quarter].mean()) for k in (2, 1))
-    last = elbo.values[-max(quarter, 3) :]
+    gain, error = elbo.late_gain
+    last = elbo.values[-max(len(elbo) // 4, 3) :]
     ahead = float(np.polyfit(np.arange(len(last)), last, 1)[0]) * len(elbo)
-    if late - before <= RISING * elbo.noise * (2 / quarter) ** 0.5 or ahead <= AHEAD * evidence.gained(split):
+    if gain <= RISING * error or ahead <= AHEAD * evidence.gained(split):
         return
     yield Finding(
         "not converged",
-        f"the {SPLITS[split]} bound gained {late - before:.3g} nats per datum from one of the last two quarters to the "
+        f"the {SPLITS[split]} bound gained {gain:.3g} nats per datum from one of the last two quarters to the "
         f"other: at the pace of the end, as many epochs again would gain {ahead:.3g}.",
         "training ended on the way: more epochs would give a better bound.",
         "raise max_epochs, or the learning rate; patience=10 ends training when the bound has settled.",
-        evidence={"gain": late - before, "ahead": ahead},
+        evidence={"gain": gain, "ahead": ahead},
     )

@@ -45,7 +45,7 @@ from pyro_elbo.information.estimators import (
 )
 from pyro_elbo.information.penalty_term import PenaltyTerm
 from pyro_elbo.programs import Plate
-from pyro_elbo.ranks import is_in_parts, total
+from pyro_elbo.ranks import part_sizes
 from pyro_elbo.schedules import Capacity, Schedule
 from pyro_elbo.terms import Terms
 
@@ -325,9 +325,7 @@ class TotalCorrelation(Penalty):
 
 def _of_all_parts(plate: Plate) -> Plate:
     """Return the plate with the rows of all processes that share the batch."""
-    if not is_in_parts():
-        return plate
-    size = int(total(torch.tensor(plate.size)))
+    size = sum(part_sizes(plate.size))
     return plate._replace(size=size, full_size=size if plate.full_size == plate.size else plate.full_size)
 
 

@@ -1,9 +1,11 @@
 """Export draws to ArviZ: InferenceData on ArviZ 0.x, xarray.DataTree on ArviZ 1 and later, from the same groups."""
 
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
@@ -11,7 +13,17 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_elbo.errors import ArgumentError, GuideError, check_choice, check_flag, check_seed, describe, first_line
+from pyro_elbo.errors import (
+    ArgumentError,
+    CheckpointError,
+    GuideError,
+    check_choice,
+    check_flag,
+    check_path,
+    check_seed,
+    describe,
+    first_line,
+)
 from pyro_elbo.posterior.datasets import (
     Groups,
     Names,
@@ -25,10 +37,12 @@ from pyro_elbo.posterior.datasets import (
     without_slashes,
 )
 from pyro_elbo.posterior.draws import Arrays, Draws, ProgramCall, draw
-from pyro_elbo.posterior.importance import resample
+from pyro_elbo.posterior.importance import resample, smooth
 from pyro_elbo.posterior.linear_response import respond
+from pyro_elbo.posterior.netcdf import open_groups, write_groups
 from pyro_elbo.posterior.predict import Predictions, predict
 from pyro_elbo.posterior.psis import MIN_DRAWS
+from pyro_elbo.posterior.storage import MEMORY, Storage
 from pyro_elbo.programs import (
     Program,
     check_initialized,
@@ -52,6 +66,7 @@ class Options(NamedTuple):
     seed: int = 0
     dims: Mapping[str, Sequence[str]] = {}
     covariance: str = "guide"
+    storage: Storage = MEMORY
 
 
 def to_arviz(
@@ -67,6 +82,7 @@ def to_arviz(
     dims: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     covariance: str = "guide",
+    file: str | os.PathLike | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""Export a fitted posterior with its log densities and importance weights to ArviZ.
@@ -93,13 +109,17 @@ def to_arviz(
         covariance: ``"linear_response"`` draws from a Gaussian on the real line with the covariance of
             :func:`linear_response` in place of the guide. Its density is exact, and so are ``lp_approx`` and all
             weights. The attribute ``covariance`` of every group says so.
+        file: a NetCDF file for exports that memory does not hold: large arrays go to the disk as they are made, in
+            chunks of draws, and the result reads from the file what is used of it. The folder needs room for twice
+            the file.
 
     Returns:
         ``arviz.InferenceData`` on ArviZ 0.x, ``xarray.DataTree`` on ArviZ 1 and later; densities in nats.
 
     Raises:
         ArgumentError: lists of different length, guides that share their parameters, ``coords`` or ``dims`` that do
-            not fit.
+            not fit, a ``file`` that is no path.
+        CheckpointError: ``file`` cannot be written; one of that name is unchanged.
         GuideError: a guide that has never run, or ``resample`` with a point estimate.
         GuideError, SiteError, WeightsError: with ``covariance="linear_response"``, as from :func:`linear_response`.
 
@@ -126,7 +146,25 @@ def to_arviz(
     coords, dims = ({} if x is None else x for x in (coords, dims))
     options = Options(num_samples, resample, predictive, prior, history, coords, seed, dims, covariance)
     args, kwargs = program_arguments(models[0], args, kwargs)
-    return to_container(build_groups(model, guide, args, kwargs, options))
+    if file is None:
+        return to_container(build_groups(model, guide, args, kwargs, options))
+    path = check_path("file", file)
+    with _written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage = Storage(path.parent)
+        write_groups(build_groups(model, guide, args, kwargs, options._replace(storage=storage)), path, storage)
+    return open_groups(path, _major())
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, expected the name of a file.")
+    try:
+        yield
+    except OSError as error:
+        kept = " The file of that name is unchanged." if path.exists() else ""
+        raise CheckpointError(f"{path} cannot be written: {error}. Choose another path.{kept}") from error
 
 
 def to_container(groups: Groups, major: int | None = None) -> Any:
@@ -134,9 +172,15 @@ def to_container(groups: Groups, major: int | None = None) -> Any:
     import arviz
     import xarray
 
-    major = int(arviz.__version__.split(".")[0]) if major is None else major
     wrapped: dict[str, Any] = dict(groups)
+    major = _major() if major is None else major
     return arviz.InferenceData(**wrapped) if major == 0 else xarray.DataTree.from_dict(groups)
+
+
+def _major() -> int:
+    import arviz
+
+    return int(arviz.__version__.split(".")[0])
 
 
 def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any], options: Options) -> Groups:
@@ -165,9 +209,10 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
                 options.num_samples,
                 seed=options.seed + i,
                 rows=rows,
+                storage=options.storage,
             )
             if drawn.weights_error is None and options.num_samples >= MIN_DRAWS:
-                ks.append(float(drawn.smooth().pareto_k.max()))
+                ks.append(max(float(smoothed.pareto_k.max()) for smoothed in smooth(drawn)))
             parts.append(_chain(p, drawn, args, kwargs, options, options.seed + i, attributes))
     drawn, arrays = parts[-1][0], [part for _, part in parts]
     taken = {n for part in arrays for group, _ in part.values() for n in group}
@@ -175,7 +220,10 @@ def build_groups(model: Any, guide: Any, args: tuple, kwargs: Mapping[str, Any],
     shared = [g for g in arrays[0] if all(g in part for part in arrays)]
     if unknown := options.dims.keys() - names.taken:
         raise ArgumentError(f"dims: {sorted(unknown)} are not among the variables {sorted(names.taken)}.")
-    groups = {group: stack_chains([part[group] for part in arrays], names_in(group, names, drawn)) for group in shared}
+    groups = {
+        group: stack_chains([part.pop(group) for part in arrays], names_in(group, names, drawn), options.storage)
+        for group in shared
+    }
     groups = mark_masked(groups, drawn)
     groups |= data_groups(drawn, chains[0][0], args, kwargs, names)
     groups = {name: ds.assign_attrs(attributes) for name, ds in groups.items() if ds.data_vars}
@@ -294,9 +342,10 @@ def _posterior_groups(drawn: Draws) -> dict[str, tuple[Arrays, Plates]]:
     stats: Arrays = {"lp": drawn.log_p, "lp_approx": drawn.log_q}
     stats["log_weight"] = torch.zeros_like(drawn.log_weight) if drawn.resampled else drawn.log_weight
     plates = dict(drawn.plates)
-    if drawn.local_log_weight is not None and drawn.data_plate is not None:
-        local = drawn.local_log_weight
-        stats["log_weight_local"] = torch.zeros_like(local) if drawn.resampled else local
+    if drawn.local_log_p is not None and drawn.local_log_q is not None and drawn.data_plate is not None:
+        pairs = zip(drawn.local_log_p, drawn.local_log_q, strict=True)
+        weights = ((torch.zeros_like(p) if drawn.resampled else p - q)[None] for p, q in pairs)
+        stats["log_weight_local"] = drawn.storage.join(weights, len(drawn.log_p))
         plates["log_weight_local"] = (drawn.data_plate,)
     return {
         "posterior": (drawn.latents | drawn.deterministics, plates),

@@ -4,11 +4,11 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.posterior.draws import Arrays, Draws
+from pyro_elbo.posterior.storage import MEMORY, Storage
 from pyro_elbo.programs import Plate, Program, as_array
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ def names_in(group: str, names: Names, drawn: Draws) -> Names:
     return names._replace(given={**names.given, **own})
 
 
-def stack_chains(parts: list[tuple[Arrays, Plates]], names: Names) -> "xarray.Dataset":
+def stack_chains(parts: list[tuple[Arrays, Plates]], names: Names, storage: Storage = MEMORY) -> "xarray.Dataset":
     """Stack the arrays of all chains into one Dataset."""
     import xarray
 
     variables = {}
-    for name in parts[0][0]:
+    for name in list(parts[0][0]):
         arrays = [part[name] for part, _ in parts]
-        values = arrays[0][None] if len(arrays) == 1 else torch.stack(arrays)
+        values = arrays[0][None] if len(arrays) == 1 else storage.join((x[None] for x in arrays), len(arrays))
         dims, shape = _dims(name, values.shape[2:], parts[0][1].get(name, ()), names)
         variables[name] = (SAMPLE_DIMS + dims, as_array(values.reshape((*values.shape[:2], *shape))))
     return xarray.Dataset(variables)

@@ -6,8 +6,9 @@ then its event, as in one run of the programs.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,18 +16,18 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_elbo.errors import NonFiniteError, PyroElboError, SiteError, check_count, count_nonfinite
+from pyro_elbo.errors import PyroElboError, SiteError, check_count
 from pyro_elbo.posterior.layout import (
     count_data,
     drop_gaps,
-    join_draws,
+    largest_site,
     lead,
     lead_unconstrained,
     per_plate,
     with_gaps,
 )
 from pyro_elbo.posterior.mapped import are_valid, map_draws
-from pyro_elbo.posterior.psis import PSIS, psis
+from pyro_elbo.posterior.storage import MEMORY, Storage
 from pyro_elbo.posterior.summed_out import RECORD, draw_summed_out, room_for_draws
 from pyro_elbo.posterior.weights import Weighting, find_point_error, find_weighting, is_discrete, unconstrain
 from pyro_elbo.programs import (
@@ -36,6 +37,7 @@ from pyro_elbo.programs import (
     RunData,
     Site,
     TracePair,
+    check_data,
     check_initialized,
     check_programs,
     evaluating,
@@ -85,6 +87,7 @@ class Draws:
             not broadcast, or in a ``loop`` once per draw.
         nesting: number of batch dimensions that the plates use.
         rows: the rows that subsampled plates took, the same for every draw.
+        storage: where the arrays lie, and those that are made of them.
         resampled: whether the draws were drawn again by their weights, which are uniform since.
     """
 
@@ -110,6 +113,7 @@ class Draws:
     way: Way
     nesting: int
     rows: Arrays
+    storage: Storage
     resampled: bool = False
 
     @property
@@ -127,19 +131,7 @@ class Draws:
     @property
     def weights_error(self) -> PyroElboError | None:
         """Why the weights, of a row where all latents are local, are not those of the posterior; None if they are."""
-        return self.obstacle if self.local_log_weight is None else self.local_obstacle
-
-    def smooth(self) -> PSIS:
-        """Smooth the importance weights: per row where all latents are local (rows first), joint otherwise.
-
-        Raises:
-            GuideError: the guide is a point estimate in some latent.
-            WeightsError: the weights are not those of a posterior.
-        """
-        local = self.local_log_weight
-        if self.weights_error is not None:
-            raise self.weights_error
-        return psis(self.log_weight if local is None else local.T, self.eps)
+        return self.obstacle if self.local_log_p is None else self.local_obstacle
 
 
 class Frame(NamedTuple):
@@ -167,10 +159,12 @@ def draw(
     chunk_size: int = 250,
     seed: int | None = None,
     rows: Arrays | None = None,
+    storage: Storage = MEMORY,
 ) -> Draws:
     """Draw from the guide and evaluate both programs at the draws, without gradients, in evaluation mode.
 
-    Plates that take a random subsample take the same one in every draw: ``rows`` if given.
+    Plates that take a random subsample take the same one in every draw: ``rows`` if given. The arrays lie in
+    ``storage``.
 
     Raises:
         ArgumentError: ``num_samples`` is not positive, or model or guide is no program.
@@ -182,13 +176,12 @@ def draw(
     check_initialized(guide)
     with torch.no_grad(), seeded(seed), evaluating(model, guide):
         programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), rows)
-        chunk_size = int(
-            min(chunk_size, frame.most, max(2, MOST_ELEMENTS // largest_site(frame.shapes.model.values())))
-        )
+        most = max(2, MOST_ELEMENTS // largest_site(frame.shapes.model.values()))
+        chunk_size = int(min(chunk_size, frame.most, most))
         sizes = [min(chunk_size, num_samples - i) for i in range(0, num_samples, chunk_size)]
         way, first = _begin(programs, frame, sizes[0])
-        later = (run for count in sizes[1:] for run in _run(programs, frame, count, way))
-        return _as_draws(join_draws(first, later, num_samples), frame, way, data)
+        later = chain.from_iterable(_run(programs, frame, count, way) for count in sizes[1:])
+        return _as_draws(storage.join(chain(first, later), num_samples), frame, way, data, storage)
 
 
 def draw_in_chunks(
@@ -202,15 +195,10 @@ def draw_in_chunks(
     programs, frame, data = _prepare(ProgramCall(model, guide, args, kwargs), None)
     size = int(min(num_samples, frame.most, max(2, max_elements // largest_site(frame.shapes.model.values()))))
     way, runs = _begin(programs, frame, size)
-    yield _as_draws(join_draws(runs, (), size), frame, way, data)
+    yield _as_draws(MEMORY.join(runs, size), frame, way, data)
     for done in range(size, num_samples, size):
         count = min(size, num_samples - done)
-        yield _as_draws(join_draws(_run(programs, frame, count, way), (), count), frame, way, data)
-
-
-def largest_site(sites: Iterable[Site]) -> int:
-    """Return the number of elements of the largest site; 1 where there is none."""
-    return max((s.value.numel() for s in sites if s.value.numel()), default=1)
+        yield _as_draws(MEMORY.join(_run(programs, frame, count, way), count), frame, way, data)
 
 
 def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, Frame, RunData]:
@@ -222,9 +210,7 @@ def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, F
         programs = ProgramCall(poutine.condition(model, rows), poutine.condition(guide, rows), args, kwargs)
         data = read_data(*programs)
     shapes = trace_pair(*programs)
-    for site in shapes.model.values():
-        if site.role == "observed":
-            site.check_data()
+    check_data(shapes.model.values())
     if any(s.is_enumerated for s in shapes.guide.values()):
         programs = programs._replace(guide=without_marks(programs.guide))
         shapes = trace_pair(*programs)
@@ -236,7 +222,7 @@ def _prepare(programs: ProgramCall, rows: Arrays | None) -> tuple[ProgramCall, F
     return programs, frame, data._replace(rows=rows)
 
 
-def _begin(programs: ProgramCall, frame: Frame, count: int) -> tuple[Way, list[dict[str, Any]]]:
+def _begin(programs: ProgramCall, frame: Frame, count: int) -> tuple[Way, Iterator[dict[str, Any]]]:
     """Make the first draws, and choose the way of all others: the fastest that works.
 
     Some programs fail under a further plate, others silently mix the draws (``z.mean()``). Two draws are therefore
@@ -245,26 +231,26 @@ def _begin(programs: ProgramCall, frame: Frame, count: int) -> tuple[Way, list[d
     """
     for way in _FIRST_CHOICES:
         try:
-            return way, [_FIRST_CHOICES[way](programs, frame, count)]
+            return way, iter([_FIRST_CHOICES[way](programs, frame, count)])
         except Exception:  # single runs raise it again if the program itself is at fault
             continue
     return "loop", _one_by_one(programs, frame, count)
 
 
-def _run(programs: ProgramCall, frame: Frame, count: int, way: Way) -> list[dict[str, Any]]:
+def _run(programs: ProgramCall, frame: Frame, count: int, way: Way) -> Iterator[dict[str, Any]]:
     """Make more draws; one by one where the chosen way fails for them."""
     try:
         if way == "plate":
-            return [_collect(trace_pair(*programs, count, frame.nesting), frame, count)]
+            return iter([_collect(trace_pair(*programs, count, frame.nesting), frame, count)])
         if way == "map":
-            return [_mapped(programs, frame, count)["draws"]]
+            return iter([_mapped(programs, frame, count)["draws"]])
     except Exception:  # single runs raise it again if the program itself is at fault
         pass
     return _one_by_one(programs, frame, count)
 
 
-def _one_by_one(programs: ProgramCall, frame: Frame, count: int) -> list[dict[str, Any]]:
-    return [_collect(trace_pair(*programs), frame, 1) for _ in range(count)]
+def _one_by_one(programs: ProgramCall, frame: Frame, count: int) -> Iterator[dict[str, Any]]:
+    return (_collect(trace_pair(*programs), frame, 1) for _ in range(count))
 
 
 def _begin_in_plate(programs: ProgramCall, frame: Frame, count: int) -> dict[str, Any]:
@@ -379,14 +365,8 @@ def _collect(pair: TracePair, frame: Frame, count: int) -> dict[str, Any]:
     return groups | densities | weighting.sums(pair, count, nesting)
 
 
-def _as_draws(fields: dict[str, Any], frame: Frame, way: Way, data: RunData) -> Draws:
+def _as_draws(fields: dict[str, Any], frame: Frame, way: Way, data: RunData, storage: Storage = MEMORY) -> Draws:
     shapes, weighting, nesting, _ = frame
-    for name, x in fields["latents"].items():
-        if x.is_floating_point() and not torch.isfinite(x).all():
-            raise NonFiniteError(
-                f"Site '{name}': of its draws, {count_nonfinite(x)}. Look for data of the guide that are not finite, "
-                "and for a parameter that has diverged."
-            )
     observed = {n: s for n, s in shapes.model.items() if s.role == "observed"}
     point = find_point_error(fields["latents"], shapes)
     return Draws(
@@ -404,4 +384,5 @@ def _as_draws(fields: dict[str, Any], frame: Frame, way: Way, data: RunData) -> 
         way=way,
         nesting=nesting,
         rows=data.rows,
+        storage=storage,
     )

@@ -1,6 +1,6 @@
 """Importance weights of the guide's draws: k-hat, resampling, and the leave-one-out predictive density."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from pyro_elbo.display import html_table
 from pyro_elbo.errors import ArgumentError, GuideError, WeightsError
-from pyro_elbo.posterior.draws import Draws, draw
-from pyro_elbo.posterior.psis import describe_k, format_k, most_even, pareto_k_threshold, psis
+from pyro_elbo.posterior.draws import MOST_ELEMENTS, Draws, draw
+from pyro_elbo.posterior.psis import PSIS, describe_k, format_k, most_even, pareto_k_threshold, psis
+from pyro_elbo.posterior.storage import Storage
 from pyro_elbo.programs import Plate, Program, check_options, program_arguments
 
 SAMPLE_DIMS = ("chain", "draw")
+MOST_WEIGHTS = 2**19  # at once: the fit of their tails takes thirty times their memory
 
 
 @dataclass(frozen=True)
@@ -100,17 +102,41 @@ def pareto_k(
     return judge(draw(model, guide, *program_arguments(model, args, kwargs), num_samples, seed=seed))
 
 
+def smooth(draws: Draws) -> Iterator[PSIS]:
+    """Smooth importance weights: those of some rows after the other where all latents are local, joint ones otherwise.
+
+    Raises:
+        GuideError: the guide is a point estimate in some latent.
+        WeightsError: the weights are not those of a posterior.
+    """
+    if draws.weights_error is not None:
+        raise draws.weights_error
+    if draws.local_log_p is None:
+        yield psis(draws.log_weight, draws.eps)
+        return
+    size = max(1, MOST_WEIGHTS // len(draws.log_p))
+    for i in range(0, draws.local_log_p.shape[1], size):
+        yield psis(_local_weights(draws, slice(i, i + size)), draws.eps)
+
+
+def _local_weights(draws: Draws, rows: slice) -> Tensor:
+    """Return the log weights of some rows of the data, rows first."""
+    both: Any = draws.local_log_p, draws.local_log_q
+    p, q = (draws.storage.in_memory(lambda part: part[:, rows].clone(), x) for x in both)
+    return (p - q).T
+
+
 def judge(draws: Draws) -> ParetoK:
     """Return k-hat of draws: see :func:`pareto_k`.
 
     Raises:
-        GuideError, WeightsError: as :meth:`Draws.smooth`.
+        GuideError, WeightsError: as :func:`smooth`.
     """
-    smoothed = draws.smooth()
     local = draws.local_log_p is not None and draws.data_plate is not None
     count, plate = len(draws.log_p), draws.data_plate.name if local else None
-    largest = smoothed.log_weights.amax(-1).exp() * count
-    return ParetoK(smoothed.pareto_k, smoothed.ess, largest, count, plate)
+    parts = [(s.pareto_k, s.ess, s.log_weights.amax(-1).exp() * count) for s in smooth(draws)]
+    k, ess, largest = (torch.cat(x) if local else x[0] for x in zip(*parts, strict=True))
+    return ParetoK(k, ess, largest, count, plate)
 
 
 def resample(draws: Draws, generator: torch.Generator) -> Draws:
@@ -119,35 +145,54 @@ def resample(draws: Draws, generator: torch.Generator) -> Draws:
     Where all latents are local, every row of the data plate is drawn on its own.
 
     Raises:
-        GuideError, WeightsError: as :meth:`Draws.smooth`.
+        GuideError, WeightsError: as :func:`smooth`.
     """
-    weights = draws.smooth().log_weights.exp()
-    index = torch.multinomial(weights, len(draws.log_p), replacement=True, generator=generator)
+    count = len(draws.log_p)
+    found = (torch.multinomial(s.log_weights.exp(), count, True, generator=generator) for s in smooth(draws))
     if draws.data_plate is None or draws.local_log_p is None or draws.local_log_q is None:
-        return _pick(draws, lambda x, _: x[index], draws.log_p[index], draws.log_q[index])
-    name, rows = draws.data_plate.name, index.T
+        (index,) = found
+        return _pick(draws, lambda x, _, part: x[index[part]], draws.log_p[index], draws.log_q[index])
+    name, done = draws.data_plate.name, 0
+    rows = draws.storage.empty(torch.empty(0, dtype=torch.long), tuple(draws.local_log_p.shape))
+    for index in found:
+        rows[:, done : done + len(index)] = index.T
+        done += len(index)
 
-    def by_row(x: Tensor, plates: tuple[Plate, ...]) -> Tensor:
+    def by_row(x: Tensor, plates: tuple[Plate, ...], part: slice) -> Tensor:
         names = [p.name for p in plates]
         dim = 1 + names.index(name) if name in names else x.dim()
         if x.dim() <= dim or x.shape[dim] != rows.shape[1]:
-            return x  # the same for every row, as a deterministic may be
+            return x[part]  # the same for every row, as a deterministic may be
+        chosen = rows[part]
         shape = [1] * x.dim()
-        shape[0], shape[dim] = rows.shape
-        return x.gather(0, rows.reshape(shape).expand_as(x))
+        shape[0], shape[dim] = chosen.shape
+        return x.gather(0, chosen.reshape(shape).expand(len(chosen), *x.shape[1:]))
 
-    local = draws.local_log_p.gather(0, rows), draws.local_log_q.gather(0, rows)
+    local = [_in_parts(x, (draws.data_plate,), by_row, draws.storage) for x in (draws.local_log_p, draws.local_log_q)]
     scale = draws.data_plate.full_size / draws.data_plate.size
-    picked = _pick(draws, by_row, *(x.sum(1) * scale for x in local))
+    log_p, log_q = (draws.storage.in_memory(lambda x: x.sum(1) * scale, x) for x in local)
+    picked = _pick(draws, by_row, log_p, log_q)
     return replace(picked, local_log_p=local[0], local_log_q=local[1])
 
 
-def _pick(draws: Draws, pick: Callable[[Tensor, tuple[Plate, ...]], Tensor], log_p: Tensor, log_q: Tensor) -> Draws:
+_Choice = Callable[[Tensor, tuple[Plate, ...], slice], Tensor]
+
+
+def _pick(draws: Draws, choose: _Choice, log_p: Tensor, log_q: Tensor) -> Draws:
     names = ("latents", "unconstrained", "deterministics", "log_likelihood", "log_prior")
     fields: dict[str, Any] = {
-        name: {site: pick(x, draws.plates[site]) for site, x in getattr(draws, name).items()} for name in names
+        name: {
+            site: _in_parts(x, draws.plates[site], choose, draws.storage) for site, x in getattr(draws, name).items()
+        }
+        for name in names
     }
     return replace(draws, **fields, log_p=log_p, log_q=log_q, resampled=True)
+
+
+def _in_parts(x: Tensor, plates: tuple[Plate, ...], choose: _Choice, storage: Storage) -> Tensor:
+    """Choose draws of an array, some at a time."""
+    count, size = len(x), max(1, MOST_ELEMENTS // max(1, x[0].numel()))
+    return storage.join((choose(x, plates, slice(i, min(i + size, count))) for i in range(0, count, size)), count)
 
 
 def loo(data: Any, var_name: str | None = None) -> Any:

@@ -5,34 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_elbo.posterior.weights import align, unconstrained_shape
 from pyro_elbo.programs import Plate, Site, sort_by_dim
 
 
-def join_draws(first: list[Any], later: Iterable[Any], count: int) -> Any:
-    """Put runs, nested dictionaries of arrays of some draws, into arrays of all ``count`` draws.
-
-    One run at a time is in memory beside the whole: ``first`` is emptied.
-    """
-    leaves, spec = pytree.tree_flatten(first[0])
-    whole = [None if x is None else x.new_empty(count, *x.shape[1:]) for x in leaves]
-    done = 0
-    while first:
-        done = _put(whole, first.pop(0), done)
-    for run in later:
-        done = _put(whole, run, done)
-    return pytree.tree_unflatten(whole, spec)
-
-
-def _put(whole: list[Tensor | None], run: Any, done: int) -> int:
-    size = 0
-    for place, x in zip(whole, pytree.tree_leaves(run), strict=True):
-        if place is not None:
-            size = len(x)
-            place[done : done + size] = x
-    return done + size
+def largest_site(sites: Iterable[Site]) -> int:
+    """Return the number of elements of the largest site; 1 where there is none."""
+    return max((s.value.numel() for s in sites if s.value.numel()), default=1)
 
 
 def lead(x: Tensor, shape: torch.Size, count: int, like: Site, event_dim: int | None = None) -> Tensor:

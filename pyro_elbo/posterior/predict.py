@@ -5,6 +5,7 @@ r"""Draws of the guide, and of the data that a model predicts from them or from 
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, SiteError, check_count, first_line
 from pyro_elbo.posterior.datasets import Names, label, stack_chains, without_slashes
-from pyro_elbo.posterior.draws import MOST_ELEMENTS, Arrays, Draws, draw, largest_site
-from pyro_elbo.posterior.layout import count_data, join_draws, lead, with_gaps
+from pyro_elbo.posterior.draws import MOST_ELEMENTS, Arrays, Draws, draw
+from pyro_elbo.posterior.layout import count_data, largest_site, lead, with_gaps
 from pyro_elbo.posterior.mapped import are_valid, map_draws
 from pyro_elbo.programs import (
     Plate,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Predictions(NamedTuple):
-    """Draws of every site of the model, the plates of each, and why observed sites were left out."""
+    """Draws of the observed sites of the model or of all, the plates of each, and why observed ones were left out."""
 
     arrays: Arrays
     plates: dict[str, tuple[Plate, ...]]
@@ -161,9 +162,8 @@ def predict(
     draws: Draws,
     seed: int,
     prior: bool = False,
-    chunk_size: int = 250,
 ) -> Predictions:
-    """Draw every site of the model anew, its latents from ``draws`` unless ``prior``: one draw for each of ``draws``.
+    """Draw the observed sites of the model anew, one draw for each of ``draws``; every site with ``prior``.
 
     An observed site whose distribution cannot be sampled keeps its data and is left out.
 
@@ -174,7 +174,7 @@ def predict(
     while True:
         resampled = ResampleObserved(draws.observed.keys() - skipped.keys())
         try:
-            arrays, plates = run_with_draws(resampled(model), args, kwargs, draws, seed, prior, chunk_size)
+            arrays, plates = run_with_draws(resampled(model), args, kwargs, draws, seed, prior)
         except Exception as error:
             if resampled.current is None:
                 raise
@@ -228,7 +228,6 @@ def run_with_draws(
     draws: Draws,
     seed: int,
     prior: bool = False,
-    chunk_size: int = 250,
 ) -> tuple[Arrays, dict[str, tuple[Plate, ...]]]:
     """Run a program once for each of the draws, its latents from them unless ``prior``: see :func:`predict`."""
     if draws.rows:
@@ -238,10 +237,10 @@ def run_with_draws(
     with torch.no_grad(), seeded(seed), evaluating(program):
         call = _Call(program, args, kwargs, draws)
         shapes = call.sites({n: x[:1] for n, x in latents.items()}, 1)
-        known = draws.latents.keys() | draws.deterministics.keys() | draws.observed.keys()
+        known = draws.observed.keys() | (draws.latents.keys() | draws.deterministics.keys() if prior else set())
         shapes = {name: site for name, site in shapes.items() if name in known}
-        chunk_size = min(chunk_size, max(2, MOST_ELEMENTS // largest_site(shapes.values())))
+        chunk_size = min(250, max(2, MOST_ELEMENTS // largest_site(shapes.values())))
         sizes = ((start, min(chunk_size, count - start)) for start in range(0, count, chunk_size))
         runs = (call.run({n: x[i : i + size] for n, x in latents.items()}, size, shapes) for i, size in sizes)
-        arrays = join_draws(next(runs), (run for several in runs for run in several), count)
+        arrays = draws.storage.join(chain.from_iterable(runs), count)
     return arrays, {name: sort_by_dim(s.plates) for name, s in shapes.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_elbo.errors import GuideError, PyroElboError, WeightsError
+from pyro_elbo.errors import GuideError, NonFiniteError, PyroElboError, WeightsError, count_nonfinite
 from pyro_elbo.programs import Plate, Site, TracePair, fixed_sites, is_point, shared_plate
 
 
@@ -122,12 +122,26 @@ def _subsample_error(sites: Iterable[Site], data: Plate | None) -> WeightsError 
     return None
 
 
+def _check_draws(latents: Mapping[str, Tensor]) -> None:
+    """Raise NonFiniteError for draws of a latent that are NaN or infinite."""
+    for name, x in latents.items():
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise NonFiniteError(
+                f"Site '{name}': of its draws, {count_nonfinite(x)}. Look for data of the guide that are not finite, "
+                "and for a parameter that has diverged."
+            )
+
+
 def find_point_error(latents: Mapping[str, Tensor], pair: TracePair) -> GuideError | None:
     """Return the error about latents of which the guide is a point estimate; None without any.
 
     AutoGuides pass a draw on to a latent by a Delta. A Delta is a point where its value is the same in every draw, and
     somewhere where there are more free elements in Deltas than in the auxiliary sites that could drive them.
+
+    Raises:
+        NonFiniteError: a draw is NaN or infinite.
     """
+    _check_draws(latents)
     if len(next(iter(latents.values()), ())) < 2:  # a single draw shows no difference
         return None
     drawn = {n: s for n, s in pair.model.items() if s.role == "latent" and n in pair.guide}  # others are summed out

@@ -17,7 +17,7 @@ from pyro_elbo.programs.modules import collect_modules, program_name
 from pyro_elbo.programs.parameters import Parameters, check_gradients, check_initialized, collect_parameters
 from pyro_elbo.programs.precision import full_precision
 from pyro_elbo.programs.rng import mix_seed, seed_cpu, seeded
-from pyro_elbo.programs.sites import Baseline, Plate, Site, fixed_sites, is_point, shared_plate, sort_by_dim
+from pyro_elbo.programs.sites import Baseline, Plate, Site, check_data, fixed_sites, is_point, shared_plate, sort_by_dim
 from pyro_elbo.programs.tracing import (
     Program,
     ResampleObserved,
@@ -38,6 +38,7 @@ __all__ = [
     "as_array",
     "as_tensors",
     "check_arguments",
+    "check_data",
     "check_dense",
     "named_columns",
     "program_arguments",

@@ -14,6 +14,7 @@ import jaxtyping
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import (
@@ -84,12 +85,21 @@ def _failed(error: Exception, args: tuple, kwargs: Mapping[str, Any]) -> PyroElb
     """Return the error for a program that fails for a reason of its own."""
     kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
     text = f"{failed_line(error)}: {kind}{first_sentence(error)}"
-    if isinstance(error, NotImplementedError) and not _NO_KERNEL.search(str(error)):
+    if _lacks_method(error):
         return NoSamplerError(f"{text} A distribution lacks a method, such as its sampler: use another one.")
     return ProgramError(
         f"{text} The program was called with {describe_arguments(args, kwargs)}: give it arguments that it takes, "
         "or look at that line."
     )
+
+
+def _lacks_method(error: Exception) -> bool:
+    """Return whether a distribution of the program lacks a method, such as its sampler."""
+    while isinstance(error.__cause__, Exception):  # Pyro's trace raises the error again, with its shapes
+        error = error.__cause__
+    if not isinstance(error, NotImplementedError) or _NO_KERNEL.search(str(error)):
+        return False
+    return any(isinstance(frame.f_locals.get("self"), Distribution) for frame in _frames(error))
 
 
 def _on_values(error: Exception, enumerated: Mapping[str, torch.Size]) -> PyroElboError | None:

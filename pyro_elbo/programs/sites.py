@@ -149,7 +149,7 @@ class Site:
             )
         return masked(found, self.mask)
 
-    def check_data(self) -> None:
+    def check_values(self) -> None:
         """Raise NonFiniteError for values that are NaN or infinite."""
         if self.value.is_floating_point() and not torch.isfinite(self.value).all():
             raise NonFiniteError(
@@ -194,7 +194,7 @@ class Site:
         except (ValueError, RuntimeError) as error:
             if is_capturing():
                 raise
-            self.check_data()
+            self.check_values()
             raise SiteError(self._misfit(error)) from error
 
     def _misfit(self, error: Exception) -> str:
@@ -216,6 +216,13 @@ class Site:
             f"value the event shape {tuple(self.fn.event_shape)} (.to_event(n) sets it), and a plate to every other "
             "dimension."
         )
+
+
+def check_data(sites: Iterable[Site]) -> None:
+    """Raise NonFiniteError for observed values that are NaN or infinite."""
+    for site in sites:
+        if site.role == "observed":
+            site.check_values()
 
 
 def sort_by_dim(plates: Iterable[Plate]) -> tuple[Plate, ...]:

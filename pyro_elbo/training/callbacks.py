@@ -77,11 +77,23 @@ class Watch(EarlyStopping):
 class KeepCheckpoints(Checkpoint):
     """Save the last epoch, the one before, and the one that :func:`pyro_elbo.training.history.best` ranks first.
 
-    An epoch that Ctrl-C has cut short is not saved: the run continues from the one before.
+    An epoch that Ctrl-C has cut short is not saved: the run continues from the one before, or from the last checkpoint
+    within an epoch.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save a checkpoint within the epoch, where one is due; the last batch is saved with the epoch."""
+        programs: Any = pl_module
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or programs.has_ended
+        if programs.is_saved_after(batch_idx) and not last:
+            programs.within = True
+            self._save_last(trainer)
+            programs.within = False
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the checkpoints of this epoch."""
@@ -91,6 +103,9 @@ class KeepCheckpoints(Checkpoint):
             return
         if best(programs.records)["epoch"] == programs.current_epoch:
             trainer.save_checkpoint(self.folder / BEST)
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: lightning.Trainer) -> None:
         if trainer.is_global_zero:
             keep_previous(self.folder)
         trainer.save_checkpoint(self.folder / LAST)

@@ -58,8 +58,8 @@ def _compare(path: Path, checkpoint: Mapping[str, Any], programs: Any, optimizer
     best(checkpoint["history"])
     to_dataset(checkpoint["history"])
     _check_run(path, checkpoint["run"], programs.identity)
-    ours, theirs = optimizer.state_dict(), checkpoint["optimizer_states"][0]
-    options = [[sorted(group) for group in state["param_groups"]] for state in (ours, theirs)]
+    ours, theirs = optimizer.param_groups, checkpoint["optimizer_states"][0]["param_groups"]
+    options = [[sorted(group) for group in groups] for groups in (ours, theirs)]
     if options[0] != options[1]:
         raise CheckpointError(
             f"{path} was written with another optimizer; options (expected, got): {options}. Pass the optimizer that "
@@ -74,8 +74,9 @@ def _compare(path: Path, checkpoint: Mapping[str, Any], programs: Any, optimizer
             raise ArgumentError(
                 f"{path} holds {done} {what} and max_{what}={most}. It counts from the start of training: raise it."
             )
-    whole = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-    if not whole and checkpoint["global_step"] != stop.max_steps:
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    continues = progress["is_last_batch"] or "within" in checkpoint
+    if not continues and checkpoint["global_step"] != stop.max_steps:
         raise ArgumentError(
             f"{path} ends within an epoch, where max_steps stopped training: its data cannot be continued exactly. "
             "Train again with dir=..., overwrite=True and a larger max_steps."

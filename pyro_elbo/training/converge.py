@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyro_elbo.compile import Snapshots
-from pyro_elbo.errors import ArgumentError, NonFiniteError, PyroElboError
+from pyro_elbo.errors import ArgumentError, NonFiniteError, ProgramError
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.posterior import SymmetrizedKL
 from pyro_elbo.programs import Parameters, Program, seeded
@@ -199,11 +199,12 @@ class Convergence:
     def fail(self, error: ValueError, steps: int = 1) -> None:
         """Note that one of ``steps`` failed, and go back; raise the error if no step size helps.
 
-        Pyro raises a ValueError where parameters leave the domain of a distribution. Errors of this library other than
+        Pyro raises a ValueError where parameters leave the domain of a distribution. Errors other than that and
         NonFiniteError tell of programs and data, and are raised.
         """
         self._iterates.drop_gradients()
-        if self._rates is None or (isinstance(error, PyroElboError) and not isinstance(error, NonFiniteError)):
+        left_domain = isinstance(error, ProgramError) and isinstance(error.__cause__, ValueError)
+        if self._rates is None or not (left_domain or isinstance(error, NonFiniteError)):
             raise error
         self._go_back()
         if self._progress.plan.factor <= LEAST_FACTOR:

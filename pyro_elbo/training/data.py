@@ -96,7 +96,7 @@ class Loaders:
         if data is None:
             return []
         if isinstance(data, DataLoader):
-            return data if passes == 1 else Epochs(data, passes)
+            return data if split == "valid" or world > 1 else Epochs(data, passes)
         size = len(data) if self.batch_size is None else self.batch_size
         if isinstance(data, IterableDataset):
             return Epochs(DataLoader(data, batch_size=size), passes)

@@ -4,7 +4,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +19,7 @@ from pyro_elbo.errors import check_flag, check_seed
 from pyro_elbo.files import reading
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, keeping_modes
+from pyro_elbo.ranks import group_of_one
 from pyro_elbo.training import history as histories
 from pyro_elbo.training.checkpoint import KIND, check_resumable, load_checkpoint
 from pyro_elbo.training.checks import check_counts, check_loss
@@ -32,11 +33,12 @@ from pyro_elbo.training.quiet import stopping_softly, undisturbed
 from pyro_elbo.training.result import FitResult, Which
 from pyro_elbo.training.trained import (
     Trained,
-    check_compiled_parts,
+    check_position,
     check_validation,
     checked_minibatches,
     first_run,
     make_probe,
+    needs_all_rows,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def fit(
     dir: str | os.PathLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    save_every: int | None = None,
     seed: int = 0,
     devices: int = 1,
     num_nodes: int = 1,
@@ -109,6 +112,8 @@ def fit(
         resume: continue from ``dir/last.ckpt`` exactly as if training had not stopped (unless a DataLoader draws
             from its own generator). ``max_epochs`` and ``max_steps`` count from the start of training.
         overwrite: replace the run that ``dir`` holds.
+        save_every: write ``dir/last.ckpt`` after this many steps too, not only after every epoch, for epochs that take
+            hours. A resumed run continues with the next batch. Noise is a function of this number too.
         seed: repeats a run bit for bit on a CPU. The caller's random state is restored afterwards.
         devices: processes on a machine; they share the rows, average their gradients and draw separate noise. A batch
             of each has ``batch_size`` rows, so that a step sees ``devices * num_nodes * batch_size``.
@@ -118,7 +123,7 @@ def fit(
             precision under autocast. Training in float64 takes torch.set_default_dtype(torch.float64) and no option.
         grad_clip: the largest norm of the gradient; larger gradients are scaled down.
         compile: run repeated steps as one compiled graph (see :class:`SVI`), or in Python with a warning where that
-            fails (``"auto"``). On several processes it does without penalties, free bits and capacities.
+            fails (``"auto"``).
         logger: Lightning's loggers; they get every number of the history, and loss and ELBO of single steps.
         callbacks: Lightning's callbacks, beside those of the library. They can monitor ``valid_elbo`` and
             ``train_elbo``.
@@ -155,10 +160,12 @@ def fit(
     steps = Steps(lr, accuracy, optimizer, scheduler, accumulate_grad_batches, grad_clip, compile)
     stop = Stopping(max_epochs, max_steps, patience, restore_best, valid is not None)
     machine = Machine(devices, num_nodes, accelerator, precision, logger, callbacks, compile, steps.is_auto)
-    options = Options(steps, stop, machine, Folder(dir, resume, overwrite), int(seed), progress)
+    options = Options(steps, stop, machine, Folder(dir, resume, overwrite, save_every), int(seed), progress)
     with undisturbed(), tempfile.TemporaryDirectory() as scratch:
         loaders, first = prepare_data(train, valid, batch_size, options.seed, model, guide)
         loaders.check_processes(machine.processes)
+        if save_every is not None:
+            check_position(loaders, machine.processes, steps.is_auto)
         run = _prepare(loss(model, guide), loaders, first, options, scratch)
         run.train()
         result = run.result(loaders.as_arguments(first["train"][0]))
@@ -183,8 +190,6 @@ def _prepare(
     pyro.set_rng_seed(seed)
     trained, terms = first_run(module, *arguments(first["train"][0]))
     check_validation(module, first, seed)
-    if options.steps.compile and machine.processes > 1:
-        check_compiled_parts(module.elbo, terms)
     checked = checked_minibatches(module, terms, batches * machine.processes, loaders)
     if checked is not loaders:
         first = first | {"valid": list(checked("valid"))}
@@ -193,7 +198,9 @@ def _prepare(
     folder = place.prepared(scratch)
     files = folder if place.dir is not None or options.stop.restores or machine.forks else None
     programs = LightningPrograms(trained, loaders, options, probe, files)
-    optimizer = programs.configure_optimizers()["optimizer"]
+    programs.shares_rows = machine.processes > 1 and needs_all_rows(module.elbo, terms)
+    with group_of_one() if machine.processes > 1 else nullcontext():
+        optimizer = programs.configure_optimizers()["optimizer"]
     trainer = make_trainer(files, options, loaders)
     if (start := place.start(folder)) is not None:
         check_resumable(start, programs, optimizer, options.stop)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyro_elbo.errors import ArgumentError, CheckpointError, check_flag, check_path
+from pyro_elbo.training.checks import check_counts
 
 BEST, LAST, PREVIOUS, HISTORY = "best.ckpt", "last.ckpt", "previous.ckpt", "history.nc"
 
@@ -29,6 +30,7 @@ class Folder:
     dir: str | os.PathLike | None
     resume: bool
     overwrite: bool
+    save_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.dir is not None:
@@ -38,6 +40,9 @@ class Folder:
         if (self.resume or self.overwrite) and self.dir is None:
             name = "resume" if self.resume else "overwrite"
             raise ArgumentError(f"{name}=True needs dir=..., the folder of the run.")
+        check_counts({}, {"save_every": self.save_every})
+        if self.save_every is not None and self.dir is None:
+            raise ArgumentError("save_every needs dir=..., the folder of the run.")
         if self.resume and self.overwrite:
             raise ArgumentError(
                 "resume=True continues the run in dir and overwrite=True deletes it: choose one of them."

@@ -20,7 +20,7 @@ from pyro_elbo.compile import CompiledSVI, KeptGradients, TorchUpdate
 from pyro_elbo.diagnosis import Probe
 from pyro_elbo.errors import ArgumentError, GuideError, NonFiniteError
 from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed, seeded
-from pyro_elbo.ranks import in_parts, mean_of_parts, weighed
+from pyro_elbo.ranks import all_states, in_parts, mean_of_parts, weighed
 from pyro_elbo.terms import Terms
 from pyro_elbo.training.converge import Convergence, Goal
 from pyro_elbo.training.data import Batch, Loaders, arguments
@@ -64,9 +64,15 @@ class LightningPrograms(lightning.LightningModule):
         self.records: list[EpochRecord] = []
         self.has_started = False
         self.probe, self.probed_at = probe, 0
+        self.shares_rows = False
         self._weights: tuple[Any, EpochRecord] = None, {}
         self.files, self.place = files, ""
-        self.identity = {} if files is None else loaders.identity() | {"devices": str(options.machine.processes)}
+        self.save_every, self.within = options.place.save_every, False
+        self.identity = (
+            {}
+            if files is None
+            else loaders.identity() | {"devices": str(options.machine.processes), "save_every": str(self.save_every)}
+        )
         self.mean = RunningMean()
         self.valid_mean = RunningMean()
 
@@ -98,8 +104,16 @@ class LightningPrograms(lightning.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the random stream of the epoch after the loaders have drawn from the global one."""
         self.place = f"batch {batch_idx} of epoch {self.current_epoch}"
+        self.has_iterator = False
         if batch_idx == 0:
             pyro.set_rng_seed(mix_seed(self.seed, self.current_epoch, self.global_rank))
+        elif self.is_saved_after(batch_idx - 1):
+            pyro.set_rng_seed(mix_seed(self.seed, self.current_epoch, self.global_rank, 2, batch_idx))
+
+    def is_saved_after(self, batch_idx: int) -> bool:
+        """Return whether the step that ends with this batch is one after which the run is saved within its epoch."""
+        whole = (batch_idx + 1) % self.options.accumulate_grad_batches == 0
+        return self.save_every is not None and whole and self.trainer.global_step % self.save_every == 0
 
     def on_fit_start(self) -> None:
         """Prepare steps of our own once parameters and optimizer are on their device."""
@@ -117,17 +131,19 @@ class LightningPrograms(lightning.LightningModule):
             programs = self.module.model, self.module.guide, self.module.elbo
             # draw the same noise as uncompiled steps, so that runs repeat and resume alike
             options: Any = {"compile": self.options.compile, "per_datum": True, "fallback_random": True}
+            if self.shares_rows:
+                options["rows"] = lambda args, kwargs: num_rows((*args, *kwargs.values()))
             self.svi = CompiledSVI(*programs, update, **options)
 
     def on_train_start(self) -> None:
         """Prepare the run to convergence once the optimizer is that of the checkpoint; end a run that had ended."""
         if self.options.is_auto:
             self._prepare_convergence()
-        self.trainer.should_stop = self.trainer.should_stop or self._has_ended
+        self.trainer.should_stop = self.trainer.should_stop or self.has_ended
         self.has_started = True
 
     @property
-    def _has_ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether the steps are taken, before the epochs are."""
         converged = self.convergence is not None and self.convergence.due == 0
         return self.trainer.global_step == self.stop.max_steps or converged
@@ -139,7 +155,7 @@ class LightningPrograms(lightning.LightningModule):
         goal = Goal(self.options.goal, most, "max_epochs" if most == self.stop.epochs * steps else "max_steps")
         programs = self.module.model, self.module.guide, self.module.elbo
         data = move_data_to_device(self.probe.data, self.device).train[0]
-        with seeded(self.seed):
+        with seeded(mix_seed(self.seed, 1)):  # other draws than those of two equal runs, which have the seed 0
             self.convergence = Convergence(*programs, data, lambda _: [optimizer], goal, _elbo_per_datum)
         if self.resumed is not None:
             self.convergence.load(self.resumed)
@@ -202,7 +218,8 @@ class LightningPrograms(lightning.LightningModule):
         """Give the parameters the mean of the gradients that the processes have kept."""
         rows = num_rows(batch) * dict(zip(record[0], record[1][0], strict=True)).get("divisor", 1.0)
         with in_parts():
-            part = weighed(torch.ones((), device=self.device), rows)
+            part = torch.ones((), device=self.device)
+            part = part if self.shares_rows else weighed(part, rows)  # shared rows are weighed within the step
             means = mean_of_parts([state["gradient"] * part for state in kept.state.values()])
         for p, mean in zip(kept.state, means, strict=True):
             p.grad = mean
@@ -232,7 +249,7 @@ class LightningPrograms(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Refuse modules whose parameters have a gradient but are unknown to Pyro, after the first batch."""
-        if self._has_ended:
+        if self.has_ended:
             self.trainer.should_stop = True  # with its own max_steps, Lightning neither validates here nor resumes
         if batch_idx > 0:
             return
@@ -290,6 +307,8 @@ class LightningPrograms(lightning.LightningModule):
         """Add the history to the checkpoint, the step of its last probe, and how far the run to convergence is."""
         checkpoint["history"], checkpoint["probed_at"] = self.records, self.probed_at
         checkpoint["run"] = self.identity
+        if self.within:
+            checkpoint["within"] = all_states({"sums": self.mean.sums, "rows": self.mean.rows})
         if self.convergence is not None:
             checkpoint["convergence"] = self.convergence.state()
 
@@ -297,6 +316,8 @@ class LightningPrograms(lightning.LightningModule):
         """Restore the history from the checkpoint."""
         self.records, self.probed_at = list(checkpoint["history"]), int(checkpoint.get("probed_at", 0))
         self.resumed = checkpoint.get("convergence")
+        if (means := checkpoint.get("within")) is not None:
+            self.mean = RunningMean(**means[self.global_rank])
 
     @property
     def _has_lightning(self) -> bool:
@@ -314,7 +335,8 @@ class LightningPrograms(lightning.LightningModule):
         except NonFiniteError as error:
             last = None if self.files is None else self.files / LAST
             found = last is not None and last.exists()
-            kept = f"; {last} holds those of epoch {self.current_epoch - 1}" if found else ""
+            earlier = f"epoch {self.current_epoch - 1}" if self.save_every is None else "an earlier step"
+            kept = f"; {last} holds those of {earlier}" if found else ""
             rank = f", process {self.global_rank}" if self.trainer.world_size > 1 else ""
             steps = f"The parameters are those after {self.trainer.global_step} steps{kept}."
             raise NonFiniteError(f"{error} This was {self.place}{rank}. {steps}") from error

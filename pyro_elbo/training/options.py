@@ -1,5 +1,6 @@
 """The arguments of :func:`pyro_elbo.fit`, by what they decide, each checked before anything runs."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.compile import Compile
-from pyro_elbo.errors import ArgumentError, GuideError, check_number, describe
+from pyro_elbo.errors import ArgumentError, GuideError, check_number, describe, first_sentence
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip, with_python_numbers
 from pyro_elbo.training.comparable import check_accuracy, check_steps
@@ -100,8 +101,8 @@ class Steps:
             raise GuideError(
                 "Neither model nor guide has a parameter to train. Give the guide pyro.param's or modules."
             )
-        lr = AUTO_LR if isinstance(self.lr, str) else self.lr
-        made = torch.optim.Adam(leaves, lr=lr) if self.optimizer is None else self.optimizer(leaves)
+        _check_whole(trained)
+        made = self._made(leaves)
         if not isinstance(made, torch.optim.Optimizer):
             raise ArgumentError(
                 "optimizer must be a function from parameters to a torch optimizer, such as torch.optim.Adam; "
@@ -114,6 +115,19 @@ class Steps:
                 "parameters that it is called with; freeze those that must not change by requires_grad_(False)."
             )
         return made
+
+    def _made(self, leaves: list[Tensor]) -> Any:
+        if self.optimizer is None:
+            return torch.optim.Adam(leaves, lr=AUTO_LR if isinstance(self.lr, str) else self.lr)
+        try:
+            return self.optimizer(leaves)
+        except (RuntimeError, ValueError) as error:
+            if "process group" not in str(error):
+                raise
+            raise ArgumentError(
+                f"optimizer needs several processes, whose state it shares out ({first_sentence(error)}). Pass "
+                "devices=2 or more, or an optimizer of one process, such as torch.optim.Adam."
+            ) from error
 
     def schedule(self, optimizer: torch.optim.Optimizer, monitor: str) -> dict[str, Any] | None:
         """Return Lightning's configuration of the scheduler: after every epoch unless ``scheduler`` says otherwise.
@@ -140,6 +154,17 @@ class Steps:
         if plateau and "monitor" not in given and found.mode != "max":
             raise ArgumentError(f"scheduler: ReduceLROnPlateau watches {monitor}, which is maximized: pass mode='max'.")
         return ({"monitor": monitor} if plateau else {}) | {"interval": "epoch", "frequency": 1} | given
+
+
+def _check_whole(parameters: Mapping[str, Tensor]) -> None:
+    """Raise ArgumentError for parameters of which this process holds a part."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is not None and (parts := [n for n, p in parameters.items() if isinstance(p, tensor.DTensor)]):
+        raise ArgumentError(
+            f"The parameters {parts} are sharded (FSDP, DTensor). FSDP gathers a module's parameters when its forward "
+            "runs, and programs may read them elsewhere: every process of pe.fit holds them whole. Share out the "
+            "optimizer's state instead: optimizer=lambda p: ZeroRedundancyOptimizer(p, torch.optim.Adam, lr=1e-3)."
+        )
 
 
 def _check_lr(lr: Any) -> None:

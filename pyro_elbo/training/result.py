@@ -148,7 +148,7 @@ class FitResult:
 
     def to_arviz(self, *args: Any, seed: int | None = None, **options: Any) -> Any:
         """Export to ArviZ: :func:`to_arviz` with the history of the fit; ``options`` are its options."""
-        names = ("num_samples", "resample", "predictive", "prior", "coords", "dims", "covariance")
+        names = ("num_samples", "resample", "predictive", "prior", "coords", "dims", "covariance", "file")
         own = {name: options.pop(name) for name in names if name in options}
         args, kwargs = self._arguments(args, options)
         return to_arviz(self.model, self.guide, *args, history=self.history, seed=self._seed(seed), **own, **kwargs)

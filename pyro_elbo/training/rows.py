@@ -5,6 +5,7 @@ import mmap
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ class Shares(Sampler[list[int]]):
 
     def __init__(self, rows: int, size: int, shuffle: bool, seed: int, rank: int = 0, world: int = 1) -> None:
         self.rows, self.size, self.shuffle, self.seed = rows, size, shuffle, seed
-        self.rank, self.world, self.epoch = rank, world, 0
+        self.rank, self.world, self.epoch, self.first = rank, world, 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch."""
@@ -146,15 +147,19 @@ class Shares(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.rows, generator=generator) if self.shuffle else torch.arange(self.rows)
         own, last = order[self.rank :: self.world], len(self) - 1
-        for i in range(len(self)):
+        for i in range(self.first, len(self)):
             yield own[i * self.size : None if i == last else (i + 1) * self.size].tolist()
 
 
 class Epochs:
-    """A loader whose order depends on the epoch alone; an epoch is one pass over its batches or several."""
+    """A loader whose order depends on the epoch alone; an epoch is one pass over its batches or several.
+
+    Its state is the number of batches that it has given: a resumed run goes on with the next one.
+    """
 
     def __init__(self, loader: DataLoader, passes: int = 1) -> None:
         self.loader, self.passes, self.epoch = loader, passes, 0
+        self.given = self.skipped = 0
         self.sampler = self.batch_sampler = self  # Lightning tells the sampler the epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -164,9 +169,29 @@ class Epochs:
     def __len__(self) -> int:
         return self.passes * len(self.loader)
 
+    def state_dict(self) -> dict[str, int]:
+        """Return how many batches of the epoch are given."""
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration after so many batches; at the end of an epoch, with the first one of the next."""
+        self.skipped = state["given"] % len(self)
+
     def __iter__(self) -> Iterator[Any]:
-        for i in range(self.passes):
+        self.given, self.skipped = self.skipped, 0
+        first, start = divmod(self.given, len(self.loader))
+        for i in range(first, self.passes):
             for sampler in (self.loader.batch_sampler, self.loader.sampler):
                 if isinstance(sampler, Shares | DistributedSampler):
                     sampler.set_epoch(self.passes * self.epoch + i)
-            yield from self.loader
+            for batch in self._after(start):
+                self.given += 1
+                yield batch
+            start = 0
+
+    def _after(self, start: int) -> Iterator[Any]:
+        """Give the batches of a pass but for the first ones, without reading those of rows."""
+        if not isinstance(self.loader.batch_sampler, Shares):
+            return islice(self.loader, start, None)
+        self.loader.batch_sampler.first = start
+        return iter(self.loader)

@@ -7,6 +7,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from pyro_elbo.diagnosis import MAX_ROWS, Call, Probe, ProbeData, are_local, cost_in_steps
 from pyro_elbo.errors import ArgumentError, DataError, GuideError, NonFiniteError, first_sentence
@@ -165,15 +166,20 @@ def _brief(shapes: list[tuple[int, ...]]) -> str:
     return " and ".join(map(str, shapes))
 
 
-def check_compiled_parts(loss: TraceBeta_ELBO, terms: Terms) -> None:
-    """Raise ArgumentError for what compares the rows of all processes within a step, which a graph cannot."""
-    capacity = any(isinstance(schedule, Capacity) for schedule in loss.weighting.schedules)
-    found = {"penalties": loss.penalties, "free_bits": loss.weighting.free_bits, "pe.Capacity": capacity}
-    if wrong := [name for name, x in (found | {"decaying averages of baselines": terms.averages}).items() if x]:
+def check_position(loaders: Loaders, processes: int, is_auto: bool) -> None:
+    """Raise ArgumentError where a run cannot go on within an epoch."""
+    if is_auto:
+        raise ArgumentError("save_every: lr='auto' continues at the end of an epoch. Leave save_every out.")
+    if processes > 1 and isinstance(loaders.train, DataLoader):
         raise ArgumentError(
-            f"compile=True on several processes: {', '.join(wrong)} depend on the rows of all processes, and the graph "
-            "of a step sees those of one. Set devices=1, or compile=False."
+            "save_every: processes cannot share a DataLoader and continue within it. Pass tensors, arrays or a Dataset."
         )
+
+
+def needs_all_rows(loss: TraceBeta_ELBO, terms: Terms) -> bool:
+    """Return whether a step compares the rows of all processes: penalties, free bits, capacities, averages."""
+    capacity = any(isinstance(schedule, Capacity) for schedule in loss.weighting.schedules)
+    return capacity or bool(loss.penalties or loss.weighting.free_bits or terms.averages)
 
 
 def _is_subsampled(terms: Terms) -> bool:

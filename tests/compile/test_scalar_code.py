@@ -7,6 +7,7 @@ import torch
 
 from pyro_elbo.compile import inductor
 from pyro_elbo.compile._torch import make_fx
+from pyro_elbo.compile.code import Code
 from pyro_elbo.compile.scan import operators
 from pyro_elbo.compile.scan.operators import register
 from pyro_elbo.compile.scan.scalar_code import Layout
@@ -48,8 +49,8 @@ def loop_of(step, constants, carry, inputs, reverse=False):
 
 def assert_equal(step, constants, carry, inputs, reverse=False):
     loop = loop_of(step, constants, carry, inputs, reverse)
-    assert loop.scalars is not None
-    found = torch.ops.pyro_elbo.loop(constants, carry, inputs, T, loop.key)[:-1]
+    assert loop.source is not None
+    found = torch.ops.pyro_elbo.loop(constants, carry, inputs, T, loop.key)
     expected = in_python(step, constants, carry, inputs, reverse)
     tolerance = 1e-5 if carry[0].dtype == torch.float32 else 1e-12
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
@@ -77,20 +78,36 @@ def test_pointwise_operators(dtype):
         return [torch.tanh(u - x)], outs
 
     torch.manual_seed(0)
-    inputs, start = torch.randn(T, 3, dtype=dtype), torch.zeros(3, dtype=dtype)
+    inputs, start = torch.randn(T, 13, dtype=dtype), torch.zeros(13, dtype=dtype)  # vectors, and one that is left
     assert_equal(step, [torch.tensor(0.6, dtype=dtype)], [start], [inputs])
 
 
-def test_not_a_number_and_infinity_pass_through():
+@pytest.mark.parametrize("lanes", [1, 5])
+def test_not_a_number_and_infinity_pass_through(lanes):
     def step(constants, carry, inputs):
         (x,) = inputs
         a, b = x.unbind()
-        outs = [torch.maximum(a, b), torch.minimum(a, b), x.amax(), x.amin(), a.clamp(min=0.5), torch.relu(a)]
-        return [carry[0] * a], [*outs, torch.logsumexp(x, 0), a == b, x.sign(), torch.where(a < b, a, torch.inf)]
+        outs = [torch.maximum(a, b), torch.minimum(a, b), x.amax(0), x.amin(0), a.clamp(min=0.5), torch.relu(a)]
+        outs += [torch.logsumexp(x, 0), a == b, x.sign(), torch.where(a < b, a, torch.inf)]
+        return [carry[0] * a], [*outs, a.isinf(), a.isnan(), a.exp(), a.log(), torch.where(a.isnan() | (b > a), b, -a)]
 
     inf, nan = torch.inf, torch.nan
     values = torch.tensor([[nan, 1.0], [1.0, nan], [inf, 1.0], [-inf, -inf], [0.0, -2.0]], dtype=torch.float64)
-    assert_equal(step, [], [torch.tensor(1.0, dtype=torch.float64)], [values])
+    values = torch.stack([values.roll(i, 0) for i in range(lanes)], -1)
+    assert_equal(step, [], [torch.ones(lanes, dtype=torch.float64)], [values])
+
+
+def test_lanes_of_several_vectors():
+    def step(constants, carry, inputs):
+        (c,), (x,) = carry, inputs
+        pairs = c.unsqueeze(-1) + x.unsqueeze(-2)
+        new = torch.logsumexp(pairs, -2).flip(-1)
+        seen = (new > 0).logical_and(x.flip(0) < 0.5)
+        outs = [pairs.transpose(1, 2), pairs[:, ::2], torch.where(seen, x, c.T[0][:, None][:3]), seen, pairs.sum(0)]
+        return [0.5 * new], [*outs, torch.cat([c, x.flip(0)], 1), (pairs * pairs).mean((0, 2)), torch.ones_like(x) * 3]
+
+    torch.manual_seed(0)
+    assert_equal(step, [], [torch.randn(3, 6).double()], [torch.randn(T, 3, 6).double()])
 
 
 def test_views_sums_and_products():
@@ -164,20 +181,22 @@ REFUSED = {
 def test_what_is_not_written_out(monkeypatch, caplog, name):
     step, dtype, limit, reason = REFUSED[name]
     monkeypatch.setattr(operators, "SCALARS", limit)
-    monkeypatch.setattr(inductor, "code_of", lambda graph, on_cpu: "machine code of a step")
+    monkeypatch.setattr(inductor, "code_of", lambda graph, on_cpu: Code(None, None))
     carry, inputs = [torch.zeros(3, dtype=dtype)], [torch.ones(T, 3, dtype=dtype)]
     with caplog.at_level(logging.DEBUG, logger="pyro_elbo.compile.scan"):
         loop = loop_of(step, [], carry, inputs)
-    assert loop.scalars is None
-    assert loop.machine == "machine code of a step"
+    assert loop.source is None
+    assert loop.machine == Code(None, None)
     assert "step by step" in caplog.text
     assert reason in caplog.text
 
 
 def test_a_missing_compiler(monkeypatch):
-    def load(source):
+    def load_async(source, **_):
         raise inductor.CppCompileError(["g++"], "not found")
 
-    monkeypatch.setattr(inductor.CppCodeCache, "load", load)
+    monkeypatch.setattr(inductor.CppCodeCache, "load_async", load_async)
+    carry, inputs = [torch.zeros(2)], [torch.ones(T, 2)]
+    loop = loop_of(halved, [], carry, inputs)
     with pytest.raises(CompileError, match=r"Install a C\+\+ compiler"):
-        loop_of(halved, [], [torch.zeros(2)], [torch.ones(T, 2)])
+        torch.ops.pyro_elbo.loop([], carry, inputs, T, loop.key)

@@ -93,12 +93,12 @@ SETTINGS = {
 def test_surroundings_decide_on_the_key(change, monkeypatch):
     before = key()
     SETTINGS[change](monkeypatch)
-    store._installation.cache_clear()
+    store.installation.cache_clear()
     try:
         assert key() not in (before, None)
     finally:
         monkeypatch.undo()
-        store._installation.cache_clear()
+        store.installation.cache_clear()
     assert key() == before
 
 

@@ -120,6 +120,57 @@ def test_the_pace_of_the_end_tells_a_slow_rise_after_a_fast_one():
     assert pe.diagnose(history(distortion=-0.05 * T)).names == ("healthy",)
 
 
+def test_a_bound_that_still_rises_a_little_is_not_said_to_have_settled():
+    assert "has settled at" in str(pe.diagnose(history()))
+    assert "raised it by 0.5" in " ".join(str(pe.diagnose(history(distortion=-0.05 * T))).split())
+
+
+def test_an_awful_start_hides_no_slow_end():
+    """One epoch of a million nats, and 60 nats that are gained by the pace of the end."""
+    started = history(distortion=1e6 * (T == 0) - 1.5 * T)
+    assert pe.diagnose(started).names == ("not converged",)
+
+
+def test_latents_that_all_rows_share_make_no_gap():
+    """The KL of a coefficient, a hundred nats at most, is divided by the rows of a split: by 10 000 and by 25."""
+    of_all = history(rate=(-3.99 + 2 * SETTLING, -3.99 + 2 * SETTLING + 0.1 * T))
+    assert pe.diagnose(of_all).names == ("KL shrinkage",)
+    unprobed = of_all.drop_dims("unit").assign(swapped_distortion=np.nan * of_all.swapped_distortion)
+    assert pe.diagnose(unprobed).names == ("healthy",)
+
+
+def test_a_decoder_that_is_misled_is_not_dead():
+    """Rows that exchange their latents may gain, while the encoder is not trained yet: their decoder looks at them."""
+    assert pe.diagnose(history(exchange=-3.0)).names == ("healthy",)
+    assert pe.diagnose(history(exchange=-0.01)).names == ("dead decoder",)
+
+
+def test_noise_hides_no_collapse():
+    wandering = history(**{**CASES["posterior collapse"], **CASES["noisy objective"]})
+    assert pe.diagnose(wandering).names == ("noisy objective", "posterior collapse")
+
+
+def test_a_gap_within_the_noise_of_the_two_curves_is_no_overfitting():
+    for seed in range(20):
+        noise = 3.0 * np.random.default_rng(seed).normal(size=(2, EPOCHS))
+        found = pe.diagnose(history(distortion=(noise[0], noise[1] + 0.02 * T), gradient=(1.0, 0.5)))
+        assert "overfitting" not in found.names
+
+
+def test_rows_of_another_kind_are_noted():
+    found = pe.diagnose(history(distortion=(0.0, 50.0)))
+    assert found.names == ("healthy",)
+    assert any("50 nats per datum behind" in text for text in found.unsaid)
+    assert pe.diagnose(history()).unsaid == ()
+
+
+def test_a_capacity_is_cured_as_one():
+    asked = history(**CASES["exploding KL"])
+    asked.beta.attrs["targets"] = ["z"]
+    (finding,) = pe.diagnose(asked).findings
+    assert (finding.name, "lower the target" in finding.cure) == ("exploding KL", True)
+
+
 def test_what_is_left_is_measured_against_the_gain_of_the_whole_fit():
     """A warm-up gains 30 nats; of the 3 after it a tenth is left, which is much of 3 and little of 33."""
     warm, slow = {"beta": np.minimum(T / 12, 1.0)}, 4.0 * np.exp(-T / 15)

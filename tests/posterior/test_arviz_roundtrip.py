@@ -1,6 +1,8 @@
 """What is exported is written, read again and used by ArviZ: InferenceData on 0.x, DataTree from 1 on."""
 
+import errno
 import logging
+import os
 
 import arviz as az
 import arviz_stats
@@ -15,6 +17,8 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
+from pyro_elbo.errors import CheckpointError
+from pyro_elbo.posterior import draws, importance, netcdf, storage
 from pyro_elbo.posterior.arviz import Options, build_groups, to_container
 from tests.support.exported import group_dataset, group_names
 
@@ -146,3 +150,57 @@ def test_a_fit_result_stands_for_its_history():
     data = pe.to_arviz(VAEModel(), VAEGuide(), x, num_samples=30, prior=False, history=Result())
     assert group_dataset(data, "training").identical(training())
     assert "prior" not in group_names(data)
+
+
+def patch_sizes(monkeypatch):
+    """Let every array be a large one, in chunks of a few draws and rows."""
+    for module in (storage, netcdf):
+        monkeypatch.setattr(module, "SMALL", 64)
+    for module in (draws, importance):
+        monkeypatch.setattr(module, "MOST_ELEMENTS", 500)
+    monkeypatch.setattr(importance, "MOST_WEIGHTS", 120)
+
+
+@pytest.mark.parametrize("resample", [None, "psis"])
+def test_an_export_to_a_file_is_the_one_in_memory(program, tmp_path, monkeypatch, resample):
+    patch_sizes(monkeypatch)
+    model, guide, args = program
+    options = {"num_samples": 60, "resample": resample, "history": training()}
+    expected = pe.to_arviz(model, guide, *args, **options)
+    made = []
+    empty = storage.Storage.empty
+    monkeypatch.setattr(storage.Storage, "empty", lambda self, *a: made.append(x := empty(self, *a)) or x)
+    path = tmp_path / "new" / "fit.nc"
+    found = pe.to_arviz(model, guide, *args, file=path, **options)
+    check_same({g: group_dataset(expected, g) for g in group_names(expected)}, lambda g: group_dataset(found, g))
+    assert group_names(found) == group_names(expected)
+    assert not any(x.untyped_storage().resizable() for x in made if x.nbytes >= 64)  # mapped
+    assert os.listdir(path.parent) == ["fit.nc"]
+
+
+@pytest.mark.parametrize("room", [0, 7, 9])
+def test_a_full_disk_leaves_the_export_that_there_was(tmp_path, monkeypatch, room):
+    """Also where the room ends while predictive draws are made, which an export may otherwise lack."""
+    patch_sizes(monkeypatch)
+    x = torch.randint(0, 17, (5, 64)).float()
+    programs, path, left = (VAEModel(z_dim=2), VAEGuide(z_dim=2)), tmp_path / "fit.nc", [99]
+
+    def allocate(*_):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def export():
+        return pe.to_arviz(*programs, x, num_samples=30, file=path)
+
+    allocates = os.posix_fallocate
+    monkeypatch.setattr(storage.os, "posix_fallocate", lambda *a: allocate() or allocates(*a))
+    export()
+    kept = path.read_bytes()
+    left[0] = room
+    with pytest.raises(CheckpointError, match=r"fit.nc cannot be written: .*No space left on device.*unchanged"):
+        export()
+    assert path.read_bytes() == kept
+    assert os.listdir(tmp_path) == ["fit.nc"]
+    with pytest.raises(CheckpointError, match="is a folder"):
+        pe.to_arviz(*programs, x, num_samples=30, file=tmp_path)

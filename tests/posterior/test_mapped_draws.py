@@ -10,6 +10,7 @@ from pyro.infer.autoguide import AutoIAFNormal
 from torch import nn
 
 import pyro_elbo as pe
+from pyro_elbo.errors import ProgramError
 from pyro_elbo.posterior.draws import draw
 
 X = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).reshape(4, 3)
@@ -169,7 +170,7 @@ def test_a_mapped_draw_that_a_single_run_refuses_is_refused():
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Bernoulli(p), obs=(y > 0).double())
 
-    with pytest.raises(ValueError, match="invalid values"):
+    with pytest.raises(ProgramError, match="Expected parameter probs"):
         draw(model, coefficients_guide, (X, Y), {}, 300, seed=0)
 
 

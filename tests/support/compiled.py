@@ -40,7 +40,7 @@ def interpret(monkeypatch):
     monkeypatch.setattr(inductor, "compile_graph", compiled)
     monkeypatch.setattr(inductor, "entry_point", lambda compiled: None)
     monkeypatch.setattr(store, "key_of", lambda *arguments: None)
-    monkeypatch.setattr(operators, "scalars_of", lambda *arguments: None)
+    monkeypatch.setattr(operators, "source_of", lambda *arguments: None)
     monkeypatch.setattr(operators, "_loops", weakref.WeakValueDictionary())
 
 
@@ -65,14 +65,14 @@ def _as_captured(monkeypatch):
 @pytest.fixture(name="scalar_loops")
 def _scalar_loops(monkeypatch):
     """Run captured graphs without Inductor, but loops over scalars in C++: these loops, None for any other."""
-    scalars_of, made = operators.scalars_of, []
+    source_of, made = operators.source_of, []
 
     def noted(*arguments):
-        made.append(scalars_of(*arguments))
+        made.append(source_of(*arguments))
         return made[-1]
 
     interpret(monkeypatch)
-    monkeypatch.setattr(operators, "scalars_of", noted)
+    monkeypatch.setattr(operators, "source_of", noted)
     return made
 
 

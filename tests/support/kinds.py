@@ -222,7 +222,9 @@ DATA = Kind(
         ),
     ),
 )
-LIKE_DATA = replace(DATA, wrong=tuple(x for x in DATA.wrong if not _is_tensor(x)), odd=(), same=())
+LIKE_DATA = Kind(
+    tuple(x for x in DATA.wrong if not _is_tensor(x)), drawn=DATA.drawn.filter(lambda args: not _is_tensor(args))
+)
 """Data of which a call takes the shape alone: it simulates their values."""
 KEYWORDS = Kind(
     ({"num_sample": 3}, {"unknown": 1}, {"x": X}, {"": 1}, {"random_seed": 3}),

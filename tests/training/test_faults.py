@@ -9,9 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lightning import Callback
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_elbo as pe
-from pyro_elbo.errors import CheckpointError, NonFiniteError
+from pyro_elbo.errors import ArgumentError, CheckpointError, NonFiniteError
 from tests.support.full_disk import filling_disk
 from tests.support.killed import Programs, run
 
@@ -36,6 +37,58 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(tmp_path):
     assert run(tmp_path / "killed", 8)
     checksums = [(tmp_path / name / "checksum").read_text() for name in ("whole", "killed")]
     assert checksums[0] == checksums[1]
+
+
+class Stop(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (1, 4):
+            raise KeyError("stop")
+
+
+def by_step(optimizer):
+    return {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "interval": "step"}
+
+
+def shuffled():
+    return DataLoader(TensorDataset(X, S), 4, shuffle=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (None, {}),
+        (shuffled, {"scheduler": by_step}),
+        (None, {"accumulate_grad_batches": 2, "save_every": 1}),
+        pytest.param(None, {"batch_size": 2, "devices": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["rows", "loader", "accumulated", "processes"],
+)
+def test_a_run_continues_within_an_epoch(tmp_path, data, options):
+    """Six batches an epoch; the run stops before the fifth of the second one, with the third or the fourth saved."""
+    made = (lambda: None) if data is None else data
+    options = {"valid": (X, S), "save_every": 3, "max_epochs": 3, "batch_size": 4} | options
+    expected = fit(tmp_path / "whole", made(), **options)
+    with pytest.raises(Exception, match="stop"):
+        fit(tmp_path / "run", made(), callbacks=Stop(), **options)
+    left = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert (left["epoch"], left["global_step"]) == (1, 5 if options["save_every"] == 1 else 9)
+    found = fit(tmp_path / "run", made(), resume=True, **options)
+    assert found.history.equals(expected.history)
+    states = [r._trained.state_dict() for r in (found, expected)]
+    assert all(torch.equal(x, states[1][n]) for n, x in states[0].items() if torch.is_tensor(x))
+    with pytest.raises(CheckpointError, match=r"save_every: expected \d, got None"):
+        fit(tmp_path / "run", made(), resume=True, **options | {"save_every": None, "max_epochs": 4})
+
+
+def test_checkpoints_within_an_epoch_that_cannot_be(tmp_path):
+    for place, options, words in (
+        (None, {"save_every": 2}, "save_every needs dir"),
+        (tmp_path, {"save_every": 0}, "save_every.*whole number >= 1"),
+        (tmp_path, {"save_every": 2, "lr": "auto"}, "lr='auto' continues at the end"),
+        (tmp_path, {"save_every": 2, "data": shuffled(), "devices": 2}, "processes cannot share a DataLoader"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            fit(place, **options)
 
 
 def test_a_run_that_has_ended_is_given_back(tmp_path):

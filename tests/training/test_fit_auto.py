@@ -63,6 +63,15 @@ def errors():
     return (pyro.param("loc").item() - MEAN) / SPREAD, math.log(pyro.param("scale").item() / SPREAD)
 
 
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_autoguide_that_has_not_run_is_no_point_estimate(seed):
+    """Whatever the seed, the runs that guides are compared by draw different values."""
+    fresh = pyro.infer.autoguide.AutoNormal(model)
+    result = pe.fit(model, fresh, (X, Y), lr="auto", batch_size=None, max_steps=200, seed=seed, progress=False)
+    assert result.convergence.steps <= 200
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [None, pytest.param(100, marks=pytest.mark.thorough)])
 def test_a_regression_converges_without_any_other_setting(batch_size):

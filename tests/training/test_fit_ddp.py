@@ -4,19 +4,26 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from lightning import Callback
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_elbo as pe
 from models.vae import VAEGuide, VAEModel
 from pyro_elbo.errors import ArgumentError, DataError, NonFiniteError
 from pyro_elbo.programs.rng import mix_seed
+from pyro_elbo.ranks import group_of_one
+from pyro_elbo.training.options import Steps
 from pyro_elbo.training.rows import Shares
+from tests.support.hosts import ADDRESSES, on_two_hosts
 from tests.support.unprobed import _unprobed  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.slow
@@ -146,6 +153,54 @@ def test_processes_share_the_rows_of_an_epoch(rows, size, world):
         assert set(whole[k]) == {i for part in parts for i in part[k]}
 
 
+class Held(Callback):
+    """Leaves the number of the optimizer's moments that each process holds."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        (optimizer,) = trainer.optimizers
+        state = getattr(optimizer, "optim", optimizer).state  # of the part, where there are parts
+        held = sum(s["exp_avg"].numel() for s in state.values())
+        torch.save(torch.tensor(held), self.folder / f"{trainer.global_rank}")
+
+
+def test_a_sharded_optimizer_trains_as_a_whole_one(unprobed, tmp_path):
+    """Each process holds half of Adam's moments, and the run goes on from its checkpoint."""
+
+    def fit(make, **options):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        x = torch.arange(240.0).reshape(20, 12) % 17
+        options = {"max_epochs": 3, "devices": 2, "batch_size": 5, "progress": False} | options
+        return pe.fit(VAEModel(12, 2, 8), VAEGuide(12, 2, 8), x, optimizer=make, callbacks=Held(tmp_path), **options)
+
+    def sharded(parameters):
+        return ZeroRedundancyOptimizer(parameters, torch.optim.Adam, lr=0.01)
+
+    expected = fit(partial(torch.optim.Adam, lr=0.01))
+    whole = [torch.load(tmp_path / rank).item() for rank in "01"]
+    fit(sharded, max_epochs=2, dir=tmp_path / "run")
+    found = fit(sharded, dir=tmp_path / "run", resume=True)
+    held = [torch.load(tmp_path / rank).item() for rank in "01"]
+    assert sum(held) == whole[0] == whole[1]
+    assert max(held) < 0.75 * whole[0]
+    assert found.history.equals(expected.history)
+    trained = zip(found.guide.parameters(), expected.guide.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in trained)
+    with pytest.raises(ArgumentError, match=r"needs several processes.*devices=2"):
+        fit(sharded, devices=1)
+
+
+def test_sharded_parameters_are_refused():
+    with group_of_one():
+        mesh = init_device_mesh("cpu", (1,))
+        part = torch.nn.Parameter(distribute_tensor(torch.zeros(3), mesh, [Shard(0)]))
+    with pytest.raises(ArgumentError, match=r"'w'.* are sharded .*ZeroRedundancyOptimizer"):
+        Steps(0.01, None, None, None, 1, None, False).make({"w": part})
+
+
 class Stream(IterableDataset):
     def __len__(self):
         return 8
@@ -181,27 +236,44 @@ try:
     pe.fit(model, guide, x, **options)
 except ValueError as error:
     refused = str(error)
-result = pe.fit(model, guide, x, x[:7], devices=2, max_epochs=4, patience=2, **options)
+local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+result = pe.fit(model, guide, x, x[:7], devices=local, num_nodes=world // local, max_epochs=4, patience=2, **options)
 rank = torch.distributed.get_rank()
 state = {name: p.detach() for name, p in guide.named_parameters()}
-torch.save({"state": state, "refused": refused, "elbo": result.history.elbo.values.tolist()}, f"{sys.argv[1]}/{rank}")
+found = {"state": state, "refused": refused, "elbo": result.history.elbo.values.tolist()}
+torch.save(found, f"{sys.argv[1]}/{rank}")
 """
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def test_processes_that_torchrun_has_started(tmp_path):
-    """Each runs the whole script: they end with one set of parameters, and with the same history."""
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A script that torchrun starts, and its argument."""
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    found = subprocess.run(
-        [*command, script, tmp_path],
-        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    return [str(script), str(tmp_path)]
+
+
+def test_processes_that_torchrun_has_started(script, tmp_path):
+    """Each runs the whole script: they end with one set of parameters, and with the same history."""
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *script]
+    found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+    check_alike(tmp_path, "torchrun has started 2 processes on each of 1 nodes")
+
+
+def test_two_hosts(script, tmp_path):
+    """The first one holds the files, which the second one sees here, as on a shared disk."""
+    command = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    on_two_hosts([*command, f"--rdzv-endpoint={ADDRESSES[0]}:29400"], script)
+    check_alike(tmp_path, "torchrun has started 1 processes on each of 2 nodes")
+
+
+def check_alike(tmp_path, refused):
     first, second = (torch.load(tmp_path / rank, weights_only=True) for rank in "01")
-    assert "torchrun has started 2 processes on each of 1 nodes" in first["refused"]
+    assert refused in first["refused"]
     assert all(torch.equal(x, second["state"][name]) for name, x in first["state"].items())
     assert first["elbo"] == second["elbo"]
     assert {"best.ckpt", "last.ckpt", "history.nc"} <= {file.name for file in (tmp_path / "run").iterdir()}

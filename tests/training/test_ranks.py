@@ -14,9 +14,11 @@ from pyro.distributions import constraints
 from torch.distributions import multivariate_normal, normal
 
 import pyro_elbo as pe
+from pyro_elbo.compile import CompiledSVI, KeptGradients, TorchUpdate
 from pyro_elbo.errors import ArgumentError
 from pyro_elbo.ranks import gather_rows, in_parts, weighed
 from pyro_elbo.training.history import RunningMean
+from tests.support.compiled import interpret
 from tests.support.processes import in_processes
 
 ROWS, DIMS, SIZE, WORLD = 11, 3, 100, 2  # six rows and five
@@ -115,6 +117,8 @@ CASES = {
     ),
 }
 
+CAPTURED = ["frames", "club"]  # two processes capture each
+
 
 def rows_of(rank, world):
     return {name: x[rank::world] for name, x in make_data().items() if name != "noise"}
@@ -182,6 +186,54 @@ def refusals():
             svi.step(**rows_of(0, 1))
         found.append(str(error.value))
     return found
+
+
+def after_steps(case, rank, world):
+    """Return the gradients of the third step, and the critics after it; steps in a group are captured as graphs."""
+    make, programs = CASES[case]
+    pyro.clear_param_store()
+    loss = make()
+    with pytest.MonkeyPatch.context() as patch:
+        share_noise(patch, 0, 1)
+        loss.terms(*programs, **rows_of(0, 1))  # makes parameters and critics
+        loss.step = 1
+        share_noise(patch, rank, world)
+        kept = KeptGradients([p for _, p in pyro.get_param_store().named_parameters()])
+        options = {"compile": False} if world == 1 else {"rows": lambda args, kwargs: len(kwargs["x"])}
+        svi = CompiledSVI(*programs, loss, TorchUpdate(kept), per_datum=True, fallback_random=True, **options)
+        for _ in range(3):
+            svi.train((), rows_of(rank, world))
+    held = {n: kept.state[p] for n, p in pyro.get_param_store().named_parameters()}
+    found = {name: state["gradient"] for name, state in held.items() if state}
+    for critic in loss.critics.values():
+        found |= {f"critic {name}": p.detach().clone() for name, p in critic.network.named_parameters()}
+    return found
+
+
+def compare_captured(cases, rank):
+    """Return, by case, the largest gradient of the whole batch, and how far the mean of the captured parts is off."""
+    torch.set_default_dtype(torch.float64)
+    found = {}
+    for case in cases:
+        whole, parts, means = after_steps(case, 0, 1), after_steps(case, rank, WORLD), {}
+        for name, x in parts.items():
+            torch.distributed.all_reduce(x)
+            means[name] = x / WORLD
+        size = max(x.abs().max().item() for n, x in whole.items() if not n.startswith("critic"))
+        found[case] = size, {name: (means[name] - x).abs().max().item() for name, x in whole.items()}
+    return found
+
+
+@pytest.mark.parametrize(
+    "cases", [CAPTURED, pytest.param([c for c in CASES if c not in CAPTURED], marks=pytest.mark.thorough)]
+)
+def test_captured_steps_have_the_gradient_of_the_whole(monkeypatch, cases):
+    """With parts of six and of five rows: bounds, penalties, and critics that take steps of their own."""
+    interpret(monkeypatch)
+    for of_rank in in_processes(partial(compare_captured, cases), WORLD):
+        for case, (size, errors) in of_rank.items():
+            assert size > 0.1, case
+            assert max(errors.values()) < 1e-9 * size, (case, errors)
 
 
 @pytest.fixture(scope="module")

@@ -197,7 +197,7 @@ extern "C" void spread(const real* pair, const real* node, const real* before, c
 @cache
 def _machine(dtype: torch.dtype, size: int) -> ctypes.CDLL:
     """Compile the loops for one type and number of states."""
-    found = load_library(_SOURCE.format(real=_TYPES[dtype], size=size, lost=_LOST[dtype]))
+    found = load_library(_SOURCE.format(real=_TYPES[dtype], size=size, lost=_LOST[dtype]))()
     found.messages.restype = found.average.restype = found.spread.restype = None
     return found
 

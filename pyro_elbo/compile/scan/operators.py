@@ -5,6 +5,7 @@ same loop in another process. The executable of a graph owns the loops and strea
 live as long as it does.
 """
 
+import ctypes
 import hashlib
 import logging
 import weakref
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_elbo.compile import executable
 from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, rand_ops
+from pyro_elbo.compile.code import C_FUNCTIONS, WRITTEN_OUT, on_cpu
 from pyro_elbo.compile.noise import SCAN_DRAWS, NoiseKind, fill_noise
-from pyro_elbo.compile.scan.scalar_code import Layout, ScalarLoop, scalar_loop
+from pyro_elbo.compile.scan.native import DECLARATIONS, NativeLoop
+from pyro_elbo.compile.scan.scalar_code import Layout, function_in, scalar_loop
 from pyro_elbo.compile.scan.scalar_ops import UnsupportedError
-from pyro_elbo.compile.store import on_cpu
+from pyro_elbo.compile.store import installation
 
 # The work of a step, in additions, up to which it is written out: a few microseconds, as long as a call would take.
 SCALARS = 4096
@@ -29,26 +31,36 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Loop:
-    """The recurrence that the loop operator runs for a key; it writes to the tensors that it is given."""
+    """The recurrence that the loop operator runs for a key; it writes to the tensors that it is given.
+
+    Attributes:
+        source: the C++ source of all steps, where a step is a handful of scalars.
+        machine: otherwise the machine code of a step.
+        native: the function that calls that for all steps, on a CPU.
+    """
 
     key: int
     module: fx.GraphModule
     layout: Layout
     exports: tuple[tuple[torch.Size, torch.dtype], ...]
     reverse: bool
+    source: str | None = None
     machine: Any = None
-    scalars: ScalarLoop | None = None
+    native: NativeLoop | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the function in ``source``."""
+        return f"loop_{self.key:x}"
 
     def room(self, carry: Sequence[Tensor], like: Tensor, steps: int) -> list[Tensor]:
-        """Make tensors for the carries around all steps and for the exports of each step, and one as padding."""
+        """Make tensors for the carries around all steps and for the exports of each step."""
         states = [c.new_empty((steps + 1, *c.shape)) for c in carry]
-        return (
-            states + [like.new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports] + [_padding(like)]
-        )
+        return states + [like.new_empty((steps, *shape), dtype=dtype) for shape, dtype in self.exports]
 
     def compile(self) -> None:
-        """Compile the recurrence, unless another graph has done so."""
-        if self.machine is not None or self.scalars is not None:
+        """Write the recurrence as C++ source or compile a step of it, unless another graph has done so."""
+        if self.source is not None or self.machine is not None:
             return
         from pyro_elbo.compile import inductor  # takes a second to import
         from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
@@ -60,20 +72,24 @@ class Loop:
             graph = make_fx(self.module, decompositions(not config.fallback_random))(*fakes)
         write_out_alpha(graph.graph)
         graph = optimize(graph, mode, fakes)
-        self.scalars = scalars_of(graph, self.layout, self.reverse) if on_cpu(real) else None
-        if self.scalars is None:
-            self.machine = inductor.code_of(Graph(graph, fakes), on_cpu(real))
+        self.source = source_of(self.name, graph, self.layout, self.reverse) if on_cpu(real) else None
+        if self.source is not None:
+            return
+        self.machine = inductor.code_of(Graph(graph, fakes), on_cpu(real))
+        if self.machine.entry is not None:
+            counts = self.layout.constants, self.layout.carry, self.layout.inputs
+            self.native = NativeLoop(self.key, counts, real, self.reverse, self.machine.entry)
 
 
-def scalars_of(graph: fx.GraphModule, layout: Layout, reverse: bool) -> ScalarLoop | None:
-    """Return the machine code of the whole loop where a step is a handful of scalars, otherwise None."""
+def source_of(name: str, graph: fx.GraphModule, layout: Layout, reverse: bool) -> str | None:
+    """Return the C++ source of the whole loop where a step is a handful of scalars, otherwise None."""
     try:
-        source = scalar_loop(graph, layout, reverse, SCALARS)
+        source = scalar_loop(name, graph, layout, reverse, SCALARS)
     except UnsupportedError as reason:
         _log.debug("a recurrence is called step by step: %s", reason)
         return None
     _log.debug("a recurrence is one loop over scalars:\n%s", source)
-    return ScalarLoop(source)
+    return source
 
 
 @dataclass(eq=False)
@@ -95,37 +111,42 @@ def _padding(like: Tensor) -> Tensor:
 
 _loops: MutableMapping[int, Loop] = weakref.WeakValueDictionary()
 library = torch.library.Library("pyro_elbo", "DEF")
-library.define("loop(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key) -> Tensor[]")
+_GIVEN = "Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key"
+library.define(f"loop({_GIVEN}) -> Tensor[]")
+library.define(f"loops({_GIVEN}, int count) -> Tensor[]")
+Rows = list[Tensor]
 
 
-def _meta(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
+def _room(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int) -> Rows:
     return _loops[key].room(carry, (*carry, *inputs, *constants)[0], steps)
 
 
-def _run(constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int) -> list[Tensor]:
+def _room_for_loops(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int, count: int) -> Rows:
+    first = [[x[0] for x in part] for part in (constants, carry, inputs)]
+    room = _room(first[0], first[1], first[2], steps, key)
+    return [x.new_empty((count, *x.shape)) for x in room]
+
+
+def _run(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int) -> Rows:
     loop = _loops[key]
-    room = _meta(constants, carry, inputs, steps, key)
-    states, exports = room[: len(carry)], room[len(carry) : -1]
+    room = _room(constants, carry, inputs, steps, key)
     fixed = [_laid_out(x, like) for x, like in zip(constants, loop.layout.like, strict=False)]
-    if loop.scalars is not None:
-        loop.scalars([*fixed, *(x.contiguous() for x in (*carry, *inputs)), *states, *exports], steps)
+    if loop.source is not None:
+        columns = [*fixed, *(x.contiguous() for x in (*carry, *inputs)), *room]
+        addresses = (ctypes.c_void_p * len(columns))(*(x.data_ptr() for x in columns))
+        function_in(loop.source, loop.name)(addresses, ctypes.c_int64(steps))
         return room
+    if loop.native is not None:
+        loop.native([*constants, *carry, *inputs], room, steps)
+        return room
+    states, exports = room[: len(carry)], room[len(carry) :]
     for state, c in zip(states, carry, strict=True):
         state[steps if loop.reverse else 0].copy_(c)
     before, after = (slice(1, None), slice(steps)) if loop.reverse else (slice(steps), slice(1, None))
     columns = [x.unbind() for x in (*(s[before] for s in states), *inputs, *(s[after] for s in states), *exports)]
     rows = list(zip(*columns, strict=True))
-    rows = rows[::-1] if loop.reverse else rows
-    if loop.machine.entry is None:
-        for row in rows:
-            loop.machine.call([*fixed, *row])
-        return room
-    handles = executable.Handles(fixed), executable.Handles(x for row in rows for x in row)
-    message = executable.driver().run(
-        loop.machine.entry, handles[0].capsules, [], handles[1].capsules, len(rows[0]), steps, None, [], None
-    )
-    if message is not None:
-        raise RuntimeError(f"The compiled step failed: {message.decode()}")
+    for row in rows[::-1] if loop.reverse else rows:
+        loop.machine.call([*fixed, *row])
     return room
 
 
@@ -133,30 +154,10 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == like.stride() else torch.empty_strided(like.shape, like.stride(), dtype=x.dtype).copy_(x)
 
 
-library.impl("loop", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("pyro_elbo::loop", _meta, lib=library)
-
-
-library.define("loops(Tensor[] constants, Tensor[] carry, Tensor[] inputs, int steps, int key, int count) -> Tensor[]")
-
-
-def _room_for_loops(
-    constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int, count: int
-) -> list[Tensor]:
-    first = [[x[0] for x in part] for part in (constants, carry, inputs)]
-    room = _meta(first[0], first[1], first[2], steps, key)
-    return [x.new_empty((count, *x.shape)) for x in room]
-
-
-def _run_loops(
-    constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int, count: int
-) -> list[Tensor]:
+def _run_loops(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int, count: int) -> Rows:
     """Run a loop ``count`` times, on rows of tensors."""
-    loop, given = _loops[key], (constants, carry, inputs)
+    given = constants, carry, inputs
     room = _room_for_loops(*given, steps, key, count)
-    if loop.scalars is not None and all(x.is_contiguous() for x in loop.layout.like):
-        loop.scalars.each([x.contiguous() for part in (*given, room[:-1]) for x in part], steps)
-        return room
     for i in range(count):
         row = [[x[i] for x in part] for part in given]
         for x, result in zip(room, _run(row[0], row[1], row[2], steps, key), strict=True):
@@ -164,12 +165,30 @@ def _run_loops(
     return room
 
 
-library.impl("loops", _run_loops, "CompositeExplicitAutograd")
-torch.library.register_fake("pyro_elbo::loops", _room_for_loops, lib=library)
+def _written_out(steps: int, key: int, count: int = 0) -> tuple[str, str, list[tuple[int, ...]]] | None:
+    """Return how a loop over scalars is written into the code of a graph: see :func:`_torch.write_out`."""
+    loop = _loops[key]
+    like = loop.layout.like[: loop.layout.first_result]
+    if loop.source is None or (count and not all(x.is_contiguous() for x in like)):
+        return None
+    call = f"{loop.name}_each(columns, {steps}, {count})" if count else f"{loop.name}(columns, {steps})"
+    strides = []
+    for i, x in enumerate(like):
+        time = [x.numel()] * (i >= loop.layout.first_input)
+        row = x.numel() * (steps if time else 1)
+        strides.append((*([row] if count else ()), *time, *x.stride()))
+    return call, loop.source, strides
+
+
+for _name, _function, _fake in (("loop", _run, _room), ("loops", _run_loops, _room_for_loops)):
+    library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyro_elbo::{_name}", _fake, lib=library)
+    operator = getattr(torch.ops.pyro_elbo, _name).default
+    C_FUNCTIONS[operator], WRITTEN_OUT[operator] = [DECLARATIONS[_name]], _written_out
 
 
 def _map_loop(
-    info: Any, dims: Any, constants: list[Tensor], carry: list[Tensor], inputs: list[Tensor], steps: int, key: int
+    info: Any, dims: Any, constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int
 ) -> tuple[list[Tensor], list[int]]:
     """Run the loop of each particle, under torch.vmap."""
     count = info.batch_size
@@ -227,5 +246,5 @@ def register(module: fx.GraphModule, layout: Layout, exports: Any, reverse: bool
     Loops with equal keys and arguments are computed once; ``number`` distinguishes those that draw.
     """
     rows = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in layout.like]
-    key = stable_key((module.code, rows, exports, reverse, number, config.fallback_random))
+    key = stable_key((module.code, rows, exports, reverse, number, config.fallback_random, installation()))
     return _loops.setdefault(key, Loop(key, module, layout, exports, reverse))

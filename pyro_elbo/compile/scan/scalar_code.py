@@ -5,16 +5,19 @@ time is part of the code: every element of every tensor of a step is a local var
 and only the results of a step are written to memory. Views vanish while the code is written.
 """
 
-import ctypes
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
+from pyro_elbo.compile.scan.lanes import SOURCE as LANES
+from pyro_elbo.compile.scan.lanes import Code
 from pyro_elbo.compile.scan.scalar_ops import (
     FOLDS,
     LOGIC,
@@ -29,7 +32,6 @@ from pyro_elbo.compile.scan.scalar_ops import (
     Array,
     UnsupportedError,
     fold,
-    literal,
     power,
     product,
     rows_of,
@@ -37,74 +39,38 @@ from pyro_elbo.compile.scan.scalar_ops import (
 from pyro_elbo.compile.store import load_library
 
 aten = torch.ops.aten
+_WIDTHS = {"AVX2": 32, "AVX512": 64}  # bytes of a vector by the capability of the processor
 
 _SOURCE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
-
-extern "C" void loop(void** columns, int64_t steps) {{
+{lanes}
+#ifndef {name}
+#define {name} {name}
+extern "C" void {name}(void** columns, int64_t steps) {{
 {before}
   for (int64_t i = 0; i < steps; i++) {{
     const int64_t t = {time};
 {body}
   }}
 }}
+
+// The same for each of `count` rows.
+extern "C" void {name}_each(void** columns, int64_t steps, int64_t count) {{
+  const int64_t sizes[] = {{{sizes}}};
+  for (int64_t row = 0; row < count; row++) {{
+    void* now[{width}];
+    for (int64_t i = 0; i < {width}; i++) now[i] = static_cast<char*>(columns[i]) + row * sizes[i];
+    {name}(now, steps);
+  }}
+}}
+#endif
 """
 
 
-class _Code:
-    """The statements of a step and the types of their variables.
-
-    Args:
-        limit: the work from which on a step is refused: 1 for a statement, 10 for one that calls a function.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.lines: list[str] = []
-        self._work, self._limit, self._types, self._names = 0, limit, {}, {}
-
-    def declare(self, name: str, dtype: torch.dtype) -> str:
-        """Note the type of a variable."""
-        if dtype not in TYPES:
-            raise UnsupportedError(f"the type {dtype}")
-        self._types[name] = dtype
-        return name
-
-    def number(self, value: Any, dtype: torch.dtype) -> Array:
-        """Return a number as an array without dimensions."""
-        return np.array(self.declare(literal(value, dtype), dtype), dtype=object)
-
-    def converted(self, x: Array, dtype: torch.dtype) -> Array:
-        """Convert elements to a type."""
-        if all(self._types[name] is dtype for name in x.flat):
-            return x
-        return self.apply(f"static_cast<{TYPES[dtype]}>({{0}})", dtype, x)
-
-    def apply(self, template: str, dtype: torch.dtype, *operands: Array) -> Array:
-        """Write a statement per element of the operands, which broadcast; return the names of the results."""
-        parts = np.broadcast_arrays(*operands)
-        result = np.empty(parts[0].shape, dtype=object)
-        for index in np.ndindex(result.shape):
-            result[index] = self._statement(template.format(*(x[index] for x in parts)), dtype)
-        return result
-
-    def operands(self, args: Sequence[Any], dtype: torch.dtype) -> list[Array]:
-        """Return arrays and numbers as arrays of one type."""
-        return [self.converted(x, dtype) if isinstance(x, np.ndarray) else self.number(x, dtype) for x in args]
-
-    def _statement(self, expression: str, dtype: torch.dtype) -> str:
-        if (key := (expression, dtype)) not in self._names:
-            self._work += 10 if "std::" in expression else 1
-            if self._work > self._limit:
-                raise UnsupportedError(f"more work than {self._limit} additions")
-            self._names[key] = self.declare(f"v{len(self.lines)}", dtype)
-            self.lines.append(f"    const {TYPES[dtype]} {self._names[key]} = {expression};")
-        return self._names[key]
-
-
-def _evaluate(code: _Code, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def _evaluate(code: Code, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """Write the statements of a node; return its array, or a list of arrays."""
     target: Any = node.target
     args: Any = fx.map_arg(node.args, values.__getitem__)
@@ -133,7 +99,7 @@ def _evaluate(code: _Code, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     return _pointwise(code, node, args)
 
 
-def _pointwise(code: _Code, node: fx.Node, args: Any) -> Array:
+def _pointwise(code: Code, node: fx.Node, args: Any) -> Array:
     target: Any = node.target
     dtype = node.meta["val"].dtype
     if target is aten.where.self:
@@ -152,7 +118,7 @@ def _pointwise(code: _Code, node: fx.Node, args: Any) -> Array:
     return code.apply(POINTWISE[target], dtype, *code.operands(args, dtype))
 
 
-def _reduced(code: _Code, target: Any, dtype: torch.dtype, args: Any, kwargs: dict[str, Any]) -> Array:
+def _reduced(code: Code, target: Any, dtype: torch.dtype, args: Any, kwargs: dict[str, Any]) -> Array:
     dims = args[1] if len(args) > 1 else None
     keepdim = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
     rows = rows_of(code.converted(args[0], dtype), dims, keepdim)
@@ -190,10 +156,13 @@ class Layout:
         return self.first_input + self.inputs
 
 
-def scalar_loop(module: fx.GraphModule, layout: Layout, reverse: bool, limit: int) -> str:
-    """Return the C++ source of the loop over a step.
+def scalar_loop(name: str, module: fx.GraphModule, layout: Layout, reverse: bool, limit: int) -> str:
+    """Return the C++ source of the loop over a step: functions of the addresses of tensors and the number of steps.
+
+    The tensors are constants, carry, inputs, states around all steps, and exports; the last three with time first.
 
     Args:
+        name: of the function; with ``_each`` at its end, it runs for each row of tensors.
         module: a step that writes next carry and exports to its last arguments, functional otherwise.
         layout: its arguments.
         reverse: run from the last step to the first.
@@ -202,11 +171,14 @@ def scalar_loop(module: fx.GraphModule, layout: Layout, reverse: bool, limit: in
     Raises:
         UnsupportedError: the step is too large, or has operators or types of which no scalars are written.
     """
-    code, places = _Code(limit), [n for n in module.graph.nodes if n.op == "placeholder"]
+    code = Code(limit, _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 16))
     if sum(x.numel() for x in layout.like) > limit:
         raise UnsupportedError(f"more than {limit} elements")
+    places = [n for n in module.graph.nodes if n.op == "placeholder"]
+    variables = [_variables(code, layout, i) for i in range(len(places))]
     values: dict[fx.Node, Any] = {
-        n: _names(code, i, x) for i, (n, x) in enumerate(zip(places, layout.like, strict=True))
+        n: np.array([x for *_, names in held for x in names], dtype=object).reshape(tuple(like.shape))
+        for n, held, like in zip(places, variables, layout.like, strict=True)
     }
     results: dict[fx.Node, Array] = {}
     for node in module.graph.nodes:
@@ -218,46 +190,71 @@ def scalar_loop(module: fx.GraphModule, layout: Layout, reverse: bool, limit: in
             values[node] = _as_array(_evaluate(code, node, values))
         elif node.op == "get_attr":
             raise UnsupportedError("a tensor that the graph holds")
-    split = layout.first_result
-    return _source(code, layout, reverse, [values[n] for n in places[:split]], [results[n] for n in places[split:]])
+    stored = [results[n] for n in places[layout.first_result :]]
+    return _source(name, code, layout, reverse, variables, stored)
 
 
-def _names(code: _Code, position: int, like: Tensor) -> Array:
-    names = [code.declare(f"x{position}_{i}", like.dtype) for i in range(like.numel())]
-    return np.array(names, dtype=object).reshape(tuple(like.shape))
+Variables = list[tuple[str, str, list[str]]]
+"""The type and the name of variables, and the names of the numbers that each holds."""
 
 
-def _source(code: _Code, layout: Layout, reverse: bool, names: Sequence[Array], results: Sequence[Array]) -> str:
+def _variables(code: Code, layout: Layout, position: int) -> Variables:
+    like, name = layout.like[position], f"x{position}"
+    if position >= layout.constants or like.is_contiguous():
+        return code.variables(name, like.numel(), like.dtype)
+    return [(TYPES[like.dtype], f"{name}_{i}", [code.declare(f"{name}_{i}", like.dtype)]) for i in range(like.numel())]
+
+
+def _source(
+    name: str, code: Code, layout: Layout, reverse: bool, variables: Sequence[Variables], results: Sequence[Array]
+) -> str:
     """Return the source: what stands before the loop, then loads, statements, stores and the turn to the next step."""
     before = [f"  {TYPES[x.dtype]}* const __restrict p{p} = {_pointer(x, p)};" for p, x in enumerate(layout.like)]
     loads: list[str] = []
     stores: list[str] = []
     turns: list[str] = []
     first, after = ("steps", "t") if reverse else ("0", "t + 1")
-    for p, (array, like) in enumerate(zip(names, layout.like, strict=False)):
-        kind, size = TYPES[like.dtype], array.size
-        if p < layout.constants:
-            before += [f"  const {kind} {x} = p{p}[{at}];" for x, at in zip(array.flat, _offsets(like), strict=True)]
-        elif p < layout.first_input:
-            states = p + layout.first_result - layout.constants
-            before += [
-                f"  {kind} {x} = p{states}[{first} * {size} + {i}] = p{p}[{i}];" for i, x in enumerate(array.flat)
-            ]
-        else:
-            loads += [f"    const {kind} {x} = p{p}[t * {size} + {i}];" for i, x in enumerate(array.flat)]
+    for p, like in enumerate(layout.like[: layout.first_result]):
+        size, starts = like.numel(), itertools.accumulate((len(x) for *_, x in variables[p]), initial=0)
+        offsets = [*range(size)] if like.is_contiguous() else _offsets(like)
+        for (kind, x, numbers), start in zip(variables[p], starts, strict=False):
+            if p < layout.constants:
+                before.append(f"  const {kind} {x} = {_load(kind, p, str(offsets[start]), len(numbers))};")
+            elif p < layout.first_input:
+                state = p + layout.first_result - layout.constants
+                before.append(f"  {kind} {x} = {_load(kind, p, str(start), len(numbers))};")
+                before.append(f"  {_store(state, f'{first} * {size} + {start}', x, len(numbers))}")
+            else:
+                loads.append(f"    const {kind} {x} = {_load(kind, p, f't * {size} + {start}', len(numbers))};")
     for p, array in enumerate(results, layout.first_result):
         is_carry = p < layout.first_result + layout.carry
-        kind, size, row = TYPES[layout.like[p].dtype], array.size, after if is_carry else "t"
-        for i, x in enumerate(array.flat):
-            stores += [f"    const {kind} y{p}_{i} = {x};", f"    p{p}[({row}) * {size} + {i}] = y{p}_{i};"]
-        if is_carry:
-            carry = names[p - layout.first_result + layout.constants]
-            turns += [f"    {x} = y{p}_{i};" for i, x in enumerate(carry.flat)]
+        size, row = array.size, after if is_carry else "t"
+        for i, (start, length, value) in enumerate(code.stored([*array.flat], layout.like[p].dtype)):
+            stores.append(f"    const auto y{p}_{start} = {value};")
+            stores.append(f"    {_store(p, f'({row}) * {size} + {start}', f'y{p}_{start}', length)}")
+            if is_carry:
+                turns.append(f"    {variables[p - layout.first_result + layout.constants][i][1]} = y{p}_{start};")
+    lengths = ["1"] * layout.first_input + ["steps"] * layout.inputs
+    lengths += ["(steps + 1)"] * layout.carry + ["steps"] * (len(results) - layout.carry)
+    sizes = [f"{length} * {x.numel() * x.element_size()}" for length, x in zip(lengths, layout.like, strict=True)]
+    body = "\n".join([*loads, *code.lines, *stores, *turns])
     return _SOURCE.format(
+        name=name,
+        lanes=LANES if "lanes::" in body else "",
+        sizes=", ".join(sizes),
+        width=len(sizes),
         before="\n".join(before),
         time="steps - 1 - i" if reverse else "i",
-        body="\n".join([*loads, *code.lines, *stores, *turns]),
+        body=body,
     )
+
+
+def _load(kind: str, p: int, at: str, length: int) -> str:
+    return f"p{p}[{at}]" if length == 1 else f"lanes::load<{kind}>(p{p} + {at})"
+
+
+def _store(p: int, at: str, value: str, length: int) -> str:
+    return f"p{p}[{at}] = {value};" if length == 1 else f"lanes::store(p{p} + {at}, {value});"
 
 
 def _pointer(x: Tensor, p: int) -> str:
@@ -268,29 +265,9 @@ def _offsets(x: Tensor) -> list[int]:
     return [sum(i * s for i, s in zip(index, x.stride(), strict=True)) for index in np.ndindex(*x.shape)]
 
 
-class ScalarLoop:
-    """The machine code of a loop over scalars."""
-
-    def __init__(self, source: str) -> None:
-        self._library = load_library(source)
-        self._library.loop.restype = None
-
-    def __call__(self, columns: Sequence[Tensor], steps: int) -> None:
-        """Run all steps.
-
-        Args:
-            columns: constants, carry, inputs, states around all steps and exports; time first in the last three.
-            steps: the number of steps.
-        """
-        self._run([x.data_ptr() for x in columns], steps)
-
-    def each(self, columns: Sequence[Tensor], steps: int) -> None:
-        """Run all steps once per row of contiguous tensors."""
-        first = [x.data_ptr() for x in columns]
-        sizes = [x.stride(0) * x.element_size() for x in columns]
-        for i in range(len(columns[0])):
-            self._run([x + i * size for x, size in zip(first, sizes, strict=True)], steps)
-
-    def _run(self, addresses: Sequence[int], steps: int) -> None:
-        pointers = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._library.loop(pointers, ctypes.c_int64(steps))
+@cache
+def function_in(source: str, name: str) -> Callable[..., None]:
+    """Compile the source of a loop and return its function ``name``."""
+    function = getattr(load_library(source)(), name)
+    function.restype = None
+    return function

@@ -75,7 +75,7 @@ _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": 
 _TRUTH = {
     **{f"{name}.{kind}": f"{{0}} {sign} {{1}}" for name, sign in _COMPARISONS.items() for kind in ("Tensor", "Scalar")},
     "isnan": "{0} != {0}",
-    "isinf": "std::abs({0}) == std::numeric_limits<double>::infinity()",
+    "isinf": "{0} == {0} && {0} - {0} != {0} - {0}",
 }
 # Operands are truth values.
 _LOGIC = {"not": "!{0}", "and": "{0} && {1}", "or": "{0} || {1}", "xor": "{0} != {1}"}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_elbo.compile._torch import get_proxy_mode, get_proxy_slot
+from pyro_elbo.compile._torch import get_proxy_mode
 from pyro_elbo.compile.scan.partition import StepGraph, is_random
 
 aten = torch.ops.aten
@@ -29,8 +29,8 @@ class ValueNumbering:
 
     def __call__(self, x: Tensor) -> int:
         """Return the number of a tensor."""
-        mode = get_proxy_mode()
-        node = None if mode is None else get_proxy_slot(x, mode.tracer, None, lambda slot: slot.proxy.node)
+        recorder: Any = get_proxy_mode()
+        node = None if recorder is None else recorder.node_of(x)
         if node is None:
             self._alive.append(x)
             return self._number(("constant", id(x)))
@@ -52,8 +52,8 @@ class ValueNumbering:
         return self._of[node]
 
     def _compute(self, node: fx.Node) -> int:
-        if node.op == "get_attr":
-            return self._number(("attribute", node.target))
+        if node.op == "placeholder":
+            return self._number(("constant", id(node.meta["val"])))
         if node.op != "call_function" or is_random(node):
             return self._number(node)
         if node.target is aten.permute.default:

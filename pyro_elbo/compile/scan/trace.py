@@ -8,18 +8,15 @@ import torch
 from torch import Tensor, fx
 from torch.func import functionalize
 
-from pyro_elbo.compile._torch import (
-    DisableTorchFunction,
-    make_fx,
-    unset_fake_temporarily,
-)
-from pyro_elbo.compile.graphs import lift, remove_identities, remove_repetition
+from pyro_elbo.compile._torch import DisableTorchFunction, make_fx, mutates
+from pyro_elbo.compile.graphs import remove_identities, remove_repetition
 from pyro_elbo.compile.noise import (
     RANDOM,
     location_scale,
     write_out_bernoulli,
     write_out_categorical,
 )
+from pyro_elbo.compile.recorder import Recorder
 from pyro_elbo.compile.scan.partition import StepGraph, split_products
 from pyro_elbo.compile.scan.paths import as_leaves, leaves_of
 from pyro_elbo.errors import CompileError
@@ -30,13 +27,13 @@ LoopBody = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tenso
 
 def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
     """Trace a function into a functional graph of constants and arguments; return it and the constants."""
-    raw = make_fx(function)(*arguments)
-    with unset_fake_temporarily(), DisableTorchFunction():  # literals of the program are real
-        constants = lift(raw, {})
-    raw.recompile()
-    everything = [x.detach() for x in (*constants, *arguments)]
-    with torch.no_grad(), DisableTorchFunction():  # nothing is left to lift
-        module = make_fx(functionalize(raw, remove="mutations"))(*everything)
+    recorder = Recorder()
+    raw, constants = fx.GraphModule({}, recorder(function, arguments)), recorder.constants
+    module = raw
+    if any(mutates(n.target) for n in raw.graph.nodes):
+        everything = [x.detach() for x in (*constants, *arguments)]
+        with torch.no_grad(), DisableTorchFunction():  # nothing is left to lift
+            module = make_fx(functionalize(raw, remove="mutations"))(*everything)
     remove_identities(module.graph)
     _clamp_slices(module.graph)
     remove_repetition(module)

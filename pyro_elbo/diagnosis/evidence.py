@@ -149,7 +149,10 @@ class Evidence:
         beta, epochs = history.beta.values, history.epoch.values
         moves = np.flatnonzero((np.diff(beta, axis=0) != 0).any(1)) if beta.size else np.empty(0, int)
         first = moves[-1] + 1 if len(moves) else 0
-        return Evidence(history, int(epochs[first]))
+        settled = int(epochs[first])
+        if not np.isfinite(history.elbo.sel(split="valid").values[first:]).any():  # of other weights: not of this fit
+            history = history.assign(elbo=history.elbo.where(history.split == "train"))
+        return Evidence(history, settled)
 
     @property
     def epochs(self) -> int:
@@ -181,7 +184,7 @@ class Evidence:
     @property
     def judged(self) -> str:
         """The split that tells how good the fit is: validation if its bound is known under the final weights."""
-        return "valid" if len(self.steady("elbo", "valid")) else "train"
+        return "valid" if len(self.curve("elbo", "valid")) else "train"
 
     def curve(self, name: str, split: str | None = None, **labels: str) -> Curve:
         """Return a figure over all epochs in which it is known; without any where the history lacks it."""
@@ -218,8 +221,11 @@ class Evidence:
         That KL is one number, whichever rows the bound divides it by.
         """
         curve, sign = self.steady(name, split), {"elbo": 1.0, "rate": -1.0}.get(name, 0.0)
-        shared = sum(self.steady("kl", split, latent=n).values for n in self.shared)
-        return Curve(curve.epochs, curve.values + sign * shared)
+        for kl in (self.steady("kl", split, latent=n) for n in self.shared):
+            if len(kl):
+                both, i, j = np.intersect1d(curve.epochs, kl.epochs, return_indices=True)
+                curve = Curve(both, curve.values[i] + sign * kl.values[j])
+        return curve
 
     def gap(self, name: str) -> Curve:
         """Return how far the validation bound is behind that of training, or what a part of it makes of that."""

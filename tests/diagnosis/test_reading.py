@@ -107,6 +107,20 @@ def test_a_curve_is_compared_in_its_own_epochs():
     assert abs(third.since - whole.since) <= 3
 
 
+def test_validation_of_earlier_weights_alone_is_none():
+    seen = history(beta=np.where(T < 20, 1.0, 1.4))
+    seen["elbo"].loc[{"split": "valid", "epoch": T[10:]}] = np.nan
+    assert pe.diagnose(seen).unsaid == pe.diagnose(history(splits=("train",))).unsaid
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(10, 20)])
+def test_the_kl_of_what_rows_share_may_be_unknown(part):
+    """As where the guide draws all latents together; without units, probes tell that rows share the latent."""
+    seen = history().drop_dims("unit").copy(deep=True)
+    seen["kl"].loc[{"split": "valid", "epoch": T[part]}] = np.nan
+    assert pe.diagnose(seen).names == ("healthy",)
+
+
 def test_rows_exchanged_in_some_probes_only_are_judged_by_these():
     seen = history(**CASES["dead decoder"])
     seen["swapped_distortion"].loc[{"epoch": EPOCHS - 1}] = np.nan

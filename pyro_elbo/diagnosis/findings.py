@@ -119,4 +119,4 @@ class Diagnosis:
 
     @property
     def _title(self) -> str:
-        return f"Diagnosis of {count_noun(self.epochs, 'epoch')}: {', '.join(self.names) or 'none'}"
+        return f"Diagnosis of {count_noun(self.epochs, 'epoch')}: {', '.join(self.names) or 'cannot be said'}"

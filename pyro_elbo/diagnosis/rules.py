@@ -52,10 +52,10 @@ def diagnose(history: "xarray.Dataset | Any") -> Diagnosis:
         >>> guide = pyro.infer.autoguide.AutoNormal(model)
         >>> result = pe.fit(model, guide, torch.ones(50), batch_size=None, max_epochs=1, progress=False)
         >>> print(pe.diagnose(result))
-        Diagnosis of 1 epoch: none
+        Diagnosis of 1 epoch: cannot be said
           cannot be said: whether training is done or goes wrong: a trend takes 6 epochs under the final
             weights.
-          cannot be said: whether it overfits: there is no validation.
+          cannot be said: whether it overfits: no validation bound is known.
           cannot be said: whether latents collapse: none of them has a value per row of the data that a
             probe could judge.
 
@@ -64,7 +64,7 @@ def diagnose(history: "xarray.Dataset | Any") -> Diagnosis:
         Murphy (2018), arXiv:1711.00464 (rate and distortion); Cremer, Li, Duvenaud (2018), arXiv:1801.03558
         (amortized inference on unseen data).
     """
-    evidence = Evidence.of(getattr(history, "history", history))
+    evidence = Evidence.of(history)
     findings: list[Finding] = []
     for rule, explained_by in RULES if evidence.shows_trends else RULES[:1]:
         if not {f.name for f in findings} & set(explained_by):
@@ -86,10 +86,14 @@ def _healthy(evidence: Evidence) -> Finding:
 def _unsaid(evidence: Evidence, found: set[str]) -> Iterator[str]:
     if not evidence.shows_trends:
         yield f"whether training is done or goes wrong: a trend takes {FEWEST} epochs under the final weights."
+    known = len(evidence.curve("elbo", "valid"))
+    if 0 < known < evidence.epochs:
+        lacking = f"{evidence.epochs - known} of {evidence.epochs} epochs"
+        yield f"how validation went in {lacking}: its bound is not known there."
     if points := named_points(evidence.history):
         yield f"what the bound says of log p(x): the guide is a point estimate of {points}, and its elbo is no bound."
     if not len(evidence.curve("elbo", "valid")):
-        yield "whether it overfits: there is no validation."
+        yield "whether it overfits: no validation bound is known."
     elif (
         evidence.shows_trends
         and not found & {"diverging", "overfitting", "KL shrinkage"}

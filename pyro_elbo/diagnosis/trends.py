@@ -36,13 +36,17 @@ def not_finite(evidence: Evidence) -> Iterator[Finding]:
     """Find NaN, which is divergence whatever else the history shows."""
     values = evidence.history.elbo.sel(split="train").values
     if len(gone := np.flatnonzero(~np.isfinite(values))):
-        since = int(evidence.history.epoch.values[gone[0]])
+        since, last = (int(evidence.history.epoch.values[gone[i]]) for i in (0, -1))
+        is_lost = len(gone) == len(values) - gone[0]
+        when = f"from epoch {since} on" if is_lost else f"in {len(gone)} of the epochs {since} to {last}"
         yield Finding(
             "diverging",
-            f"the training bound is not a finite number from epoch {since} on.",
-            "the parameters are lost: every figure of the fit is meaningless.",
+            f"the training bound is not a finite number {when}.",
+            "the parameters are lost: every figure of the fit is meaningless."
+            if is_lost
+            else "the steps leave what the programs can compute: the fit around these epochs shows no trend.",
             "lower the learning rate, clip gradients (grad_clip=10.0), and look for data outside the support.",
-            since=since,
+            since=since if is_lost else None,
         )
 
 
@@ -216,9 +220,10 @@ def noisy_objective(evidence: Evidence) -> Iterator[Finding]:
     wanders = elbo.noise >= WANDERS * evidence.gained(evidence.judged)
     if rough < ROUGH or not wanders or late > SURE * elbo.noise / elbo.window**0.5:
         return
+    size = f"{rough:.0f} times" if rough >= 1.5 else "as large as"
     yield Finding(
         "noisy objective",
-        f"the gradient's standard deviation is {rough:.0f} times its norm; the bound varies by {elbo.noise:.3g} nats "
+        f"the gradient's standard deviation is {size} its norm; the bound varies by {elbo.noise:.3g} nats "
         f"per datum from epoch to epoch, where the second half of the epochs has changed it by {late:.3g}.",
         "steps go in random directions: more of them do not help.",
         "more rows per batch, num_particles, a lower learning rate; if a latent is drawn with a score-function "

@@ -196,7 +196,18 @@ def test_a_unit_that_is_not_needed_is_noted_and_harmless():
 def test_a_split_that_lacks_validation_says_so():
     found = pe.diagnose(history(splits=("train",)))
     assert found.names == ("healthy",)
-    assert found.unsaid == ("whether it overfits: there is no validation.",)
+    assert found.unsaid == ("whether it overfits: no validation bound is known.",)
+
+
+def test_epochs_without_validation_are_told():
+    some = history()
+    some["elbo"][36:, 1] = np.nan
+    assert pe.diagnose(some).unsaid == ("how validation went in 4 of 40 epochs: its bound is not known there.",)
+
+
+def test_noise_of_the_size_of_the_gradient_is_called_so():
+    found = pe.diagnose(history(**CASES["noisy objective"] | {"gradient": (1.0, 1.2)}))
+    assert "standard deviation is as large as its norm" in found.findings[0].seen
 
 
 def test_a_history_of_before_the_probes():
@@ -219,6 +230,7 @@ def test_few_epochs_show_nothing(epochs):
     assert found.findings == ()
     assert found.is_healthy is None
     assert found.unsaid
+    assert str(found).startswith(f"Diagnosis of {epochs} epoch{'s' * (epochs > 1)}: cannot be said\n")
     assert found.summary == f"cannot be said from {epochs} epoch{'s' * (epochs > 1)}"
 
 
@@ -227,6 +239,10 @@ def test_epochs_that_are_not_finite():
     gone["elbo"][30:, 0] = np.nan
     (finding,) = pe.diagnose(gone).findings
     assert (finding.name, finding.since) == ("diverging", 30)
+    gone["elbo"][33:, 0] = -100.0
+    (finding,) = pe.diagnose(gone).findings
+    assert (finding.name, finding.since) == ("diverging", None)
+    assert "in 3 of the epochs 30 to 32" in finding.seen
     gone = history()
     gone["elbo"][:] = np.nan
     assert pe.diagnose(gone).names == ("diverging",)

@@ -17,7 +17,6 @@ SURE = 5.0  # standard errors of an average, where the best of many epochs is co
 LOST = 0.05  # of what was gained: less is the noise of a fit that has settled,
 SLIGHT = 0.01  # unless it is more than this, and
 UNLIKE = 3.0  # times as deep as any fall before
-AWFUL = 5.0  # times what was gained after the first tenth: more is owed to a start that says nothing of the fit
 SPLITS = {"train": "training", "valid": "validation"}
 
 
@@ -205,9 +204,9 @@ class Evidence:
 
     def gained(self, split: str, after: float = 0.0) -> float:
         """Return the nats per datum that the bound gained after a part of the epochs, whatever the weights were."""
-        smooth = self.curve("elbo", split).smooth.values
-        since, late = (float(smooth.max() - smooth[int(part * len(smooth))]) for part in (after, 0.1))
-        return min(since, AWFUL * late)
+        curve = self.curve("elbo", split)
+        start = curve.smooth.values[int(after * len(curve.smooth))] if after else curve.values[0]
+        return float(curve.smooth.values.max() - start)
 
     @property
     def shared(self) -> list[str]:

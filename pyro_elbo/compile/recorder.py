@@ -26,6 +26,8 @@ class _Known(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Appends the operators of one run on fake tensors to a graph.
 
+    A detached tensor has a node of its own, by which scans tell it from the one that carries a gradient.
+
     Attributes:
         constants: the tensors that the run did not make, in the order of the graph's first inputs.
     """
@@ -80,9 +82,7 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.inplace_view in function.tags:
             self._keep_layout(args[0])
         result, layout = self._layouts.call(function, args, kwargs, key)
-        if function is aten.detach.default:  # without autograd, the same tensor
-            self._known[id(result)] = _Known(given[0][0], layout, result)
-        elif function._schema.is_mutable or _has_tensor(result):
+        if function._schema.is_mutable or _has_tensor(result):
             self._name(result, self._graph.create_node("call_function", function, *given), layout)
         return result
 

@@ -55,8 +55,9 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
 
 def _compare(path: Path, checkpoint: Mapping[str, Any], programs: Any, optimizer: Any, stop: Any) -> None:
     check_state(path, checkpoint["state_dict"], programs.state_dict())
-    best(checkpoint["history"])
-    to_dataset(checkpoint["history"])
+    if checkpoint["history"] or "within" not in checkpoint:  # none yet within the first epoch
+        best(checkpoint["history"])
+        to_dataset(checkpoint["history"])
     _check_run(path, checkpoint["run"], programs.identity)
     ours, theirs = optimizer.param_groups, checkpoint["optimizer_states"][0]["param_groups"]
     options = [[sorted(group) for group in groups] for groups in (ours, theirs)]

@@ -121,6 +121,21 @@ class Loaders:
             if data is not None and _length(rows) < world:
                 raise DataError(f"{split}: {_length(rows)} rows for {world} processes: each needs one at least.")
 
+    def check_passed(self, rows: int) -> None:
+        """Raise DataError for an IterableDataset that has yielded another number of rows in an epoch than it states."""
+        loader = self.train if isinstance(self.train, DataLoader) else None
+        data: Any = self.train if loader is None else loader.dataset
+        if not isinstance(data, IterableDataset) or (loader is not None and loader.batch_size is None):
+            return
+        stated = _length(data) * self.passes
+        dropped = loader.batch_size - 1 if loader is not None and loader.drop_last and loader.batch_size else 0
+        if not stated - dropped * self.passes <= rows <= stated:
+            raise DataError(
+                f"train: the {type(data).__name__} states {stated} rows an epoch and has yielded {rows}, so that every "
+                "batch was scaled to the wrong number. Let __len__ return the number of rows that __iter__ yields; of "
+                "several workers, let each yield its part."
+            )
+
     def identity(self) -> dict[str, str]:
         """Return what a resumed run must share with the first, by the name of the argument."""
         size = self.train.batch_size if isinstance(self.train, DataLoader) else self.batch_size

@@ -285,6 +285,8 @@ class LightningPrograms(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Record the training terms of the epoch, and probe the programs where enough steps have passed."""
+        if not self.trainer.should_stop:
+            self.loaders.check_passed(self.mean.rows)
         self.record("train", self.mean.reduce(), self.module.elbo.step)
         self.probe_if_due()
         if self.svi is not None:

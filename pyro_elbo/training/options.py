@@ -121,9 +121,12 @@ class Steps:
             return torch.optim.Adam(leaves, lr=AUTO_LR if isinstance(self.lr, str) else self.lr)
         try:
             return self.optimizer(leaves)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             if "process group" not in str(error):
-                raise
+                raise ArgumentError(
+                    f"optimizer fails on the parameters: {first_sentence(error)} Pass a function from parameters to a "
+                    "torch optimizer, such as lambda p: torch.optim.Adam(p, lr=1e-3)."
+                ) from error
             raise ArgumentError(
                 f"optimizer needs several processes, whose state it shares out ({first_sentence(error)}). Pass "
                 "devices=2 or more, or an optimizer of one process, such as torch.optim.Adam."

@@ -643,6 +643,16 @@ def test_scalars_of_programs(scalar_loops, name):
     assert any(scalar_loops)
 
 
+def test_scalars_of_a_carry_that_is_indexed(scalar_loops):
+    def step(h, x_t):
+        h = torch.stack([torch.tanh(h[0] + number("a") * x_t), torch.tanh(h[1] * x_t * number("a"))])
+        pyro.sample("x", dist.Normal(h.sum(), 1.0), obs=x_t)
+        return h, None
+
+    assert_compiled(lambda x: pe.scan(step, torch.zeros(2), x), lambda x: None, torch.randn(5), steps=6)
+    assert all(scalar_loops)
+
+
 def test_scalars_of_ragged_sequences(scalar_loops):
     model, guide = (in_plates(s, zeros(N))(scanned) for s in (chain_step, chain_guide_step))
     assert_compiled(model, guide, frames(N), LENGTHS, steps=6)

@@ -33,6 +33,10 @@ WRONG = {
     "no forward": ({"model": nn.ModuleList()}, r"model must be a program.*forward, got ModuleList"),
     "no program": ({"guide": 3}, "guide must be a program.*got int"),
     "optimizer instance": ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, r"got a Adam instance.*lambda params"),
+    "optimizer that fails": (
+        {"optimizer": lambda p: torch.optim.Adam(p, lr=-1.0)},
+        "optimizer fails on the parameters: Invalid learning rate: -1.0",
+    ),
     "optimizer name": ({"optimizer": "adam"}, "must be a function.*'adam'"),
     "max_epochs": ({"max_epochs": 2.5}, "max_epochs, unless it is None, must be a whole number >= 1, got 2.5"),
     "lr": ({"lr": "1e-3"}, r"lr must be a finite number >= 0, or .auto., got .1e-3. \(str\)"),

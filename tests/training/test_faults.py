@@ -40,8 +40,11 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(tmp_path):
 
 
 class Stop(Callback):
+    def __init__(self, epoch=1):
+        self.epoch = epoch
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if (trainer.current_epoch, batch_idx) == (1, 4):
+        if (trainer.current_epoch, batch_idx) == (self.epoch, 4):
             raise KeyError("stop")
 
 
@@ -78,6 +81,16 @@ def test_a_run_continues_within_an_epoch(tmp_path, data, options):
     assert all(torch.equal(x, states[1][n]) for n, x in states[0].items() if torch.is_tensor(x))
     with pytest.raises(CheckpointError, match=r"save_every: expected \d, got None"):
         fit(tmp_path / "run", made(), resume=True, **options | {"save_every": None, "max_epochs": 4})
+
+
+def test_a_run_continues_within_its_first_epoch(tmp_path):
+    """Its checkpoint holds no epoch yet."""
+    options = {"valid": (X, S), "save_every": 3, "max_epochs": 2, "batch_size": 4}
+    expected = fit(tmp_path / "whole", **options)
+    with pytest.raises(Exception, match="stop"):
+        fit(tmp_path / "run", callbacks=Stop(0), **options)
+    found = fit(tmp_path / "run", resume=True, **options)
+    assert found.history.equals(expected.history)
 
 
 def test_checkpoints_within_an_epoch_that_cannot_be(tmp_path):

@@ -1,5 +1,6 @@
 """Data on the disk: read batch by batch, trained on as if they were in memory, and given back."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -124,3 +125,12 @@ def test_a_stream_states_its_rows():
 
     with pytest.raises(DataError, match=f"declares {ROWS + 1} rows, the training data have {ROWS}"):
         fit(Stream(), wrong, lambda x, y: None)
+
+
+def test_a_stream_that_yields_fewer_rows_than_it_states():
+    class Wrong(Stream):
+        def __iter__(self):
+            return itertools.islice(super().__iter__(), 40)
+
+    with pytest.raises(DataError, match=f"Wrong states {ROWS} rows an epoch and has yielded 40"):
+        fit(Wrong())

@@ -111,7 +111,7 @@ def _cut(x: Array, dim: int = 0, start: int | None = None, end: int | None = Non
 
 def _scatter(x: Array, source: Array, index: tuple) -> Array:
     x = x.copy()
-    x[index] = source
+    x[(*index, ...)] = source  # an array without dimensions, too, gives its element
     return x
 
 

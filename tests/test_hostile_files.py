@@ -269,7 +269,7 @@ def test_machine_code_in_a_folder_of_ones_own_is_loaded(planted):
     """Trust is in the folder: whoever can write to it can do what the user can."""
     folder, marker = planted
     folder.parent.parent.chmod(0o1777)  # like /tmp: others make files beside, and cannot rename it
-    store.load_library(SOURCE)
+    store.load_library(SOURCE)()
     assert marker.exists()
 
 
@@ -277,7 +277,7 @@ def test_machine_code_in_a_folder_of_ones_own_is_loaded(planted):
 def test_code_of_others_is_compiled_anew(planted, monkeypatch):
     folder, marker = planted
     open_parent(folder, monkeypatch)
-    assert store.load_library(SOURCE).answer() == 42
+    assert store.load_library(SOURCE)().answer() == 42
     assert not marker.exists()
 
 

@@ -250,7 +250,7 @@ def _check_options(options: Options) -> None:
         if not isinstance(given, Mapping) or not all(isinstance(x, Collection) for x in given.values()):
             raise ArgumentError(f"{what} must be a dictionary of lists by name, got {describe(given)}.")
     history = getattr(options.history, "history", options.history)
-    if history is not None and not hasattr(history, "data_vars"):
+    if history is not None and not {"epoch", "split"} <= set(getattr(history, "dims", ())):
         raise ArgumentError(f"history must be the result of pe.fit, or its history, got {describe(options.history)}.")
 
 

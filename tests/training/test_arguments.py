@@ -51,7 +51,7 @@ WRONG = {
     "patience -1": ({"patience": -1, "valid": X}, "patience, unless it is None, must be a whole number >= 1, got -1"),
     "devices": ({"devices": True}, "devices must be a whole number"),
     "seed": ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
-    "dir": ({"dir": 3}, r"dir must be a path, got 3 \(int\)"),
+    "dir": ({"dir": 3}, r"dir must be a path, got 3\."),
     "overwrite": ({"overwrite": True}, "overwrite=True needs dir"),
     "both": ({"overwrite": True, "resume": True, "dir": "a"}, "resume=True continues.*overwrite=True deletes"),
 }

@@ -93,7 +93,7 @@ def test_lengths_are_checked_without_inputs(options):
         (None, {"length": 0}, ("T >= 1", "[0]")),
         ((X, X[:3]), {}, ("one length", "[4, 3]")),
         (X, {"length": 3}, ("one length", "[4, 3]")),
-        (X, {"horizon": -4}, ("horizon of -4",)),
+        (X, {"horizon": -4}, ("horizon must be", "got -4")),
         (X, {"dim": 2}, ("(4, 3)", "dimension 2")),
         (X, {"dim": -3}, ("(4, 3)", "dimension -3")),
         (torch.tensor(1.0), {}, ("()", "dimension 0")),

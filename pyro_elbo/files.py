@@ -63,14 +63,20 @@ def write_file(content: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, expected the name of a file.")
     buffer = io.BytesIO()  # torch hides the reason why a file cannot be written
     torch.save(dict(content), buffer)
+    with writing(path), whole_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make the folder of a file that is written inside the block, and raise CheckpointError where it cannot be."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, expected the name of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write(buffer.getbuffer())
+        yield
     except OSError as error:
         kept = " The file of that name is unchanged." if path.exists() else ""
         raise CheckpointError(f"{path} cannot be written: {error}. Choose another path.{kept}") from error

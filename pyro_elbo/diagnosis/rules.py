@@ -92,7 +92,7 @@ def _unsaid(evidence: Evidence, found: set[str]) -> Iterator[str]:
         yield f"how validation went in {lacking}: its bound is not known there."
     if points := named_points(evidence.history):
         yield f"what the bound says of log p(x): the guide is a point estimate of {points}, and its elbo is no bound."
-    if not len(evidence.curve("elbo", "valid")):
+    if not known:
         yield "whether it overfits: no validation bound is known."
     elif (
         evidence.shows_trends

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
@@ -15,7 +14,6 @@ from torch import nn
 
 from pyro_elbo.errors import (
     ArgumentError,
-    CheckpointError,
     GuideError,
     check_choice,
     check_flag,
@@ -24,6 +22,7 @@ from pyro_elbo.errors import (
     describe,
     first_line,
 )
+from pyro_elbo.files import writing
 from pyro_elbo.posterior.datasets import (
     Groups,
     Names,
@@ -149,22 +148,10 @@ def to_arviz(
     if file is None:
         return to_container(build_groups(model, guide, args, kwargs, options))
     path = check_path("file", file)
-    with _written(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         storage = Storage(path.parent)
         write_groups(build_groups(model, guide, args, kwargs, options._replace(storage=storage)), path, storage)
     return open_groups(path, _major())
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, expected the name of a file.")
-    try:
-        yield
-    except OSError as error:
-        kept = " The file of that name is unchanged." if path.exists() else ""
-        raise CheckpointError(f"{path} cannot be written: {error}. Choose another path.{kept}") from error
 
 
 def to_container(groups: Groups, major: int | None = None) -> Any:

@@ -30,16 +30,7 @@ from pyro_elbo.programs import Plate, Site, step_before
 from pyro_elbo.sequences import StackedDistribution
 from pyro_elbo.terms.chain import Paths, sum_paths
 from pyro_elbo.terms.elimination import Factor, Plates, log_sum_product, shared_rows
-from pyro_elbo.terms.labeled import (
-    Label,
-    Labeled,
-    add,
-    combine,
-    is_time,
-    label,
-    label_steps,
-    plate_labels,
-)
+from pyro_elbo.terms.labeled import Label, Labeled, add, combine, is_time, label, label_steps, plate_labels
 from pyro_elbo.terms.semiring import MAXIMUM, Semiring, log_sum_exp
 from pyro_elbo.terms.term import alike
 

@@ -137,8 +137,9 @@ def share_noise(patch, rank, world):
     patch.setattr(multivariate_normal, "_standard_normal", draw)
 
 
-def gradients(case, rank, world):
-    """Return the gradients of programs and critics for the rows of one process, and the penalty."""
+@contextlib.contextmanager
+def prepared(case, rank, world):
+    """Give the objective and the programs of a case, parameters and critics made, under the noise of a process."""
     make, programs = CASES[case]
     pyro.clear_param_store()
     loss = make()
@@ -147,6 +148,21 @@ def gradients(case, rank, world):
         loss.terms(*programs, **rows_of(0, 1))  # makes parameters and critics
         loss.step = 1
         share_noise(patch, rank, world)
+        yield loss, programs
+
+
+def errors_of_mean(whole, parts):
+    """Return by name how far the mean of the parts of all processes is from the whole."""
+    means = {}
+    for name, x in parts.items():
+        torch.distributed.all_reduce(x)
+        means[name] = x / WORLD
+    return {name: (means[name] - x).abs().max().item() for name, x in whole.items()}
+
+
+def gradients(case, rank, world):
+    """Return the gradients of programs and critics for the rows of one process, and the penalty."""
+    with prepared(case, rank, world) as (loss, programs):
         batch = rows_of(rank, world)
         with in_parts() if world > 1 else contextlib.nullcontext():
             terms = loss.checked_terms(*programs, (), batch)
@@ -166,12 +182,8 @@ def compare(rank):
     for case in CASES:
         whole = gradients(case, 0, 1)
         parts = gradients(case, rank, WORLD)
-        means = {}
-        for name, x in parts.items():
-            torch.distributed.all_reduce(x)
-            means[name] = x / WORLD
         size = max(x.abs().max().item() for n, x in whole.items() if not n.startswith("value"))
-        found[case] = size, {name: (means[name] - x).abs().max().item() for name, x in whole.items()}
+        found[case] = size, errors_of_mean(whole, parts)
     mean = RunningMean()
     mean.add({"elbo": torch.tensor(float(rank)), "loss": torch.tensor(1.0)}, 6 - rank)
     found["mean"], found["SVI"] = mean.reduce()["elbo"], refusals()
@@ -190,14 +202,7 @@ def refusals():
 
 def after_steps(case, rank, world):
     """Return the gradients of the third step, and the critics after it; steps in a group are captured as graphs."""
-    make, programs = CASES[case]
-    pyro.clear_param_store()
-    loss = make()
-    with pytest.MonkeyPatch.context() as patch:
-        share_noise(patch, 0, 1)
-        loss.terms(*programs, **rows_of(0, 1))  # makes parameters and critics
-        loss.step = 1
-        share_noise(patch, rank, world)
+    with prepared(case, rank, world) as (loss, programs):
         kept = KeptGradients([p for _, p in pyro.get_param_store().named_parameters()])
         options = {"compile": False} if world == 1 else {"rows": lambda args, kwargs: len(kwargs["x"])}
         svi = CompiledSVI(*programs, loss, TorchUpdate(kept), per_datum=True, fallback_random=True, **options)
@@ -215,12 +220,9 @@ def compare_captured(cases, rank):
     torch.set_default_dtype(torch.float64)
     found = {}
     for case in cases:
-        whole, parts, means = after_steps(case, 0, 1), after_steps(case, rank, WORLD), {}
-        for name, x in parts.items():
-            torch.distributed.all_reduce(x)
-            means[name] = x / WORLD
+        whole, parts = after_steps(case, 0, 1), after_steps(case, rank, WORLD)
         size = max(x.abs().max().item() for n, x in whole.items() if not n.startswith("critic"))
-        found[case] = size, {name: (means[name] - x).abs().max().item() for name, x in whole.items()}
+        found[case] = size, errors_of_mean(whole, parts)
     return found
 
 

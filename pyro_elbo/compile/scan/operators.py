@@ -130,14 +130,14 @@ def _room_for_loops(constants: Rows, carry: Rows, inputs: Rows, steps: int, key:
 def _run(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int) -> Rows:
     loop = _loops[key]
     room = _room(constants, carry, inputs, steps, key)
+    if loop.native is not None:
+        loop.native([*constants, *carry, *inputs], room, steps)
+        return room
     fixed = [_laid_out(x, like) for x, like in zip(constants, loop.layout.like, strict=False)]
     if loop.source is not None:
         columns = [*fixed, *(x.contiguous() for x in (*carry, *inputs)), *room]
         addresses = (ctypes.c_void_p * len(columns))(*(x.data_ptr() for x in columns))
         function_in(loop.source, loop.name)(addresses, ctypes.c_int64(steps))
-        return room
-    if loop.native is not None:
-        loop.native([*constants, *carry, *inputs], room, steps)
         return room
     states, exports = room[: len(carry)], room[len(carry) :]
     for state, c in zip(states, carry, strict=True):

@@ -61,7 +61,8 @@ def diverging(evidence: Evidence) -> Iterator[Finding]:
 def exploding_kl(evidence: Evidence) -> Iterator[Finding]:
     """Find a training bound that falls because the rate grows, while the objective does not fall."""
     if not _objective(evidence).fall.is_wrong:
-        yield from _fallen(evidence, "rate", _EXPLODING)
+        asked = any(evidence.weight(n) is None for n in evidence.latents)
+        yield from _fallen(evidence, "rate", _ASKED_FOR if asked else _EXPLODING)
 
 
 def overfitting(evidence: Evidence) -> Iterator[Finding]:
@@ -99,6 +100,11 @@ _EXPLODING = _Words(
     "keep β at 1 (not far below), bound the scale of the guide and of the likelihood from below, lower the learning "
     "rate.",
 )
+_ASKED_FOR = _Words(
+    "exploding KL",
+    "a Capacity asks for more KL than the data pay for.",
+    "lower the target of the Capacity, or use a weight: β = 1.",
+)
 _OVERFITTING = _Lag(
     _Words(
         "overfitting",
@@ -134,13 +140,12 @@ def _fallen(evidence: Evidence, part: str, words: _Words) -> Iterator[Finding]:
     if not fall.is_wrong or lost < fall.drop / 2:
         return
     before = f", {fall.share:.0%} of what it had gained after the first tenth" if fall.share <= 1 else ""
-    asked = part == "rate" and any(evidence.weight(n) is None for n in evidence.latents)
     yield Finding(
         words.name,
         f"the training bound has lost {fall.drop:.3g} nats per datum since epoch {fall.since}{before}; the {part} grew "
         f"by {lost:.3g}.",
-        "a Capacity asks for more KL than the data pay for." if asked else words.why,
-        "lower the target of the Capacity, or use a weight: β = 1." if asked else words.cure,
+        words.why,
+        words.cure,
         since=fall.since,
         evidence={"drop": fall.drop, "share": fall.share, part: lost},
     )

@@ -33,9 +33,9 @@ from pyro_elbo.programs import (
     SameRows,
     TracePair,
     check_arguments,
-    check_gradients,
     check_programs,
     collect_parameters,
+    differentiate,
     each_branch,
     evaluating,
     find_plate_nesting,
@@ -239,8 +239,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         with collect_parameters() as parameters:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-            check_gradients(parameters)
+            differentiate(loss, parameters, self.retain_graph)
         return loss.item()
 
     @property

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import FrameSummary, extract_tb
 from types import FrameType
@@ -13,6 +14,7 @@ from typing import Any
 import jaxtyping
 import pyro
 import torch
+from pyro.infer.util import zero_grads
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -38,6 +40,8 @@ VINDEX = "Draw a latent that is indexed as one event (.to_event(n)), and write V
 NOTHING: Mapping[str, torch.Size] = {}
 
 _ROOTS = [Path(str(module.__file__)).parent for module in (torch, pyro, jaxtyping)] + [Path(__file__).parents[1]]
+_LIGHTNING: Any = find_spec("lightning")  # slow to import, and so never imported here
+_ROOTS.append(Path(_LIGHTNING.origin).parent)
 _LIBRARIES = tuple(f"{root.resolve()}{os.sep}" for root in _ROOTS) + (os.path.realpath(contextlib.__file__),)
 _FAILURES = (
     ValueError,
@@ -83,14 +87,44 @@ def explain_failure(
 
 def _failed(error: Exception, args: tuple, kwargs: Mapping[str, Any]) -> PyroElboError:
     """Return the error for a program that fails for a reason of its own."""
-    kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
-    text = f"{failed_line(error)}: {kind}{first_sentence(error)}"
+    text = f"{failed_line(error)}: {_reason(error)}"
     if _lacks_method(error):
         return NoSamplerError(f"{text} A distribution lacks a method, such as its sampler: use another one.")
     return ProgramError(
         f"{text} The program was called with {describe_arguments(args, kwargs)}: give it arguments that it takes, "
         "or look at that line."
     )
+
+
+_PARTS = {
+    "The backward pass": "Look for hooks, a torch.autograd.Function, or tensors of the programs that are written in "
+    "place; under torch.autograd.detect_anomaly() torch prints the line whose gradient fails.",
+    "The optimizer": "Look at its options, its hooks and parameters without gradient. Some parameters may have moved.",
+    "The scheduler": "Look at its options, and at the functions that it calls.",
+}
+"""The parts of a step beside the programs, with the cure where they fail."""
+
+
+@contextmanager
+def explain_update(part: str, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Raise the library's error where a ``part`` of a step beside the programs fails, and remove all gradients.
+
+    Raises:
+        ProgramError: the part fails, in code of the user's or in torch. Exceptions of a user's own class pass.
+    """
+    try:
+        yield
+    except BaseException as error:
+        zero_grads(parameters.values())  # a later step would add to them
+        if not isinstance(error, _FAILURES) or type(error).__module__ != "builtins":
+            raise
+        reason, _, _ = _reason(error).partition(" Hint: ")
+        raise ProgramError(f"{part} fails. {failed_line(error)}: {reason} {_PARTS[part]}") from error
+
+
+def _reason(error: Exception) -> str:
+    kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
+    return f"{kind}{first_sentence(error)}"
 
 
 def _lacks_method(error: Exception) -> bool:

@@ -139,6 +139,7 @@ def fit(
         GuideError: the parameter store already holds parameters of another guide of the same name, or there is
             nothing to train.
         SiteError, NonFiniteError: from the terms.
+        ProgramError: the programs, the backward pass, the optimizer or the scheduler fail.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe

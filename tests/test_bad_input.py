@@ -565,7 +565,7 @@ def test_a_batch_of_one_row_under_batch_norm():
 
 @pytest.mark.parametrize("folder", ["pyro", "torch"])
 def test_a_line_of_the_user_in_a_folder_named_like_a_library(folder, tmp_path):
-    from pyro_elbo.programs import failed_line
+    from pyro_elbo.failures import failed_line
 
     path = tmp_path / folder / "mine.py"
     path.parent.mkdir()
@@ -578,7 +578,7 @@ def test_a_line_of_the_user_in_a_folder_named_like_a_library(folder, tmp_path):
 
 
 def test_code_without_a_file_is_named_by_its_function():
-    from pyro_elbo.programs import failed_line
+    from pyro_elbo.failures import failed_line
 
     names: dict = {}
     exec("import torch\ndef f():\n    return torch.zeros(2) + torch.zeros(3)\n", names)

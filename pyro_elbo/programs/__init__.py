@@ -11,7 +11,7 @@ from pyro_elbo.programs.checks import MOST_ENTRIES, check_options, check_program
 from pyro_elbo.programs.completion import complete_guide
 from pyro_elbo.programs.data import as_array, as_tensors, check_arguments, check_dense, named_columns, program_arguments
 from pyro_elbo.programs.enumeration import HeldDraws, each_branch, step_before, without_marks
-from pyro_elbo.programs.explain import explain_update, failed_line
+from pyro_elbo.programs.explain import explain_update
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
 from pyro_elbo.programs.modules import collect_modules, program_name
 from pyro_elbo.programs.parameters import (
@@ -74,7 +74,6 @@ __all__ = [
     "each_branch",
     "evaluating",
     "explain_update",
-    "failed_line",
     "find_plate_nesting",
     "full_precision",
     "keeping_modes",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.errors import DataError, describe, first_sentence
+from pyro_elbo.failures import describe_arguments
 
 
 def as_tensors(data: Any) -> Any:
@@ -139,12 +140,3 @@ def check_arguments(
                 f"{call} calls the {role} as {role}{describe_arguments(args, kwargs)}, but it takes {signature}: "
                 f"{error}. {cure}Give model and guide the same arguments."
             ) from error
-
-
-def describe_arguments(args: tuple, kwargs: Mapping[str, Any]) -> str:
-    """Return the arguments of a call with the shapes of tensors and the types of everything else, in parentheses."""
-    return f"({', '.join([*map(_describe, args), *(f'{name}={_describe(x)}' for name, x in kwargs.items())])})"
-
-
-def _describe(x: Any) -> str:
-    return f"tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

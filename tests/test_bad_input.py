@@ -547,6 +547,24 @@ def test_a_step_with_too_few_arguments():
         svi.step(X)
 
 
+CALLS = [pe.pareto_k, pe.to_arviz, pe.log_evidence, pe.linear_response, pe.TraceBeta_ELBO().terms]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda f: f.__name__)
+def test_a_call_without_data(call):
+    with pytest.raises(DataError, match=r"called with \(\)|calls the model as model\(\)"):
+        call(model, guide)
+
+
+def test_a_list_in_place_of_an_array():
+    """Where a program takes it, it is an array; a fit cannot tell rows from arguments."""
+    found, expected = (pe.pareto_k(model, guide, x, num_samples=40) for x in ([1.0] * 4, torch.ones(4)))
+    assert repr(found) == repr(expected)
+    for rows in ([1.0, 2.0], [[1.0], [2.0]]):
+        with pytest.raises(DataError, match="train: expected a tensor or an array, got a list of 2 rows"):
+            pe.fit(model, guide, rows, progress=False)
+
+
 def test_leave_one_out_of_something_else(untyped):
     with pytest.raises(ArgumentError, match="loo takes the result of pe.to_arviz, got dict"):
         pe.loo({"a": 1})

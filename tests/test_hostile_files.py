@@ -172,6 +172,33 @@ def test_plain_values_of_another_kind_are_refused_or_read(reader, tmp_path, unty
     assert len(taken) < len(content) * len(FOREIGN) / 4, taken
 
 
+WRITERS = {
+    "file": lambda path: pe.to_arviz(model, Guide(), X, num_samples=40, file=path),
+    "save": lambda path: fitted().save(path),
+    "dir": lambda path: fit(dir=path),
+    "sweep": sweep,
+    "calibration": calibrate,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_target_that_cannot_be_written_is_named_and_no_other_file(writer, tmp_path):
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "fifo")
+    targets = {
+        "/proc/x.nc": "cannot be written: .*(No such file|denied|permitted)",
+        tmp_path / "file" / "x.nc": r"is no folder|holds .* expected|is a file",
+        "a" * 300: "cannot be written: File name too long",
+        tmp_path / "fifo": "fifo is (no regular file|no folder|a file)",
+    }
+    for target, words in targets.items():
+        with pytest.raises(CheckpointError, match=words) as error:
+            WRITERS[writer](target)
+        assert str(target) in str(error.value)
+        assert "/.x.nc" not in str(error.value), "the name that a file has until it is whole"
+    assert (tmp_path / "fifo").is_fifo()
+
+
 def test_attributes_of_a_netcdf_file_are_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     history = fitted().history.copy(deep=True)

@@ -33,6 +33,7 @@ VINDEX = "Draw a latent that is indexed as one event (.to_event(n)), and write V
 NOTHING: Mapping[str, torch.Size] = {}
 
 _NO_KERNEL = re.compile(r"not implemented for '|Could not run '")  # torch: of a dtype, a layout or a device
+_CALL = re.compile(r"\(\) (missing|takes|got)")  # of arguments that do not fit
 _BAD_VALUES = re.compile(r"\b(nan|inf)\b|positive-definite|positive definite|contains? non-finite|>= 0\.0", re.I)
 
 
@@ -49,7 +50,7 @@ def explain_failure(
     Raises:
         NonFiniteError: the arguments hold NaN that reached a distribution, or a parameter has diverged.
         SiteError: a plate is empty or does not fit, or the program fails on all values of a site at once.
-        DataError: a batch of one row meets batch norm.
+        DataError: a batch of one row meets batch norm, or the arguments do not fit the program.
         NoSamplerError: a distribution lacks a method.
         ProgramError: the program fails for another reason. Exceptions of a user's own class pass.
     """
@@ -70,6 +71,9 @@ def explain_failure(
 def _failed(error: Exception, args: tuple, kwargs: Mapping[str, Any]) -> PyroElboError:
     """Return the error for a program that fails for a reason of its own."""
     text = f"{failed_line(error)}: {reason_of(error)}"
+    if isinstance(error, TypeError) and _CALL.search(str(error)) and not text.startswith(("Line", "Site")):
+        called = f"A program was called with {describe_arguments(args, kwargs)}"
+        return DataError(f"{called}: {error}. Give model and guide the arguments that both take.")
     if _lacks_method(error):
         return NoSamplerError(f"{text} A distribution lacks a method, such as its sampler: use another one.")
     return ProgramError(

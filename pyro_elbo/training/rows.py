@@ -6,6 +6,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+from pyro_elbo.errors import DataError
 from pyro_elbo.programs import as_tensors
 
 MOST = 4096  # rows that a checksum covers
@@ -57,6 +59,14 @@ def map_parts(function: Callable[[Any], Any], data: Any) -> Any:
     if isinstance(data, Mapping):
         return {name: function(x) for name, x in data.items()}
     return tuple(function(x) for x in data) if isinstance(data, tuple | list) else function(data)
+
+
+def check_no_list(what: str, data: Any) -> None:
+    """Raise DataError for a list of numbers or of lists, whose rows would pass for arguments."""
+    if isinstance(data, list) and data and all(isinstance(x, Number | list) for x in data):
+        raise DataError(
+            f"{what}: expected a tensor or an array, got a list of {len(data)} rows. Pass torch.tensor(list)."
+        )
 
 
 def has_rows(x: Any) -> bool:

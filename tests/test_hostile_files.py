@@ -1,11 +1,13 @@
 """Files of somebody else: nothing in them runs, and what is not what the library wrote is refused by its own errors."""
 
 import ast
+import grp
 import hashlib
 import io
 import json
 import os
 import pickle
+import pwd
 import subprocess
 from pathlib import Path
 
@@ -290,6 +292,31 @@ def test_machine_code_that_others_could_have_written_is_not_found(planted, monke
     assert store._find(store._digest([SOURCE, *store._surroundings()])) is None
     assert "others than you" in caplog.text or "damaged" in caplog.text
     assert not marker.exists()
+
+
+def test_machine_code_is_kept_whatever_the_umask(tmp_path, monkeypatch, caplog):
+    """Systems that make a group for each user set it to 002."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    usual = os.umask(0o002)
+    try:
+        folder = store._folder()
+        assert os.umask(0o002) == 0o002
+    finally:
+        os.umask(usual)
+    assert folder is not None
+    assert not caplog.text
+    assert {path.stat().st_mode & 0o777 for path in (folder, *folder.parents[:2])} == {0o700}
+
+
+def test_only_a_group_of_ones_own_may_write_above_machine_code(planted, monkeypatch, caplog):
+    folder, _ = planted
+    folder.parent.parent.chmod(0o775)
+    user = pwd.getpwuid(os.getuid())
+    for name, others, trusted in ((user.pw_name, [], True), (user.pw_name, ["eve"], False), ("staff", [], False)):
+        own = grp.struct_group((name, "x", user.pw_gid, others))
+        monkeypatch.setattr(grp, "getgrgid", lambda gid, own=own: own)
+        assert (store._folder() is not None) == trusted, (name, others)
+    assert "chmod go-w" in caplog.text
 
 
 def test_machine_code_in_a_folder_of_ones_own_is_loaded(planted):

@@ -2,12 +2,12 @@
 
 import ast
 import grp
-import hashlib
 import io
 import json
 import os
 import pickle
 import pwd
+import random
 import subprocess
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import nn
 import pyro_elbo as pe
 from pyro_elbo.compile import store
 from pyro_elbo.errors import CheckpointError, PyroElboError
+from pyro_elbo.files import read_file
 from tests.support.made import exact, exported, fitted, terms
 from tests.support.small_programs import Guide, model, shared
 from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
@@ -152,6 +153,44 @@ def test_the_code_would_run_if_the_file_were_trusted(tmp_path):
     assert (tmp_path / "marker").exists()
 
 
+def flipped(content, copies=200):
+    """Copies of a file, one to eight of whose bits have changed."""
+    draw = random.Random(0)
+    for _ in range(copies):
+        copy = bytearray(content)
+        for _ in range(draw.choice((1, 1, 8))):
+            copy[draw.randrange(len(copy))] ^= 1 << draw.randrange(8)
+        yield bytes(copy)
+
+
+def same(found, expected):
+    """Return whether tensors and plain values are equal, NaN too."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[name], x) for name, x in expected.items())
+    if isinstance(expected, list | tuple):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return torch.equal(found, expected) if torch.is_tensor(expected) else found == expected or found != found
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_with_flipped_bits_is_refused_by_name_or_read_as_it_was(reader, tmp_path):
+    write, read = READERS[reader]
+    path = write(tmp_path / "folder" if reader != "load" else tmp_path)
+    whole = path.read_bytes()
+    expected, refusals = read_file(path, (), "file"), []
+    for copy in flipped(whole):
+        path.write_bytes(copy)
+        try:
+            assert same(read_file(path, (), "file"), expected)
+        except CheckpointError as error:
+            refusals.append(str(error))
+            if len(refusals) < 8:
+                with pytest.raises(CheckpointError, match=path.name):
+                    read(path.parent)
+    assert len(refusals) > 100
+    assert all(str(path) in refusal for refusal in refusals)
+
+
 FOREIGN = (None, "x", -1, [None], {"a": 1}, torch.zeros(2))
 
 
@@ -235,8 +274,7 @@ def planted(tmp_path, monkeypatch):
     library = folder / f"{key}.so"
     command = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
     subprocess.run(command, input=code, text=True, check=True)
-    facts = {"sha256": hashlib.sha256(library.read_bytes()).hexdigest()}
-    library.with_suffix(".json").write_text(json.dumps(facts))
+    library.with_suffix(".json").write_text(json.dumps({"sha256": store._checksum(library.read_bytes(), {})}))
     return folder, marker
 
 
@@ -292,6 +330,21 @@ def test_machine_code_that_others_could_have_written_is_not_found(planted, monke
     assert store._find(store._digest([SOURCE, *store._surroundings()])) is None
     assert "others than you" in caplog.text or "damaged" in caplog.text
     assert not marker.exists()
+
+
+def test_machine_code_with_flipped_bits_is_not_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "library").write_bytes(bytes(range(256)))
+    facts = {"noise": [["normal", "float32", 12]], "packs": [], "stream": [[3, 0, 4]], "written": [1, 2]}
+    store._keep("key", str(tmp_path / "library"), facts)
+    assert store._find("key")[1] == facts
+    for path in (tmp_path / "pyro_elbo").iterdir():
+        whole = path.read_bytes()
+        for copy in flipped(whole):
+            path.write_bytes(copy)
+            found = store._find("key")
+            assert found is None or found[1] == facts
+        path.write_bytes(whole)
 
 
 def test_machine_code_is_kept_whatever_the_umask(tmp_path, monkeypatch, caplog):

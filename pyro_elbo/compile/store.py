@@ -191,7 +191,7 @@ def _find(key: str) -> tuple[str, dict[str, Any]] | None:
     library, beside = folder / f"{key}.so", folder / f"{key}.json"
     try:
         facts = json.loads(beside.read_text())
-        whole = facts.pop("sha256") == hashlib.sha256(library.read_bytes()).hexdigest()
+        whole = facts.pop("sha256") == _checksum(library.read_bytes(), facts)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -203,6 +203,11 @@ def _find(key: str) -> tuple[str, dict[str, Any]] | None:
     return str(library), facts
 
 
+def _checksum(library: bytes, facts: dict[str, Any]) -> str:
+    """Return the SHA-256 of a library and of the facts beside it, of which a changed digit would pass for another."""
+    return hashlib.sha256(library + json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _keep(key: str, library: str, facts: dict[str, Any]) -> None:
     """Copy a library to the disk; a full disk costs the next process its time, and nothing else."""
     if (folder := _folder()) is None:
@@ -212,7 +217,7 @@ def _keep(key: str, library: str, facts: dict[str, Any]) -> None:
         with whole_file(folder / f"{key}.so") as file:
             file.write(content)
         with whole_file(folder / f"{key}.json") as file:
-            file.write(json.dumps(facts | {"sha256": hashlib.sha256(content).hexdigest()}).encode())
+            file.write(json.dumps(facts | {"sha256": _checksum(content, facts)}).encode())
     except OSError as error:
         _log.warning("machine code is not kept in %s: %s", folder, error)
 

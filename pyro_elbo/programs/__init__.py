@@ -9,7 +9,15 @@ Imports sequences and below.
 
 from pyro_elbo.programs.checks import MOST_ENTRIES, check_options, check_programs
 from pyro_elbo.programs.completion import complete_guide
-from pyro_elbo.programs.data import as_array, as_tensors, check_arguments, check_dense, named_columns, program_arguments
+from pyro_elbo.programs.data import (
+    as_array,
+    as_tensors,
+    check_arguments,
+    check_dense,
+    is_xarray,
+    named_columns,
+    program_arguments,
+)
 from pyro_elbo.programs.enumeration import HeldDraws, each_branch, step_before, without_marks
 from pyro_elbo.programs.explain import explain_update
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
@@ -60,6 +68,7 @@ __all__ = [
     "RunData",
     "read_data",
     "fixed_sites",
+    "is_xarray",
     "is_point",
     "shared_plate",
     "sort_by_dim",

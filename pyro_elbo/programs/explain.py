@@ -33,6 +33,7 @@ VINDEX = "Draw a latent that is indexed as one event (.to_event(n)), and write V
 NOTHING: Mapping[str, torch.Size] = {}
 
 _NO_KERNEL = re.compile(r"not implemented for '|Could not run '")  # torch: of a dtype, a layout or a device
+_PEER = re.compile(r"\bgloo\b|\bby peer\b")  # of processes that average their gradients
 _CALL = re.compile(r"\(\) (missing|takes|got)")  # of arguments that do not fit
 _BAD_VALUES = re.compile(r"\b(nan|inf)\b|positive-definite|positive definite|contains? non-finite|>= 0\.0", re.I)
 
@@ -105,6 +106,8 @@ def explain_update(part: str, parameters: Mapping[str, Tensor]) -> Iterator[None
         if not isinstance(error, FAILURES) or type(error).__module__ != "builtins":
             raise
         reason, _, _ = reason_of(error).partition(" Hint: ")
+        if _PEER.search(reason):
+            raise ProgramError(f"Another process of this run has ended, whose own error says why: {reason}") from error
         raise ProgramError(f"{part} fails. {failed_line(error)}: {reason} {_PARTS[part]}") from error
 
 

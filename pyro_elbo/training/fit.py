@@ -239,6 +239,11 @@ def _errors_of_processes() -> Iterator[None]:
             raise
         kind, _, message = text.partition(": ")
         raise getattr(errors, kind)(message.strip()) from error
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise errors.ProgramError(
+            f"Training ended since {error}; a machine out of memory sends SIGKILL. Train by fewer processes or on "
+            "smaller batches; with dir=..., resume=True continues from the last checkpoint."
+        ) from error
 
 
 class _Run(NamedTuple):

@@ -253,8 +253,8 @@ class FitResult:
             return args, given
         if not self.data.whole:
             raise DataError(
-                "The training data came from a Dataset or DataLoader, which the result does not hold as a whole. Pass "
-                "the arguments of the programs, such as result.sample(1000, x)."
+                "The result does not hold training data that come from a file, a Dataset or a DataLoader. Pass the "
+                "arguments of the programs, such as result.sample(1000, x)."
             )
         return self.data.args, self.data.kwargs
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import mmap
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from pyro_elbo.errors import DataError
-from pyro_elbo.programs import as_tensors
+from pyro_elbo.programs import as_tensors, is_xarray
 
 MOST = 4096  # rows that a checksum covers
 
@@ -77,12 +76,6 @@ def has_rows(x: Any) -> bool:
 def is_stored(x: Any) -> bool:
     """Return True for an array that is read batch by batch."""
     return isinstance(x, np.memmap) and x.ndim > 0 or is_xarray(x, "DataArray") and x.ndim > 0
-
-
-def is_xarray(x: Any, kind: str) -> bool:
-    """Return True for an xarray object of this kind, without importing xarray."""
-    xarray = sys.modules.get("xarray")
-    return xarray is not None and isinstance(x, getattr(xarray, kind))
 
 
 def num_rows(batch: Any) -> int:

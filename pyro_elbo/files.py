@@ -26,9 +26,9 @@ def read_file(path: Path, parts: Collection[str], kind: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged, or holds something else.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, expected a {kind}: name the file in it.")
     try:
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder, expected a {kind}: name the file in it.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of damage that the exceptions below report
             with zipfile.ZipFile(path) as archive:
@@ -37,6 +37,8 @@ def read_file(path: Path, parts: Collection[str], kind: str) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: expected a {kind}.") from error
+    except CheckpointError:
+        raise
     except Exception as error:  # the unpickler raises exceptions of any type on damaged bytes
         raise CheckpointError(f"{path} is damaged or is no {kind}: {error}. Delete it, or use a copy.") from error
     if not isinstance(content, dict) or not set(parts) <= content.keys():
@@ -72,14 +74,22 @@ def write_file(content: Mapping[str, Any], path: Path) -> None:
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Make the folder of a file that is written inside the block, and raise CheckpointError where it cannot be."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, expected the name of a file.")
     try:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise CheckpointError(f"{path} is {kind}, expected the name of a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        kept = " The file of that name is unchanged." if path.exists() else ""
-        raise CheckpointError(f"{path} cannot be written: {error}. Choose another path.{kept}") from error
+        kept = " The file of that name is unchanged." if os.path.exists(path) else ""
+        raise CheckpointError(f"{path} cannot be written: {why_unwritten(error)} Choose another path.{kept}") from error
+
+
+def why_unwritten(error: OSError) -> str:
+    """Return why a file or folder cannot be written, without the name that the file has until it is whole."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{error.filename} is no folder."
+    return first_sentence(OSError(os.strerror(error.errno) if error.errno else error))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from pyro_elbo.display import progress_bar
 from pyro_elbo.errors import ArgumentError, CheckpointError, check_count, check_flag, check_path
-from pyro_elbo.files import read_file, reading, write_file
+from pyro_elbo.files import read_file, reading, why_unwritten, write_file
 
 SETTINGS = "settings.json"
 _ALIVE = 1.0  # seconds between two looks at whether the parent process lives
@@ -76,7 +76,8 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / SETTINGS).write_text(json.dumps(ours, indent=1))
         except OSError as error:
-            raise CheckpointError(f"dir: {self.path} cannot be written: {error}. Choose another folder.") from error
+            why = why_unwritten(error)
+            raise CheckpointError(f"dir: {self.path} cannot be written: {why} Choose another folder.") from error
 
     def done(self, names: Collection[str]) -> list[str]:
         """Return the names whose results are there."""
@@ -99,9 +100,9 @@ class Folder:
 
     def _settings(self) -> dict[str, Any] | None:
         """Return the settings of the results that are there; None for a folder that is new or empty."""
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not self.path.is_dir():
             raise CheckpointError(f"dir: {self.path} is a file, expected a folder.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not os.path.exists(self.path) or not any(self.path.iterdir()):
             return None
         try:
             found = json.loads((self.path / SETTINGS).read_text())

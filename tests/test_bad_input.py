@@ -547,6 +547,24 @@ def test_a_step_with_too_few_arguments():
         svi.step(X)
 
 
+CALLS = [pe.pareto_k, pe.to_arviz, pe.log_evidence, pe.linear_response, pe.TraceBeta_ELBO().terms]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda f: f.__name__)
+def test_a_call_without_data(call):
+    with pytest.raises(DataError, match=r"called with \(\)|calls the model as model\(\)"):
+        call(model, guide)
+
+
+def test_a_list_in_place_of_an_array():
+    """Where a program takes it, it is an array; a fit cannot tell rows from arguments."""
+    found, expected = (pe.pareto_k(model, guide, x, num_samples=40) for x in ([1.0] * 4, torch.ones(4)))
+    assert repr(found) == repr(expected)
+    for rows in ([1.0, 2.0], [[1.0], [2.0]]):
+        with pytest.raises(DataError, match="train: expected a tensor or an array, got a list of 2 rows"):
+            pe.fit(model, guide, rows, progress=False)
+
+
 def test_leave_one_out_of_something_else(untyped):
     with pytest.raises(ArgumentError, match="loo takes the result of pe.to_arviz, got dict"):
         pe.loo({"a": 1})
@@ -565,7 +583,7 @@ def test_a_batch_of_one_row_under_batch_norm():
 
 @pytest.mark.parametrize("folder", ["pyro", "torch"])
 def test_a_line_of_the_user_in_a_folder_named_like_a_library(folder, tmp_path):
-    from pyro_elbo.programs import failed_line
+    from pyro_elbo.failures import failed_line
 
     path = tmp_path / folder / "mine.py"
     path.parent.mkdir()
@@ -578,7 +596,7 @@ def test_a_line_of_the_user_in_a_folder_named_like_a_library(folder, tmp_path):
 
 
 def test_code_without_a_file_is_named_by_its_function():
-    from pyro_elbo.programs import failed_line
+    from pyro_elbo.failures import failed_line
 
     names: dict = {}
     exec("import torch\ndef f():\n    return torch.zeros(2) + torch.zeros(3)\n", names)

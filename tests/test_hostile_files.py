@@ -1,11 +1,13 @@
 """Files of somebody else: nothing in them runs, and what is not what the library wrote is refused by its own errors."""
 
 import ast
-import hashlib
+import grp
 import io
 import json
 import os
 import pickle
+import pwd
+import random
 import subprocess
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from torch import nn
 import pyro_elbo as pe
 from pyro_elbo.compile import store
 from pyro_elbo.errors import CheckpointError, PyroElboError
+from pyro_elbo.files import read_file
 from tests.support.made import exact, exported, fitted, terms
 from tests.support.small_programs import Guide, model, shared
 from tests.support.untyped import _untyped  # noqa: F401  (a fixture)
@@ -150,6 +153,44 @@ def test_the_code_would_run_if_the_file_were_trusted(tmp_path):
     assert (tmp_path / "marker").exists()
 
 
+def flipped(content, copies=200):
+    """Copies of a file, one to eight of whose bits have changed."""
+    draw = random.Random(0)
+    for _ in range(copies):
+        copy = bytearray(content)
+        for _ in range(draw.choice((1, 1, 8))):
+            copy[draw.randrange(len(copy))] ^= 1 << draw.randrange(8)
+        yield bytes(copy)
+
+
+def same(found, expected):
+    """Return whether tensors and plain values are equal, NaN too."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[name], x) for name, x in expected.items())
+    if isinstance(expected, list | tuple):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return torch.equal(found, expected) if torch.is_tensor(expected) else found == expected or found != found
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_with_flipped_bits_is_refused_by_name_or_read_as_it_was(reader, tmp_path):
+    write, read = READERS[reader]
+    path = write(tmp_path / "folder" if reader != "load" else tmp_path)
+    whole = path.read_bytes()
+    expected, refusals = read_file(path, (), "file"), []
+    for copy in flipped(whole):
+        path.write_bytes(copy)
+        try:
+            assert same(read_file(path, (), "file"), expected)
+        except CheckpointError as error:
+            refusals.append(str(error))
+            if len(refusals) < 8:
+                with pytest.raises(CheckpointError, match=path.name):
+                    read(path.parent)
+    assert len(refusals) > 100
+    assert all(str(path) in refusal for refusal in refusals)
+
+
 FOREIGN = (None, "x", -1, [None], {"a": 1}, torch.zeros(2))
 
 
@@ -170,6 +211,33 @@ def test_plain_values_of_another_kind_are_refused_or_read(reader, tmp_path, unty
                 continue
             taken.append((name, value))
     assert len(taken) < len(content) * len(FOREIGN) / 4, taken
+
+
+WRITERS = {
+    "file": lambda path: pe.to_arviz(model, Guide(), X, num_samples=40, file=path),
+    "save": lambda path: fitted().save(path),
+    "dir": lambda path: fit(dir=path),
+    "sweep": sweep,
+    "calibration": calibrate,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_target_that_cannot_be_written_is_named_and_no_other_file(writer, tmp_path):
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "fifo")
+    targets = {
+        "/proc/x.nc": "cannot be written: .*(No such file|denied|permitted)",
+        tmp_path / "file" / "x.nc": r"is no folder|holds .* expected|is a file",
+        "a" * 300: "cannot be written: File name too long",
+        tmp_path / "fifo": "fifo is (no regular file|no folder|a file)",
+    }
+    for target, words in targets.items():
+        with pytest.raises(CheckpointError, match=words) as error:
+            WRITERS[writer](target)
+        assert str(target) in str(error.value)
+        assert "/.x.nc" not in str(error.value), "the name that a file has until it is whole"
+    assert (tmp_path / "fifo").is_fifo()
 
 
 def test_attributes_of_a_netcdf_file_are_text(tmp_path, monkeypatch):
@@ -206,8 +274,7 @@ def planted(tmp_path, monkeypatch):
     library = folder / f"{key}.so"
     command = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
     subprocess.run(command, input=code, text=True, check=True)
-    facts = {"sha256": hashlib.sha256(library.read_bytes()).hexdigest()}
-    library.with_suffix(".json").write_text(json.dumps(facts))
+    library.with_suffix(".json").write_text(json.dumps({"sha256": store._checksum(library.read_bytes(), {})}))
     return folder, marker
 
 
@@ -263,6 +330,46 @@ def test_machine_code_that_others_could_have_written_is_not_found(planted, monke
     assert store._find(store._digest([SOURCE, *store._surroundings()])) is None
     assert "others than you" in caplog.text or "damaged" in caplog.text
     assert not marker.exists()
+
+
+def test_machine_code_with_flipped_bits_is_not_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "library").write_bytes(bytes(range(256)))
+    facts = {"noise": [["normal", "float32", 12]], "packs": [], "stream": [[3, 0, 4]], "written": [1, 2]}
+    store._keep("key", str(tmp_path / "library"), facts)
+    assert store._find("key")[1] == facts
+    for path in (tmp_path / "pyro_elbo").iterdir():
+        whole = path.read_bytes()
+        for copy in flipped(whole):
+            path.write_bytes(copy)
+            found = store._find("key")
+            assert found is None or found[1] == facts
+        path.write_bytes(whole)
+
+
+def test_machine_code_is_kept_whatever_the_umask(tmp_path, monkeypatch, caplog):
+    """Systems that make a group for each user set it to 002."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    usual = os.umask(0o002)
+    try:
+        folder = store._folder()
+        assert os.umask(0o002) == 0o002
+    finally:
+        os.umask(usual)
+    assert folder is not None
+    assert not caplog.text
+    assert {path.stat().st_mode & 0o777 for path in (folder, *folder.parents[:2])} == {0o700}
+
+
+def test_only_a_group_of_ones_own_may_write_above_machine_code(planted, monkeypatch, caplog):
+    folder, _ = planted
+    folder.parent.parent.chmod(0o775)
+    user = pwd.getpwuid(os.getuid())
+    for name, others, trusted in ((user.pw_name, [], True), (user.pw_name, ["eve"], False), ("staff", [], False)):
+        own = grp.struct_group((name, "x", user.pw_gid, others))
+        monkeypatch.setattr(grp, "getgrgid", lambda gid, own=own: own)
+        assert (store._folder() is not None) == trusted, (name, others)
+    assert "chmod go-w" in caplog.text
 
 
 def test_machine_code_in_a_folder_of_ones_own_is_loaded(planted):

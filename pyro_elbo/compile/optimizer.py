@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from pyro_elbo.compile.flat_state import FlatGroup, flatten, moving
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.errors import ArgumentError, CompileError
-from pyro_elbo.programs import Parameters
+from pyro_elbo.programs import Parameters, explain_update
 
 
 class Update(ABC):
@@ -62,7 +62,8 @@ class TorchUpdate(Update):
         self.optimizers(parameters)
         self._check_seen(parameters)
         self.clip((), [p for p in distinct(parameters) if p.grad is not None])
-        self.optimizer.step()
+        with explain_update("The optimizer", parameters):
+            self.optimizer.step()
 
     def _check_seen(self, parameters: Mapping[str, Tensor]) -> None:
         seen = set(map(id, parameters.values()))
@@ -114,7 +115,8 @@ class PyroUpdate(Update):
     def __call__(self, parameters: Mapping[str, Tensor]) -> None:
         """Step once in Python, by the gradients in ``.grad``."""
         super().clip((), distinct(parameters))  # clip_args are the wrapper's own
-        self.wrapper(distinct(parameters))
+        with explain_update("The optimizer", parameters):
+            self.wrapper(distinct(parameters))
 
     def optimizers(self, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
         """Return one optimizer per parameter, without the schedulers around them."""

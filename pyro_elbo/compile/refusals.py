@@ -12,7 +12,7 @@ import torch
 from pyro_elbo.compile._torch import DataDependentOutputException, DynamicOutputShapeException
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.errors import CompileError, PyroElboError
-from pyro_elbo.programs import failed_line
+from pyro_elbo.failures import failed_line
 
 
 def check_reachable(guard: Guard) -> None:

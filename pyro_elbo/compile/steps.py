@@ -40,8 +40,8 @@ from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import (
     Parameters,
     Program,
-    check_gradients,
     collect_parameters,
+    differentiate,
     evaluating,
     module_evaluating,
 )
@@ -238,9 +238,8 @@ class CompiledSVI:
             self.trains = loss.requires_grad
         if kind == "train" and loss.requires_grad:
             self._start.note(parameters)
-            loss.backward()
+            differentiate(loss, parameters)
             check_own(parameters)
-            check_gradients(parameters)
             self.update(parameters)
             pyro.infer.util.zero_grads(parameters.values())
         return terms, record, parameters

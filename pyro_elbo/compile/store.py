@@ -191,7 +191,7 @@ def _find(key: str) -> tuple[str, dict[str, Any]] | None:
     library, beside = folder / f"{key}.so", folder / f"{key}.json"
     try:
         facts = json.loads(beside.read_text())
-        whole = facts.pop("sha256") == hashlib.sha256(library.read_bytes()).hexdigest()
+        whole = facts.pop("sha256") == _checksum(library.read_bytes(), facts)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -203,6 +203,11 @@ def _find(key: str) -> tuple[str, dict[str, Any]] | None:
     return str(library), facts
 
 
+def _checksum(library: bytes, facts: dict[str, Any]) -> str:
+    """Return the SHA-256 of a library and of the facts beside it, of which a changed digit would pass for another."""
+    return hashlib.sha256(library + json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _keep(key: str, library: str, facts: dict[str, Any]) -> None:
     """Copy a library to the disk; a full disk costs the next process its time, and nothing else."""
     if (folder := _folder()) is None:
@@ -212,23 +217,27 @@ def _keep(key: str, library: str, facts: dict[str, Any]) -> None:
         with whole_file(folder / f"{key}.so") as file:
             file.write(content)
         with whole_file(folder / f"{key}.json") as file:
-            file.write(json.dumps(facts | {"sha256": hashlib.sha256(content).hexdigest()}).encode())
+            file.write(json.dumps(facts | {"sha256": _checksum(content, facts)}).encode())
     except OSError as error:
         _log.warning("machine code is not kept in %s: %s", folder, error)
 
 
 def _folder() -> Path | None:
     """Return the folder of machine code beside Inductor's; None if anyone else may write to it or replace it."""
-    folder = Path(cache_dir()).resolve() / "pyro_elbo"
+    folder, usual = Path(), os.umask(0o077)  # Inductor's folder would be open to the group of a user whose umask is 002
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = Path(cache_dir()).resolve() / "pyro_elbo"
+        folder.mkdir(parents=True, exist_ok=True)
         folder = folder.resolve()
         open_to_others = next((path for path in (folder, *folder.parents) if not _is_ours(path, path != folder)), None)
     except OSError as error:
         _log.warning("machine code is not kept in %s: %s", folder, error)
         return None
+    finally:
+        os.umask(usual)
     if open_to_others is not None:
-        _log.warning("machine code in %s is not used: others than you may write to %s", folder, open_to_others)
+        what = f"others than you may write to {open_to_others} (chmod go-w {open_to_others})"
+        _log.warning("machine code in %s is not used: %s", folder, what)
         return None
     return folder
 
@@ -242,5 +251,17 @@ def _is_ours(path: Path, is_parent: bool) -> bool:
         return True
     state = path.stat()
     owners = (os.getuid(), 0) if is_parent else (os.getuid(),)
-    closed = not state.st_mode & 0o022 or is_parent and bool(state.st_mode & stat.S_ISVTX)
-    return state.st_uid in owners and closed
+    others = state.st_mode & (0o002 if is_parent and _is_private(state.st_gid) else 0o022)
+    return state.st_uid in owners and (not others or is_parent and bool(state.st_mode & stat.S_ISVTX))
+
+
+def _is_private(group: int) -> bool:
+    """Return whether a group is the user's own, of the same name, which many systems make with a umask of 002."""
+    import grp
+    import pwd
+
+    try:
+        user, found = pwd.getpwuid(os.getuid()), grp.getgrgid(group)
+    except KeyError:  # a container may know neither
+        return False
+    return (found.gr_gid, found.gr_name) == (user.pw_gid, user.pw_name) and {*found.gr_mem} <= {user.pw_name}

@@ -19,7 +19,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_elbo.assumptions import active_loop
-from pyro_elbo.errors import ArgumentError, ProgramError, SiteError, check_choice, check_count, check_flag, did_you_mean
+from pyro_elbo.errors import ArgumentError, DataError, SiteError, check_choice, check_count, check_flag, did_you_mean
 from pyro_elbo.information import Critic, Penalty, check_penalties, critic_gradients
 from pyro_elbo.objectives import baselines
 from pyro_elbo.objectives.gradients import BoundKind, Gradient, Runs, check_gradient
@@ -33,9 +33,9 @@ from pyro_elbo.programs import (
     SameRows,
     TracePair,
     check_arguments,
-    check_gradients,
     check_programs,
     collect_parameters,
+    differentiate,
     each_branch,
     evaluating,
     find_plate_nesting,
@@ -161,7 +161,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         """Evaluate the terms in the modes that modules have, as a training step does, and check them."""
         try:
             terms = self.evaluate(model, guide, args, kwargs, lambda schedule: schedule(self.step))
-        except ProgramError:
+        except DataError:
             check_arguments("The objective", {"model": model, "guide": guide}, args, kwargs)
             raise
         if not torch.isfinite(terms.objective):
@@ -239,8 +239,7 @@ class TraceBeta_ELBO(ELBO):  # noqa: N801  (Pyro's naming)
         with collect_parameters() as parameters:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-            check_gradients(parameters)
+            differentiate(loss, parameters, self.retain_graph)
         return loss.item()
 
     @property

@@ -37,6 +37,7 @@ from pyro_elbo.errors import (
     describe,
     first_sentence,
 )
+from pyro_elbo.failures import failed_line
 from pyro_elbo.posterior.draws import Arrays, Frame, ProgramCall
 from pyro_elbo.posterior.fixed_draws import Evaluated, FixedDraws
 from pyro_elbo.posterior.gaussian import GaussianGuide
@@ -56,7 +57,6 @@ from pyro_elbo.programs import (
     check_options,
     check_programs,
     evaluating,
-    failed_line,
     find_plate_nesting,
     program_arguments,
     seeded,

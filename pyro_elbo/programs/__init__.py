@@ -9,12 +9,26 @@ Imports sequences and below.
 
 from pyro_elbo.programs.checks import MOST_ENTRIES, check_options, check_programs
 from pyro_elbo.programs.completion import complete_guide
-from pyro_elbo.programs.data import as_array, as_tensors, check_arguments, check_dense, named_columns, program_arguments
+from pyro_elbo.programs.data import (
+    as_array,
+    as_tensors,
+    check_arguments,
+    check_dense,
+    is_xarray,
+    named_columns,
+    program_arguments,
+)
 from pyro_elbo.programs.enumeration import HeldDraws, each_branch, step_before, without_marks
-from pyro_elbo.programs.explain import failed_line
+from pyro_elbo.programs.explain import explain_update
 from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluating
 from pyro_elbo.programs.modules import collect_modules, program_name
-from pyro_elbo.programs.parameters import Parameters, check_gradients, check_initialized, collect_parameters
+from pyro_elbo.programs.parameters import (
+    Parameters,
+    check_gradients,
+    check_initialized,
+    collect_parameters,
+    differentiate,
+)
 from pyro_elbo.programs.precision import full_precision
 from pyro_elbo.programs.rng import mix_seed, seed_cpu, seeded
 from pyro_elbo.programs.sites import Baseline, Plate, Site, check_data, fixed_sites, is_point, shared_plate, sort_by_dim
@@ -54,6 +68,7 @@ __all__ = [
     "RunData",
     "read_data",
     "fixed_sites",
+    "is_xarray",
     "is_point",
     "shared_plate",
     "sort_by_dim",
@@ -64,9 +79,10 @@ __all__ = [
     "check_initialized",
     "check_options",
     "check_programs",
+    "differentiate",
     "each_branch",
     "evaluating",
-    "failed_line",
+    "explain_update",
     "find_plate_nesting",
     "full_precision",
     "keeping_modes",

@@ -258,7 +258,8 @@ def _missing(site: Site, guide: list[str], mark: Any) -> SiteError:
     )
     return SiteError(
         f"Latent site '{name}' of the model has no site in the guide, which samples {guide}. Add "
-        f"pyro.sample('{name}', ...) to the guide, {sum_out}or observe the site."
+        f"pyro.sample('{name}', ...) to the guide, {sum_out}or observe the site: give this "
+        "call the data, if the model takes them."
     )
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_elbo.errors import DataError, describe, first_sentence
+from pyro_elbo.failures import describe_arguments
 
 
 def as_tensors(data: Any) -> Any:
-    """Convert NumPy arrays, pandas Series and DataFrames inside ``data`` to tensors, and NumPy scalars to numbers.
+    """Convert arrays of NumPy, pandas and xarray inside ``data`` to tensors, and NumPy scalars to numbers.
 
     Floating-point arrays get torch's default dtype; integers and booleans keep theirs. A DataFrame becomes a matrix of
     rows and columns.
@@ -69,6 +70,8 @@ def _as_tensor(x: Any) -> Any:
         return torch.stack([column.to(dtype) for column in columns], -1)
     if _is_frame(x, "Series"):
         return _from_numpy(x.to_numpy(), f"The Series '{x.name}'")
+    if is_xarray(x, "DataArray"):
+        return _from_numpy(x.to_numpy(), f"The DataArray '{x.name}'")
     return x
 
 
@@ -89,8 +92,19 @@ def _is_frame(x: Any, kind: str = "DataFrame") -> bool:
     return pandas is not None and isinstance(x, getattr(pandas, kind))
 
 
+def is_xarray(x: Any, kind: str) -> bool:
+    """Return True for an xarray object of this kind, without importing xarray."""
+    xarray = sys.modules.get("xarray")
+    return xarray is not None and isinstance(x, getattr(xarray, kind))
+
+
 def named_columns(data: Any, program: Callable[..., Any]) -> Any:
-    """Return a DataFrame as ``{column: tensor}`` if its columns are arguments of ``program``, all else unchanged."""
+    """Return a DataFrame as ``{column: tensor}`` if its columns are arguments of ``program``, all else unchanged.
+
+    The variables of an xarray Dataset are keyword arguments in any case.
+    """
+    if is_xarray(data, "Dataset"):
+        return dict(data.data_vars)
     signature = signature_of(program)
     if not _is_frame(data) or signature is None or not all(isinstance(name, str) for name in data.columns):
         return data
@@ -105,7 +119,7 @@ def named_columns(data: Any, program: Callable[..., Any]) -> Any:
 def program_arguments(
     model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments as the programs take them: arrays as tensors, a DataFrame as its columns where they fit."""
+    """Return arguments as programs take them: arrays as tensors, a DataFrame as its columns where they fit."""
     if not kwargs and len(args) == 1 and (columns := named_columns(args[0], model)) is not args[0]:
         args, kwargs = (), columns
     return as_tensors(args), as_tensors(dict(kwargs))
@@ -139,12 +153,3 @@ def check_arguments(
                 f"{call} calls the {role} as {role}{describe_arguments(args, kwargs)}, but it takes {signature}: "
                 f"{error}. {cure}Give model and guide the same arguments."
             ) from error
-
-
-def describe_arguments(args: tuple, kwargs: Mapping[str, Any]) -> str:
-    """Return the arguments of a call with the shapes of tensors and the types of everything else, in parentheses."""
-    return f"({', '.join([*map(_describe, args), *(f'{name}={_describe(x)}' for name, x in kwargs.items())])})"
-
-
-def _describe(x: Any) -> str:
-    return f"tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

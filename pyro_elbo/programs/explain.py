@@ -1,18 +1,13 @@
 """Translate failures of Pyro and torch into the library's errors, with the site or line and the cure."""
 
-import contextlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from traceback import FrameSummary, extract_tb
-from types import FrameType
 from typing import Any
 
-import jaxtyping
 import pyro
 import torch
+from pyro.infer.util import zero_grads
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -27,7 +22,7 @@ from pyro_elbo.errors import (
     count_nonfinite,
     first_sentence,
 )
-from pyro_elbo.programs.data import describe_arguments
+from pyro_elbo.failures import FAILURES, describe_arguments, explained_elsewhere, failed_line, frames, reason_of
 
 PARTICLE_PLATE = "num_particles_vectorized"
 """The name of the plate of vectorized particles."""
@@ -37,19 +32,9 @@ VINDEX = "Draw a latent that is indexed as one event (.to_event(n)), and write V
 
 NOTHING: Mapping[str, torch.Size] = {}
 
-_ROOTS = [Path(str(module.__file__)).parent for module in (torch, pyro, jaxtyping)] + [Path(__file__).parents[1]]
-_LIBRARIES = tuple(f"{root.resolve()}{os.sep}" for root in _ROOTS) + (os.path.realpath(contextlib.__file__),)
-_FAILURES = (
-    ValueError,
-    RuntimeError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    AssertionError,
-    StopIteration,  # data that a program takes from an iterator run out
-)
 _NO_KERNEL = re.compile(r"not implemented for '|Could not run '")  # torch: of a dtype, a layout or a device
+_PEER = re.compile(r"\bgloo\b|\bby peer\b")  # of processes that average their gradients
+_CALL = re.compile(r"\(\) (missing|takes|got)")  # of arguments that do not fit
 _BAD_VALUES = re.compile(r"\b(nan|inf)\b|positive-definite|positive definite|contains? non-finite|>= 0\.0", re.I)
 
 
@@ -66,25 +51,30 @@ def explain_failure(
     Raises:
         NonFiniteError: the arguments hold NaN that reached a distribution, or a parameter has diverged.
         SiteError: a plate is empty or does not fit, or the program fails on all values of a site at once.
-        DataError: a batch of one row meets batch norm.
+        DataError: a batch of one row meets batch norm, or the arguments do not fit the program.
         NoSamplerError: a distribution lacks a method.
         ProgramError: the program fails for another reason. Exceptions of a user's own class pass.
     """
+    token = explained_elsewhere.set(True)
     try:
         yield
     except PyroElboError:
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         if is_capturing() or type(error).__module__ != "builtins":
             raise
         explained = _explained(error, first_sentence(error), {**dict(enumerate(args)), **kwargs}, enumerated)
         raise _on_values(explained, enumerated) or _failed(error, args, kwargs) from error
+    finally:
+        explained_elsewhere.reset(token)
 
 
 def _failed(error: Exception, args: tuple, kwargs: Mapping[str, Any]) -> PyroElboError:
     """Return the error for a program that fails for a reason of its own."""
-    kind = "" if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: "
-    text = f"{failed_line(error)}: {kind}{first_sentence(error)}"
+    text = f"{failed_line(error)}: {reason_of(error)}"
+    if isinstance(error, TypeError) and _CALL.search(str(error)) and not text.startswith(("Line", "Site")):
+        called = f"A program was called with {describe_arguments(args, kwargs)}"
+        return DataError(f"{called}: {error}. Give model and guide the arguments that both take.")
     if _lacks_method(error):
         return NoSamplerError(f"{text} A distribution lacks a method, such as its sampler: use another one.")
     return ProgramError(
@@ -93,13 +83,41 @@ def _failed(error: Exception, args: tuple, kwargs: Mapping[str, Any]) -> PyroElb
     )
 
 
+_PARTS = {
+    "The backward pass": "Look for hooks, a torch.autograd.Function, or tensors of the programs that are written in "
+    "place; under torch.autograd.detect_anomaly() torch prints the line whose gradient fails.",
+    "The optimizer": "Look at its options, its hooks and parameters without gradient. Some parameters may have moved.",
+    "The scheduler": "Look at its options, and at the functions that it calls.",
+}
+"""The parts of a step beside the programs, with the cure where they fail."""
+
+
+@contextmanager
+def explain_update(part: str, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Raise the library's error where a ``part`` of a step beside the programs fails, and remove all gradients.
+
+    Raises:
+        ProgramError: the part fails, in code of the user's or in torch. Exceptions of a user's own class pass.
+    """
+    try:
+        yield
+    except BaseException as error:
+        zero_grads(parameters.values())  # a later step would add to them
+        if not isinstance(error, FAILURES) or type(error).__module__ != "builtins":
+            raise
+        reason, _, _ = reason_of(error).partition(" Hint: ")
+        if _PEER.search(reason):
+            raise ProgramError(f"Another process of this run has ended, whose own error says why: {reason}") from error
+        raise ProgramError(f"{part} fails. {failed_line(error)}: {reason} {_PARTS[part]}") from error
+
+
 def _lacks_method(error: Exception) -> bool:
     """Return whether a distribution of the program lacks a method, such as its sampler."""
     while isinstance(error.__cause__, Exception):  # Pyro's trace raises the error again, with its shapes
         error = error.__cause__
     if not isinstance(error, NotImplementedError) or _NO_KERNEL.search(str(error)):
         return False
-    return any(isinstance(frame.f_locals.get("self"), Distribution) for frame in _frames(error))
+    return any(isinstance(frame.f_locals.get("self"), Distribution) for frame in frames(error))
 
 
 def _on_values(error: Exception, enumerated: Mapping[str, torch.Size]) -> PyroElboError | None:
@@ -167,44 +185,9 @@ def _not_finite(error: Exception, reason: str, arguments: Mapping[Any, Any]) -> 
     )
 
 
-def failed_line(error: Exception) -> str:
-    """Return the site, or else the line, of the program that raised ``error``.
-
-    Example:
-        >>> try:
-        ...     torch.zeros(2) + torch.zeros(3)
-        ... except RuntimeError as error:
-        ...     failed_line(error)
-        "Line 'torch.zeros(2) + torch.zeros(3)'"
-    """
-    frames = zip(_frames(error), extract_tb(error.__traceback__), strict=True)
-    for frame, summary in reversed(list(frames)):
-        if not _is_library(summary):
-            if not summary.line:
-                return f"Function '{summary.name}' ({summary.filename}, line {summary.lineno})"
-            named = re.search(r"(?:sample|factor)\(\s*f?['\"]([^'\"]+)", summary.line)
-            return f"Site '{named.group(1)}'" if named else f"Line {summary.line!r}"
-        message = frame.f_locals.get("msg")
-        if isinstance(message, dict) and message.get("type") == "sample" and message.get("name"):
-            return f"Site '{message['name']}'"
-    return f"{type(error).__name__} inside pyro or torch"
-
-
-def _is_library(frame: FrameSummary) -> bool:
-    """Return whether a frame belongs to torch, Pyro or this library, by where they are installed."""
-    return frame.filename.startswith("<@beartype") or os.path.realpath(frame.filename).startswith(_LIBRARIES)
-
-
-def _frames(error: Exception) -> Iterator[FrameType]:
-    traceback = error.__traceback__
-    while traceback is not None:
-        yield traceback.tb_frame
-        traceback = traceback.tb_next
-
-
 def _failed_plate(error: Exception) -> str | None:
     """Return the name of the plate whose construction raised ``error``, which Pyro's messages leave out."""
-    found = [f.f_locals for f in _frames(error) if isinstance(f.f_locals.get("self"), pyro.plate)]
+    found = [f.f_locals for f in frames(error) if isinstance(f.f_locals.get("self"), pyro.plate)]
     names = [values["name"] for values in found if isinstance(values.get("name"), str)]
     return names[-1] if names else None
 
@@ -213,7 +196,7 @@ def _refused_value(error: Exception) -> Tensor | None:
     """Return the tensor that the validation of a distribution refused, if that is how a program failed."""
     while isinstance(error.__cause__, Exception):  # Pyro's trace raises the error again, with its shapes
         error = error.__cause__
-    *_, last = _frames(error)
+    *_, last = frames(error)
     value = last.f_locals.get("value")
     from_validation = last.f_code.co_name in ("__init__", "_validate_sample") and "torch" in last.f_code.co_filename
     return value if from_validation and isinstance(value, Tensor) else None

@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_elbo.errors import GuideError, NonFiniteError, count_nonfinite
+from pyro_elbo.programs.explain import explain_update
 
 
 class Parameters(dict[str, Tensor]):
@@ -39,6 +40,18 @@ def collect_parameters() -> Iterator[Parameters]:
         _, *given = message["args"]
         if given and isinstance(given[0], torch.nn.Parameter) and given[0] is not found[name]:
             found.displaced[name] = given[0]
+
+
+def differentiate(loss: Tensor, parameters: Mapping[str, Tensor], retain_graph: bool | None = None) -> None:
+    """Add the gradient of a loss to that of the parameters.
+
+    Raises:
+        ProgramError: the backward pass fails.
+        NonFiniteError: the gradient holds NaN or infinity.
+    """
+    with explain_update("The backward pass", parameters):
+        loss.backward(retain_graph=retain_graph)
+    check_gradients(parameters)
 
 
 def check_gradients(parameters: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_elbo.assumptions import is_capturing
 from pyro_elbo.errors import GuideError, SiteError
 from pyro_elbo.programs.checks import check_pair, check_rows, mask_unobserved
+from pyro_elbo.programs.data import observed_tensor
 from pyro_elbo.programs.enumeration import (
     ROOM_FOR_PLATES,
     Enumerator,
@@ -241,7 +242,7 @@ def read_data(model: Program, guide: Program, args: tuple, kwargs: Mapping[str, 
     subsamples = {n: x for n, x in nodes.items() if is_subsample(x)}
     rows = {n: torch.as_tensor(x["value"]) for n, x in subsamples.items() if len(x["value"]) < x["fn"].size}
     data = {n: x["value"] for n, x in nodes.items() if x["type"] == "sample" and x["is_observed"]}
-    return RunData(rows, data)
+    return RunData(rows, {n: observed_tensor(x, n) for n, x in data.items()})
 
 
 class SameRows(poutine.messenger.Messenger):

@@ -74,6 +74,7 @@ def scan(
     Raises:
         ArgumentError: if there are no steps, lengths are not between 1 and T, or the carry changes shape or dtype.
         SiteError: if a site appears twice in a step or is missing from some steps, or its distribution changes.
+        ProgramError: if a step fails.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist

@@ -15,10 +15,12 @@ from pyro_elbo.errors import (
     ArgumentError,
     CompileError,
     NonFiniteError,
+    ProgramError,
     PyroElboError,
     SiteError,
     first_sentence,
 )
+from pyro_elbo.failures import FAILURES, describe_arguments, explained_elsewhere, failed_line, reason_of
 from pyro_elbo.sequences.carry import differ, find_event_dim, hold_ended, pair_carries
 from pyro_elbo.sequences.collect import (
     Collector,
@@ -136,8 +138,9 @@ class StepProgram:
         with Collector(t, self.outside, given, self.one_value) as collector:
             try:
                 result = self.step(carry, x)
-            except (ValueError, RuntimeError) as error:
+            except FAILURES as error:
                 self._explain_overflow(error, carry, x, t, len(collector.sites))
+                _explain_step(error, carry, x, t)
                 raise
         if not isinstance(result, tuple) or len(result) != 2:
             raise ArgumentError(f"pe.scan: expected step to return (carry, out), got {type(result).__name__}.")
@@ -156,7 +159,7 @@ class StepProgram:
 
     def _explain_overflow(self, error: Exception, carry: Any, x: Any, t: int, done: int) -> None:
         """Raise the library's error where a step fails since its carry has overflowed, or nearly so."""
-        if is_capturing() or isinstance(error, PyroElboError):
+        if is_capturing() or not isinstance(error, ValueError | RuntimeError) or isinstance(error, PyroElboError):
             return
         leaves = [x for x in pytree.tree_leaves(carry) if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
         largest = max((x.abs().nan_to_num(0.0, posinf=float("inf")).max().item() for x in leaves), default=0.0)
@@ -268,6 +271,17 @@ class StepProgram:
             support = self.outside[name].support
             infer = site.infer if support is None else site.infer | support.infer
             pyro.sample(name, fn, obs=value if observed else None, infer=infer)
+
+
+def _explain_step(error: Exception, carry: Any, x: Any, t: int) -> None:
+    """Raise ProgramError for a step that fails, unless the program around the scan explains its failures."""
+    if explained_elsewhere.get() or is_capturing() or isinstance(error, PyroElboError):
+        return
+    if type(error).__module__ == "builtins":
+        raise ProgramError(
+            f"Step {t} of pe.scan fails. {failed_line(error)}: {reason_of(error)} The step was called with "
+            f"{describe_arguments((carry, x), {})}: let it take this carry and x_t, or look at that line."
+        ) from error
 
 
 def _missing_state(name: str) -> ArgumentError:

@@ -92,7 +92,9 @@ def _load(path: Path) -> dict[str, Any]:
         before = path.with_name(PREVIOUS)
         if path == before or not before.exists():
             raise
-        raise CheckpointError(f"{error} Without it, resume=True continues from {before}, the epoch before.") from error
+        raise CheckpointError(
+            f"{error} Without it, resume=True continues from {before}, the checkpoint before."
+        ) from error
 
 
 def _check_run(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:

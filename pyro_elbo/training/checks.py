@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_elbo.errors import ArgumentError, check_count, check_positive, describe
+from pyro_elbo.errors import ArgumentError, GuideError, check_count, check_positive, describe
 from pyro_elbo.objectives import TraceBeta_ELBO
 
 
@@ -49,3 +49,12 @@ def check_grad_clip(grad_clip: Any) -> None:
     """Raise ArgumentError unless ``grad_clip`` is None or positive and finite."""
     if grad_clip is not None:
         check_positive("grad_clip", grad_clip, "Leave it out, or lower the learning rate.")
+
+
+def check_depends(depends: bool) -> None:
+    """Raise GuideError if the objective depends on no parameter."""
+    if not depends:
+        raise GuideError(
+            "The objective depends on none of the parameters, so there is nothing to train. Use the parameters in the "
+            "distributions of model or guide, or evaluate the terms: loss.terms(model, guide, ...)."
+        )

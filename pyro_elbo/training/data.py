@@ -17,10 +17,10 @@ from pyro_elbo.training.rows import (
     RowDataset,
     Shares,
     StoredRows,
+    check_no_list,
     fingerprint,
     has_rows,
     is_stored,
-    is_xarray,
     map_parts,
     num_rows,
 )
@@ -224,7 +224,7 @@ def prepare_data(
 def _as_dataset(split: str, given: Any) -> Any:
     if given is None and split == "valid":
         return None
-    given = dict(given.data_vars) if is_xarray(given, "Dataset") else given
+    check_no_list(split, given)
     data: Any = map_parts(lambda x: x if is_stored(x) else as_tensors(x), given)
     data = (data,) if isinstance(data, bool | int | float) or is_stored(data) else data
     if not isinstance(data, Tensor | tuple | list | Mapping):

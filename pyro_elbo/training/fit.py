@@ -139,6 +139,7 @@ def fit(
         GuideError: the parameter store already holds parameters of another guide of the same name, or there is
             nothing to train.
         SiteError, NonFiniteError: from the terms.
+        ProgramError: the programs, the backward pass, the optimizer or the scheduler fail.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyro_elbo as pe
@@ -238,6 +239,11 @@ def _errors_of_processes() -> Iterator[None]:
             raise
         kind, _, message = text.partition(": ")
         raise getattr(errors, kind)(message.strip()) from error
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise errors.ProgramError(
+            f"Training ended since {error}; a machine out of memory sends SIGKILL. Train by fewer processes or on "
+            "smaller batches; with dir=..., resume=True continues from the last checkpoint."
+        ) from error
 
 
 class _Run(NamedTuple):

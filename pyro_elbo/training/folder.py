@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyro_elbo.errors import ArgumentError, CheckpointError, check_flag, check_path
+from pyro_elbo.files import why_unwritten
 from pyro_elbo.training.checks import check_counts
 
 BEST, LAST, PREVIOUS, HISTORY = "best.ckpt", "last.ckpt", "previous.ckpt", "history.nc"
@@ -58,7 +59,7 @@ class Folder:
             return Path(scratch)
         folder = Path(self.dir)
         files = [folder / name for name in (BEST, LAST, PREVIOUS, HISTORY)]
-        found = [] if self.resume else [file for file in files if file.exists()]
+        found = [] if self.resume else [file for file in files if os.path.exists(file)]
         if found and not self.overwrite:
             raise CheckpointError(
                 f"{folder} already holds a run ({', '.join(file.name for file in found)}). Pass resume=True to "
@@ -72,7 +73,7 @@ class Folder:
                 return folder
         except OSError as error:
             raise CheckpointError(
-                f"The results folder {folder} cannot be written: {error}. Choose another dir."
+                f"The results folder {folder} cannot be written: {why_unwritten(error)} Choose another dir."
             ) from error
 
     def start(self, folder: Path) -> Path | None:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from pyro_elbo.compile import CompiledSVI, KeptGradients, TorchUpdate
 from pyro_elbo.diagnosis import Probe
-from pyro_elbo.errors import ArgumentError, GuideError, NonFiniteError
-from pyro_elbo.programs import check_gradients, collect_parameters, mix_seed, seeded
+from pyro_elbo.errors import ArgumentError, NonFiniteError, ProgramError
+from pyro_elbo.programs import check_gradients, collect_parameters, explain_update, mix_seed, seeded
 from pyro_elbo.ranks import all_states, in_parts, mean_of_parts, weighed
 from pyro_elbo.terms import Terms
+from pyro_elbo.training.checks import check_depends
 from pyro_elbo.training.converge import Convergence, Goal
 from pyro_elbo.training.data import Batch, Loaders, arguments
 from pyro_elbo.training.folder import LAST
@@ -177,8 +178,23 @@ class LightningPrograms(lightning.LightningModule):
                 "train with pe.SVI and a pyro.optim optimizer."
             )
         self._show(values)
-        _check_depends(loss.requires_grad)
+        check_depends(loss.requires_grad)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradient of a loss to that of the parameters."""
+        with self.placed(), explain_update("The backward pass", self.trained):
+            loss.backward(*args, **kwargs)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Move the parameters along the gradient that the closure makes."""
+        with self.placed(), explain_update("The optimizer", self.trained):
+            optimizer.step(closure=optimizer_closure)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any = None) -> None:
+        """Step a scheduler of the learning rate; one that watches gets the number that it watches."""
+        with self.placed(), explain_update("The scheduler", self.trained):
+            scheduler.step(*([] if metric is None else [metric]))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse a step along a gradient that is not finite."""
@@ -196,8 +212,7 @@ class LightningPrograms(lightning.LightningModule):
 
         def closure() -> None:
             try:
-                with self.placed():
-                    found.append(svi.train(*arguments(batch)))
+                found.append(svi.train(*arguments(batch)))
             except ValueError as error:
                 if self.convergence is None:
                     raise
@@ -206,7 +221,7 @@ class LightningPrograms(lightning.LightningModule):
             if self.kept is not None:
                 self._average(self.kept, batch, found[0])
 
-        optimizer.step(closure=closure)
+        self.optimizer_step(0, 0, optimizer, closure)
         optimizer.zero_grad()  # a step in Python adds to the gradients, a compiled one expects none
         for record in found:
             values = self.count(record, batch, self.mean)
@@ -233,7 +248,7 @@ class LightningPrograms(lightning.LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             if config.interval == interval and count % config.frequency == 0:
                 watched = [self.trainer.callback_metrics[config.monitor]] if config.reduce_on_plateau else []
-                config.scheduler.step(*watched)
+                self.lr_scheduler_step(config.scheduler, *watched)
 
     def count(self, record: Any, batch: Batch, mean: RunningMean) -> dict[str, Tensor]:
         """Add what a step of our own has recorded to the mean of the epoch."""
@@ -254,7 +269,7 @@ class LightningPrograms(lightning.LightningModule):
         if batch_idx > 0:
             return
         if self.svi is not None:
-            _check_depends(self.svi.trains)
+            check_depends(self.svi.trains)
         parts = [(type(part).__name__, *item) for part in self.used for item in part.named_parameters()]
         if unknown := [f"{kind}.{name}" for kind, name, p in parts if p.grad is not None and id(p) not in self.held]:
             raise ArgumentError(
@@ -331,17 +346,19 @@ class LightningPrograms(lightning.LightningModule):
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """Name the batch, and the parameters to go back to, where a number is not finite."""
+        """Name the batch, and the parameters to go back to, where a step fails or a number is not finite."""
         try:
             yield
-        except NonFiniteError as error:
+        except (NonFiniteError, ProgramError) as error:
+            if f"This was {self.place}" in str(error):
+                raise
             last = None if self.files is None else self.files / LAST
             found = last is not None and last.exists()
             earlier = f"epoch {self.current_epoch - 1}" if self.save_every is None else "an earlier step"
             kept = f"; {last} holds those of {earlier}" if found else ""
             rank = f", process {self.global_rank}" if self.trainer.world_size > 1 else ""
             steps = f"The parameters are those after {self.trainer.global_step} steps{kept}."
-            raise NonFiniteError(f"{error} This was {self.place}{rank}. {steps}") from error
+            raise type(error)(f"{error} This was {self.place}{rank}. {steps}") from error.__cause__ or error
 
     def _evaluate(self, batch: Batch, mean: RunningMean) -> tuple[Terms, dict[str, Tensor]]:
         args, kwargs = arguments(batch)
@@ -375,15 +392,6 @@ class LightningPrograms(lightning.LightningModule):
             found = {"beta": beta, "settled": step >= elbo.settled, "penalty_weight": weights, "targets": targets}
             self._weights = key, found
         return self._weights[1]
-
-
-def _check_depends(depends: bool) -> None:
-    """Raise GuideError if the objective depends on no parameter."""
-    if not depends:
-        raise GuideError(
-            "The objective depends on none of the parameters, so there is nothing to train. Use the parameters in the "
-            "distributions of model or guide, or evaluate the terms: loss.terms(model, guide, ...)."
-        )
 
 
 def _elbo_per_datum(terms: Terms) -> Tensor:

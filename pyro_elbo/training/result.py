@@ -39,7 +39,7 @@ from pyro_elbo.training.checkpoint import check_state
 from pyro_elbo.training.checks import check_loss
 from pyro_elbo.training.convergence import ConvergenceReport
 from pyro_elbo.training.data import RunArguments, arguments
-from pyro_elbo.training.rows import num_rows
+from pyro_elbo.training.rows import check_no_list, num_rows
 from pyro_elbo.training.saved import SavedResult, decode_loss, decode_result, encode_loss, encode_report
 from pyro_elbo.training.summary import Summary, summarize
 from pyro_elbo.training.trained import Trained, first_run
@@ -244,6 +244,8 @@ class FitResult:
         """Return new arguments as the programs take them, or the training data."""
         if args or kwargs:
             check_options(self.model, kwargs)
+            if len(args) == 1:
+                check_no_list("This call", args[0])
             if len(args) == 1 and not kwargs and isinstance(args[0], tuple | list | Mapping):
                 args, kwargs = arguments(args[0])
             args, given = program_arguments(self.model, args, kwargs)
@@ -251,8 +253,8 @@ class FitResult:
             return args, given
         if not self.data.whole:
             raise DataError(
-                "The training data came from a Dataset or DataLoader, which the result does not hold as a whole. Pass "
-                "the arguments of the programs, such as result.sample(1000, x)."
+                "The result does not hold training data that come from a file, a Dataset or a DataLoader. Pass the "
+                "arguments of the programs, such as result.sample(1000, x)."
             )
         return self.data.args, self.data.kwargs
 

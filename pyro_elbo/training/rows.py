@@ -2,10 +2,10 @@
 
 import hashlib
 import mmap
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_elbo.programs import as_tensors
+from pyro_elbo.errors import DataError
+from pyro_elbo.programs import as_tensors, is_xarray
 
 MOST = 4096  # rows that a checksum covers
 
@@ -59,6 +60,14 @@ def map_parts(function: Callable[[Any], Any], data: Any) -> Any:
     return tuple(function(x) for x in data) if isinstance(data, tuple | list) else function(data)
 
 
+def check_no_list(what: str, data: Any) -> None:
+    """Raise DataError for a list of numbers or of lists, whose rows would pass for arguments."""
+    if isinstance(data, list) and data and all(isinstance(x, Number | list) for x in data):
+        raise DataError(
+            f"{what}: expected a tensor or an array, got a list of {len(data)} rows. Pass torch.tensor(list)."
+        )
+
+
 def has_rows(x: Any) -> bool:
     """Return whether the first dimension of a part of a batch holds its rows; numbers have none."""
     return isinstance(x, Tensor) and x.dim() > 0 and x.layout is torch.strided or is_stored(x)
@@ -67,12 +76,6 @@ def has_rows(x: Any) -> bool:
 def is_stored(x: Any) -> bool:
     """Return True for an array that is read batch by batch."""
     return isinstance(x, np.memmap) and x.ndim > 0 or is_xarray(x, "DataArray") and x.ndim > 0
-
-
-def is_xarray(x: Any, kind: str) -> bool:
-    """Return True for an xarray object of this kind, without importing xarray."""
-    xarray = sys.modules.get("xarray")
-    return xarray is not None and isinstance(x, getattr(xarray, kind))
 
 
 def num_rows(batch: Any) -> int:

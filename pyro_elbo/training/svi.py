@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyro_elbo.compile import Compile, CompiledSVI, Course, PyroUpdate, StepTotals, TorchUpdate
-from pyro_elbo.display import progress_bar
-from pyro_elbo.errors import ArgumentError, check_count, check_flag
+from pyro_elbo.display import count_noun, progress_bar
+from pyro_elbo.errors import ArgumentError, ProgramError, check_count, check_flag
 from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, program_arguments, program_name
 from pyro_elbo.ranks import check_alone
@@ -102,6 +102,7 @@ class SVI:
             CompileError: the step cannot be one graph, or a frozen Python value changes at every step.
             DataError: the arguments do not fit those of the programs, or a column does not hold numbers.
             NonFiniteError: the objective or its gradient is not finite; the step leaves the parameters unchanged.
+            ProgramError: the programs, the backward pass or the optimizer fail.
             SiteError: model and guide do not fit each other.
             ArgumentError: this is one of several processes, whose steps would not average gradients.
         """
@@ -249,7 +250,12 @@ class SVI:
 
     def _train(self, args: tuple, kwargs: dict[str, Any], course: Course | None = None) -> StepTotals:
         check_alone()
-        return self._steps.train(args, kwargs, course or Course())
+        try:
+            return self._steps.train(args, kwargs, course or Course())
+        except ProgramError as error:
+            raise ProgramError(f"{error} It failed after {count_noun(self.loss.step, 'step')}.") from (
+                error.__cause__ or error
+            )
 
 
 def _check_optim(optim: Any, grad_clip: float | None) -> None:

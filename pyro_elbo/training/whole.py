@@ -92,11 +92,11 @@ class WholeBatchTrainer:
         def closure() -> Any:
             loss = programs.training_step(batch, 0)
             optimizer.zero_grad()
-            loss.backward()
+            programs.backward(loss)
             programs.on_before_optimizer_step(optimizer)
             if self.grad_clip is not None:
                 held = [p for group in optimizer.param_groups for p in group["params"]]
                 torch.nn.utils.clip_grad_norm_(held, self.grad_clip)
             return loss
 
-        optimizer.step(closure)
+        programs.optimizer_step(0, 0, optimizer, closure)

@@ -12,7 +12,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.reparam import LocScaleReparam
 
 import pyro_elbo as pe
-from pyro_elbo.errors import ArgumentError, NonFiniteError, SiteError
+from pyro_elbo.errors import ArgumentError, NonFiniteError, ProgramError, SiteError
 from tests.support.refusing import refusing
 
 N, T = 3, 4
@@ -403,3 +403,32 @@ def test_a_forecast_has_no_bound():
 def observe(c, x_t):
     pyro.sample("x", dist.Normal(torch.zeros(N), 1.0), obs=x_t)
     return c, None
+
+
+# --- a scan on its own, outside of an objective --------------------------------------------------------------------
+
+
+def fails_at(t):
+    return at_step(t, lambda c, x: (c, c), lambda c, x: (c.no_such_attribute, c))
+
+
+@pytest.mark.parametrize(
+    ("a_step", "init", "parts"),
+    [
+        (fails_at(2), torch.zeros(N), ("Step 2 of pe.scan", "no_such_attribute", "tensor of shape (3,)")),
+        (lambda c: (c, c), torch.zeros(N), ("Step 0 of pe.scan", "TypeError", "takes 1 positional argument")),
+        (step, "one", ("Step 0 of pe.scan", "Site 'z'", "called with (str, tensor of shape (3,))")),
+        (lambda c, x: step(c * float("nan"), x), torch.zeros(N), ("Step 0 of pe.scan", "Expected parameter loc")),
+    ],
+)
+def test_a_step_that_fails_alone_is_named(a_step, init, parts):
+    with refuses(ProgramError, *parts):
+        pe.scan(a_step, init, X)
+
+
+def test_the_error_of_a_step_is_that_of_the_program_around_it():
+    """Which knows the arguments, and tells NaN in the data from a program that is wrong."""
+    with refuses(NonFiniteError, "Argument 0 of the program"):
+        pe.TraceBeta_ELBO().terms(sequences(lambda c, x: step(x, x)), sequences(guide_step), X * float("nan"))
+    with refuses(ProgramError, "The program was called with (tensor of shape (4, 3))"):
+        pe.TraceBeta_ELBO().terms(sequences(lambda c, x: (c.no_such_attribute, c)), sequences(guide_step), X)

@@ -12,7 +12,7 @@ from lightning import Callback
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_elbo as pe
-from pyro_elbo.errors import ArgumentError, CheckpointError, NonFiniteError
+from pyro_elbo.errors import ArgumentError, CheckpointError, NonFiniteError, ProgramError
 from tests.support.full_disk import filling_disk
 from tests.support.killed import Programs, run
 
@@ -31,10 +31,10 @@ def fit(dir, data=None, programs=None, **options):
 @pytest.mark.slow
 def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(tmp_path):
     """Buffers, optimizers, schedules, critics, early stopping and random streams (bench_kills.py: 50 kills)."""
-    assert run(tmp_path / "whole", 8)
+    assert run(tmp_path / "whole", 8, save_every=2)
     for after in (0.5, 0.9, 1.3):
-        run(tmp_path / "killed", 8, after)
-    assert run(tmp_path / "killed", 8)
+        run(tmp_path / "killed", 8, after, save_every=2)
+    assert run(tmp_path / "killed", 8, save_every=2)
     checksums = [(tmp_path / name / "checksum").read_text() for name in ("whole", "killed")]
     assert checksums[0] == checksums[1]
 
@@ -191,6 +191,21 @@ def test_ctrl_c_ends_training_with_a_result(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(None, callbacks=PressCtrlC(times=2))
     assert signal.getsignal(signal.SIGINT) is usual
+
+
+class Kill(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, trainer.global_rank) == (1, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named_and_the_run_continues(tmp_path):
+    options = {"devices": 2, "batch_size": 4}
+    with pytest.raises(ProgramError, match="process 1 terminated with signal SIGKILL.*|Another process of this run"):
+        fit(tmp_path / "run", callbacks=Kill(), **options)
+    found = fit(tmp_path / "run", resume=True, **options)
+    assert found.history.equals(fit(tmp_path / "whole", **options).history)
 
 
 def test_training_in_a_thread_leaves_signals_alone():

@@ -134,3 +134,17 @@ def test_a_stream_that_yields_fewer_rows_than_it_states():
 
     with pytest.raises(DataError, match=f"Wrong states {ROWS} rows an epoch and has yielded 40"):
         fit(Wrong())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_call_takes_what_a_fit_takes(form, tmp_path):
+    data, x, y = FORMS[form](tmp_path), torch.tensor(X), torch.tensor(Y).float()
+    result, _ = fit(data, max_epochs=1)
+    assert result.terms(data).elbo == result.terms(x, y).elbo
+    found, expected = (result.predict(*given, num_samples=3, seed=0)["y"] for given in ((data,), (x, y)))
+    assert found.equals(expected)
+    parts = data.values() if hasattr(data, "values") else data
+    found, expected = (pe.pareto_k(model, guide, *given, num_samples=40) for given in (parts, (x, y)))
+    assert repr(found) == repr(expected)
+    with pytest.raises(DataError, match="does not hold training data that come from a file"):
+        result.sample(3)

@@ -16,7 +16,7 @@ from pyro_elbo.programs.modes import evaluating, keeping_modes, module_evaluatin
 from pyro_elbo.programs.modules import collect_modules, program_name
 from pyro_elbo.programs.parameters import Parameters, check_gradients, check_initialized, collect_parameters
 from pyro_elbo.programs.precision import full_precision
-from pyro_elbo.programs.rng import mix_seed, seed_cpu, seeded
+from pyro_elbo.programs.rng import mix_seed, mix_seeds, seed_cpu, seeded
 from pyro_elbo.programs.sites import Baseline, Plate, Site, check_data, fixed_sites, is_point, shared_plate, sort_by_dim
 from pyro_elbo.programs.tracing import (
     Program,
@@ -71,6 +71,7 @@ __all__ = [
     "full_precision",
     "keeping_modes",
     "mix_seed",
+    "mix_seeds",
     "module_evaluating",
     "program_name",
     "trace_pair",

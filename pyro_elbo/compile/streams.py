@@ -25,7 +25,10 @@ SOURCE = r"""
 #include <cmath>
 #ifdef __AVX2__
 #define CPU_CAPABILITY_AVX2
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")  // as torch is compiled
 #include <ATen/native/cpu/avx_mathfun.h>
+#pragma GCC pop_options
 #endif
 
 constexpr int64_t LANES = 32, STATES = 624;

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -53,16 +54,16 @@ def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Table(NamedTuple):
-    """Numbers of epochs of one split, a row per epoch and a column per name."""
+    """Numbers of epochs of one split, a vector per name."""
 
     split: str
     names: tuple[str, ...]
     epochs: np.ndarray
-    values: Float[np.ndarray, "epochs names"]
+    values: Float[np.ndarray, "names epochs"]
 
     def column(self, name: str) -> Float[np.ndarray, " epochs"]:
         """Return the numbers of one name."""
-        return self.values[:, self.names.index(name)]
+        return self.values[self.names.index(name)]
 
 
 class History:
@@ -83,33 +84,35 @@ class History:
         self._parts: dict[tuple[str, tuple[str, ...]], list[tuple[np.ndarray, np.ndarray]]] = {}
         self.probes: dict[int, dict[str, ProbeRecord]] = {}
 
-    def add(self, split: str, first: int, names: Sequence[str], values: Float[np.ndarray, "epochs names"]) -> None:
+    def add(self, split: str, first: int, columns: Mapping[str, Float[np.ndarray, " epochs"]]) -> None:
         """Add the numbers of some epochs in a row."""
-        self.newest = Table(split, tuple(names), np.arange(first, first + len(values)), values)
+        values = np.stack(list(columns.values()))
+        self.newest = Table(split, tuple(columns), np.arange(first, first + values.shape[1]), values)
         self._parts.setdefault(self.newest[:2], []).append(self.newest[2:])
 
     def add_probe(self, found: Mapping[str, ProbeRecord]) -> None:
         """Add what a probe has found after the last epoch."""
         last = self.last
-        self.probes[last] = {t.split: found.get(t.split, {}) for t in self.tables() if last in t.epochs}
+        self.probes[last] = {t.split: found.get(t.split, {}) for t in self.tables() if t.epochs[-1] == last}
 
     def tables(self) -> Iterator[Table]:
         """Return the epochs of each split; those with different columns apart."""
         for (split, names), parts in self._parts.items():
             if len(parts) > 1:
                 epochs, values = zip(*parts, strict=True)
-                parts[:] = [(np.concatenate(epochs), np.concatenate(values))]
+                parts[:] = [(np.concatenate(epochs), np.concatenate(values, 1))]
             yield Table(split, names, *parts[0])
 
     @property
     def epochs(self) -> np.ndarray:
         """The epochs, in order."""
-        return np.unique(np.concatenate([np.empty(0, np.int64), *(t.epochs for t in self.tables())]))
+        found = [t.epochs for t in self.tables()] or [np.empty(0, np.int64)]
+        return reduce(lambda x, y: x if np.array_equal(x, y) else np.union1d(x, y), found)
 
     @property
     def last(self) -> int:
         """The last epoch."""
-        return int(self.epochs[-1])
+        return max(int(t.epochs[-1]) for t in self.tables())
 
     def best(self) -> int:
         """Return the epoch with the highest bound at β = 1, of validation if there is one and after the warm-up.
@@ -119,8 +122,8 @@ class History:
         tables = list(self.tables())
         judged = [t for t in tables if t.split == "valid"] or tables
         elbo, settled = (np.concatenate([t.column(name) for t in judged]) for name in ("elbo", "settled"))
-        epochs = np.concatenate([t.epochs for t in judged])
-        return int(epochs[np.lexsort((epochs, -elbo, -settled))[0]])
+        elbo = np.where((settled < settled.max()) | np.isnan(elbo), -np.inf, elbo)
+        return int(np.concatenate([t.epochs for t in judged])[elbo == elbo.max()].min())
 
     def state(self) -> dict[str, Any]:
         """Return tensors and plain values, which a file holds and gives back without running code."""
@@ -152,8 +155,9 @@ class History:
         shape = len(epochs), len(SPLITS)
         columns: dict[str, np.ndarray] = {}
         for t in self.tables():
-            rows, split = np.searchsorted(epochs, t.epochs), SPLITS.index(t.split)
-            for name, column in zip(t.names, t.values.T, strict=True):
+            rows = slice(None) if len(t.epochs) == len(epochs) else np.searchsorted(epochs, t.epochs)
+            split = SPLITS.index(t.split)
+            for name, column in zip(t.names, t.values, strict=True):
                 columns.setdefault(name, np.full(shape, np.nan))[rows, split] = column
 
         def stacked(names: Sequence[str]) -> np.ndarray:

@@ -31,7 +31,8 @@ from pyro_elbo.training.rows import num_rows
 from pyro_elbo.training.trained import Trained
 
 # Steps between two probes, in Python and compiled, for each step that a probe takes (four where all batches are equal).
-# Rows count alike in both, but compiled steps are up to ten times as fast.
+# Rows count alike in both, but compiled steps are ten times as fast, and of a small model a thousand times. They may be
+# very many, so their interval grows to a quarter of the steps before.
 PROBE_EVERY = {False: 50, True: 500}
 
 
@@ -293,8 +294,9 @@ class LightningPrograms(lightning.LightningModule):
 
     @property
     def probe_every(self) -> int:
-        """The steps between two probes."""
-        return math.ceil(PROBE_EVERY[bool(self.options.compile)] * max(4.0, self.probe.cost))
+        """The steps from the last probe to the next."""
+        every = math.ceil(PROBE_EVERY[bool(self.options.compile)] * max(4.0, self.probe.cost))
+        return max(every, self.probed_at // 4) if self.options.compile else every
 
     def probe_if_due(self) -> None:
         """Probe the programs at the end of an epoch, where enough steps have passed."""
@@ -361,8 +363,8 @@ class LightningPrograms(lightning.LightningModule):
             steps: the steps taken by the end of each epoch.
         """
         weights = weights_after(self.module.elbo, steps, values)
-        columns = {name: np.atleast_1d(x) for name, x in values.items()} | weights
-        self.history.add(split, self.current_epoch, tuple(columns), np.stack(list(columns.values()), -1))
+        means = {name: np.atleast_1d(x) for name, x in values.items()}
+        self.history.add(split, self.current_epoch, means | weights)
         return weights
 
     def _record_epoch(self, split: str, mean: RunningMean) -> None:

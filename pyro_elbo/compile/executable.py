@@ -162,7 +162,7 @@ class StepInputs:
         self,
         values: Sequence[Sequence[float]],
         noise: Sequence[Noise],
-        stream: Sequence[Segment],
+        stream: Sequence[Segment] | None,
         seeds: Seeds | None = None,
     ) -> None:
         """Set the scalars of each step and draw new noise: in the order of ``stream``, or all at once without one.
@@ -173,15 +173,15 @@ class StepInputs:
         if values != self.values[:steps]:
             self.scalars[:steps] = torch.tensor(values, dtype=self.scalars.dtype)
             self.values = values
-        if seeds is not None and stream and reproduces(driver(), noise, stream):
+        if seeds is not None and stream is not None and reproduces(driver(), noise, stream):
             draw(driver(), seeds, noise, stream, self.noise)
             return
         for step in range(steps) if stream or seeds is not None else ():
             if seeds is not None:
                 torch.default_generator.manual_seed(int(seeds[step]))
-            for row, start, stop in stream:
+            for row, start, stop in stream or ():
                 noise[row].draw(self.noise[row][step, start:stop])
-        for n, x in zip(noise, self.noise, strict=True) if not stream else ():
+        for n, x in zip(noise, self.noise, strict=True) if stream is None else ():
             n.draw(x[:steps])
 
 
@@ -219,7 +219,7 @@ class Executable:
         seeds: Seeds | None = None,
     ) -> np.ndarray:
         """Run one step per entry of ``values`` (its scalars) on the same data; return the record of each."""
-        ahead = 1 if seeds is not None and not self._stream else self._ahead  # the graph itself may draw
+        ahead = 1 if seeds is not None and self._stream is None else self._ahead  # the graph itself may draw
         parts = [slice(i, i + ahead) for i in range(0, len(values), ahead)]
         return np.concatenate(
             [self._run(data, values[part], snapshots, None if seeds is None else seeds[part]) for part in parts]

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+from typing import Any
 
 import numpy as np
 import pyro
@@ -28,7 +29,7 @@ def mix_seeds(first: int, numbers: range, last: int) -> NDArray[np.uint32]:
     """
     constant = 0x43B0D7E5
 
-    def hashed(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    def hashed(x: NDArray[Any]) -> NDArray[Any]:
         nonlocal constant
         x = x ^ constant
         constant = constant * 0x931E8875 % 2**32
@@ -41,7 +42,7 @@ def mix_seeds(first: int, numbers: range, last: int) -> NDArray[np.uint32]:
     return _folded((pool[0] ^ 0x8B51F9DD) * (0x8B51F9DD * 0x58F38DED % 2**32))
 
 
-def _folded(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+def _folded(x: NDArray[Any]) -> NDArray[Any]:
     return x ^ (x >> 16)
 
 

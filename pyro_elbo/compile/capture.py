@@ -49,7 +49,8 @@ class Graph:
     written: tuple[int, ...] = ()  # positions of inputs
     noise: tuple[Noise, ...] = ()
     packs: tuple[Pack, ...] = ()
-    stream: tuple[Segment, ...] = ()  # the order in which an uncompiled step draws; empty where rows are drawn at once
+    stream: tuple[Segment, ...] | None = None  # an uncompiled step's draws in order; None where rows have no order,
+    # being drawn at once, or the graph itself draws
 
 
 def functional_graph(recording: Recording, kept: int, lift_noise: bool) -> Graph:
@@ -71,7 +72,7 @@ def functional_graph(recording: Recording, kept: int, lift_noise: bool) -> Graph
     usable, writes, written = _take_writes(graph.graph, len(tensors) - kept)
     packs = pack(graph.graph, recording.externals, writes) if on_cpu(tensors) else ()
     _write(graph.graph, usable, writes, kept)
-    noise, stream = extract_noise(graph.graph) if lift_noise or can_follow_stream(graph.graph) else ((), ())
+    noise, stream = extract_noise(graph.graph) if lift_noise or can_follow_stream(graph.graph) else ((), None)
     graph.graph.eliminate_dead_code()
     mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor's disk cache wants one
     rows = [torch.empty(n.size, dtype=n.dtype, device=tensors[-1].device) for n in noise]
@@ -79,7 +80,7 @@ def functional_graph(recording: Recording, kept: int, lift_noise: bool) -> Graph
     given = (*fixed, *recording.inputs, *rows)
     fakes = tuple(mode.from_tensor(x.detach(), static_shapes=True) for x in given)
     module = optimize(graph, mode, fakes)
-    return Graph(module, fakes, len(fixed), written, noise, packs, () if lift_noise else stream)
+    return Graph(module, fakes, len(fixed), written, noise, packs, None if lift_noise else stream)
 
 
 def decompositions(lift_noise: bool) -> dict[Any, Any]:

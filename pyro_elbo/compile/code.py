@@ -33,7 +33,7 @@ class Code:
     entry: ctypes.c_void_p | None
     noise: tuple[Noise, ...] = ()
     packs: tuple[Pack, ...] = ()
-    stream: tuple[Segment, ...] = ()
+    stream: tuple[Segment, ...] | None = None
     written: tuple[int, ...] = ()
 
 

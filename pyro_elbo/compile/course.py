@@ -1,9 +1,10 @@
 """A course: steps in a row on the same data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pyro_elbo.compile.snapshots import Snapshots
+from pyro_elbo.compile.streams import Seeds
 from pyro_elbo.programs import seed_cpu
 
 
@@ -19,13 +20,13 @@ class Course:
 
     steps: int = 1
     snapshots: Snapshots | None = None
-    seeds: Sequence[int] = ()
+    seeds: Seeds | None = None
 
     def in_python(self) -> Iterator[None]:
         """Seed before each step and take snapshots after it."""
         for i in range(self.steps):
-            if self.seeds:
-                seed_cpu(self.seeds[i])
+            if self.seeds is not None:
+                seed_cpu(int(self.seeds[i]))
             yield
             if self.snapshots is not None:
                 self.snapshots.note()
@@ -36,4 +37,4 @@ class Course:
 
     def rest(self) -> "Course":
         """Return the steps after the first."""
-        return replace(self, steps=self.steps - 1, seeds=self.seeds[1:])
+        return replace(self, steps=self.steps - 1, seeds=None if self.seeds is None else self.seeds[1:])

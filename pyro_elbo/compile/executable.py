@@ -26,11 +26,14 @@ from pyro_elbo.compile.packed import Packed
 from pyro_elbo.compile.record import Recording
 from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.store import load_library
+from pyro_elbo.compile.streams import SOURCE as DRAWS
+from pyro_elbo.compile.streams import Seeds, draw, reproduces
 from pyro_elbo.errors import CompileError
 
 _log = logging.getLogger(__name__)
 
-AHEAD = 2**18  # numbers of noise drawn at once
+AHEAD = 2**18  # numbers of noise drawn at once,
+BLOCK = 1024  # and the most steps: making the inputs of one takes as long as two small steps
 
 # A compiled function takes ownership of its handles, so every step makes new ones.
 _DRIVER = r"""
@@ -159,8 +162,8 @@ class StepInputs:
         self,
         values: Sequence[Sequence[float]],
         noise: Sequence[Noise],
-        stream: Sequence[Segment],
-        seeds: Sequence[int] = (),
+        stream: Sequence[Segment] | None,
+        seeds: Seeds | None = None,
     ) -> None:
         """Set the scalars of each step and draw new noise: in the order of ``stream``, or all at once without one.
 
@@ -170,12 +173,15 @@ class StepInputs:
         if values != self.values[:steps]:
             self.scalars[:steps] = torch.tensor(values, dtype=self.scalars.dtype)
             self.values = values
-        for step in range(steps) if stream or seeds else ():
-            if seeds:
-                torch.default_generator.manual_seed(seeds[step])
-            for row, start, stop in stream:
+        if seeds is not None and stream is not None and reproduces(driver(), noise, stream):
+            draw(driver(), seeds, noise, stream, self.noise)
+            return
+        for step in range(steps) if stream or seeds is not None else ():
+            if seeds is not None:
+                torch.default_generator.manual_seed(int(seeds[step]))
+            for row, start, stop in stream or ():
                 noise[row].draw(self.noise[row][step, start:stop])
-        for n, x in zip(noise, self.noise, strict=True) if not stream else ():
+        for n, x in zip(noise, self.noise, strict=True) if stream is None else ():
             n.draw(x[:steps])
 
 
@@ -195,7 +201,7 @@ class Executable:
         self.flag, self._owned = row[1], owned
         self._row, self._noise, self._stream = row, code.noise, code.stream
         self._externals, self._frozen = list(recording.externals), recording.frozen
-        self._ahead = max(1, AHEAD // max([1, *(n.size for n in code.noise)]))
+        self._ahead = max(1, min(BLOCK, AHEAD // max([1, *(n.size for n in code.noise)])))
         self._rows: dict[int, tuple[StepInputs, Handles | None]] = {}
         self._entry = code.entry
         self._call: Any = code.call
@@ -210,12 +216,14 @@ class Executable:
         data: Sequence[Tensor],
         values: Sequence[Sequence[float]],
         snapshots: Snapshots | None = None,
-        seeds: Sequence[int] = (),
+        seeds: Seeds | None = None,
     ) -> np.ndarray:
         """Run one step per entry of ``values`` (its scalars) on the same data; return the record of each."""
-        ahead = 1 if seeds and not self._stream else self._ahead  # the graph itself may draw
+        ahead = 1 if seeds is not None and self._stream is None else self._ahead  # the graph itself may draw
         parts = [slice(i, i + ahead) for i in range(0, len(values), ahead)]
-        return np.concatenate([self._run(data, values[part], snapshots, seeds[part]) for part in parts])
+        return np.concatenate(
+            [self._run(data, values[part], snapshots, None if seeds is None else seeds[part]) for part in parts]
+        )
 
     def fits(self) -> bool:
         """Return whether external tensors still have the layout and frozen ones the values that the code assumes."""
@@ -285,7 +293,7 @@ class Executable:
         data: Sequence[Tensor],
         values: Sequence[Sequence[float]],
         snapshots: Snapshots | None = None,
-        seeds: Sequence[int] = (),
+        seeds: Seeds | None = None,
     ) -> np.ndarray:
         rows, handles = self._rows_for(len(values))
         rows.fill(values, self._noise, self._stream, seeds)
@@ -325,7 +333,7 @@ def build_driver(tensors: Iterable[Tensor]) -> None:
 
 @cache
 def _library() -> Callable[[], ctypes.PyDLL]:
-    return load_library(_DRIVER)
+    return load_library(_DRIVER + DRAWS)
 
 
 @cache
@@ -338,6 +346,7 @@ def driver() -> ctypes.PyDLL:
     library.release.restype, library.release.argtypes = None, [ctypes.py_object]
     library.layout.restype = ctypes.c_int64
     library.layout.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int64]
+    library.draw.restype, library.draw.argtypes = None, [ctypes.c_void_p, ctypes.c_int64] * 2
     return library
 
 

@@ -28,9 +28,10 @@ SCAN_DRAWS: dict[int, tuple[NoiseKind, ...]] = {}
 """The kinds of the draws in one step of a scan, by the key of the operator that makes them."""
 
 
-def fill_noise(kind: NoiseKind, x: Tensor) -> Tensor:
-    """Fill a tensor with standard draws from torch's generator and return it."""
-    return {"normal": x.normal_, "uniform": x.uniform_, "exponential": x.exponential_}[kind]()
+def fill_noise(kind: NoiseKind, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill a tensor with standard draws from a generator, torch's own if omitted, and return it."""
+    draw = {"normal": x.normal_, "uniform": x.uniform_, "exponential": x.exponential_}[kind]
+    return draw(generator=generator)
 
 
 @dataclass(frozen=True)

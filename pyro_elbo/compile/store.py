@@ -177,7 +177,8 @@ def _load(key: str) -> Code | None:
     try:
         noise = tuple(Noise(kind, getattr(torch, dtype), int(size)) for kind, dtype, size in facts["noise"])
         packs = tuple(tuple(pack) for pack in facts["packs"])
-        stream = tuple((row, start, stop) for row, start, stop in facts["stream"])
+        order = facts["stream"]
+        stream = None if order is None else tuple((row, start, stop) for row, start, stop in order)
         return Code(None, entry_of(library), noise, packs, stream, tuple(facts["written"]))
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         _log.warning("%s is damaged (%s): the step is compiled anew", library, error)

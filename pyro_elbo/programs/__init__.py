@@ -30,7 +30,7 @@ from pyro_elbo.programs.parameters import (
     differentiate,
 )
 from pyro_elbo.programs.precision import full_precision
-from pyro_elbo.programs.rng import mix_seed, seed_cpu, seeded
+from pyro_elbo.programs.rng import mix_seed, mix_seeds, seed_cpu, seeded
 from pyro_elbo.programs.sites import Baseline, Plate, Site, check_data, fixed_sites, is_point, shared_plate, sort_by_dim
 from pyro_elbo.programs.tracing import (
     Program,
@@ -87,6 +87,7 @@ __all__ = [
     "full_precision",
     "keeping_modes",
     "mix_seed",
+    "mix_seeds",
     "module_evaluating",
     "program_name",
     "trace_pair",

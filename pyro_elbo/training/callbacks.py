@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from pyro_elbo.diagnosis import diagnose
 from pyro_elbo.files import write_file
 from pyro_elbo.training.folder import BEST, LAST, keep_previous
-from pyro_elbo.training.history import best, to_dataset
 
 WAITS = ("healthy", "unused units", "not converged", "warm-up too long")  # findings that only the end can tell
 
@@ -54,10 +53,10 @@ class Watch(EarlyStopping):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Diagnose the epochs so far, if there was a probe after this one."""
-        records: Any = pl_module.records
-        if "probe" not in records[-1]:
+        history: Any = pl_module.history
+        if pl_module.current_epoch not in history.probes:
             return
-        found = {f.title.split(",")[0]: f for f in diagnose(to_dataset(records)).findings if f.name not in WAITS}
+        found = {f.title.split(",")[0]: f for f in diagnose(history.to_dataset()).findings if f.name not in WAITS}
         self.standing = {name: self.standing.get(name, 0) + 1 for name in found}
         for name, finding in found.items():
             if self.standing[name] == self.probes and trainer.is_global_zero:
@@ -75,7 +74,7 @@ class Watch(EarlyStopping):
 
 
 class KeepCheckpoints(Checkpoint):
-    """Save the last epoch, the one before, and the one that :func:`pyro_elbo.training.history.best` ranks first.
+    """Save the last epoch, the one before, and the one that :meth:`History.best` of the training history names.
 
     An epoch that Ctrl-C has cut short is not saved: the run continues from the one before, or from the last checkpoint
     within an epoch.
@@ -101,7 +100,7 @@ class KeepCheckpoints(Checkpoint):
         whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if not whole and trainer.global_step != programs.stop.max_steps:
             return
-        if best(programs.records)["epoch"] == programs.current_epoch:
+        if programs.history.best() == programs.current_epoch:
             trainer.save_checkpoint(self.folder / BEST)
         self._save_last(trainer)
 

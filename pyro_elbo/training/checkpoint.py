@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_elbo.errors import ArgumentError, CheckpointError
 from pyro_elbo.files import read_file, reading
 from pyro_elbo.training.folder import PREVIOUS
-from pyro_elbo.training.history import best, to_dataset
+from pyro_elbo.training.history import History
 
 KIND = "checkpoint of pe.fit"
 CHECKPOINT_PARTS = frozenset(
@@ -55,9 +55,10 @@ def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer,
 
 def _compare(path: Path, checkpoint: Mapping[str, Any], programs: Any, optimizer: Any, stop: Any) -> None:
     check_state(path, checkpoint["state_dict"], programs.state_dict())
-    if checkpoint["history"] or "within" not in checkpoint:  # none yet within the first epoch
-        best(checkpoint["history"])
-        to_dataset(checkpoint["history"])
+    history = History.of(checkpoint["history"])
+    if len(history.epochs) or "within" not in checkpoint:  # none yet within the first epoch
+        history.best()
+        history.to_dataset()
     _check_run(path, checkpoint["run"], programs.identity)
     ours, theirs = optimizer.param_groups, checkpoint["optimizer_states"][0]["param_groups"]
     options = [[sorted(group) for group in groups] for groups in (ours, theirs)]

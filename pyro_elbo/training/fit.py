@@ -20,13 +20,12 @@ from pyro_elbo.files import reading
 from pyro_elbo.objectives import TermsModule, TraceBeta_ELBO
 from pyro_elbo.programs import Program, check_programs, keeping_modes
 from pyro_elbo.ranks import group_of_one
-from pyro_elbo.training import history as histories
 from pyro_elbo.training.checkpoint import KIND, check_resumable, load_checkpoint
 from pyro_elbo.training.checks import check_counts, check_loss
 from pyro_elbo.training.convergence import ConvergenceReport
 from pyro_elbo.training.data import Loaders, RunArguments, arguments, prepare_data
 from pyro_elbo.training.folder import BEST, HISTORY, LAST, Folder
-from pyro_elbo.training.history import EpochRecord
+from pyro_elbo.training.history import History, save_history
 from pyro_elbo.training.machine import Machine
 from pyro_elbo.training.options import LearningRate, MakeOptimizer, Options, Scheduler, Steps, Stopping
 from pyro_elbo.training.quiet import stopping_softly, undisturbed
@@ -280,24 +279,24 @@ class _Run(NamedTuple):
     def result(self, data: RunArguments) -> FitResult:
         """Restore the best epoch where it is wanted, write the history, and return the result."""
         stop, module = self.options.stop, self.trained.module
-        records, steps = self._outcome()
-        if not any(r.get("probe") for r in records if r["epoch"] == records[-1]["epoch"]):
-            histories.add_probe(records, self.probe())
-        best, epochs = histories.best(records)["epoch"], len({r["epoch"] for r in records})
+        history, steps = self._outcome()
+        best, last, epochs = history.best(), history.last, len(history.epochs)
+        if not any(history.probes.get(last, {}).values()):
+            history.add_probe(self.probe())
         convergence = self._convergence()
         averages = convergence is not None and convergence.converged and stop.restore_best is None
-        holds, kept = self._restore(best == records[-1]["epoch"], stop.restores and not averages)
-        history = histories.to_dataset(records, module.elbo.loss_units)
+        holds, kept = self._restore(best == last, stop.restores and not averages)
+        dataset = history.to_dataset(module.elbo.loss_units)
         if self.points:
-            history.attrs["point_estimates"] = list(self.points)
+            dataset.attrs["point_estimates"] = list(self.points)
         files = None if self.options.place.dir is None else self.files
         if files is not None and self.trainer.global_rank == 0:
-            histories.save(history, files / HISTORY)
+            save_history(dataset, files / HISTORY)
         return FitResult(
             module.model,
             module.guide,
             module.elbo,
-            history,
+            dataset,
             best_epoch=best,
             stopped_early=epochs < stop.epochs and steps != stop.max_steps,
             best_path=files and files / BEST,
@@ -310,13 +309,13 @@ class _Run(NamedTuple):
             _kept=kept,
         )
 
-    def _outcome(self) -> tuple[list[EpochRecord], int]:
-        """Return the records and the number of steps; several processes leave both and the parameters in a file."""
+    def _outcome(self) -> tuple[History, int]:
+        """Return the history and the number of steps; several processes leave both and the parameters in a file."""
         if not self.options.machine.forks or self.files is None:
-            return self.programs.records, self.trainer.global_step
+            return self.programs.history, self.trainer.global_step
         checkpoint = load_checkpoint(self.files / LAST)
         self.trained.load_state_dict(checkpoint["state_dict"])
-        return checkpoint["history"], checkpoint["global_step"]
+        return History.of(checkpoint["history"]), checkpoint["global_step"]
 
     def _convergence(self) -> ConvergenceReport | None:
         """Return the report of ``lr="auto"``; what ended a run that still had steps to take has stopped it early."""

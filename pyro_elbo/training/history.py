@@ -1,23 +1,24 @@
-"""The training history: one record per epoch and split, and a labeled Dataset of all records.
-
-Records are plain dictionaries of numbers, so a checkpoint can hold them and be read without running code.
-"""
+"""The training history: columns of numbers over the epochs of each split, and a labeled Dataset of them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.diagnosis import ProbeRecord, probe_variables
+from pyro_elbo.objectives import TraceBeta_ELBO
 
 if TYPE_CHECKING:
     import xarray
 
-EpochRecord = dict[str, Any]
+_T = TypeVar("_T")
 SPLITS = ("train", "valid")
 TOTALS = ("elbo", "distortion", "rate", "loss")
 
@@ -52,72 +53,170 @@ def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in values.items() if not name.startswith("log_likelihood")}
 
 
-def best(records: list[EpochRecord]) -> EpochRecord:
-    """Return the record with the highest bound at β = 1, of validation if there is one and after the warm-up.
+class Table(NamedTuple):
+    """Numbers of epochs of one split, a vector per name."""
 
-    While β still moves, a high bound at β = 1 may belong to weights that the user did not ask for.
+    split: str
+    names: tuple[str, ...]
+    epochs: np.ndarray
+    values: Float[np.ndarray, "names epochs"]
+
+    def column(self, name: str) -> Float[np.ndarray, " epochs"]:
+        """Return the numbers of one name."""
+        return self.values[self.names.index(name)]
+
+
+class History:
+    """What the epochs of a fit have recorded.
+
+    Columns: the totals of the objective, such as ``elbo``, ``kl/site`` and ``penalty/name``; its weights at the end of
+    the epoch, ``beta/site`` (``target/site`` under a Capacity) and ``penalty_weight/name``; and ``settled``, 1 where no
+    schedule moves any more.
+
+    Attributes:
+        probes: what probes have found, by epoch and split.
+        newest: what was added last.
     """
-    validated = [r for r in records if r["split"] == "valid"] or records
-    return max([r for r in validated if r["settled"]] or validated, key=lambda r: r["values"]["elbo"])
+
+    newest: Table
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, tuple[str, ...]], list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.probes: dict[int, dict[str, ProbeRecord]] = {}
+
+    def add(self, split: str, first: int, columns: Mapping[str, Float[np.ndarray, " epochs"]]) -> None:
+        """Add the numbers of some epochs in a row."""
+        values = np.stack(list(columns.values()))
+        self.newest = Table(split, tuple(columns), np.arange(first, first + values.shape[1]), values)
+        self._parts.setdefault(self.newest[:2], []).append(self.newest[2:])
+
+    def add_probe(self, found: Mapping[str, ProbeRecord]) -> None:
+        """Add what a probe has found after the last epoch."""
+        last = self.last
+        self.probes[last] = {t.split: found.get(t.split, {}) for t in self.tables() if t.epochs[-1] == last}
+
+    def tables(self) -> Iterator[Table]:
+        """Return the epochs of each split; those with different columns apart."""
+        for (split, names), parts in self._parts.items():
+            if len(parts) > 1:
+                epochs, values = zip(*parts, strict=True)
+                parts[:] = [(np.concatenate(epochs), np.concatenate(values, 1))]
+            yield Table(split, names, *parts[0])
+
+    @property
+    def epochs(self) -> np.ndarray:
+        """The epochs, in order."""
+        found = [t.epochs for t in self.tables()] or [np.empty(0, np.int64)]
+        return reduce(lambda x, y: x if np.array_equal(x, y) else np.union1d(x, y), found)
+
+    @property
+    def last(self) -> int:
+        """The last epoch."""
+        return max(int(t.epochs[-1]) for t in self.tables())
+
+    def best(self) -> int:
+        """Return the epoch with the highest bound at β = 1, of validation if there is one and after the warm-up.
+
+        While β still moves, a high bound at β = 1 may belong to weights that the user did not ask for.
+        """
+        tables = list(self.tables())
+        judged = [t for t in tables if t.split == "valid"] or tables
+        elbo, settled = (np.concatenate([t.column(name) for t in judged]) for name in ("elbo", "settled"))
+        elbo = np.where((settled < settled.max()) | np.isnan(elbo), -np.inf, elbo)
+        return int(np.concatenate([t.epochs for t in judged])[elbo == elbo.max()].min())
+
+    def state(self) -> dict[str, Any]:
+        """Return tensors and plain values, which a file holds and gives back without running code."""
+        tables = [(t.split, t.names, *map(torch.from_numpy, (t.epochs, t.values))) for t in self.tables()]
+        return {"tables": tables, "probes": self.probes}
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> "History":
+        """Return the history of a state."""
+        history = History()
+        for split, names, epochs, values in state["tables"]:
+            history._parts[split, names] = [(epochs.numpy(), values.numpy())]
+        history.probes = dict(state["probes"])
+        return history
+
+    def to_dataset(self, loss_units: str = "nats per datum") -> "xarray.Dataset":
+        """Return a Dataset over ``epoch``, ``split`` and ``latent``.
+
+        Variables: ``elbo``, ``distortion``, ``rate`` (epoch, split) and ``kl`` (epoch, split, latent) in nats per
+        datum; ``loss`` (epoch, split) in ``loss_units``; ``beta`` (epoch, latent), the weight at the end of the epoch
+        (the target in nats of the latents that its attribute ``targets`` names, those under a Capacity); with
+        penalties, ``penalty`` (epoch, split, penalty_name), unweighted, and ``penalty_weight`` (epoch, penalty_name),
+        λ at the end of the epoch. Missing values of a split are NaN. Epochs with a probe add the variables of
+        :func:`pyro_elbo.diagnosis.probe_variables`.
+        """
+        import xarray
+
+        epochs = self.epochs
+        shape = len(epochs), len(SPLITS)
+        columns: dict[str, np.ndarray] = {}
+        for t in self.tables():
+            rows = slice(None) if len(t.epochs) == len(epochs) else np.searchsorted(epochs, t.epochs)
+            split = SPLITS.index(t.split)
+            for name, column in zip(t.names, t.values, strict=True):
+                columns.setdefault(name, np.full(shape, np.nan))[rows, split] = column
+
+        def stacked(names: Sequence[str]) -> np.ndarray:
+            found = [columns.get(name, np.full(shape, np.nan)) for name in names]
+            return np.stack(found, -1) if found else np.empty((*shape, 0))
+
+        def weights(names: Sequence[str]) -> np.ndarray:
+            train, valid = stacked(names).swapaxes(0, 1)  # the same where an epoch has both
+            return np.where(np.isnan(train), valid, train)
+
+        beta = betas_of({name: name for name in columns})
+        penalties = [name.removeprefix("penalty/") for name in columns if name.startswith("penalty/")]
+        targets = [site for site, name in beta.items() if name.startswith("target/")]
+        places, units = ("epoch", "split"), {"units": "nats per datum"}
+        variables: dict[str, Any] = {name: (places, columns[name], units) for name in TOTALS}
+        variables["loss"] = (places, columns["loss"], {"units": loss_units})
+        variables["kl"] = ((*places, "latent"), stacked([f"kl/{site}" for site in beta]), units)
+        variables["beta"] = (("epoch", "latent"), weights(list(beta.values())), {"targets": targets} if targets else {})
+        coords: dict[str, Any] = {"epoch": epochs, "split": list(SPLITS), "latent": list(beta)}
+        if penalties:
+            penalty, weight = stacked([f"penalty/{n}" for n in penalties]), [f"penalty_weight/{n}" for n in penalties]
+            variables["penalty"] = ((*places, "penalty_name"), penalty, units)
+            variables["penalty_weight"] = (("epoch", "penalty_name"), weights(weight))
+            coords["penalty_name"] = penalties
+        probes = {
+            (int(np.searchsorted(epochs, epoch)), SPLITS.index(split)): record
+            for epoch, found in self.probes.items()
+            for split, record in found.items()
+            if record
+        }
+        probed, probed_coords = probe_variables(probes, shape, list(beta))
+        return xarray.Dataset(variables | probed, coords=coords | probed_coords)
 
 
-def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -> "xarray.Dataset":
-    """Return the records as a Dataset over ``epoch``, ``split`` and ``latent``.
-
-    Variables: ``elbo``, ``distortion``, ``rate`` (epoch, split) and ``kl`` (epoch, split, latent) in nats per datum;
-    ``loss`` (epoch, split) in ``loss_units``; ``beta`` (epoch, latent), the weight at the end of the epoch (the target
-    in nats of the latents that its attribute ``targets`` names, those under a Capacity); with penalties,
-    ``penalty`` (epoch, split, penalty_name), unweighted, and ``penalty_weight`` (epoch, penalty_name), λ at
-    the end of the epoch. Missing values of a split are NaN. Epochs with a probe add the variables of
-    :func:`pyro_elbo.diagnosis.probe_variables`.
-    """
-    import numpy as np
-    import xarray
-
-    epochs = sorted({r["epoch"] for r in records})
-    places = {epoch: i for i, epoch in enumerate(epochs)}
-    latents = list(dict.fromkeys(name for r in records for name in r["beta"]))
-    shape = (len(epochs), len(SPLITS))
-    totals = {name: np.full(shape, np.nan) for name in TOTALS}
-    kl, beta = np.full((*shape, len(latents)), np.nan), np.full((len(epochs), len(latents)), np.nan)
-    for r in records:
-        i, j = places[r["epoch"]], SPLITS.index(r["split"])
-        for name in TOTALS:
-            totals[name][i, j] = r["values"][name]
-        for k, site in enumerate(latents):
-            kl[i, j, k] = r["values"].get(f"kl/{site}", np.nan)
-            beta[i, k] = r["beta"].get(site, np.nan)
-    units = {"units": "nats per datum"}
-    variables: dict[str, Any] = {name: (("epoch", "split"), values, units) for name, values in totals.items()}
-    variables["loss"] = (("epoch", "split"), totals["loss"], {"units": loss_units})
-    variables["kl"] = (("epoch", "split", "latent"), kl, units)
-    targets = list(dict.fromkeys(name for r in records for name in r.get("targets", ())))
-    variables["beta"] = (("epoch", "latent"), beta, {"targets": targets} if targets else {})
-    coords: dict[str, Any] = {"epoch": epochs, "split": list(SPLITS), "latent": latents}
-    names = list(dict.fromkeys(n for r in records for n in r["values"] if n.startswith("penalty/")))
-    if names:
-        penalty, weight = np.full((*shape, len(names)), np.nan), np.full((len(epochs), len(names)), np.nan)
-        for r in records:
-            i, j = places[r["epoch"]], SPLITS.index(r["split"])
-            penalty[i, j] = [r["values"].get(name, np.nan) for name in names]
-            weight[i] = [r["penalty_weight"].get(name.removeprefix("penalty/"), np.nan) for name in names]
-        variables["penalty"] = (("epoch", "split", "penalty_name"), penalty, units)
-        variables["penalty_weight"] = (("epoch", "penalty_name"), weight)
-        coords["penalty_name"] = [name.removeprefix("penalty/") for name in names]
-    probes = {(places[r["epoch"]], SPLITS.index(r["split"])): r["probe"] for r in records if r.get("probe")}
-    probed, probed_coords = probe_variables(probes, shape, latents)
-    return xarray.Dataset(variables | probed, coords=coords | probed_coords)
+def betas_of(columns: Mapping[str, _T]) -> dict[str, _T]:
+    """Return the columns of the weights of the KL by site, whether they are weights or targets."""
+    return {name.partition("/")[2]: x for name, x in columns.items() if name.startswith(("beta/", "target/"))}
 
 
-def save(history: "xarray.Dataset", path: Path) -> None:
+def weights_after(elbo: TraceBeta_ELBO, steps: range, names: Iterable[str]) -> dict[str, Float[np.ndarray, " steps"]]:
+    """Return the columns of the objective's weights after each of so many steps; ``names`` are those of its totals."""
+    settled, sites = elbo.settled, [name.removeprefix("kl/") for name in names if name.startswith("kl/")]
+    clipped = np.minimum(steps, settled)  # constant from there on
+    moving = range(clipped[0], clipped[-1] + 1)
+    kinds = {site: "target" if elbo.weighting.is_target(site) else "beta" for site in sites}
+    rows = [
+        {f"{kinds[site]}/{site}": x for site, x in elbo.beta_at(step, sites).items()}
+        | {
+            f"penalty_weight/{p.name}": float(p.weight(step) if callable(p.weight) else p.weight)
+            for p in elbo.penalties
+        }
+        | {"settled": float(step >= settled)}
+        for step in moving
+    ]
+    return {name: np.array([row[name] for row in rows])[clipped - clipped[0]] for name in rows[0]}
+
+
+def save_history(history: "xarray.Dataset", path: Path) -> None:
     """Write the history as NetCDF, atomically."""
     temporary = path.with_suffix(".part")
     history.to_netcdf(temporary, engine="h5netcdf")
     os.replace(temporary, path)
-
-
-def add_probe(records: list[EpochRecord], found: Mapping[str, ProbeRecord]) -> None:
-    """Add what a probe has found to the records of the last epoch."""
-    for record in records[-len(SPLITS) :]:
-        if record["epoch"] == records[-1]["epoch"]:
-            record["probe"] = found.get(record["split"], {})

@@ -4,7 +4,7 @@ Only :func:`pyro_elbo.fit` imports this module, when it is called, because Light
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from pyro_elbo.training.checks import check_depends
 from pyro_elbo.training.converge import Convergence, Goal
 from pyro_elbo.training.data import Batch, Loaders, arguments
 from pyro_elbo.training.folder import LAST
-from pyro_elbo.training.history import EpochRecord, RunningMean, add_probe, recorded
+from pyro_elbo.training.history import History, RunningMean, betas_of, recorded, weights_after
 from pyro_elbo.training.options import Options
 from pyro_elbo.training.rows import num_rows
 from pyro_elbo.training.trained import Trained
 
 # Steps between two probes, in Python and compiled, for each step that a probe takes (four where all batches are equal).
-# Rows count alike in both, but compiled steps are up to ten times as fast.
+# Rows count alike in both, but compiled steps are ten times as fast, and of a small model a thousand times. They may be
+# very many, so their interval grows to a quarter of the steps before.
 PROBE_EVERY = {False: 50, True: 500}
 
 
@@ -62,11 +63,10 @@ class LightningPrograms(lightning.LightningModule):
         self.held: set[int] = set()
         self.loaders, self.seed = loaders, options.seed
         self.progress, self.logs = options.progress, options.machine.logger is not None
-        self.records: list[EpochRecord] = []
+        self.history = History()
         self.has_started = False
         self.probe, self.probed_at = probe, 0
         self.shares_rows = False
-        self._weights: tuple[Any, EpochRecord] = None, {}
         self.files, self.place = files, ""
         self.save_every, self.within = options.place.save_every, False
         self.identity = (
@@ -296,33 +296,34 @@ class LightningPrograms(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Record the validation terms of the epoch and restore the random stream of training."""
         torch.set_rng_state(self.stream)
-        self.record("valid", self.valid_mean.reduce(), self.module.elbo.step)
+        self._record_epoch("valid", self.valid_mean)
 
     def on_train_epoch_end(self) -> None:
         """Record the training terms of the epoch, and probe the programs where enough steps have passed."""
         if not self.trainer.should_stop:
             self.loaders.check_passed(self.mean.rows)
-        self.record("train", self.mean.reduce(), self.module.elbo.step)
+        self._record_epoch("train", self.mean)
         self.probe_if_due()
         if self.svi is not None:
             self._move_schedulers("epoch")
 
     @property
     def probe_every(self) -> int:
-        """The steps between two probes."""
-        return math.ceil(PROBE_EVERY[bool(self.options.compile)] * max(4.0, self.probe.cost))
+        """The steps from the last probe to the next."""
+        every = math.ceil(PROBE_EVERY[bool(self.options.compile)] * max(4.0, self.probe.cost))
+        return max(every, self.probed_at // 4) if self.options.compile else every
 
     def probe_if_due(self) -> None:
         """Probe the programs at the end of an epoch, where enough steps have passed."""
         steps, every = self.trainer.global_step, self.probe_every
         begins = self.current_epoch == 0 and self.stop.most(steps) >= 2 * every  # an epoch has these steps
         if begins or steps - self.probed_at >= every:
-            add_probe(self.records, self.probe(lambda data: move_data_to_device(data, self.device)))
+            self.history.add_probe(self.probe(lambda data: move_data_to_device(data, self.device)))
             self.probed_at = steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the history to the checkpoint, the step of its last probe, and how far the run to convergence is."""
-        checkpoint["history"], checkpoint["probed_at"] = self.records, self.probed_at
+        checkpoint["history"], checkpoint["probed_at"] = self.history.state(), self.probed_at
         checkpoint["run"] = self.identity
         if self.within:
             checkpoint["within"] = all_states({"sums": self.mean.sums, "rows": self.mean.rows})
@@ -331,7 +332,7 @@ class LightningPrograms(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the history from the checkpoint."""
-        self.records, self.probed_at = list(checkpoint["history"]), int(checkpoint.get("probed_at", 0))
+        self.history, self.probed_at = History.of(checkpoint["history"]), int(checkpoint.get("probed_at", 0))
         self.resumed = checkpoint.get("convergence")
         if (means := checkpoint.get("within")) is not None:
             self.mean = RunningMean(**means[self.global_rank])
@@ -370,28 +371,29 @@ class LightningPrograms(lightning.LightningModule):
         mean.add(values, num_rows(batch))
         return terms, values
 
-    def record(self, split: str, values: Mapping[str, float], step: int) -> None:
-        """Record the means of an epoch and a split, and the weights of the objective after so many steps."""
-        weights = self._weights_at(step, values)
-        self.records.append({"epoch": self.current_epoch, "split": split, "values": dict(values)} | weights)
+    def record(self, split: str, values: Mapping[str, Any], steps: range) -> Mapping[str, np.ndarray]:
+        """Record the means of as many epochs as ``steps``, from the current one on; return the objective's weights.
+
+        Args:
+            split: the split.
+            values: a number per epoch.
+            steps: the steps taken by the end of each epoch.
+        """
+        weights = weights_after(self.module.elbo, steps, values)
+        means = {name: np.atleast_1d(x) for name, x in values.items()}
+        self.history.add(split, self.current_epoch, means | weights)
+        return weights
+
+    def _record_epoch(self, split: str, mean: RunningMean) -> None:
+        """Record the means of the current epoch, and log them."""
+        values, taken = mean.reduce(), self.module.elbo.step
+        weights = self.record(split, values, range(taken, taken + 1))
         if self._has_lightning:
             self.log(f"{split}_elbo", values["elbo"], prog_bar=split == "valid", batch_size=1)
         if self.logs:
             others = {name: x for name, x in values.items() if name != "elbo"}
-            others |= {f"beta/{site}": x for site, x in weights["beta"].items()} if split == "train" else {}
-            self.log_dict({f"{split}_{name}": x for name, x in others.items()}, batch_size=1)
-
-    def _weights_at(self, step: int, names: Iterable[str]) -> EpochRecord:
-        elbo = self.module.elbo
-        sites = tuple(name[3:] for name in names if name.startswith("kl/"))
-        key = min(step, elbo.settled), sites  # constant from there on
-        if key != self._weights[0]:
-            beta = elbo.beta_at(step, sites)
-            weights = {p.name: float(p.weight(step) if callable(p.weight) else p.weight) for p in elbo.penalties}
-            targets = [name for name in beta if elbo.weighting.is_target(name)]
-            found = {"beta": beta, "settled": step >= elbo.settled, "penalty_weight": weights, "targets": targets}
-            self._weights = key, found
-        return self._weights[1]
+            betas = {f"beta/{site}": x.item() for site, x in betas_of(weights).items()} if split == "train" else {}
+            self.log_dict({f"{split}_{name}": x for name, x in (others | betas).items()}, batch_size=1)
 
 
 def _elbo_per_datum(terms: Terms) -> Tensor:

@@ -10,15 +10,14 @@ import torch
 from tqdm import tqdm
 
 from pyro_elbo.compile import Course
-from pyro_elbo.programs import mix_seed, seed_cpu
+from pyro_elbo.programs import mix_seed, mix_seeds, seed_cpu
 from pyro_elbo.training.data import Loaders, arguments
 from pyro_elbo.training.history import RunningMean, recorded
 from pyro_elbo.training.machine import as_list
 from pyro_elbo.training.options import Options
 from pyro_elbo.training.rows import RowDataset
 
-LOOK = 0.1  # seconds between two looks at the progress of compiled epochs,
-LONGEST = 500  # and the most epochs
+LOOK = 0.1  # seconds between two looks at the progress of compiled epochs
 
 
 def suffices(options: Options, loaders: Loaders) -> bool:
@@ -55,7 +54,7 @@ class WholeBatchTrainer:
                 else:
                     self._train_epochs(programs, batch)
                 self.current_epoch += 1
-                bar.set_postfix({"elbo": f"{programs.records[-1]['values']['elbo']:.4g}"}, refresh=False)
+                bar.set_postfix({"elbo": f"{programs.history.newest.column('elbo')[-1]:.4g}"}, refresh=False)
                 bar.update(self.current_epoch - first)
 
     def _train_epoch(self, programs: Any, optimizer: torch.optim.Optimizer, batch: Any) -> None:
@@ -72,21 +71,20 @@ class WholeBatchTrainer:
         first, taken, start = self.current_epoch, programs.module.elbo.step, time.monotonic()
         left = programs.probed_at + programs.probe_every - self.global_step
         count = min(self.ahead, max(left, 1), self.stop.most(1) - self.global_step)
-        seeds = [mix_seed(programs.seed, first + i, self.global_rank) for i in range(count)]
+        seeds = mix_seeds(programs.seed, range(first, first + count), self.global_rank)
         with programs.placed():
             try:
                 names, rows = programs.svi.train(*arguments(batch), Course(count, seeds=seeds))
             finally:
                 usable = programs.module.elbo.step - taken
                 self.global_step, programs.place = self.global_step + usable, f"epoch {first + usable}"
-        kept = recorded({n: i for i, n in enumerate(names) if n != "divisor"})
-        for i, row in enumerate(rows.tolist()):
-            self.current_epoch = first + i
-            programs.record("train", {n: row[j] for n, j in kept.items()}, taken + i + 1)
+        columns = recorded(dict(zip(names, rows.T, strict=True)))
+        columns.pop("divisor", None)
+        programs.record("train", columns, range(taken + 1, taken + 1 + count))
+        self.current_epoch = first + count - 1
         programs.on_train_batch_end(None, batch, 0)
         programs.probe_if_due()
-        if time.monotonic() - start < LOOK:
-            self.ahead = min(2 * count, LONGEST)
+        self.ahead = max(1, int(count * LOOK / (time.monotonic() - start)))
 
     def _step(self, programs: Any, optimizer: torch.optim.Optimizer, batch: Any) -> None:
         def closure() -> Any:

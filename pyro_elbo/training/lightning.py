@@ -238,7 +238,8 @@ class LightningPrograms(lightning.LightningModule):
     def count(self, record: Any, batch: Batch, mean: RunningMean) -> dict[str, Tensor]:
         """Add what a step of our own has recorded to the mean of the epoch."""
         names, ((*numbers,),) = record[0], record[1].tolist()
-        values = {n: torch.tensor(x) for n, x in recorded(dict(zip(names, numbers, strict=True))).items()}
+        kept = recorded(dict(zip(names, numbers, strict=True)))
+        values = {n: torch.tensor(x, dtype=torch.float64) for n, x in kept.items()}
         mean.add(values, num_rows(batch))
         return values
 

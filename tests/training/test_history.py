@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 import pyro_elbo as pe
-from pyro_elbo.training.history import History, weights_after
+from pyro_elbo.training.history import History, Weights
 
 
 def totals(elbo, **more):
@@ -18,7 +18,7 @@ def recorded(loss, splits=("train",)):
     for split in splits:
         for first, elbo, sites in ((0, [-3], "zw"), (1, [-1, -2], "zw"), (3, [-1, -5], "z")):
             columns = totals(elbo, **{f"kl/{site}": np.arange(len(elbo)) + 1.0 for site in sites})
-            history.add(split, first, columns | weights_after(loss, range(first + 1, first + 1 + len(elbo)), columns))
+            history.add(split, first, columns | Weights(loss).after(range(first + 1, first + 1 + len(elbo)), columns))
     return history
 
 
@@ -45,7 +45,7 @@ def test_the_best_epoch_is_the_first_of_the_highest_after_the_warm_up():
     assert recorded(pe.TraceBeta_ELBO()).best() == 1
     assert recorded(pe.TraceBeta_ELBO(pe.LinearWarmup(0.0, 1.0, steps=3))).best() == 3
     history = recorded(pe.TraceBeta_ELBO())
-    history.add("valid", 2, totals([-9.0]) | weights_after(pe.TraceBeta_ELBO(), range(3, 4), ()))
+    history.add("valid", 2, totals([-9.0]) | Weights(pe.TraceBeta_ELBO()).after(range(3, 4), ()))
     assert history.best() == 2
 
 
@@ -53,8 +53,11 @@ def test_weights_are_those_after_each_step():
     penalty = pe.MutualInformation("z", lambda x: x, pe.LinearWarmup(0.0, 4.0, steps=2), "club", levels=2)
     loss = pe.TraceBeta_ELBO(beta={"z": pe.LinearWarmup(0.0, 1.0, steps=4), "w": torch.tensor([1.0, 3.0])})
     loss = pe.TraceBeta_ELBO(beta=loss.weighting.beta, penalties=[penalty])
-    found = weights_after(loss, range(2, 8), ["loss", "kl/z", "kl/w"])
+    weights, names = Weights(loss), ["loss", "kl/z", "kl/w"]
+    assert weights.after(range(1, 2), names)["beta/z"].tolist() == [0.25]
+    found = weights.after(range(2, 8), names)
     assert found["beta/z"].tolist() == [0.5, 0.75, 1, 1, 1, 1]
     assert found["beta/w"].tolist() == [2] * 6
     assert found[f"penalty_weight/{penalty.name}"].tolist() == [4] * 6
     assert found["settled"].tolist() == [0, 0, 1, 1, 1, 1]
+    assert weights.after(range(9, 10), names)["beta/z"].tolist() == [1]

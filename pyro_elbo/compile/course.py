@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pyro_elbo.compile.snapshots import Snapshots
-from pyro_elbo.compile.streams import Seeds
+from pyro_elbo.compile.streams import Seeds, build_draws
 from pyro_elbo.programs import seed_cpu
 
 
@@ -21,6 +21,11 @@ class Course:
     steps: int = 1
     snapshots: Snapshots | None = None
     seeds: Seeds | None = None
+
+    def prepare(self) -> None:
+        """Begin to build what compiled steps with seeds draw by."""
+        if self.seeds is not None:
+            build_draws()
 
     def in_python(self) -> Iterator[None]:
         """Seed before each step and take snapshots after it."""

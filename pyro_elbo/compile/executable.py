@@ -26,7 +26,6 @@ from pyro_elbo.compile.packed import Packed
 from pyro_elbo.compile.record import Recording
 from pyro_elbo.compile.snapshots import Snapshots
 from pyro_elbo.compile.store import load_library
-from pyro_elbo.compile.streams import SOURCE as DRAWS
 from pyro_elbo.compile.streams import Seeds, draw, reproduces
 from pyro_elbo.errors import CompileError
 
@@ -173,8 +172,8 @@ class StepInputs:
         if values != self.values[:steps]:
             self.scalars[:steps] = torch.tensor(values, dtype=self.scalars.dtype)
             self.values = values
-        if seeds is not None and stream is not None and reproduces(driver(), noise, stream):
-            draw(driver(), seeds, noise, stream, self.noise)
+        if seeds is not None and stream is not None and reproduces(noise, stream):
+            draw(seeds, noise, stream, self.noise)
             return
         for step in range(steps) if stream or seeds is not None else ():
             if seeds is not None:
@@ -333,7 +332,7 @@ def build_driver(tensors: Iterable[Tensor]) -> None:
 
 @cache
 def _library() -> Callable[[], ctypes.PyDLL]:
-    return load_library(_DRIVER + DRAWS)
+    return load_library(_DRIVER)
 
 
 @cache
@@ -346,7 +345,6 @@ def driver() -> ctypes.PyDLL:
     library.release.restype, library.release.argtypes = None, [ctypes.py_object]
     library.layout.restype = ctypes.c_int64
     library.layout.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int64]
-    library.draw.restype, library.draw.argtypes = None, [ctypes.c_void_p, ctypes.c_int64] * 2
     return library
 
 

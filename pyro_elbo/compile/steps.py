@@ -152,6 +152,7 @@ class CompiledSVI:
             key = (*key, *digests(repr([x.shape for x in data])))
         step = None
         with self._or_python():
+            course.prepare()
             step = self._captured(key, kind, leaves, spec)
         if self._everywhere(step is not None) and step is not None:
             return self._execute(step, args, kwargs, data, course)

@@ -6,9 +6,8 @@ version and the processor, so each kind of draw is compared with torch's own bef
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +19,10 @@ from pyro_elbo.compile.noise import Noise, NoiseKind, Segment, fill_noise
 Seeds = NDArray[np.uint32]
 FILLED = 16  # torch draws so many normal numbers or more another way than fewer
 
-SOURCE = r"""
+_SOURCE = r"""
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #ifdef __AVX2__
 #define CPU_CAPABILITY_AVX2
 #pragma GCC push_options
@@ -145,11 +145,29 @@ extern "C" void draw(const uint32_t* seeds, int64_t steps, const int64_t* segmen
 """
 
 
-def draw(library: Any, seeds: Seeds, noise: Sequence[Noise], stream: Sequence[Segment], rows: Sequence[Tensor]) -> None:
+@cache
+def build_draws() -> Callable[[], ctypes.CDLL]:
+    """Begin to build what :func:`draw` calls; return what waits for it.
+
+    Raises:
+        CompileError: the C++ compiler failed.
+    """
+    from pyro_elbo.compile.store import load_library  # needs Inductor's settings, which take a second to import
+
+    return load_library(_SOURCE)
+
+
+@cache
+def _draw() -> Callable[..., None]:
+    function = build_draws()().draw
+    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_int64] * 2
+    return function
+
+
+def draw(seeds: Seeds, noise: Sequence[Noise], stream: Sequence[Segment], rows: Sequence[Tensor]) -> None:
     """Draw the segments of a stream for each seed, in the rows of noise of as many steps.
 
     Args:
-        library: the driver, which :data:`SOURCE` is a part of.
         seeds: a seed per step.
         noise: the kinds of noise.
         stream: the order in which a step draws.
@@ -167,23 +185,23 @@ def draw(library: Any, seeds: Seeds, noise: Sequence[Noise], stream: Sequence[Se
             stop - start,
         )
     ]
-    library.draw(seeds.ctypes.data, len(seeds), (ctypes.c_int64 * len(segments))(*segments), len(stream))
+    _draw()(seeds.ctypes.data, len(seeds), (ctypes.c_int64 * len(segments))(*segments), len(stream))
 
 
-def reproduces(library: Any, noise: Sequence[Noise], stream: Sequence[Segment]) -> bool:
+def reproduces(noise: Sequence[Noise], stream: Sequence[Segment]) -> bool:
     """Return whether :func:`draw` draws what torch does."""
     kinds = {(noise[row].kind, noise[row].dtype, stop - start >= FILLED) for row, start, stop in stream}
-    return all(_agrees(library, *kind) for kind in kinds)
+    return all(_agrees(*kind) for kind in kinds)
 
 
 @cache
-def _agrees(library: Any, kind: NoiseKind, dtype: torch.dtype, filled: bool) -> bool:
+def _agrees(kind: NoiseKind, dtype: torch.dtype, filled: bool) -> bool:
     if kind == "exponential" or dtype not in (torch.float32, torch.float64):
         return False
     sizes, seeds = ((16, 37) if filled else (5, 2)), np.arange(40, dtype=np.uint32)
     found, expected = torch.zeros(2, len(seeds), sum(sizes), dtype=dtype)
     segments = [(0, 0, sizes[0]), (0, sizes[0], sum(sizes))]
-    draw(library, seeds, [Noise(kind, dtype, sum(sizes))], segments, [found])
+    draw(seeds, [Noise(kind, dtype, sum(sizes))], segments, [found])
     for seed, row in zip(seeds.tolist(), expected, strict=True):
         generator = torch.Generator().manual_seed(seed)
         for part in row.split(sizes):

@@ -197,22 +197,30 @@ def betas_of(columns: Mapping[str, _T]) -> dict[str, _T]:
     return {name.partition("/")[2]: x for name, x in columns.items() if name.startswith(("beta/", "target/"))}
 
 
-def weights_after(elbo: TraceBeta_ELBO, steps: range, names: Iterable[str]) -> dict[str, Float[np.ndarray, " steps"]]:
-    """Return the columns of the objective's weights after each of so many steps; ``names`` are those of its totals."""
-    settled, sites = elbo.settled, [name.removeprefix("kl/") for name in names if name.startswith("kl/")]
-    clipped = np.minimum(steps, settled)  # constant from there on
-    moving = range(clipped[0], clipped[-1] + 1)
-    kinds = {site: "target" if elbo.weighting.is_target(site) else "beta" for site in sites}
-    rows = [
-        {f"{kinds[site]}/{site}": x for site, x in elbo.beta_at(step, sites).items()}
-        | {
-            f"penalty_weight/{p.name}": float(p.weight(step) if callable(p.weight) else p.weight)
-            for p in elbo.penalties
-        }
-        | {"settled": float(step >= settled)}
-        for step in moving
-    ]
-    return {name: np.array([row[name] for row in rows])[clipped - clipped[0]] for name in rows[0]}
+class Weights:
+    """The weights of an objective after each of its steps; those asked for last are kept."""
+
+    def __init__(self, elbo: TraceBeta_ELBO) -> None:
+        self._elbo = elbo
+        self._kept: tuple[Any, dict[str, np.ndarray]] = None, {}
+
+    def after(self, steps: range, names: Iterable[str]) -> dict[str, Float[np.ndarray, " steps"]]:
+        """Return the columns of the weights after each of so many steps; ``names`` are those of the totals."""
+        settled, sites = self._elbo.settled, [name.removeprefix("kl/") for name in names if name.startswith("kl/")]
+        clipped = np.minimum(steps, settled)  # constant from there on
+        key = clipped[0], clipped[-1], sites
+        if key != self._kept[0]:
+            rows = [self._at(step, sites) for step in range(clipped[0], clipped[-1] + 1)]
+            self._kept = key, {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        return {name: x[clipped - clipped[0]] for name, x in self._kept[1].items()}
+
+    def _at(self, step: int, sites: list[str]) -> dict[str, float]:
+        elbo = self._elbo
+        kinds = {site: "target" if elbo.weighting.is_target(site) else "beta" for site in sites}
+        beta = {f"{kinds[site]}/{site}": x for site, x in elbo.beta_at(step, sites).items()}
+        penalties = {p.name: float(p.weight(step) if callable(p.weight) else p.weight) for p in elbo.penalties}
+        weights = {f"penalty_weight/{name}": x for name, x in penalties.items()}
+        return beta | weights | {"settled": float(step >= elbo.settled)}
 
 
 def save_history(history: "xarray.Dataset", path: Path) -> None:

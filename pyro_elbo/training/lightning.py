@@ -26,7 +26,7 @@ from pyro_elbo.training.checks import check_depends
 from pyro_elbo.training.converge import Convergence, Goal
 from pyro_elbo.training.data import Batch, Loaders, arguments
 from pyro_elbo.training.folder import LAST
-from pyro_elbo.training.history import History, RunningMean, betas_of, recorded, weights_after
+from pyro_elbo.training.history import History, RunningMean, Weights, betas_of, recorded
 from pyro_elbo.training.options import Options
 from pyro_elbo.training.rows import num_rows
 from pyro_elbo.training.trained import Trained
@@ -63,7 +63,7 @@ class LightningPrograms(lightning.LightningModule):
         self.held: set[int] = set()
         self.loaders, self.seed = loaders, options.seed
         self.progress, self.logs = options.progress, options.machine.logger is not None
-        self.history = History()
+        self.history, self.weights = History(), Weights(trained.module.elbo)
         self.has_started = False
         self.probe, self.probed_at = probe, 0
         self.shares_rows = False
@@ -253,7 +253,8 @@ class LightningPrograms(lightning.LightningModule):
     def count(self, record: Any, batch: Batch, mean: RunningMean) -> dict[str, Tensor]:
         """Add what a step of our own has recorded to the mean of the epoch."""
         names, ((*numbers,),) = record[0], record[1].tolist()
-        values = {n: torch.tensor(x) for n, x in recorded(dict(zip(names, numbers, strict=True))).items()}
+        kept = recorded(dict(zip(names, numbers, strict=True)))
+        values = {n: torch.tensor(x, dtype=torch.float64) for n, x in kept.items()}
         mean.add(values, num_rows(batch))
         return values
 
@@ -379,7 +380,7 @@ class LightningPrograms(lightning.LightningModule):
             values: a number per epoch.
             steps: the steps taken by the end of each epoch.
         """
-        weights = weights_after(self.module.elbo, steps, values)
+        weights = self.weights.after(steps, values)
         means = {name: np.atleast_1d(x) for name, x in values.items()}
         self.history.add(split, self.current_epoch, means | weights)
         return weights

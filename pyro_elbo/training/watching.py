@@ -18,7 +18,7 @@ def watch(stop: bool = False, patience: int = 2) -> "Callback":
     Args:
         stop: whether to end training there.
         patience: the probes in a row. Probes come after the first epoch of a fit of at least 400 steps, and then
-            every 200; compiled, these are 4000 and 2000.
+            every 200; compiled, these are 4000 and 2000, and probes are at least a quarter of the steps before apart.
 
     Raises:
         ArgumentError: ``stop`` is no bool, or ``patience`` is less than 1.

@@ -1,11 +1,13 @@
 """Full-batch fits without Lightning's loops: the same numbers as with them."""
 
+import signal
+
 import lightning
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_elbo as pe
 
@@ -57,7 +59,7 @@ def test_a_fit_without_lightning_has_the_numbers_of_one_with_it(options, compile
 
 
 def test_a_course_of_epochs_stops_for_probes_and_seeds_what_the_graph_draws(monkeypatch):
-    """Gamma draws are made inside of the graph, whose epochs then run one by one."""
+    """Gamma draws are made inside of the graph, whose epochs then run one by one. Probes become rarer."""
     from pyro_elbo.training import lightning as adapter
 
     monkeypatch.setitem(adapter.PROBE_EVERY, True, 1)
@@ -75,12 +77,52 @@ def test_a_course_of_epochs_stops_for_probes_and_seeds_what_the_graph_draws(monk
         pyro.clear_param_store()
         counts = torch.tensor([1.0, 3.0, 2.0])
         return pe.fit(
-            rates, guide, counts, batch_size=None, max_epochs=14, compile=True, progress=False, **options
+            rates, guide, counts, batch_size=None, max_epochs=60, compile=True, progress=False, **options
         ).history
 
     ours, theirs = history(), history(callbacks=Spy())
     assert ours.identical(theirs)
-    assert ours.gradient_norm.dropna("epoch").epoch.values.tolist() == [0, 4, 8, 12, 13]
+    assert ours.gradient_norm.dropna("epoch").epoch.values.tolist() == [0, 4, 8, 12, 16, 20, 25, 31, 39, 49, 59]
+
+
+@pytest.mark.parametrize("draws", [0, 20], ids=["none", "many"])
+def test_epochs_of_programs_without_draws_or_with_many_have_the_numbers_of_lightnings(draws):
+    """So do those before and after a schedule has settled."""
+
+    def target(x, y):
+        b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        u = pyro.sample("u", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ b + u.sum(), 1.0), obs=y)
+
+    def history(**options):
+        pyro.clear_param_store()
+        guide = (AutoNormal if draws else AutoDelta)(target)
+        loss = pe.TraceBeta_ELBO(beta=pe.LinearWarmup(0.1, 1.0, steps=30), kl="sampled")
+        options = {"loss": loss, "batch_size": None, "max_epochs": 70, "compile": True, "progress": False, **options}
+        return pe.fit(target, guide, (X, Y), **options).history
+
+    assert history().identical(history(callbacks=Spy()))
+
+
+def test_ctrl_c_ends_a_course_of_epochs_with_a_result(monkeypatch):
+    """The epochs that are being computed are finished first."""
+    from pyro_elbo.compile import executable
+
+    def press(seeds, *arguments):
+        draw(seeds, *arguments)
+        if len(seeds) > 50:
+            signal.raise_signal(signal.SIGINT)
+
+    draw, usual = executable.draw, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(executable, "draw", press)
+    result, _ = fitted(compile=True, max_epochs=10**8)
+    epochs = result.history.epoch.values
+    assert result.stopped_early
+    assert len(epochs) > 50
+    assert result.loss.step == len(epochs) == epochs[-1] + 1
+    assert result.history.elbo.sel(split="train").notnull().all()
+    assert signal.getsignal(signal.SIGINT) is usual
 
 
 def test_what_has_to_be_watched_runs_on_lightning(monkeypatch, tmp_path):

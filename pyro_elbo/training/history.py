@@ -3,7 +3,6 @@
 Records are plain dictionaries of numbers, so a checkpoint can hold them and be read without running code.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.diagnosis import ProbeRecord, probe_variables
+from pyro_elbo.files import whole_path, writing
 
 if TYPE_CHECKING:
     import xarray
@@ -110,10 +110,13 @@ def to_dataset(records: list[EpochRecord], loss_units: str = "nats per datum") -
 
 
 def save(history: "xarray.Dataset", path: Path) -> None:
-    """Write the history as NetCDF, atomically."""
-    temporary = path.with_suffix(".part")
-    history.to_netcdf(temporary, engine="h5netcdf")
-    os.replace(temporary, path)
+    """Write the history as NetCDF: a reader sees the old file or the whole new one.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    with writing(path), whole_path(path) as temporary:
+        history.to_netcdf(temporary, engine="h5netcdf")
 
 
 def add_probe(records: list[EpochRecord], found: Mapping[str, ProbeRecord]) -> None:

@@ -137,7 +137,7 @@ def leave_one_out(path: str) -> None:
         (guide := AutoNormal(regression))(x, y)
         pe.to_arviz(regression, guide, x, y, num_samples=1000, predictive=False, prior=False, file=path).close()
         return
-    pe.loo(pe.to_arviz(regression, AutoNormal(regression), torch.ones(9), torch.ones(9), num_samples=99))  # imports
+    pe.loo(pe.to_arviz(errors, errors_guide, torch.ones(9), torch.ones(9), num_samples=99))  # imports
     before, start, data = status("VmRSS"), time.perf_counter(), arviz.from_netcdf(path)
     elpd = pe.loo(data).elpd
     print(f"{Path(path).stat().st_size / 2**20:.0f} MiB, 1000 draws of 100 000 data: elpd {elpd:.1f} nats")

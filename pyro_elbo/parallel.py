@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from pyro_elbo.display import progress_bar
 from pyro_elbo.errors import ArgumentError, CheckpointError, check_count, check_flag, check_path
-from pyro_elbo.files import read_file, reading, why_unwritten, write_file
+from pyro_elbo.files import read_file, reading, whole_file, why_unwritten, write_file
 
 SETTINGS = "settings.json"
 _ALIVE = 1.0  # seconds between two looks at whether the parent process lives
@@ -74,7 +74,8 @@ class Folder:
             self._check_same(ours, theirs)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / SETTINGS).write_text(json.dumps(ours, indent=1))
+            with whole_file(self.path / SETTINGS) as file:
+                file.write(json.dumps(ours, indent=1).encode())
         except OSError as error:
             why = why_unwritten(error)
             raise CheckpointError(f"dir: {self.path} cannot be written: {why} Choose another folder.") from error
@@ -102,14 +103,15 @@ class Folder:
         """Return the settings of the results that are there; None for a folder that is new or empty."""
         if os.path.exists(self.path) and not self.path.is_dir():
             raise CheckpointError(f"dir: {self.path} is a file, expected a folder.")
-        if not os.path.exists(self.path) or not any(self.path.iterdir()):
+        names = sorted(os.listdir(self.path)) if os.path.exists(self.path) else []
+        names = [name for name in names if not name.startswith(".")]  # a killed process leaves what it was writing
+        if not names:
             return None
         try:
             found = json.loads((self.path / SETTINGS).read_text())
         except FileNotFoundError as error:
-            some = sorted(x.name for x in self.path.iterdir())[:3]
             raise CheckpointError(
-                f"dir: {self.path} holds {some} and no {SETTINGS}: it is no folder of results. "
+                f"dir: {self.path} holds {names[:3]} and no {SETTINGS}: it is no folder of results. "
                 "Choose a new or an empty one."
             ) from error
         except ValueError as error:

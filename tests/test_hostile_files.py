@@ -1,6 +1,7 @@
 """Files of somebody else: nothing in them runs, and what is not what the library wrote is refused by its own errors."""
 
 import ast
+import errno
 import grp
 import io
 import json
@@ -238,6 +239,22 @@ def test_a_target_that_cannot_be_written_is_named_and_no_other_file(writer, tmp_
         assert str(target) in str(error.value)
         assert "/.x.nc" not in str(error.value), "the name that a file has until it is whole"
     assert (tmp_path / "fifo").is_fifo()
+
+
+@pytest.mark.parametrize("writer", ["sweep", "calibration"])
+def test_a_folder_whose_disk_was_full_is_taken_again(writer, tmp_path, monkeypatch):
+    """What was left is no result of other settings."""
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match="cannot be written: No space left"):
+            WRITERS[writer](tmp_path)
+    assert not os.listdir(tmp_path)
+    (tmp_path / ".settings.json.x1").write_text("{")  # of a process that was killed
+    WRITERS[writer](tmp_path)
 
 
 def test_attributes_of_a_netcdf_file_are_text(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Compile graphs to machine code with Inductor, which makes one C++ function of each."""
 
 import ctypes
+import errno
 import inspect
 import logging
 import warnings
@@ -63,10 +64,10 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
 
 
 def _not_compiled(error: Exception) -> CompileError:
-    return CompileError(
-        f"Inductor cannot compile the step: {first_sentence(error)} Install a C++ compiler (the variable "
-        "CXX names it). If there is one, use compile=False."
-    )
+    cure = "Install a C++ compiler (the variable CXX names it). If there is one, use compile=False."
+    if getattr(getattr(error, "inner_exception", error), "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        cure = "Name a folder with room that you may write to by TORCHINDUCTOR_CACHE_DIR."
+    return CompileError(f"Inductor cannot compile the step: {first_sentence(error)} {cure}")
 
 
 def build_library(source: str) -> Callable[[], str]:

@@ -1,5 +1,6 @@
 """Importance weights of the guide's draws: k-hat, resampling, and the leave-one-out predictive density."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -220,7 +221,6 @@ def loo(data: Any, var_name: str | None = None) -> Any:
         arXiv:1904.10679; Vehtari, Gelman, Gabry (2017), arXiv:1507.04544.
     """
     import arviz
-    import arviz_stats
     import xarray
 
     if not isinstance(data, xarray.DataTree) and not hasattr(data, "to_datatree"):
@@ -228,23 +228,56 @@ def loo(data: Any, var_name: str | None = None) -> Any:
     tree = data if isinstance(data, xarray.DataTree) else data.to_datatree()
     likelihood, weight = _likelihood_and_weight(tree, var_name)
     weight, likelihood = _drop_masked(weight.broadcast_like(likelihood).transpose(*likelihood.dims), likelihood)
-    eps = float(np.finfo(likelihood.dtype).eps)
-    log_weights, k = _smooth(weight - likelihood, likelihood.dims, eps)
-    name = str(likelihood.name)
-    counted = xarray.DataTree.from_dict(
-        {"posterior": tree["posterior"].to_dataset(), "log_likelihood": likelihood.to_dataset()}
-    )
-    result = arviz_stats.loo(counted, pointwise=True, var_name=name, reff=1.0, log_weights=log_weights, pareto_k=k)
-    # arviz-stats averages p(x_i | z) over unweighted draws; here the draws have weights.
-    full, _ = _smooth(weight, likelihood.dims, eps)
-    inside = torch.tensor((full + likelihood).stack(sample=SAMPLE_DIMS).transpose(..., "sample").values).logsumexp(-1)
-    result.p = float(inside.sum()) - float(result.elpd)
+    result = _sum_up(*_pointwise(weight, likelihood), likelihood.sizes["chain"] * likelihood.sizes["draw"])
     if int(arviz.__version__.split(".")[0]) > 0:
         return result
 
     from pyro_elbo.posterior.elpd import Elpd
 
     return Elpd.of(result)
+
+
+def _pointwise(weight: Any, likelihood: Any) -> tuple[Any, Any, Any]:
+    """Return log p(x_i | x_-i), log p(x_i | x) and k-hat of each datum, of so many at a time that little is in memory.
+
+    Draws have weights here, which arviz-stats does not know when it averages p(x_i | z) over them.
+    """
+    import xarray
+
+    rows = [d for d in likelihood.dims if d not in SAMPLE_DIMS]
+    size = max(1, MOST_WEIGHTS * likelihood.sizes[rows[0]] // max(likelihood.size, 1)) if rows else 1
+    parts = [{rows[0]: slice(i, i + size)} for i in range(0, likelihood.sizes[rows[0]], size)] if rows else [{}]
+    eps, found = float(np.finfo(likelihood.dtype).eps), []
+    for part in parts:
+        x, w = (_flat(a.isel(part)) for a in (likelihood, weight))
+        left_out = psis(w - x, eps)
+        values = (left_out.log_weights + x).logsumexp(-1), (psis(w, eps).log_weights + x).logsumexp(-1)
+        of_datum = likelihood.isel(part).isel(dict.fromkeys(SAMPLE_DIMS, 0), drop=True)
+        found.append([of_datum.copy(data=a.numpy()) for a in (*values, left_out.pareto_k)])
+    elpd, lpd, k = (xarray.concat(a, rows[0]) if rows else a[0] for a in zip(*found, strict=True))
+    return elpd, lpd, k
+
+
+def _flat(x: Any) -> Tensor:
+    """Return an array of draws in float64, draws last."""
+    x = x.transpose(..., *SAMPLE_DIMS)
+    return torch.tensor(x.values, dtype=torch.float64).flatten(-2)
+
+
+def _sum_up(elpd_i: Any, lpd_i: Any, k: Any, num_samples: int) -> Any:
+    """Return the ELPDData of arviz-stats."""
+    from arviz_stats.utils import ELPDData
+
+    elpd, se, p, _ = elpd_i.azstats.loo_summary(lpd_i - elpd_i)
+    limit = pareto_k_threshold(num_samples)
+    high = int((k > limit).sum())
+    if high:
+        warnings.warn(
+            f"Estimated shape parameter of Pareto distribution is greater than {limit:.2f} for {high} of {k.size} "
+            "data, whose leave-one-out densities are not reliable.",
+            stacklevel=3,
+        )
+    return ELPDData("loo", elpd, se, p, num_samples, k.size, "log", high > 0, limit, elpd_i, k)
 
 
 def _likelihood_and_weight(tree: Any, var_name: str | None) -> tuple[Any, Any]:
@@ -282,11 +315,3 @@ def _drop_masked(weight: Any, likelihood: Any) -> tuple[Any, Any]:
         rows = ["datum"]
     kept = np.flatnonzero(counts.values)
     return weight.isel({rows[0]: kept}), likelihood.isel({rows[0]: kept})
-
-
-def _smooth(ratio: Any, dims: tuple[str, ...], eps: float) -> tuple[Any, Any]:
-    """Smooth log ratios over draws and data; return the log weights and k-hat."""
-    flat = ratio.stack(sample=SAMPLE_DIMS).transpose(..., "sample")
-    smoothed = psis(torch.tensor(flat.values), eps)
-    log_weights = flat.copy(data=smoothed.log_weights.numpy()).unstack("sample").transpose(*dims)
-    return log_weights, flat.isel(sample=0, drop=True).copy(data=smoothed.pareto_k.numpy())

@@ -68,7 +68,8 @@ class Folder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
-                for file in (*found, *folder.glob(".*.ckpt.*")):  # a killed process leaves what it was writing
+                torn = (file for name in (".*.ckpt.*", f".{HISTORY}.*") for file in folder.glob(name))
+                for file in (*found, *torn):  # a killed process leaves what it was writing
                     file.unlink(missing_ok=True)  # by another process
                 return folder
         except OSError as error:

@@ -1,6 +1,5 @@
 """The training history: columns of numbers over the epochs of each split, and a labeled Dataset of them."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_elbo.diagnosis import ProbeRecord, probe_variables
+from pyro_elbo.files import whole_path, writing
 from pyro_elbo.objectives import TraceBeta_ELBO
 
 if TYPE_CHECKING:
@@ -224,7 +224,10 @@ class Weights:
 
 
 def save_history(history: "xarray.Dataset", path: Path) -> None:
-    """Write the history as NetCDF, atomically."""
-    temporary = path.with_suffix(".part")
-    history.to_netcdf(temporary, engine="h5netcdf")
-    os.replace(temporary, path)
+    """Write the history as NetCDF: a reader sees the old file or the whole new one.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    with writing(path), whole_path(path) as temporary:
+        history.to_netcdf(temporary, engine="h5netcdf")

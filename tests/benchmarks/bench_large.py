@@ -2,6 +2,7 @@
 
     .venv/bin/python -m tests.benchmarks.bench_large fit [GiB] [epochs]
     .venv/bin/python -m tests.benchmarks.bench_large export
+    .venv/bin/python -m tests.benchmarks.bench_large loo
 
 The file lies in the folder for temporary files and is deleted. All but its first 64 MiB are zeros without a place on
 the disk, which are read like any other.
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import arviz
 import lightning
 import numpy as np
 import pyro
@@ -126,12 +128,35 @@ def export(name: str) -> None:
     print(f"{name:24}{before:>12.0f}{highest:>12.0f}{result:>12.0f}{seconds:>10.1f}", flush=True)
 
 
+def leave_one_out(path: str) -> None:
+    """Print the memory of leave-one-out of an export; make the export first if there is none."""
+    if not Path(path).exists():
+        torch.manual_seed(0)
+        x = torch.randn(100_000)
+        y = 2 * x + torch.randn(100_000)
+        (guide := AutoNormal(regression))(x, y)
+        pe.to_arviz(regression, guide, x, y, num_samples=1000, predictive=False, prior=False, file=path).close()
+        return
+    pe.loo(pe.to_arviz(errors, errors_guide, torch.ones(9), torch.ones(9), num_samples=99))  # imports
+    before, start, data = status("VmRSS"), time.perf_counter(), arviz.from_netcdf(path)
+    elpd = pe.loo(data).elpd
+    print(f"{Path(path).stat().st_size / 2**20:.0f} MiB, 1000 draws of 100 000 data: elpd {elpd:.1f} nats")
+    print(f"before {before:.0f}, highest {status('VmHWM'):.0f} MiB, {time.perf_counter() - start:.1f} s")
+
+
 START = time.perf_counter()
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "fit":
         fit(float(rest[0]) if rest else 4.0, int(rest[1]) if len(rest) > 1 else 2)
+    elif what == "loo" and rest:
+        leave_one_out(rest[0])
+    elif what == "loo":
+        with tempfile.TemporaryDirectory() as scratch:
+            for _ in ("make", "measure"):
+                command = [sys.executable, "-m", "tests.benchmarks.bench_large", "loo", f"{scratch}/x.nc"]
+                subprocess.run(command, check=True)
     elif rest:
         export(rest[0])
     else:

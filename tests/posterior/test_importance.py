@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoMultiv
 import pyro_elbo as pe
 from models.posteriordb import eight_schools, eight_schools_init
 from pyro_elbo.errors import ArgumentError, GuideError, WeightsError
+from pyro_elbo.posterior import importance
 from pyro_elbo.posterior.draws import draw
 from pyro_elbo.posterior.psis import describe_k, psis
 from tests.support.exported import elpd
@@ -187,6 +188,36 @@ def test_point_estimates_have_no_k_and_no_loo(make):
     assert "pareto_k" not in data["sample_stats"].attrs
     with pytest.raises(GuideError, match="point estimate"):
         pe.loo(data)
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")  # of few draws
+def test_loo_takes_the_data_in_parts(monkeypatch):
+    """So many weights at once that an export may be larger than the memory; what a mask leaves out is left out."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(x.new_zeros(()), 1.0))
+        counts = pyro.poutine.mask(mask=torch.arange(3) < 2)
+        with pyro.plate("rows", 7, dim=-2), pyro.plate("columns", 3, dim=-1), counts:
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def measured(x, eps):
+        sizes.append(x.numel())
+        return psis(x, eps)
+
+    sizes: list[int] = []
+    local = pe.to_arviz(local_model, local_guide(1.5), X, num_samples=100, predictive=False)
+    masked = pe.to_arviz(model, mean_guide(1.2), torch.linspace(-2, 2, 21).double().reshape(7, 3), num_samples=100)
+    for data, count in ((local, 5), (masked, 14)):
+        whole = pe.loo(data)
+        with monkeypatch.context() as patch:
+            patch.setattr(importance, "MOST_WEIGHTS", 250)
+            patch.setattr(importance, "psis", measured)
+            parts = pe.loo(data)
+        assert parts.n_data_points == count
+        assert parts.elpd_i.identical(whole.elpd_i)
+        assert parts.pareto_k.identical(whole.pareto_k)
+        assert (elpd(parts), parts.p, parts.se) == pytest.approx((elpd(whole), whole.p, whole.se))
+    assert max(sizes) <= 250
 
 
 def test_loo_asks_for_the_site_where_there_are_several():

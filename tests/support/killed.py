@@ -41,7 +41,7 @@ class Programs(nn.Module):
             pyro.sample("z", dist.Normal(loc, nn.functional.softplus(raw) + 1e-3).to_event(1))
 
 
-def train(folder: Path, epochs: int) -> None:
+def train(folder: Path, epochs: int, save_every: int | None = None) -> None:
     """Train to the end, from where an earlier process was killed, and leave the checksum."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -65,6 +65,7 @@ def train(folder: Path, epochs: int) -> None:
         dir=folder,
         resume=begun,
         overwrite=not begun,
+        save_every=save_every,
         progress=False,
     )
     (folder / "checksum").write_text(checksum(folder, programs))
@@ -93,9 +94,9 @@ def _add(found: Any, x: Any) -> None:
         found.update(repr(x).encode())
 
 
-def run(folder: Path, epochs: int, killed_after: float | None = None) -> bool:
+def run(folder: Path, epochs: int, killed_after: float | None = None, save_every: int | None = None) -> bool:
     """Train in a process of its own, killed after so many seconds; return whether it came to its end."""
-    process = multiprocessing.get_context("fork").Process(target=train, args=(folder, epochs))
+    process = multiprocessing.get_context("fork").Process(target=train, args=(folder, epochs, save_every))
     process.start()
     process.join(killed_after)
     if process.is_alive():

@@ -1,5 +1,6 @@
 """What goes wrong: killed processes, damaged and foreign files, a full disk, Ctrl-C, numbers that are not finite."""
 
+import errno
 import os
 import signal
 import threading
@@ -8,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray
 from lightning import Callback
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -169,6 +171,20 @@ def test_a_full_disk_leaves_the_checkpoint_that_there_was(tmp_path):
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
     assert fit(tmp_path, resume=True).history.equals(fit(tmp_path / "whole").history)
+
+
+def test_a_full_disk_at_the_end_leaves_the_checkpoint(tmp_path, monkeypatch):
+    def full(self, path, **options):
+        raise OSError(errno.ENOSPC, f"no room for {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(xarray.Dataset, "to_netcdf", full)
+        with pytest.raises(CheckpointError, match="history.nc cannot be written: No space left on device. Choose"):
+            fit(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    (tmp_path / ".history.nc.x1").touch()  # of a process that was killed
+    fit(tmp_path, resume=True)
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "history.nc", "last.ckpt", "previous.ckpt"]
 
 
 class PressCtrlC(Callback):

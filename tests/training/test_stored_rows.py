@@ -66,7 +66,7 @@ def test_rows_on_the_disk_train_like_rows_in_memory(form, tmp_path):
     found, same = fit(data, dir=tmp_path / "run")
     assert torch.equal(loc, same)
     assert found.history.equals(expected.history)
-    with pytest.raises(DataError, match="does not hold as a whole"):
+    with pytest.raises(DataError, match="does not hold training data"):
         found.terms()
     resumed, _ = fit(data, dir=tmp_path / "run", resume=True, max_epochs=4)
     assert resumed.history.sizes["epoch"] == 4

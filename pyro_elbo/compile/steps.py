@@ -24,7 +24,7 @@ from pyro_elbo.compile import record as recorder
 from pyro_elbo.compile._torch import import_compiler, lazy_graph_modules
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
 from pyro_elbo.compile.course import Course
-from pyro_elbo.compile.execution import Execution, collect_code, garbage_later, record_execution
+from pyro_elbo.compile.execution import as_written, Execution, collect_code, garbage_later, record_execution
 from pyro_elbo.compile.gradients import hooks_of, network_gradients, program_gradients
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.known_step import KnownStep
@@ -250,7 +250,7 @@ class CompiledSVI:
         sizes: Sizes = {}
         with garbage_later():
             import_compiler()
-        with record_execution() as execution:
+        with as_written(), record_execution() as execution:
             terms, record, parameters = self._in_python(kind, args, kwargs, sizes)
         trained = kind == "train" and terms.objective.requires_grad
         critics = [critic.optimizer for critic in self.loss.critics.values()]
@@ -302,7 +302,7 @@ class CompiledSVI:
             named = {name: scalars[i] for i, name in enumerate(names)}
             with self._sharing(step.sizes, alive):
                 with capturing(validate, scans) as assumed, torch.set_grad_enabled(kind == "train"):
-                    with recording() as found:
+                    with as_written(), recording() as found:
                         terms = self.loss.evaluate(self.model, self.guide, args, kwargs, named.__getitem__)
                     ran.append(found)
                     check_sites(step.sites, tuple(terms.sites))

@@ -467,7 +467,13 @@ def drawn_by_numpy_inside():
     return 1.0 + inside.rand()  # noqa: NPY002
 
 
+def torch_script(x: torch.Tensor) -> torch.Tensor:
+    return x.exp()
+
+
 REFUSED = {
+    "torch.jit.script": functools.partial(torch.jit.script(torch_script), torch.zeros(())),
+    "torch.jit.trace": functools.partial(torch.jit.trace(nn.Softplus(), torch.zeros(1)), torch.zeros(())),
     "time.time": lambda: 1.0 + time.time() % 1,
     "time.perf_counter": lambda: 1.0 + time.perf_counter() % 1,
     "time.monotonic": functools.partial(time.monotonic),

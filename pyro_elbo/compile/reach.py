@@ -320,10 +320,13 @@ class _Reach:
                 self._visit(entries[name])
             self._drain()
         attributes = {name for entries, _ in self._owned for name in entries} & self._named[""]
+        inherited = {
+            name for entries, _ in self._owned if not isinstance(entries, dict) for name in entries
+        } & attributes
         for entries, packages in self._owned:
             self._guard.watch(entries, self._used(entries, packages))
-            if isinstance(entries, dict):  # of an instance, which may come to hide what its class has
-                self._guard.watch_absent(entries, attributes - entries.keys())
+            may_hide = attributes if isinstance(entries, dict) else inherited  # what the classes above have
+            self._guard.watch_absent(entries, may_hide - entries.keys())
 
     def _used(self, entries: Mapping[str, Any], packages: frozenset[str]) -> list[str]:
         """Return the names among ``entries`` that the code of the programs may ask for."""

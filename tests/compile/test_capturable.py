@@ -358,7 +358,11 @@ TURNED = torch.linspace(0.1, 0.9, 24).reshape(2, 4, 3).transpose(1, 2)  # dense 
 def permuted(x):
     """Dropout of what attention returns transposed, and the like: elements are drawn in the order of the memory."""
     drawn = [nn.functional.dropout(TURNED), torch.rand_like(TURNED), torch.empty_like(TURNED).exponential_(0.5)]
-    drawn += [torch.bernoulli(TURNED), dist.Categorical(TURNED).sample()[..., None], torch.empty_like(TURNED).uniform_()]
+    drawn += [
+        torch.bernoulli(TURNED),
+        dist.Categorical(TURNED).sample()[..., None],
+        torch.empty_like(TURNED).uniform_(),
+    ]
     loc = pyro.param("a", torch.tensor(0.1)) + (torch.cat(drawn, -1).cumsum(1).cumsum(0) ** 2).sum(0).mean()
     return pyro.sample("z", dist.Normal(0.001 * loc, 1.0))
 

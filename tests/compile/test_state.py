@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import pickle
 import threading
 import weakref
@@ -101,6 +102,39 @@ def test_a_gradient_hook_from_the_start(interpreted):
 
     message = exact_or_refused(scenario)
     assert not message or "hooks on its gradient" in message
+
+
+@pytest.mark.parametrize("clear", [False, True])
+def test_gradients_that_others_leave_on_parameters(interpreted, clear):
+    """An uncompiled step adds its own to them."""
+
+    def scenario(svi_of):
+        net = network()
+        svi, losses = svi_of(decoder_model(net), row_guide, adam(), sampled()), []
+        for n in range(6):
+            losses.append(svi.step(X))
+            if clear:
+                net.zero_grad()
+            if n % 2:
+                net(X[:, None]).sum().backward()
+        return losses, list(svi.run(4, X, progress=False)), net.state_dict()
+
+    assert_same(scenario)
+
+
+def test_the_sign_of_a_zero_among_the_arguments(interpreted):
+    def signed(x, zero):
+        pyro.sample(
+            "x",
+            dist.Normal(pyro.sample("z", dist.Normal(math.copysign(1.0, zero), 1.0)), 1.0).expand([4]).to_event(1),
+            obs=x,
+        )
+
+    def scenario(svi_of):
+        svi = svi_of(signed, any_guide, adam(), sampled())
+        return [svi.step(X, zero) for zero in 3 * [0.0, -0.0]]
+
+    assert_same(scenario)
 
 
 def test_spectral_norm_updates_its_buffers(interpreted):

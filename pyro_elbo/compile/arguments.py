@@ -57,6 +57,8 @@ def _describe_leaf(x: Any) -> Any:
             f"An argument of the programs is a NumPy array of shape {x.shape}, whose values a graph would freeze. "
             "Pass torch.as_tensor(x)."
         )
+    if isinstance(x, float | np.floating) and x == 0:
+        return type(x), repr(x)  # 0.0 == -0.0
     if isinstance(x, bool | int | float | complex | str | None | np.generic):
         return type(x), x
     return _Identity(x)

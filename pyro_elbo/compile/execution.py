@@ -15,9 +15,11 @@ import sys
 import sysconfig
 import types
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
+
+import torch
 
 _STDLIB = sys.stdlib_module_names - {"__main__", "types", "argparse"}  # namespaces are the user's own
 # Libraries whose code and objects hold no settings of the user's, or hold them in the ways that ``reach`` knows.
@@ -140,6 +142,11 @@ def garbage_later() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Run what ``torch.compile`` has compiled as it was written: a step is a graph of its own."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Gradients of a step while a graph is being captured."""
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -16,6 +17,26 @@ Hooks = Mapping[Tensor, list[Callable[[Tensor], Tensor | None]]]
 def hooks_of(parameters: Mapping[str, Tensor]) -> Hooks:
     """Return what the user registered by ``register_hook`` on each parameter."""
     return {p: list(p._backward_hooks.values()) for p in parameters.values() if p._backward_hooks}
+
+
+class LeftGradients:
+    """Gradients that somebody else leaves on parameters, to which an uncompiled step would add its own."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._zeros: list[Tensor | None] = []
+        self._versions: list[int | None] = []
+
+    def found(self) -> bool:
+        """Return whether there are some now; values are looked at where a gradient was replaced or changed only."""
+        gradients = [p.grad for p in self._parameters]
+        versions = [None if g is None else g._version for g in gradients]
+        if versions == self._versions and all(map(is_, gradients, self._zeros)):
+            return False
+        if any(g is not None and bool(g.any()) for g in gradients):
+            return True
+        self._zeros, self._versions = gradients, versions
+        return False
 
 
 def program_gradients(

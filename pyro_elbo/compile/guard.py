@@ -169,4 +169,4 @@ def _describe(x: Any) -> str:
 
 def _same(a: Any, b: Any) -> bool:
     plain = isinstance(a, VALUES) and not isinstance(a, Tensor)
-    return a is b or (plain and type(a) is type(b) and a == b)
+    return a is b or (plain and type(a) is type(b) and repr(a) == repr(b))  # 0.0 == -0.0

@@ -1,5 +1,6 @@
 """What is known of a training or evaluation step that has run."""
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo.compile.execution import Execution
-from pyro_elbo.compile.gradients import Hooks
+from pyro_elbo.compile.gradients import Hooks, LeftGradients
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.optimizer import UpdatePlan
 from pyro_elbo.ranks import Sizes
@@ -40,6 +41,11 @@ class KnownStep:
             if self.execute.fits()
             else "the layout of a parameter, or the values of a buffer that the programs read"
         )
+
+    @functools.cached_property
+    def left(self) -> LeftGradients:
+        """Gradients on the parameters, from elsewhere."""
+        return LeftGradients(self.parameters.values() if self.plan.optimizers else ())
 
     def row(self, scalars: int) -> tuple[Tensor, Tensor, Tensor]:
         """Make what differs from step to step: the scalars, the flag that all steps were usable, and the record."""

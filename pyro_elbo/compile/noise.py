@@ -63,7 +63,7 @@ def write_out_bernoulli(graph: fx.Graph) -> None:
     for node in [n for n in graph.nodes if n.target is aten.bernoulli.default]:
         p, value = node.args[0], node.meta["val"]
         with graph.inserting_before(node):
-            uniform = graph.call_function(aten.rand_like.default, (p,))
+            uniform = graph.call_function(aten.rand_like.default, (p,), {"memory_format": torch.contiguous_format})
             below = graph.call_function(aten.lt.Tensor, (uniform, p))
             drawn = graph.call_function(aten._to_copy.default, (below,), {"dtype": value.dtype})
         uniform.meta["val"], below.meta["val"], drawn.meta["val"] = value, value < 1, value
@@ -84,13 +84,33 @@ def write_out_categorical(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def draw_in_memory_order(graph: fx.Graph) -> None:
+    """Draw the elements of permuted memory in the order of the memory, as torch does unless the draws are normal."""
+    kinds = (aten.bernoulli.p, aten.rand_like.default, aten.uniform.default, aten.exponential.default)
+    for node in [n for n in graph.nodes if n.target in kinds]:
+        source = cast("fx.Node", node.args[0])
+        value = (source if node.target is aten.bernoulli.p else node).meta["val"]  # functional ones are contiguous
+        order = sorted(range(value.dim()), key=value.stride, reverse=True)
+        if value.is_contiguous() or not value.permute(order).is_contiguous():
+            continue
+        with graph.inserting_before(node):
+            permuted = graph.call_function(aten.permute.default, (source, order))
+        with graph.inserting_after(node):
+            back = graph.call_function(aten.permute.default, (node, [order.index(i) for i in range(len(order))]))
+        node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+        node.args = (permuted, *node.args[1:])
+        permuted.meta["val"] = source.meta["val"].permute(order)
+        node.meta["val"], back.meta["val"] = value.permute(order), value
+
+
 def can_follow_stream(graph: fx.Graph) -> bool:
-    """Write out draws by their noise; return whether every draw has a fixed distribution then."""
+    """Write out draws by their noise; return whether every draw has a fixed distribution and is contiguous then."""
     write_out_bernoulli(graph)
     write_out_categorical(graph)
+    draw_in_memory_order(graph)
     operators = [n for n in graph.nodes if isinstance(n.target, OpOverload)]
     draws = [n for n in operators if torch.Tag.nondeterministic_seeded in n.target.tags]
-    return all(n.target in RANDOM or _is_scan_draw(n) for n in draws)
+    return all(_is_scan_draw(n) or (n.target in RANDOM and n.meta["val"].is_contiguous()) for n in draws)
 
 
 def _is_scan_draw(node: fx.Node) -> bool:

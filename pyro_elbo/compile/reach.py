@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyro
+import torch
 from pyro.nn import PyroModule
 from torch import nn
 from torch.optim import Optimizer
@@ -135,6 +136,7 @@ class _Reach:
 
     def _visitors(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
         yield weakref.ReferenceType, self._visit_reference
+        yield torch.jit.ScriptModule | torch.jit.ScriptFunction, self._refuse_script
         yield nn.Module, self._visit_module
         yield weakref.ProxyTypes, self._visit_object
         yield types.BuiltinMethodType, lambda x: self._visit(x.__self__)
@@ -212,6 +214,10 @@ class _Reach:
 
     def _refuse(self, x: Any, why: str) -> None:
         self._guard.refused.append(f"a {type(x).__name__}, which {why}: pass its values as arguments")
+
+    def _refuse_script(self, x: Any) -> None:
+        what = "TorchScript (torch.jit.script, torch.jit.trace), which runs outside of Python"
+        self._guard.refused.append(f"{what}: call the module or function that it was made from")
 
     def _visit_object(self, x: Any) -> None:
         kind = x.__class__ if isinstance(x, weakref.ProxyTypes) else type(x)
@@ -314,10 +320,13 @@ class _Reach:
                 self._visit(entries[name])
             self._drain()
         attributes = {name for entries, _ in self._owned for name in entries} & self._named[""]
+        inherited = {
+            name for entries, _ in self._owned if not isinstance(entries, dict) for name in entries
+        } & attributes
         for entries, packages in self._owned:
             self._guard.watch(entries, self._used(entries, packages))
-            if isinstance(entries, dict):  # of an instance, which may come to hide what its class has
-                self._guard.watch_absent(entries, attributes - entries.keys())
+            may_hide = attributes if isinstance(entries, dict) else inherited  # what the classes above have
+            self._guard.watch_absent(entries, may_hide - entries.keys())
 
     def _used(self, entries: Mapping[str, Any], packages: frozenset[str]) -> list[str]:
         """Return the names among ``entries`` that the code of the programs may ask for."""

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from pyro_elbo.compile._torch import PROXY, DisableTorchFunction, OpOverload, TorchDispatchMode, unset_fake_temporarily
 from pyro_elbo.compile.layouts import Layouts
+from pyro_elbo.errors import CompileError
 
 aten = torch.ops.aten
 
@@ -111,6 +112,11 @@ class Recorder(TorchDispatchMode):
         if isinstance(x, dict):
             key += x
             return {name: self._spelled(part, key) for name, part in x.items()}
+        if isinstance(x, torch.Generator):
+            raise CompileError(
+                "The programs draw from a torch.Generator of their own, which machine code does not: draw from torch's "
+                "(leave generator= out), pass the draws as tensors, or use compile=False."
+            )
         key.append((type(x), x))  # 1 == 1.0 == True
         return x
 

@@ -24,7 +24,7 @@ from pyro_elbo.compile import record as recorder
 from pyro_elbo.compile._torch import import_compiler, lazy_graph_modules
 from pyro_elbo.compile.arguments import Key, describe, difference, with_tensors
 from pyro_elbo.compile.course import Course
-from pyro_elbo.compile.execution import Execution, collect_code, garbage_later, record_execution
+from pyro_elbo.compile.execution import Execution, as_written, collect_code, garbage_later, record_execution
 from pyro_elbo.compile.gradients import hooks_of, network_gradients, program_gradients
 from pyro_elbo.compile.guard import Guard
 from pyro_elbo.compile.known_step import KnownStep
@@ -154,12 +154,15 @@ class CompiledSVI:
         with self._or_python():
             course.prepare()
             step = self._captured(key, kind, leaves, spec)
-        if self._everywhere(step is not None) and step is not None:
+        if self._everywhere(step is not None and not step.left.found()) and step is not None:
             return self._execute(step, args, kwargs, data, course)
-        if not self.compile or step is not None:
+        if not self.compile:
             return self._run_in_python(kind, args, kwargs, course)
-        ((step, (names, first)),) = (self._record_step(kind, args, kwargs) for _ in course.first().in_python())
-        self._known[key][:] = [step, *self._known[key][: MAX_MISSES - 1]]
+        if step is not None:
+            names, first = self._run_in_python(kind, args, kwargs, course.first())
+        else:
+            ((step, (names, first)),) = (self._record_step(kind, args, kwargs) for _ in course.first().in_python())
+            self._known[key][:] = [step, *self._known[key][: MAX_MISSES - 1]]
         if course.steps == 1:
             return names, first
         return names, np.concatenate([first, self._run(kind, args, kwargs, course.rest())[1]])
@@ -177,8 +180,7 @@ class CompiledSVI:
 
     def _captured(self, key: Key, kind: StepKind, leaves: list[Any], spec: Any) -> KnownStep | None:
         """Return a step whose graph can run, captured now where it ran once in Python; None for a new step."""
-        known = self._known.setdefault(key, [])
-        changed = "the program"
+        known, changed = self._known.setdefault(key, []), "the program"
         for step in known:
             if (broken := step.broken()) is None:
                 if step.execute is None:
@@ -250,7 +252,7 @@ class CompiledSVI:
         sizes: Sizes = {}
         with garbage_later():
             import_compiler()
-        with record_execution() as execution:
+        with as_written(), record_execution() as execution:
             terms, record, parameters = self._in_python(kind, args, kwargs, sizes)
         trained = kind == "train" and terms.objective.requires_grad
         critics = [critic.optimizer for critic in self.loss.critics.values()]
@@ -271,12 +273,11 @@ class CompiledSVI:
         optimizers: list[torch.optim.Optimizer],
     ) -> Guard:
         """Watch what a step reads: programs, objective, parameters and the optimizers that train them."""
-        hooks = hooks_of(parameters)
+        hooks, store = hooks_of(parameters), pyro.get_param_store()
         guard = guard_of((self.model, self.guide, args, kwargs, self.loss, *hooks.values()), execution)
         watch(guard, optimizers)
         if optimizers:
             self.update.watch(guard, parameters.values())
-        store = pyro.get_param_store()
         stored = [name for name in parameters if name in store._params]
         guard.watch(lambda: store._params, stored)
         guard.watch(lambda: store._constraints, stored)
@@ -302,7 +303,7 @@ class CompiledSVI:
             named = {name: scalars[i] for i, name in enumerate(names)}
             with self._sharing(step.sizes, alive):
                 with capturing(validate, scans) as assumed, torch.set_grad_enabled(kind == "train"):
-                    with recording() as found:
+                    with as_written(), recording() as found:
                         terms = self.loss.evaluate(self.model, self.guide, args, kwargs, named.__getitem__)
                     ran.append(found)
                     check_sites(step.sites, tuple(terms.sites))

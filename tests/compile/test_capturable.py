@@ -352,6 +352,27 @@ def assorted(x):
     return pyro.sample("z", dist.Laplace(loc + 0.1 * k + b.sum() + e.sum(), 1.0))
 
 
+TURNED = torch.linspace(0.1, 0.9, 24).reshape(2, 4, 3).transpose(1, 2)  # dense memory in another order of dimensions
+
+
+def permuted(x):
+    """Dropout of what attention returns transposed, and the like: elements are drawn in the order of the memory."""
+    drawn = [nn.functional.dropout(TURNED), torch.rand_like(TURNED), torch.empty_like(TURNED).exponential_(0.5)]
+    drawn += [
+        torch.bernoulli(TURNED),
+        dist.Categorical(TURNED).sample()[..., None],
+        torch.empty_like(TURNED).uniform_(),
+    ]
+    loc = pyro.param("a", torch.tensor(0.1)) + (torch.cat(drawn, -1).cumsum(1).cumsum(0) ** 2).sum(0).mean()
+    return pyro.sample("z", dist.Normal(0.001 * loc, 1.0))
+
+
+def permuted_normal(x):
+    """Torch draws normals of such memory by another method, so that no row of noise has them."""
+    loc = pyro.param("a", torch.tensor(0.1)) + 0.01 * (torch.randn_like(TURNED).cumsum(1) ** 2).sum()
+    return pyro.sample("z", dist.Normal(loc, 1.0))
+
+
 def scanned(x):
     torch.rand(5)
     loc = pyro.param("a", torch.tensor(0.1))
@@ -376,7 +397,7 @@ def scanned_target(x):
     pe.scan(step, torch.tensor(0.0), x)
 
 
-@pytest.mark.parametrize("program", [unused, assorted, scanned])
+@pytest.mark.parametrize("program", [unused, assorted, permuted, permuted_normal, scanned])
 def test_fallback_random_draws_the_stream_of_an_uncompiled_run(interpreted, program):
     """The losses agree, and so does the next number of torch's generator."""
 

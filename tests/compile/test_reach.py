@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import functools
 import importlib
+import math
 import multiprocessing
 import operator
 import os
@@ -186,6 +187,16 @@ def outside(x):
 
 
 # what is held, how the program reads it, how it changes
+def inheriting():
+    class Upper:
+        width = 1.0
+
+    class Lower(Upper):
+        pass
+
+    return Lower()
+
+
 HELD = {
     "a module": (module, lambda m: m.width, set_width),
     "a module in an attribute": (lambda: namespace(m=module()), lambda b: b.m.width, lambda b: set_width(b.m)),
@@ -290,6 +301,12 @@ HELD = {
         lambda b: setattr(b.f, "__defaults__", (3.0,)),
     ),
     "an objective of the same name": (namespace, outside, set_width),
+    "what a subclass comes to hide": (inheriting, lambda b: b.width, lambda b: setattr(type(b), "width", 3.0)),
+    "the sign of a zero": (
+        lambda: namespace(zero=0.0),
+        lambda b: 2.0 + math.copysign(1.0, b.zero),
+        lambda b: setattr(b, "zero", -0.0),
+    ),
 }
 
 
@@ -467,7 +484,16 @@ def drawn_by_numpy_inside():
     return 1.0 + inside.rand()  # noqa: NPY002
 
 
+def torch_script(x: torch.Tensor) -> torch.Tensor:
+    return x.exp()
+
+
+GENERATOR = torch.Generator()
+
 REFUSED = {
+    "torch.Generator": lambda: 1.0 + torch.rand((), generator=GENERATOR),
+    "torch.jit.script": functools.partial(torch.jit.script(torch_script), torch.zeros(())),
+    "torch.jit.trace": functools.partial(torch.jit.trace(nn.Softplus(), torch.zeros(1)), torch.zeros(())),
     "time.time": lambda: 1.0 + time.time() % 1,
     "time.perf_counter": lambda: 1.0 + time.perf_counter() % 1,
     "time.monotonic": functools.partial(time.monotonic),

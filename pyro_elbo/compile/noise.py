@@ -53,9 +53,15 @@ class Noise:
 
 def write_out_draws(graph: fx.Graph) -> None:
     """Replace draws in place into fresh memory by functional draws."""
-    for node in [n for n in graph.nodes if n.target in _DRAWS and n.args[0].target is aten.empty.memory_format]:
-        if len(node.args[0].users) == 1:
-            node.target = _DRAWS[node.target]
+    for node in [n for n in graph.nodes if n.target in _DRAWS and _is_fresh(n.args[0])]:
+        node.target = _DRAWS[node.target]
+
+
+def _is_fresh(x: fx.Node) -> bool:
+    """Return whether one node alone reads memory that has just been allocated."""
+    if x.target is aten.detach.default and len(x.users) == 1:
+        return _is_fresh(x.args[0])  # type: ignore[arg-type]
+    return x.target is aten.empty.memory_format and len(x.users) == 1
 
 
 def write_out_bernoulli(graph: fx.Graph) -> None:

@@ -47,13 +47,13 @@ def loop_of(step, constants, carry, inputs, reverse=False):
     return loop
 
 
-def assert_equal(step, constants, carry, inputs, reverse=False):
+def assert_equal(step, constants, carry, inputs, reverse=False, is_scalar=True):
     loop = loop_of(step, constants, carry, inputs, reverse)
-    assert loop.source is not None
+    assert (loop.source is not None) == is_scalar
     found = torch.ops.pyro_elbo.loop(constants, carry, inputs, T, loop.key)
     expected = in_python(step, constants, carry, inputs, reverse)
-    tolerance = 1e-5 if carry[0].dtype == torch.float32 else 1e-12
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        tolerance = 1e-5 if a.dtype == torch.float32 else 1e-12
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, i=i: f"{i}: {m}")
 
 
@@ -167,6 +167,30 @@ def test_several_parts_of_a_carry(reverse):
 
 def halved(constants, carry, inputs):
     return [carry[0] * 0.5 + inputs[0]], []
+
+
+def test_products_in_a_step_that_is_called(monkeypatch):
+    """Their rows and columns fill vectors and blocks, and some are left."""
+    targets, code_of = set(), inductor.code_of
+
+    def watched(graph, on_cpu):
+        targets.update(node.target for node in graph.module.graph.nodes)
+        return code_of(graph, on_cpu)
+
+    def step(constants, carry, inputs):
+        pairs = zip(carry, inputs, (constants[:3], constants[3:]), strict=True)
+        return [torch.tanh(torch.addmm(bias, c, a)) @ b + x for c, x, (bias, a, b) in pairs], []
+
+    monkeypatch.setattr(inductor, "code_of", watched)
+    torch.manual_seed(0)
+    constants, carry, inputs = [], [], []
+    for dtype in (torch.float32, torch.float64):
+        constants += [torch.randn(shape, dtype=dtype) / 10 for shape in ((33,), (133, 33), (33, 133))]
+        carry.append(torch.randn(7, 133, dtype=dtype))
+        inputs.append(torch.randn(T, 7, 133, dtype=dtype))
+    assert_equal(step, constants, carry, inputs, is_scalar=False)
+    assert torch.ops.pyro_elbo.product.default in targets
+    assert not targets & {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 REFUSED = {

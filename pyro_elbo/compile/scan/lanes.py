@@ -15,6 +15,7 @@ from pyro_elbo.compile.scan.scalar_ops import LOGIC, TRUTH, TYPES, Array, Unsupp
 
 _REAL = (torch.float32, torch.float64)
 _FEWEST = 4  # lanes of a vector
+_WIDTHS = {"AVX2": 32, "AVX512": 64}  # bytes of a vector by the capability of the processor
 # Functions that torch has for vectors of this processor.
 _FUNCTIONS = (
     *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "sin", "cos", "tan", "asin", "acos", "atan"),
@@ -91,6 +92,11 @@ template <class V, class F> inline V map(V x, F function) {
 #endif
 """
 )
+
+
+def vector_width() -> int:
+    """Return the bytes of this processor's vectors."""
+    return _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 16)
 
 
 class _Place(NamedTuple):

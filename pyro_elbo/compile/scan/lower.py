@@ -75,14 +75,13 @@ def _loop(
     reverse: bool,
 ) -> None:
     part = recurrence(nodes, carry, [after[c] for c in carry], values)
-    constants = [values.constant[x] for x in part.constants]
+    constants = [values.constant[x].contiguous() for x in part.constants]
     state = [start[c].contiguous() for c in carry]
     inputs = [values.per_step[x].contiguous() for x in part.inputs]
     exports = [x.meta["val"] for x in part.exports]
     with disable_proxy_modes_tracing():
-        like = [*constants, *state, *(x[0] for x in inputs), *state]
-        rows = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in like]
-        rows += [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in exports]
+        like = [*constants, *state, *(x[0] for x in inputs), *state, *exports]
+        rows = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like]
     number = values.number if any(map(is_random, part.nodes)) else 0  # loops that draw are never the same
     layout = Layout(len(constants), len(state), len(inputs), rows)
     loop = register(part.module(), layout, tuple((x.shape, x.dtype) for x in exports), reverse, number)

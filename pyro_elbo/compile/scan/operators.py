@@ -20,6 +20,7 @@ from pyro_elbo.compile._torch import FakeTensorMode, ShapeEnv, config, make_fx, 
 from pyro_elbo.compile.code import C_FUNCTIONS, WRITTEN_OUT, on_cpu
 from pyro_elbo.compile.noise import SCAN_DRAWS, NoiseKind, fill_noise
 from pyro_elbo.compile.scan.native import DECLARATIONS, NativeLoop
+from pyro_elbo.compile.scan.products import write_out_products
 from pyro_elbo.compile.scan.scalar_code import Layout, function_in, scalar_loop
 from pyro_elbo.compile.scan.scalar_ops import UnsupportedError
 from pyro_elbo.compile.store import installation
@@ -66,7 +67,7 @@ class Loop:
         from pyro_elbo.compile.capture import Graph, decompositions, optimize, write_out_alpha
 
         mode = FakeTensorMode(shape_env=ShapeEnv())
-        real = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in self.layout.like]
+        real = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in self.layout.like]
         fakes = tuple(mode.from_tensor(x, static_shapes=True) for x in real)
         with mode:
             graph = make_fx(self.module, decompositions(not config.fallback_random))(*fakes)
@@ -75,6 +76,9 @@ class Loop:
         self.source = source_of(self.name, graph, self.layout, self.reverse) if on_cpu(real) else None
         if self.source is not None:
             return
+        if on_cpu(real):
+            places = [n for n in graph.graph.nodes if n.op == "placeholder"]
+            write_out_products(graph.graph, places[: self.layout.constants])
         self.machine = inductor.code_of(Graph(graph, fakes), on_cpu(real))
         if self.machine.entry is not None:
             counts = self.layout.constants, self.layout.carry, self.layout.inputs
@@ -133,7 +137,7 @@ def _run(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int) -> Ro
     if loop.native is not None:
         loop.native([*constants, *carry, *inputs], room, steps)
         return room
-    fixed = [_laid_out(x, like) for x, like in zip(constants, loop.layout.like, strict=False)]
+    fixed = [x.contiguous() for x in constants]
     if loop.source is not None:
         columns = [*fixed, *(x.contiguous() for x in (*carry, *inputs)), *room]
         addresses = (ctypes.c_void_p * len(columns))(*(x.data_ptr() for x in columns))
@@ -148,10 +152,6 @@ def _run(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int) -> Ro
     for row in rows[::-1] if loop.reverse else rows:
         loop.machine.call([*fixed, *row])
     return room
-
-
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    return x if x.stride() == like.stride() else torch.empty_strided(like.shape, like.stride(), dtype=x.dtype).copy_(x)
 
 
 def _run_loops(constants: Rows, carry: Rows, inputs: Rows, steps: int, key: int, count: int) -> Rows:
@@ -169,7 +169,7 @@ def _written_out(steps: int, key: int, count: int = 0) -> tuple[str, str, list[t
     """Return how a loop over scalars is written into the code of a graph: see :func:`_torch.write_out`."""
     loop = _loops[key]
     like = loop.layout.like[: loop.layout.first_result]
-    if loop.source is None or (count and not all(x.is_contiguous() for x in like)):
+    if loop.source is None:
         return None
     call = f"{loop.name}_each(columns, {steps}, {count})" if count else f"{loop.name}(columns, {steps})"
     strides = []
@@ -245,6 +245,6 @@ def register(module: fx.GraphModule, layout: Layout, exports: Any, reverse: bool
 
     Loops with equal keys and arguments are computed once; ``number`` distinguishes those that draw.
     """
-    rows = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in layout.like]
+    rows = [(tuple(x.shape), x.dtype, x.device) for x in layout.like]
     key = stable_key((module.code, rows, exports, reverse, number, config.fallback_random, installation()))
     return _loops.setdefault(key, Loop(key, module, layout, exports, reverse))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_elbo.compile.scan.lanes import SOURCE as LANES
-from pyro_elbo.compile.scan.lanes import Code
+from pyro_elbo.compile.scan.lanes import Code, vector_width
 from pyro_elbo.compile.scan.scalar_ops import (
     FOLDS,
     LOGIC,
@@ -39,7 +39,6 @@ from pyro_elbo.compile.scan.scalar_ops import (
 from pyro_elbo.compile.store import load_library
 
 aten = torch.ops.aten
-_WIDTHS = {"AVX2": 32, "AVX512": 64}  # bytes of a vector by the capability of the processor
 
 _SOURCE = r"""
 #include <cmath>
@@ -137,7 +136,7 @@ class Layout:
 
     Attributes:
         constants, carry, inputs: the numbers of constants, of parts of the carry and of inputs over time.
-        like: a tensor in the layout of each constant, carry, input, next carry and export.
+        like: a contiguous tensor like each constant, carry, input, next carry and export.
     """
 
     constants: int
@@ -171,11 +170,11 @@ def scalar_loop(name: str, module: fx.GraphModule, layout: Layout, reverse: bool
     Raises:
         UnsupportedError: the step is too large, or has operators or types of which no scalars are written.
     """
-    code = Code(limit, _WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 16))
+    code = Code(limit, vector_width())
     if sum(x.numel() for x in layout.like) > limit:
         raise UnsupportedError(f"more than {limit} elements")
     places = [n for n in module.graph.nodes if n.op == "placeholder"]
-    variables = [_variables(code, layout, i) for i in range(len(places))]
+    variables = [code.variables(f"x{i}", x.numel(), x.dtype) for i, x in enumerate(layout.like)]
     values: dict[fx.Node, Any] = {
         n: np.array([x for *_, names in held for x in names], dtype=object).reshape(tuple(like.shape))
         for n, held, like in zip(places, variables, layout.like, strict=True)
@@ -198,13 +197,6 @@ Variables = list[tuple[str, str, list[str]]]
 """The type and the name of variables, and the names of the numbers that each holds."""
 
 
-def _variables(code: Code, layout: Layout, position: int) -> Variables:
-    like, name = layout.like[position], f"x{position}"
-    if position >= layout.constants or like.is_contiguous():
-        return code.variables(name, like.numel(), like.dtype)
-    return [(TYPES[like.dtype], f"{name}_{i}", [code.declare(f"{name}_{i}", like.dtype)]) for i in range(like.numel())]
-
-
 def _source(
     name: str, code: Code, layout: Layout, reverse: bool, variables: Sequence[Variables], results: Sequence[Array]
 ) -> str:
@@ -216,10 +208,9 @@ def _source(
     first, after = ("steps", "t") if reverse else ("0", "t + 1")
     for p, like in enumerate(layout.like[: layout.first_result]):
         size, starts = like.numel(), itertools.accumulate((len(x) for *_, x in variables[p]), initial=0)
-        offsets = [*range(size)] if like.is_contiguous() else _offsets(like)
         for (kind, x, numbers), start in zip(variables[p], starts, strict=False):
             if p < layout.constants:
-                before.append(f"  const {kind} {x} = {_load(kind, p, str(offsets[start]), len(numbers))};")
+                before.append(f"  const {kind} {x} = {_load(kind, p, str(start), len(numbers))};")
             elif p < layout.first_input:
                 state = p + layout.first_result - layout.constants
                 before.append(f"  {kind} {x} = {_load(kind, p, str(start), len(numbers))};")
@@ -259,10 +250,6 @@ def _store(p: int, at: str, value: str, length: int) -> str:
 
 def _pointer(x: Tensor, p: int) -> str:
     return f"static_cast<{TYPES[x.dtype]}*>(columns[{p}])"
-
-
-def _offsets(x: Tensor) -> list[int]:
-    return [sum(i * s for i, s in zip(index, x.stride(), strict=True)) for index in np.ndindex(*x.shape)]
 
 
 @cache

@@ -14,7 +14,6 @@ NoiseKind = Literal["normal", "uniform", "exponential"]
 Segment = tuple[int, int, int]
 """The draws of one operator in the rows of noise: the row, the first element, the element after the last."""
 
-_DRAWS = {aten.normal_.default: aten.normal_functional.default, aten.uniform_.default: aten.uniform.default}
 RANDOM: dict[Any, NoiseKind] = {
     aten.normal_functional.default: "normal",
     aten.randn.default: "normal",
@@ -48,13 +47,6 @@ class Noise:
     def draw(self, rows: Tensor) -> None:
         """Fill rows from torch's generator."""
         fill_noise(self.kind, rows)
-
-
-def write_out_draws(graph: fx.Graph) -> None:
-    """Replace draws in place into fresh memory by functional draws."""
-    for node in [n for n in graph.nodes if n.target in _DRAWS and n.args[0].target is aten.empty.memory_format]:
-        if len(node.args[0].users) == 1:
-            node.target = _DRAWS[node.target]
 
 
 def write_out_bernoulli(graph: fx.Graph) -> None:

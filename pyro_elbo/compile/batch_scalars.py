@@ -50,6 +50,9 @@ def batch_scalars(graph: fx.Graph) -> None:
     for stack in sums:
         _sort_terms(graph, stack)
     _join_runs(graph)
+    for target in (aten.unsqueeze.default, aten.cat.default):  # operands of many vectors
+        same = (n for n in _before(graph, barrier) if n.target is target and not n.kwargs)
+        _without_twins(graph, [n for n in same if memory_of(n) not in written])
     stable_topological_sort(graph)
     graph.eliminate_dead_code()
 

@@ -6,6 +6,7 @@ a draw fills fresh memory, and a density masks its own result.
 
 from bisect import bisect_left
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 from pyro_elbo.compile._torch import OpOverload, pytree
 
 aten = torch.ops.aten
-_NAMED_OTHERWISE = {aten.normal_.default: aten.normal_functional.default}
+_NAMED_OTHERWISE: dict[Any, OpOverload] = {aten.normal_.default: aten.normal_functional.default}
 _SAME = (aten.detach.default, aten.alias.default)
 
 
@@ -71,6 +72,6 @@ def _layout(x: Tensor) -> tuple[object, ...]:
     return x.dtype, x.shape, x.stride(), x.device
 
 
-def _source(x: fx.Node) -> fx.Node:
+def _source(x: Any) -> fx.Node:
     """Return what an alias stands for."""
     return _source(x.args[0]) if x.target in _SAME else x

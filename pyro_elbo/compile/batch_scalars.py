@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_elbo.compile._torch import OpOverload, pytree, stable_topological_sort
+from pyro_elbo.compile.writes import memory_of, written_by
 
 aten = torch.ops.aten
 FEW = 4  # fewest lanes of a vector
@@ -34,11 +35,11 @@ def batch_scalars(graph: fx.Graph) -> None:
     Its nodes have ``meta["val"]``; of the new nodes, lanes have it.
     """
     barrier = next((node for node in graph.nodes if _is_barrier(node)), None)
-    written = {_memory(x) for node in graph.nodes for x in _written(node)}
+    written = {memory_of(x) for node in graph.nodes for x in written_by(node)}
 
     def free() -> list[fx.Node]:
         return [
-            n for n in _before(graph, barrier) if _is_scalar(n) and (n.target in _SAME or _memory(n) not in written)
+            n for n in _before(graph, barrier) if _is_scalar(n) and (n.target in _SAME or memory_of(n) not in written)
         ]
 
     for node in free():
@@ -49,25 +50,15 @@ def batch_scalars(graph: fx.Graph) -> None:
     for stack in sums:
         _sort_terms(graph, stack)
     _join_runs(graph)
+    for target in (aten.unsqueeze.default, aten.cat.default):  # operands of many vectors
+        same = (n for n in _before(graph, barrier) if n.target is target and not n.kwargs)
+        _without_twins(graph, [n for n in same if memory_of(n) not in written])
     stable_topological_sort(graph)
     graph.eliminate_dead_code()
 
 
 def _before(graph: fx.Graph, barrier: fx.Node | None) -> Iterator[fx.Node]:
     return itertools.takewhile(lambda node: node is not barrier, graph.nodes)
-
-
-def _memory(x: fx.Node) -> int:
-    return x.meta["val"].untyped_storage()._cdata if isinstance(x.meta.get("val"), Tensor) else -1
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """Return the operands that an operator writes to."""
-    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-        return []
-    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
-    names = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [x for name in names for x in pytree.tree_leaves(given.get(name)) if isinstance(x, fx.Node)]
 
 
 def _simplify(graph: fx.Graph, node: fx.Node, written: set[int]) -> None:
@@ -78,7 +69,7 @@ def _simplify(graph: fx.Graph, node: fx.Node, written: set[int]) -> None:
         node.target, node.args = aten.full.default, ([], int(target is aten.ones_like.default))
         node.kwargs = options
     elif _is_scalar(x):
-        copies = target in _COPIES and value.dtype == x.meta["val"].dtype and _memory(x) not in written
+        copies = target in _COPIES and value.dtype == x.meta["val"].dtype and memory_of(x) not in written
         if copies or target in _SAME:
             node.replace_all_uses_with(x)
 
@@ -88,7 +79,7 @@ def _is_barrier(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return False
     draws = torch.Tag.nondeterministic_seeded in node.target.tags
-    return bool(_written(node)) or (draws and any(x.all_input_nodes for x in node.all_input_nodes))
+    return bool(written_by(node)) or (draws and any(x.all_input_nodes for x in node.all_input_nodes))
 
 
 def _sum_chains(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:

@@ -25,10 +25,11 @@ from pyro_elbo.compile._torch import (
 from pyro_elbo.compile.batch_scalars import batch_scalars
 from pyro_elbo.compile.code import on_cpu
 from pyro_elbo.compile.graphs import remove_identities, remove_repetition
-from pyro_elbo.compile.noise import Noise, Segment, can_follow_stream, extract_noise, write_out_draws
+from pyro_elbo.compile.noise import Noise, Segment, can_follow_stream, extract_noise
 from pyro_elbo.compile.packed import Pack, Packed
 from pyro_elbo.compile.packing import pack
 from pyro_elbo.compile.record import Recording
+from pyro_elbo.compile.writes import write_out_writes
 
 aten = torch.ops.aten
 # Random operators whose decompositions draw other numbers than the operators themselves.
@@ -63,7 +64,7 @@ def functional_graph(recording: Recording, kept: int, lift_noise: bool) -> Graph
             does: outside the graph, in its order, where all draws have fixed distributions; else inside the graph.
     """
     tensors = recording.tensors
-    write_out_draws(recording.graph)
+    write_out_writes(recording.graph)
     batch_scalars(recording.graph)
     functional = functionalize(fx.GraphModule({}, recording.graph), remove="mutations")
     graph = make_fx(functional, decompositions(lift_noise), "fake")(*tensors)

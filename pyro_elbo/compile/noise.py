@@ -14,7 +14,6 @@ NoiseKind = Literal["normal", "uniform", "exponential"]
 Segment = tuple[int, int, int]
 """The draws of one operator in the rows of noise: the row, the first element, the element after the last."""
 
-_DRAWS = {aten.normal_.default: aten.normal_functional.default, aten.uniform_.default: aten.uniform.default}
 RANDOM: dict[Any, NoiseKind] = {
     aten.normal_functional.default: "normal",
     aten.randn.default: "normal",
@@ -49,19 +48,6 @@ class Noise:
     def draw(self, rows: Tensor) -> None:
         """Fill rows from torch's generator."""
         fill_noise(self.kind, rows)
-
-
-def write_out_draws(graph: fx.Graph) -> None:
-    """Replace draws in place into fresh memory by functional draws."""
-    for node in [n for n in graph.nodes if n.target in _DRAWS and _is_fresh(n.args[0])]:
-        node.target = _DRAWS[node.target]
-
-
-def _is_fresh(x: fx.Node) -> bool:
-    """Return whether one node alone reads memory that has just been allocated."""
-    if x.target is aten.detach.default and len(x.users) == 1:
-        return _is_fresh(x.args[0])  # type: ignore[arg-type]
-    return x.target is aten.empty.memory_format and len(x.users) == 1
 
 
 def write_out_bernoulli(graph: fx.Graph) -> None:

@@ -207,7 +207,7 @@ class Weights:
     def after(self, steps: range, names: Iterable[str]) -> dict[str, Float[np.ndarray, " steps"]]:
         """Return the columns of the weights after each of so many steps; ``names`` are those of the totals."""
         settled, sites = self._elbo.settled, [name.removeprefix("kl/") for name in names if name.startswith("kl/")]
-        clipped = np.minimum(steps, settled)  # constant from there on
+        clipped = np.minimum(steps, settled).astype(int)  # constant from there on; a schedule may settle at infinity
         key = clipped[0], clipped[-1], sites
         if key != self._kept[0]:
             rows = [self._at(step, sites) for step in range(clipped[0], clipped[-1] + 1)]

@@ -15,11 +15,11 @@ from pyro_elbo.compile.noise import (
     location_scale,
     write_out_bernoulli,
     write_out_categorical,
-    write_out_draws,
 )
 from pyro_elbo.compile.recorder import Recorder
 from pyro_elbo.compile.scan.partition import StepGraph, split_products
 from pyro_elbo.compile.scan.paths import as_leaves, leaves_of
+from pyro_elbo.compile.writes import write_out_writes
 from pyro_elbo.errors import CompileError
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[f
     recorder = Recorder()
     raw, constants = fx.GraphModule({}, recorder(function, arguments)), recorder.constants
     module = raw
-    write_out_draws(raw.graph)
+    write_out_writes(raw.graph)
     if any(mutates(n.target) for n in raw.graph.nodes):
         everything = [x.detach() for x in (*constants, *arguments)]
         with torch.no_grad(), DisableTorchFunction():  # nothing is left to lift

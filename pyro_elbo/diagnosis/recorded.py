@@ -1,6 +1,6 @@
 """The probes of a fit as labeled arrays: one entry per epoch and split, NaN where no probe was taken."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pyro_elbo.diagnosis.probe import ProbeRecord
@@ -41,15 +41,16 @@ def probe_variables(
         return values
 
     places = ("epoch", "split")
-    found: Variables = {
-        "kl_per_dim": ((*places, "unit"), table("kl_per_dim", units), NATS),
-        "active_units": ((*places, "latent"), table("active_units", latents), {"units": "units"}),
-        "information": ((*places, "latent", "side"), table("information", latents, len(SIDES)), NATS),
-        "own_distortion": (places, numbers("own_distortion"), NATS),
-        "swapped_distortion": (places, numbers("swapped_distortion"), NATS),
-        "gradient_norm": (("epoch",), numbers("gradient_norm")[:, 0], BY_PARAMETER),
-        "gradient_noise": (("epoch",), numbers("gradient_noise")[:, 0], BY_PARAMETER),
+    made: dict[str, Callable[[], Any]] = {
+        "kl_per_dim": lambda: ((*places, "unit"), table("kl_per_dim", units), NATS),
+        "active_units": lambda: ((*places, "latent"), table("active_units", latents), {"units": "units"}),
+        "information": lambda: ((*places, "latent", "side"), table("information", latents, len(SIDES)), NATS),
+        "own_distortion": lambda: (places, numbers("own_distortion"), NATS),
+        "swapped_distortion": lambda: (places, numbers("swapped_distortion"), NATS),
+        "gradient_norm": lambda: (("epoch",), numbers("gradient_norm")[:, 0], BY_PARAMETER),
+        "gradient_noise": lambda: (("epoch",), numbers("gradient_noise")[:, 0], BY_PARAMETER),
     }
+    found: Variables = {name: make() for name, make in made.items() if any(name in p for p in probes.values())}
     found = {name: variable for name, variable in found.items() if np.isfinite(variable[1]).any()}
     named = {"unit": units, "unit_latent": ("unit", [latent_of[unit] for unit in units])}
     coords = (named if "kl_per_dim" in found else {}) | ({"side": list(SIDES)} if "information" in found else {})

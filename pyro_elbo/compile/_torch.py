@@ -5,11 +5,8 @@ the top are loaded with torch itself. Those in ``_LAZY`` take a second to import
 """
 
 import importlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import copy_context
 from functools import cache
 from typing import Any
 
@@ -47,7 +44,6 @@ __all__ = [
     "custom_functions_taking",
     "disable_proxy_modes_tracing",
     "get_proxy_mode",
-    "headers_meanwhile",
     "import_compiler",
     "in_kernel_invocation_manager",
     "is_composite",
@@ -239,25 +235,6 @@ def faster_builds() -> Iterator[None]:
         yield
     finally:
         vectors.VecISA.check_build, code._get_cpp_wrapper_header = build, header
-
-
-@contextmanager
-def headers_meanwhile() -> Iterator[None]:
-    """Precompile the headers of a graph's code, or find them up to date, while Inductor still writes that code."""
-    code, lock = importlib.import_module("torch._inductor.codecache"), threading.Lock()
-    precompile = code._precompile_header
-
-    def in_turn(*args: Any, **kwargs: Any) -> str:
-        with lock:
-            return precompile(*args, **kwargs)
-
-    code._precompile_header = in_turn
-    try:
-        with ThreadPoolExecutor(1) as background:
-            background.submit(copy_context().run, code.CppWrapperCodeCache.load_async, "")
-            yield
-    finally:
-        code._precompile_header = precompile
 
 
 def import_compiler() -> None:

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from pyro_elbo.compile._torch import (
     config,
     detect_fake_mode,
     faster_builds,
-    headers_meanwhile,
     tracing,
     write_out,
 )
@@ -31,9 +30,8 @@ from pyro_elbo.compile.capture import Graph
 from pyro_elbo.compile.code import C_FUNCTIONS, WRITTEN_OUT, Code, entry_of
 from pyro_elbo.errors import CompileError, first_sentence
 
-# torch's headers need C++20, and such compilers know every vector instruction; the test takes 7 seconds. Nobody debugs
-# generated code by its lines, which cost the C++ compiler a twentieth of its time.
-_BUILDS = {"cpp.vec_isa_ok": True, "aot_inductor.enable_line_tables": False}
+# torch's headers need C++20, and such compilers know every vector instruction; the test takes 7 seconds.
+_KNOWN = {"cpp.vec_isa_ok": True}
 
 
 def compile_graph(graph: Graph, on_cpu: bool) -> Any:
@@ -51,8 +49,7 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
         "aot_inductor.custom_ops_to_c_shims": C_FUNCTIONS,
         "cpp.min_chunk_size": 2**14,  # a second thread costs more than it saves on smaller loops
     }
-    headers = headers_meanwhile() if on_cpu else nullcontext()
-    with config.patch(options | _BUILDS), faster_builds(), headers, torch.no_grad(), tracing(context), _quiet():
+    with config.patch(options | _KNOWN), faster_builds(), torch.no_grad(), tracing(context), _quiet():
         try:
             return compile_fx_inner(
                 graph.module,
@@ -88,7 +85,7 @@ def build_library(source: str) -> Callable[[], str]:
 
     background = ThreadPoolExecutor(1)
     try:
-        with config.patch(_BUILDS), faster_builds():
+        with config.patch(_KNOWN), faster_builds():
             load = CppCodeCache.load_async(source, submit_fn=background.submit)
     except (CppCompileError, InvalidCxxCompiler) as error:
         raise _not_compiled(error) from error

@@ -56,8 +56,7 @@ def machine_code(recording: Recording, kept: int, lift_noise: bool) -> Code:
 
     graph = capture.functional_graph(recording, kept, lift_noise)
     check_writes(recording, graph.written)
-    with config.patch(fx_graph_cache=config.fx_graph_cache and key is None):  # Inductor need not keep the code too
-        code = inductor.code_of(graph, on_cpu(recording.tensors))
+    code = inductor.code_of(graph, on_cpu(recording.tensors))
     if key is not None and (library := inductor.library_of(code)) is not None:
         noise = [(n.kind, str(n.dtype).removeprefix("torch."), n.size) for n in code.noise]
         _keep(key, library, {"noise": noise, "packs": code.packs, "stream": code.stream, "written": code.written})

@@ -64,7 +64,7 @@ def write_out_bernoulli(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             uniform = graph.call_function(aten.rand_like.default, (p,), {"memory_format": torch.contiguous_format})
             below = graph.call_function(aten.lt.Tensor, (uniform, p))
-            drawn = graph.call_function(aten._to_copy.default, (below,), {"dtype": value.dtype})
+            drawn = graph.call_function(torch.ops.prims.convert_element_type.default, (below, value.dtype))
         uniform.meta["val"], below.meta["val"], drawn.meta["val"] = value, value < 1, value
         node.replace_all_uses_with(drawn)
         graph.erase_node(node)

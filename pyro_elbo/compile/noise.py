@@ -85,10 +85,9 @@ def write_out_categorical(graph: fx.Graph) -> None:
 
 def draw_in_memory_order(graph: fx.Graph) -> None:
     """Draw the elements of permuted memory in the order of the memory, as torch does unless the draws are normal."""
-    kinds = (aten.bernoulli.p, aten.rand_like.default, aten.uniform.default, aten.exponential.default)
+    kinds = (aten.rand_like.default, aten.uniform.default, aten.exponential.default)
     for node in [n for n in graph.nodes if n.target in kinds]:
-        source = cast("fx.Node", node.args[0])
-        value = (source if node.target is aten.bernoulli.p else node).meta["val"]  # functional ones are contiguous
+        source, value = cast("fx.Node", node.args[0]), node.meta["val"]
         order = sorted(range(value.dim()), key=value.stride, reverse=True)
         if value.is_contiguous() or not value.permute(order).is_contiguous():
             continue

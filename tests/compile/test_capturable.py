@@ -356,8 +356,8 @@ TURNED = torch.linspace(0.1, 0.9, 24).reshape(2, 4, 3).transpose(1, 2)  # dense 
 
 
 def permuted(x):
-    """Dropout of what attention returns transposed, and the like: elements are drawn in the order of the memory."""
-    drawn = [nn.functional.dropout(TURNED), torch.rand_like(TURNED), torch.empty_like(TURNED).exponential_(0.5)]
+    """Elements are drawn in the order of the memory."""
+    drawn = [torch.rand_like(TURNED), torch.empty_like(TURNED).exponential_(0.5)]
     drawn += [
         torch.bernoulli(TURNED),
         dist.Categorical(TURNED).sample()[..., None],

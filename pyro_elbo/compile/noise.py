@@ -57,7 +57,7 @@ def write_out_bernoulli(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             uniform = graph.call_function(aten.rand_like.default, (p,), {"memory_format": torch.contiguous_format})
             below = graph.call_function(aten.lt.Tensor, (uniform, p))
-            drawn = graph.call_function(aten._to_copy.default, (below,), {"dtype": value.dtype})
+            drawn = graph.call_function(torch.ops.prims.convert_element_type.default, (below, value.dtype))
         uniform.meta["val"], below.meta["val"], drawn.meta["val"] = value, value < 1, value
         node.replace_all_uses_with(drawn)
         graph.erase_node(node)
@@ -78,10 +78,9 @@ def write_out_categorical(graph: fx.Graph) -> None:
 
 def draw_in_memory_order(graph: fx.Graph) -> None:
     """Draw the elements of permuted memory in the order of the memory, as torch does unless the draws are normal."""
-    kinds = (aten.bernoulli.p, aten.rand_like.default, aten.uniform.default, aten.exponential.default)
+    kinds = (aten.rand_like.default, aten.uniform.default, aten.exponential.default)
     for node in [n for n in graph.nodes if n.target in kinds]:
-        source = cast("fx.Node", node.args[0])
-        value = (source if node.target is aten.bernoulli.p else node).meta["val"]  # functional ones are contiguous
+        source, value = cast("fx.Node", node.args[0]), node.meta["val"]
         order = sorted(range(value.dim()), key=value.stride, reverse=True)
         if value.is_contiguous() or not value.permute(order).is_contiguous():
             continue

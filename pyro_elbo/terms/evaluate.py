@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
+from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor
@@ -173,7 +174,7 @@ def log_density(q: Site) -> tuple[Tensor, Tensor | None]:
     score = None if is_identically_zero(parts.score_function) else parts.score_function
     if score is None and q.fixed is not None:
         return _less_gradient(parts.log_prob, q.fixed.log_prob()), None
-    if parts.entropy_term is parts.log_prob or score is None:
+    if parts.entropy_term is parts.log_prob or score is None or isinstance(q.fn, Unit):  # a factor is no density
         return parts.log_prob, score
     if is_identically_zero(parts.entropy_term):
         return parts.log_prob.detach(), score

@@ -8,8 +8,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
-from pyro.infer import TraceGraph_ELBO, autoguide
+from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO, autoguide
 from torch import nn
 
 import pyro_elbo as pe
@@ -437,6 +438,26 @@ def test_averages_survive_a_checkpoint_and_no_evaluation_moves_them():
     torch.testing.assert_close(other.averages["z"], kept)
     svi.step(X[:3].repeat(2)[:4])
     assert not torch.equal(loss.averages["z"], kept)
+
+
+@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no")
+@pytest.mark.parametrize("has_rsample", [True, False])
+def test_a_factor_of_the_guide_keeps_its_own_gradient(has_rsample):
+    """Such as the loss of a classifier, which is no log density whose expected gradient vanishes."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)), poutine.scale(scale=0.1):
+            with poutine.scale(scale=50.0):
+                pyro.factor("loss", number("slope", 0.7) * x.square(), has_rsample=has_rsample)
+            pyro.sample("z", dist.Normal(number("loc", 0.2), 1.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)), poutine.scale(scale=0.1):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    guide(X)
+    expected = gradient_of(TraceEnum_ELBO(max_plate_nesting=1), model, guide, X)
+    torch.testing.assert_close(gradient_of(pe.TraceBeta_ELBO(kl="sampled"), model, guide, X), expected)
 
 
 def test_batches_of_another_size_share_one_average():

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx
 
 from pyro_elbo.compile._torch import (
     BoxedBool,
@@ -18,6 +19,7 @@ from pyro_elbo.compile._torch import (
     CppCompileError,
     InductorError,
     InvalidCxxCompiler,
+    OpOverload,
     TracingContext,
     compile_fx_inner,
     config,
@@ -45,7 +47,7 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
     context = TracingContext(detect_fake_mode(graph.fakes))
     options = {
         "size_asserts": not on_cpu,  # externals are checked by fits(), data by their key
-        "aot_inductor.allow_stack_allocation": True,
+        "aot_inductor.allow_stack_allocation": not _draws_within(graph.module.graph),
         "aot_inductor.custom_ops_to_c_shims": C_FUNCTIONS,
         "cpp.min_chunk_size": 2**14,  # a second thread costs more than it saves on smaller loops
     }
@@ -61,6 +63,12 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
             )
         except InductorError as error:
             raise _not_compiled(error) from error
+
+
+def _draws_within(graph: fx.Graph) -> bool:
+    """Return whether torch's operators draw within a graph: those in place take no tensor on the stack (torch 2.13)."""
+    operators = [n.target for n in graph.nodes if isinstance(n.target, OpOverload) and n.target.namespace == "aten"]
+    return any(torch.Tag.nondeterministic_seeded in op.tags for op in operators)
 
 
 def _not_compiled(error: Exception) -> CompileError:

@@ -373,6 +373,12 @@ def permuted_normal(x):
     return pyro.sample("z", dist.Normal(loc, 1.0))
 
 
+def dropped(x):
+    """Dropout, which draws within the graph."""
+    loc = pyro.param("a", torch.tensor(0.1)) + torch.dropout(TURNED.contiguous(), 0.3, True).sum()
+    return pyro.sample("z", dist.Normal(0.1 * loc, 1.0))
+
+
 def scanned(x):
     torch.rand(5)
     loc = pyro.param("a", torch.tensor(0.1))
@@ -404,8 +410,9 @@ def test_fallback_random_draws_the_stream_of_an_uncompiled_run(interpreted, prog
     assert drawn(program, True) == pytest.approx(drawn(program, False), rel=1e-9)
 
 
-def test_machine_code_draws_the_stream_of_an_uncompiled_run():
-    assert drawn(assorted, True) == pytest.approx(drawn(assorted, False), rel=1e-9)
+@pytest.mark.parametrize("program", [assorted, dropped])
+def test_machine_code_draws_the_stream_of_an_uncompiled_run(program):
+    assert drawn(program, True) == pytest.approx(drawn(program, False), rel=1e-6)
 
 
 def drawn(program, compile):

@@ -54,11 +54,14 @@ def write_out_bernoulli(graph: fx.Graph) -> None:
     """Write a Bernoulli draw as a uniform one below p, as torch does in the same stream: its distribution is fixed."""
     for node in [n for n in graph.nodes if n.target is aten.bernoulli.default]:
         p, value = node.args[0], node.meta["val"]
+        options = {"dtype": value.dtype, "device": value.device}
         with graph.inserting_before(node):
             uniform = graph.call_function(aten.rand_like.default, (p,), {"memory_format": torch.contiguous_format})
             below = graph.call_function(aten.lt.Tensor, (uniform, p))
-            drawn = graph.call_function(torch.ops.prims.convert_element_type.default, (below, value.dtype))
+            one, zero = (graph.call_function(aten.scalar_tensor.default, (x,), options) for x in (1, 0))
+            drawn = graph.call_function(aten.where.self, (below, one, zero))
         uniform.meta["val"], below.meta["val"], drawn.meta["val"] = value, value < 1, value
+        one.meta["val"] = zero.meta["val"] = value.new_empty(())
         node.replace_all_uses_with(drawn)
         graph.erase_node(node)
 

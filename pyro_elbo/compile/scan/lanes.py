@@ -31,6 +31,9 @@ SOURCE = (
 #include <ATen/cpu/vec/vec.h>
 #include <cstring>
 #include <type_traits>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 namespace lanes {
 template <class T, int n> struct Of { typedef T Type __attribute__((vector_size(n * sizeof(T)))); };
@@ -45,21 +48,36 @@ template <class V> inline V load(const void* from) {
 
 template <class V> inline void store(void* to, V x) { std::memcpy(to, &x, sizeof x); }
 
+// A vector whose first lanes are those of x, in its register: GCC widens a vector by way of memory.
+template <class W, class V> inline auto wide(V x) {
+#ifdef __AVX__
+  if constexpr (sizeof(V) == 16 && sizeof(W) == 32) return (W)_mm256_castps128_ps256((__m128)x); else
+#endif
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 16 && sizeof(W) == 64) return (W)_mm512_castps128_ps512((__m128)x); else
+  if constexpr (sizeof(V) == 32 && sizeof(W) == 64) return (W)_mm512_castps256_ps512((__m256)x); else
+#endif
+  return x;
+}
+
 // Some lanes of a vector.
 template <int... at, class V> inline auto pick(V x) {
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(x, x, at...);
+  const auto y = wide<Vector<Lane<V>, sizeof...(at)>>(x);
+  return __builtin_shufflevector(y, y, at...);
 #else
   return Vector<Lane<V>, sizeof...(at)>{x[at]...};
 #endif
 }
 
 template <class V, int... at> inline auto joined(V a, V b, std::integer_sequence<int, at...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, at...);
-#else
   constexpr int n = sizeof...(at) / 2;
-  return Vector<Lane<V>, 2 * n>{(at < n ? a[at % n] : b[at % n])...};
+  using W = Vector<Lane<V>, 2 * n>;
+#if defined(__clang__) || __GNUC__ >= 12
+  const auto x = wide<W>(a), y = wide<W>(b);
+  return __builtin_shufflevector(x, y, (at < n ? at : at - n + int(sizeof(x) / sizeof(x[0])))...);
+#else
+  return W{(at < n ? a[at % n] : b[at % n])...};
 #endif
 }
 

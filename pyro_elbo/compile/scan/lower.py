@@ -22,6 +22,7 @@ from pyro_elbo.compile.scan.chain_ops import CapturedChain, ChainCode, captured_
 from pyro_elbo.compile.scan.operators import DrawStream, Loop, register, register_draws
 from pyro_elbo.compile.scan.partition import (
     StepValues,
+    better_inside,
     depending_on,
     drop_zeros,
     is_random,
@@ -51,14 +52,17 @@ def _evaluate_all_steps(
     while True:
         waiting = [c for c in carry if c not in finals]
         dependent = depending_on(waiting, nodes)
-        values.evaluate(n for n in nodes if n not in dependent)
+        free = [n for n in nodes if n not in dependent]
         ready = [c for c in waiting if after[c] not in dependent]
         if not ready:
             break
+        values.evaluate(free)
         for c in ready:
             new = values.stacked(after[c])
             shifted = [new[1:], start[c].unsqueeze(0)] if reverse else [start[c].unsqueeze(0), new[:-1]]
             values.per_step[c], finals[c] = torch.cat(shifted), new[0 if reverse else -1]
+    inside = better_inside(free, dependent)
+    values.evaluate(n for n in free if n not in inside)
     if waiting:
         _loop(values, nodes, waiting, after, start, finals, reverse)
         values.evaluate(n for n in nodes if n not in values)

@@ -32,6 +32,9 @@ _LINEAR = (
     aten.squeeze.dim,
     aten.slice_backward.default,
 )
+_FUNCTIONS = (aten.exp.default, aten.log.default, aten.log1p.default, aten.tanh.default, aten.sigmoid.default)
+_ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+FEW = 64  # numbers of a step
 # A view of one row need not be a view of all rows.
 _SAME: Any = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 _BATCHED: Any = {**_SAME, aten.fill.Scalar: aten.full_like.default}  # torch.vmap has no rule for it
@@ -84,6 +87,22 @@ def depending_on(sources: Iterable[fx.Node], among: Iterable[fx.Node]) -> set[fx
         if any(argument in found for argument in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def better_inside(nodes: Sequence[fx.Node], dependent: set[fx.Node]) -> set[fx.Node]:
+    """Return the functions of a few numbers that only the loop asks for, though they do not depend on the carry.
+
+    Over all steps, a kernel has as many lanes as the last dimension. In the loop they take all numbers of a step, while
+    it waits for its carry.
+    """
+    inside: set[fx.Node] = set()
+    for n in reversed(nodes):
+        wanted = n.target in _FUNCTIONS or (n.target in _ARITHMETIC and any(user in inside for user in n.users))
+        if wanted and all(user in dependent or user in inside for user in n.users):
+            value = n.meta["val"]
+            if 1 < value.shape[-1:].numel() < value.numel() <= FEW:
+                inside.add(n)
+    return inside
 
 
 class StepValues:

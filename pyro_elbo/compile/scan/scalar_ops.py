@@ -46,8 +46,8 @@ def literal(value: Any, dtype: torch.dtype) -> str:
 
 # --- pointwise: operands are converted to the type of the result ---------------------------------------------------
 
-_MAXIMUM = "(({0} > {1} || {0} != {0}) ? {0} : {1})"  # NaN passes through
-_MINIMUM = "(({0} < {1} || {0} != {0}) ? {0} : {1})"
+_MAXIMUM = "({0} != {0} ? {0} : ({0} > {1} ? {0} : {1}))"  # NaN passes through; one instruction and a choice
+_MINIMUM = "({0} != {0} ? {0} : ({0} < {1} ? {0} : {1}))"
 _FUNCTIONS = (
     *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "sin", "cos", "tan", "asin", "acos", "atan"),
     *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "lgamma", "floor", "ceil", "trunc"),

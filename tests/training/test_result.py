@@ -237,7 +237,7 @@ def test_data_of_a_loader_must_be_passed_again(kind):
     rows = TensorDataset(X)
     result = pe.fit(vae.model, vae.guide, rows if kind == "dataset" else DataLoader(rows, 10), batch_size=10, **QUIET)
     for call in (result.sample, result.predict, result.terms, result.to_arviz, result.summary):
-        with pytest.raises(DataError, match=r"Dataset or DataLoader.*Pass the arguments"):
+        with pytest.raises(DataError, match=r"Dataset or a DataLoader.*Pass the arguments"):
             call()
     assert result.sample(3, X[:2]).sizes["data"] == 2
     with pytest.raises(DataError, match=r"model\(tensor of shape \(2,\), tensor"):

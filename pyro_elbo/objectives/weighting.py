@@ -68,7 +68,7 @@ class KLWeighting:
             check_name("every one of sites", name)
         weights = {name: self._of(name) for name in sites}
         values = {n: w(step) if isinstance(w, Schedule) else w for n, w in weights.items()}
-        return {name: float(torch.as_tensor(w).mean()) for name, w in values.items()}
+        return {name: float(torch.as_tensor(w).double().mean()) for name, w in values.items()}
 
     def is_target(self, name: str) -> bool:
         """Return whether the β of a site is the target of its KL in nats, that of a Capacity."""

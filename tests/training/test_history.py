@@ -61,3 +61,8 @@ def test_weights_are_those_after_each_step():
     assert found[f"penalty_weight/{penalty.name}"].tolist() == [4] * 6
     assert found["settled"].tolist() == [0, 0, 1, 1, 1, 1]
     assert weights.after(range(9, 10), names)["beta/z"].tolist() == [1]
+
+
+def test_whole_numbers_are_weights():
+    loss = pe.TraceBeta_ELBO(beta={"z": 4, "w": torch.tensor([1, 2])})
+    assert loss.beta_at(0, ["z", "w"]) == {"z": 4.0, "w": 1.5}

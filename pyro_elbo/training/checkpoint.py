@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_elbo.errors import ArgumentError, CheckpointError
@@ -41,33 +40,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return read_file(path, CHECKPOINT_PARTS, KIND)
 
 
-def check_resumable(path: Path, programs: Any, optimizer: torch.optim.Optimizer, stop: Any) -> None:
-    """Compare a checkpoint with the programs, the data and the plan.
+def check_resumable(path: Path, programs: Any, stop: Any) -> None:
+    """Compare a checkpoint with the programs, the data, the objective, the optimizer and the plan.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or belongs to other programs, data or another optimizer.
+        CheckpointError: the checkpoint cannot be read, or belongs to other programs or another run.
         ArgumentError: it holds more epochs or steps than training shall have, or ends within an epoch.
     """
     checkpoint = _load(path)
     with reading(path, KIND):
-        _compare(path, checkpoint, programs, optimizer, stop)
+        _compare(path, checkpoint, programs, stop)
 
 
-def _compare(path: Path, checkpoint: Mapping[str, Any], programs: Any, optimizer: Any, stop: Any) -> None:
+def _compare(path: Path, checkpoint: Mapping[str, Any], programs: Any, stop: Any) -> None:
     check_state(path, checkpoint["state_dict"], programs.state_dict())
     history = History.of(checkpoint["history"])
     if len(history.epochs) or "within" not in checkpoint:  # none yet within the first epoch
         history.best()
         history.to_dataset()
     _check_run(path, checkpoint["run"], programs.identity)
-    ours, theirs = optimizer.param_groups, checkpoint["optimizer_states"][0]["param_groups"]
-    options = [[sorted(group) for group in groups] for groups in (ours, theirs)]
-    if options[0] != options[1]:
-        raise CheckpointError(
-            f"{path} was written with another optimizer; options (expected, got): {options}. Pass the optimizer that "
-            "wrote it, or another dir."
-        )
-    _check_convergence(path, checkpoint.get("convergence"), programs.options.is_auto)
     for what, done, most in (
         ("epochs", checkpoint["epoch"] + 1, stop.max_epochs),
         ("steps", checkpoint["global_step"], stop.max_steps),
@@ -99,19 +90,11 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _check_run(path: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Raise CheckpointError for a run with another seed, batch size, data or number of processes."""
-    if changed := {n: (expected[n], found.get(n)) for n in expected if expected[n] != found.get(n)}:
+    """Raise CheckpointError for a run with other data, or other arguments that decide on its steps."""
+    names = dict.fromkeys([*expected, *found])
+    if changed := {n: (expected.get(n), found.get(n)) for n in names if expected.get(n) != found.get(n)}:
         parts = "; ".join(f"{name}: expected {theirs}, got {ours}" for name, (ours, theirs) in changed.items())
         raise CheckpointError(
             f"{path} belongs to another run. {parts}. Resume with the arguments of its first call, or start a run in "
             "another dir."
-        )
-
-
-def _check_convergence(path: Path, state: Mapping[str, Any] | None, is_auto: bool) -> None:
-    """Raise unless a run of ``lr="auto"`` is continued as such."""
-    if (state is not None) != is_auto:
-        raise CheckpointError(
-            f"{path} was written with{'out' if is_auto else ''} lr='auto', and is to be continued with"
-            f"{'' if is_auto else 'out'} it. Pass the lr that wrote it, or another dir."
         )

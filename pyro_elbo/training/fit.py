@@ -200,10 +200,10 @@ def _prepare(
     programs = LightningPrograms(trained, loaders, options, probe, files)
     programs.shares_rows = machine.processes > 1 and needs_all_rows(module.elbo, terms)
     with group_of_one() if machine.processes > 1 else nullcontext():
-        optimizer = programs.configure_optimizers()["optimizer"]
+        programs.configure_optimizers()
     trainer = make_trainer(files, options, loaders)
     if (start := place.start(folder)) is not None:
-        check_resumable(start, programs, optimizer, options.stop)
+        check_resumable(start, programs, options.stop)
     return _Run(trained, programs, trainer, options, files, start, probe, terms.point_estimates)
 
 

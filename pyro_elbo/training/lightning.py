@@ -27,6 +27,7 @@ from pyro_elbo.training.converge import Convergence, Goal
 from pyro_elbo.training.data import Batch, Loaders, arguments
 from pyro_elbo.training.folder import LAST
 from pyro_elbo.training.history import History, RunningMean, Weights, betas_of, recorded
+from pyro_elbo.training.identity import described, objective_identity, optimizer_identity
 from pyro_elbo.training.options import Options
 from pyro_elbo.training.rows import num_rows
 from pyro_elbo.training.trained import Trained
@@ -69,20 +70,19 @@ class LightningPrograms(lightning.LightningModule):
         self.shares_rows = False
         self.files, self.place = files, ""
         self.save_every, self.within = options.place.save_every, False
-        self.identity = (
-            {}
-            if files is None
-            else loaders.identity() | {"devices": str(options.machine.processes), "save_every": str(self.save_every)}
-        )
+        own = {} if files is None else loaders.identity() | objective_identity(trained.module.elbo)
+        self.identity = options.identity() | own
         self.mean = RunningMean()
         self.valid_mean = RunningMean()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the optimizer of all parameters of both programs, and its scheduler: see :class:`Steps`."""
         made = self.options.make(self.trained)
+        self.identity["optimizer"] = "Adam" if self.options.optimizer is None else optimizer_identity(made)
         self.held = {id(p) for group in made.param_groups for p in group["params"]}
         monitor = "train_elbo" if self.loaders.valid is None else "valid_elbo"
         schedule = self.options.schedule(made, monitor)
+        self.identity["scheduler"] = described(schedule and schedule["scheduler"])
         return {"optimizer": made} | ({} if schedule is None else {"lr_scheduler": schedule})
 
     def train_dataloader(self) -> Any:

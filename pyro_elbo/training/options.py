@@ -14,6 +14,7 @@ from pyro_elbo.objectives import TraceBeta_ELBO
 from pyro_elbo.training.checks import check_compile, check_counts, check_grad_clip, with_python_numbers
 from pyro_elbo.training.comparable import check_accuracy, check_steps
 from pyro_elbo.training.folder import Folder
+from pyro_elbo.training.identity import described
 from pyro_elbo.training.machine import Machine
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -257,3 +258,9 @@ class Options(NamedTuple):
     place: Folder
     seed: int
     progress: bool
+
+    def identity(self) -> dict[str, str]:
+        """Return what a resumed run must share with the first, by the name of the argument."""
+        steps = {n: getattr(self.steps, n) for n in ("lr", "grad_clip", "accumulate_grad_batches")}
+        other = {"devices": self.machine.processes, "save_every": self.place.save_every}
+        return {name: described(x) for name, x in (steps | other).items()}

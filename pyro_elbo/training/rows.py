@@ -117,8 +117,17 @@ def fingerprint(data: Any) -> str:
     for name, x in named.items():
         found.update(repr((name, x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else (name, x)).encode())
         if isinstance(x, Tensor):
-            found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            found.update(_bytes(x))
     return f"{count} rows with checksum {found.hexdigest()[:12]}"
+
+
+def checksum(x: Tensor) -> str:
+    """Describe the numbers of a tensor."""
+    return f"checksum {hashlib.sha256(_bytes(x)).hexdigest()[:12]}"
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 class Shares(Sampler[list[int]]):

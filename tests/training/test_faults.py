@@ -137,6 +137,71 @@ def test_another_run_is_not_resumed(tmp_path):
             fit(tmp_path, resume=True, max_epochs=3, **{"valid": (X[:8], S[:8])} | options)
 
 
+class Jump(pe.Schedule):
+    settled = 1
+
+    def __init__(self, height):
+        self.height = height
+
+    def __call__(self, step):
+        return self.height
+
+
+def charged(weight):
+    return pe.MutualInformation("z", attribute=lambda x, s: s, weight=weight)
+
+
+def adam(lr):
+    return lambda parameters: torch.optim.Adam(parameters, lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        ({"loss": pe.TraceBeta_ELBO(beta=50.0)}, {}, "loss.beta: expected 50, got 1"),
+        ({}, {"loss": pe.TraceIW_ELBO(kl="sampled")}, "loss: expected TraceBeta_ELBO, got TraceIW_ELBO"),
+        (
+            {"loss": pe.TraceBeta_ELBO(beta={"z": pe.LinearWarmup(0.0, 1.0, steps=4)})},
+            {"loss": pe.TraceBeta_ELBO(beta={"z": pe.LinearWarmup(0.0, 1.0, steps=3)})},
+            r"loss.beta: expected {'z': LinearWarmup\(start=0, end=1, steps=4\)}, got .*steps=3",
+        ),
+        (
+            {"loss": pe.TraceBeta_ELBO(beta=Jump(2.0))},
+            {"loss": pe.TraceBeta_ELBO(beta=Jump(3.0))},
+            r"loss.beta: expected Jump\(height=2\), got Jump\(height=3\)",
+        ),
+        (
+            {"loss": pe.TraceBeta_ELBO(beta=torch.tensor([1.0, 2.0] * 4))},
+            {"loss": pe.TraceBeta_ELBO(beta=torch.tensor([2.0, 1.0] * 4))},
+            r"loss.beta: expected tensor of shape \(8,\) with checksum",
+        ),
+        (
+            {"loss": pe.TraceBeta_ELBO(penalties=[charged(1.0)])},
+            {"loss": pe.TraceBeta_ELBO(penalties=[charged(2.0)])},
+            r"loss.penalties: expected \[MutualInformation\(.*weight=1, .*got .*weight=2, ",
+        ),
+        ({"loss": pe.TraceBeta_ELBO(free_bits=0.5)}, {}, "loss.free_bits: expected 0.5, got 0"),
+        ({"grad_clip": 1.0}, {"grad_clip": None}, "grad_clip: expected 1, got None"),
+        ({"lr": 0.01}, {"lr": 0.02}, "lr: expected 0.01, got 0.02"),
+        ({"optimizer": adam(0.01)}, {"optimizer": adam(0.02)}, r"optimizer: expected Adam\({'lr': 0.01, .*got .*0.02"),
+        ({}, {"scheduler": by_step}, "scheduler: expected None, got ExponentialLR"),
+    ],
+)
+def test_a_run_is_not_resumed_under_another_objective_or_optimizer(tmp_path, first, then, words):
+    fit(tmp_path, max_epochs=2, **first)
+    with pytest.raises(CheckpointError, match=f"last.ckpt belongs to another run. {words}"):
+        fit(tmp_path, resume=True, max_epochs=3, **then)
+
+
+def test_equal_objectives_resume(tmp_path):
+    def loss(whole):
+        return pe.TraceBeta_ELBO(beta={"z": Jump(whole(2))}, penalties=[charged(whole(1))])
+
+    fit(tmp_path, loss=loss(int), lr=1)
+    found = fit(tmp_path, loss=loss(float), lr=1.0, resume=True, max_epochs=3, callbacks=[])
+    assert found.history.sizes["epoch"] == 3
+
+
 def test_a_torn_checkpoint_names_the_one_before(tmp_path):
     expected = fit(tmp_path / "whole", max_epochs=3)
     fit(tmp_path / "run")

@@ -424,7 +424,14 @@ def test_checkpoints_that_cannot_be_trusted(tmp_path, monkeypatch):
     pyro.clear_param_store()
     expect(ArgumentError, r"holds 2 epochs and max_epochs=1", *programs(), COUNTS, **options | {"max_epochs": 1})
     other = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)}
-    expect(CheckpointError, "another optimizer", *programs(), COUNTS, **options, **other)
+    expect(
+        CheckpointError,
+        "another run. optimizer: expected Adam, got SGD",
+        *programs(),
+        COUNTS,
+        **options,
+        **other,
+    )
     torch.save({"state_dict": {}}, last)
     pyro.clear_param_store()
     expect(CheckpointError, r"no checkpoint of pe.fit.*optimizer_states", *programs(), COUNTS, **options)

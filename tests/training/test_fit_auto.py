@@ -148,7 +148,7 @@ def test_a_resumed_run_is_the_same_run(brief, tmp_path):
     ended = fit(dir=tmp_path, resume=True, **settings)
     assert repr(ended.convergence) == repr(expected)
     assert pyro.param("loc").item() == loc
-    with pytest.raises(CheckpointError, match="was written with lr='auto'.*without it"):
+    with pytest.raises(CheckpointError, match="another run. lr: expected 'auto', got 0.1"):
         fit(dir=tmp_path, resume=True, **settings | {"lr": 0.1, "accuracy": None})
 
 

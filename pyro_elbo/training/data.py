@@ -229,7 +229,8 @@ def _as_dataset(split: str, given: Any) -> Any:
     data = (data,) if isinstance(data, bool | int | float) or is_stored(data) else data
     if not isinstance(data, Tensor | tuple | list | Mapping):
         try:
-            rows = _length(data.dataset if isinstance(data, DataLoader) else None if isinstance(data, str) else data)
+            held = data.dataset if isinstance(data, DataLoader) else data
+            rows = _length(held if hasattr(held, "__getitem__") and not isinstance(held, str) else None)
         except TypeError as error:
             raise DataError(
                 f"{split}: expected tensors, arrays, a DataFrame, a Dataset or a DataLoader of known length, got "

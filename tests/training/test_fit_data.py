@@ -149,6 +149,8 @@ def refuses(match, *args, **options):
 
 def test_data_that_are_no_tensors():
     refuses(r"expected tensors.*got str", model, guide, "data.csv")
+    refuses(r"train: expected tensors.*got set", model, guide, {1, 2})
+    refuses(r"valid: expected tensors.*got dict_keys", model, guide, torch.ones(4), valid={1: 2}.keys())
     refuses(r"got {0: 'float', 1: 'list'}. Convert lists by torch.tensor", model, guide, (1.0, [1.0, 2.0]))
     refuses(r"train: expected tensors.*got {}", model, guide, ())
 

@@ -175,7 +175,8 @@ class History:
         variables: dict[str, Any] = {name: (places, columns[name], units) for name in TOTALS}
         variables["loss"] = (places, columns["loss"], {"units": loss_units})
         variables["kl"] = ((*places, "latent"), stacked([f"kl/{site}" for site in beta]), units)
-        variables["beta"] = (("epoch", "latent"), weights(list(beta.values())), {"targets": targets} if targets else {})
+        note = {"note": "weight at the end of the epoch"} | ({"targets": targets} if targets else {})
+        variables["beta"] = (("epoch", "latent"), weights(list(beta.values())), note)
         coords: dict[str, Any] = {"epoch": epochs, "split": list(SPLITS), "latent": list(beta)}
         if penalties:
             penalty, weight = stacked([f"penalty/{n}" for n in penalties]), [f"penalty_weight/{n}" for n in penalties]

@@ -36,7 +36,7 @@ def test_a_state_gives_the_history_back():
     history.add_probe({"train": {"gradient_norm": 2.0}, "valid": {}})
     again = History.of(history.state())
     assert again.to_dataset().identical(history.to_dataset())
-    assert again.to_dataset().beta.attrs == {"targets": ["z", "w"]}
+    assert again.to_dataset().beta.attrs == {"note": "weight at the end of the epoch", "targets": ["z", "w"]}
     assert again.to_dataset().gradient_norm.dropna("epoch").epoch.values.tolist() == [4]
     assert (again.last, again.best()) == (4, history.best())
 

@@ -40,7 +40,7 @@ from pyro_elbo.training.checks import check_loss
 from pyro_elbo.training.convergence import ConvergenceReport
 from pyro_elbo.training.data import RunArguments, arguments
 from pyro_elbo.training.rows import check_no_list, num_rows
-from pyro_elbo.training.saved import SavedResult, decode_loss, decode_result, encode_loss, encode_report
+from pyro_elbo.training.saved import SavedResult, decode_loss, decode_result, encode_history, encode_loss, encode_report
 from pyro_elbo.training.summary import Summary, summarize
 from pyro_elbo.training.trained import Trained, first_run
 
@@ -211,7 +211,7 @@ class FitResult:
             "holds": self.holds if self.holds in wanted else wanted[0],
             "loss": encode_loss(self.loss),
             "loss_repr": repr(self.loss),
-            "history": self.history.to_dict(),
+            "history": encode_history(self.history),
             "best_epoch": self.best_epoch,
             "stopped_early": self.stopped_early,
             "seed": self.seed,

@@ -49,7 +49,7 @@ def described(x: Any) -> str:
         return described(x.item()) if x.numel() == 1 else f"tensor of shape {tuple(x.shape)} with {checksum(x)}"
     if isinstance(x, Real):
         number = float(x)
-        return str(int(x)) if isinstance(x, int) or number.is_integer() else repr(number)
+        return str(int(number)) if number.is_integer() else repr(number)
     if isinstance(x, Mapping):
         return f"{{{', '.join(f'{name!r}: {described(part)}' for name, part in x.items())}}}"
     if isinstance(x, tuple | list):
@@ -58,7 +58,7 @@ def described(x: Any) -> str:
     if is_dataclass(x) and not isinstance(x, type):
         parts = {f.name: getattr(x, f.name) for f in fields(x)}
     elif isinstance(x, Schedule | Penalty):
-        parts = vars(x)
+        parts = getattr(x, "__dict__", {})
     else:
         return kind
     return f"{kind}({', '.join(f'{n}={described(part)}' for n, part in parts.items() if not n.startswith('_'))})"

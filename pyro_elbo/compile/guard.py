@@ -106,10 +106,10 @@ class Guard:
                     new = held[key]
                 except KeyError:
                     return _describe(key)
-                if not _same(new, old):
+                if not same(new, old):
                     return _describe(key)
         for owner, attribute, value, name in self._attributes:
-            if not _same(getattr(owner, attribute, None), value):
+            if not same(getattr(owner, attribute, None), value):
                 return name
         for holder, names in self._absent:
             if not names.isdisjoint(holder):
@@ -167,6 +167,7 @@ def _describe(x: Any) -> str:
     return f"a {type(x).__name__} of shape {x.shape}" if hasattr(x, "shape") else f"an entry of a {type(x).__name__}"
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Return whether two values are one object, or equal plain values."""
     plain = isinstance(a, VALUES) and not isinstance(a, Tensor)
     return a is b or (plain and type(a) is type(b) and repr(a) == repr(b))  # 0.0 == -0.0

@@ -150,7 +150,8 @@ class _Reach:
         yield operator.attrgetter | operator.methodcaller, self._visit_getter
         yield type, self._visit_class
         yield types.ModuleType, self._visit_namespace
-        yield pyro.params.param_store.ParamStoreDict | Optimizer | LRScheduler, lambda x: None  # watched by name
+        yield pyro.params.param_store.ParamStoreDict | LRScheduler, lambda x: None  # watched by name
+        yield Optimizer, self._visit_optimizer
         yield TraceBeta_ELBO, self._visit_objective
         yield dict, self._visit_dict
         yield list | tuple | set | frozenset | deque, self._visit_container
@@ -258,6 +259,12 @@ class _Reach:
                     self._guard.watch_gradient(p)
             self._guard.watch_absent(vars(part), {"forward"} - vars(part).keys())
             self._visit_attributes(vars(part), type(part))
+
+    def _visit_optimizer(self, x: Optimizer) -> None:
+        """Watch what a step of the user's own reads beside the state and the settings, which are watched by name."""
+        if not is_library(package_of(type(x))):
+            self._seen |= {id(part): part for part in (x.state, x.param_groups, x.defaults)}
+            self._visit_object(x)
 
     def _visit_objective(self, x: TraceBeta_ELBO) -> None:
         """Watch everything but what is an input of the graph: the count of steps and the schedules."""

@@ -274,7 +274,7 @@ class CompiledSVI:
     ) -> Guard:
         """Watch what a step reads: programs, objective, parameters and the optimizers that train them."""
         hooks, store = hooks_of(parameters), pyro.get_param_store()
-        guard = guard_of((self.model, self.guide, args, kwargs, self.loss, *hooks.values()), execution)
+        guard = guard_of((self.model, self.guide, args, kwargs, self.loss, *hooks.values(), *optimizers), execution)
         watch(guard, optimizers)
         if optimizers:
             self.update.watch(guard, parameters.values())

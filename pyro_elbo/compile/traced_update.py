@@ -5,7 +5,6 @@ and of the optimizer's state. Python numbers that change from step to step (lear
 ClippedAdam) are tensors there, by name.
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from pyro_elbo.compile._torch import optimizers_compiling, step_without_hooks
+from pyro_elbo.compile._torch import optimizers_compiling, pytree, step_without_hooks
 from pyro_elbo.compile.flat_state import FlatGroup
+from pyro_elbo.compile.guard import same
 from pyro_elbo.compile.optimizer import Update, UpdatePlan
 from pyro_elbo.errors import CompileError
 
@@ -124,12 +124,19 @@ def _step(
         for group in groups:
             _clipped_adam(group, {p: states[p] for p in group["params"]})
         return states
-    clone = copy.copy(optimizer)
-    clone.param_groups, clone.state = [], defaultdict(dict, states)
+    clone = object.__new__(type(optimizer))  # a copy.copy has none of the attributes that a subclass adds
+    vars(clone).update(vars(optimizer), param_groups=[], state=defaultdict(dict, states))
     for group in groups:
         clone.param_groups.append(group | {k: False for k in ("foreach", "fused", "capturable") if k in group})
     settings = [dict(group) for group in clone.param_groups]
-    step_without_hooks(clone)
+    before = dict(vars(clone))
+    with _ThroughGroups(optimizer):
+        step_without_hooks(clone)
+    if changed := sorted(k for k in before | vars(clone) if not same(before.get(k, before), vars(clone).get(k, clone))):
+        raise CompileError(
+            f"{type(optimizer).__name__} sets the attribute '{changed[0]}' in its step, which a graph would freeze. "
+            "Set it outside of the step, or use compile=False."
+        )
     if any(new[k] is not old[k] for new, old in zip(clone.param_groups, settings, strict=True) for k in old):
         raise CompileError(f"{type(optimizer).__name__} {_UNTRACEABLE}")
     return clone.state
@@ -171,6 +178,25 @@ def _clipped_adam(group: Mapping[str, Any], held: Mapping[Tensor, Mapping[str, A
         deviation = grad - mean if group["centered_variance"] else grad
         square = state["exp_avg_sq"].mul_(beta2).addcmul_(deviation, deviation, value=1 - beta2)
         alias.sub_(size * mean / (square.sqrt() + group["eps"]))
+
+
+class _ThroughGroups(TorchFunctionMode):
+    """Refuses a step that finds parameters elsewhere than in its groups, where the captured ones are not."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__()
+        self._optimizer = optimizer
+        self._parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(id(x) in self._parameters for x in pytree.tree_leaves((args, kwargs))):
+            raise CompileError(
+                f"{type(self._optimizer).__name__} finds parameters elsewhere than in its param_groups, such as in "
+                "another optimizer, where a compiled step does not move them. Use compile=False."
+            )
+        return function(*args, **(kwargs or {}))
 
 
 class _TensorScalars(TorchFunctionMode):

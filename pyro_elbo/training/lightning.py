@@ -5,7 +5,7 @@ Only :func:`pyro_elbo.fit` imports this module, when it is called, because Light
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from pyro_elbo.training.folder import LAST
 from pyro_elbo.training.history import History, RunningMean, Weights, betas_of, recorded
 from pyro_elbo.training.identity import described, objective_identity, optimizer_identity
 from pyro_elbo.training.options import Options
+from pyro_elbo.training.own import step_by, stepped
 from pyro_elbo.training.rows import num_rows
 from pyro_elbo.training.trained import Trained
 
@@ -189,7 +190,7 @@ class LightningPrograms(lightning.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Move the parameters along the gradient that the closure makes."""
         with self.placed(), explain_update("The optimizer", self.trained):
-            optimizer.step(closure=optimizer_closure)
+            step_by(optimizer, optimizer_closure)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any = None) -> None:
         """Step a scheduler of the learning rate; one that watches gets the number that it watches."""
@@ -202,28 +203,23 @@ class LightningPrograms(lightning.LightningModule):
             check_gradients(self.trained)
 
     def _own_step(self, svi: CompiledSVI, batch: Batch) -> None:
-        """Run the step inside the optimizer's closure.
-
-        Without gradients the optimizer's own step, which comes after it, changes nothing. Several processes give it
-        the mean of their gradients.
-        """
+        """Take the step, then have Lightning count it; the optimizer steps again only by the mean of processes."""
         optimizer: Any = self.optimizers()
-        found: list[Any] = []
-
-        def closure() -> None:
+        record = None
+        with self.placed(), explain_update("The optimizer", self.trained):
             try:
-                found.append(svi.train(*arguments(batch)))
+                record = svi.train(*arguments(batch))
             except ValueError as error:
                 if self.convergence is None:
                     raise
                 self.convergence.fail(error)
             optimizer.zero_grad()
             if self.kept is not None:
-                self._average(self.kept, batch, found[0])
-
-        self.optimizer_step(0, 0, optimizer, closure)
+                self._average(self.kept, batch, record)
+        with stepped(optimizer.optimizer) if self.kept is None else nullcontext():
+            self.optimizer_step(0, 0, optimizer, lambda: None)
         optimizer.zero_grad()  # a step in Python adds to the gradients, a compiled one expects none
-        for record in found:
+        if record is not None:
             values = self.count(record, batch, self.mean)
             self._show(values)
             if self.convergence is not None:

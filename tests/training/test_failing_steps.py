@@ -1,12 +1,14 @@
 """Parts of a step that fail beside the programs: the backward pass, the optimizer, the scheduler."""
 
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
 import pyro_elbo as pe
-from pyro_elbo.errors import ProgramError
+from pyro_elbo.errors import CompileError, ProgramError
 
 X = torch.ones(24, 4)
 
@@ -127,6 +129,52 @@ def test_a_scheduler_that_fails_is_named(options):
 
     with pytest.raises(ProgramError, match="The scheduler fails. Line.*ZeroDivisionError.* of epoch 0"):
         epochs(of(torch.clone), torch.optim.SGD, scheduler=scheduler, **options)
+
+
+class Skipping(torch.optim.SGD):
+    def step(self, closure=None):
+        pass
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": None}, {"valid": X}, {"accumulate_grad_batches": 2}])
+def test_an_optimizer_that_does_not_call_its_closure_is_named(options):
+    with pytest.raises(ProgramError, match="The step of Skipping did not call its closure.*This was .*epoch 0"):
+        epochs(of(torch.clone), Skipping, **options)
+
+
+class Counting(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["taken"] = group.get("taken", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": None}, {}, {"valid": X}])
+def test_a_compiled_fit_judges_an_optimizer_alike_on_every_path(options):
+    with pytest.raises(CompileError, match="Counting keeps its counts as Python numbers"):
+        epochs(of(torch.clone), Counting, compile=True, **options)
+
+
+class FromScratch(torch.optim.Optimizer):
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr, "taken": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        self.param_groups[0]["taken"] += 1
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+def test_the_librarys_steps_call_an_optimizer_once_each():
+    made = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Steps run in Python")
+        epochs(of(torch.clone), lambda p, lr: made.append(FromScratch(p, lr)) or made[0], compile="auto", valid=X)
+    assert made[0].param_groups[0]["taken"] == 8
 
 
 def test_errors_of_a_class_of_ones_own_pass():

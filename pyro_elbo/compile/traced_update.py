@@ -121,6 +121,8 @@ def _step(
 ) -> Mapping[Tensor, dict[str, Any]]:
     """Run the optimizer's own step on other groups and states; return the states after it."""
     if isinstance(optimizer, ClippedAdam):
+        if type(optimizer).step is not ClippedAdam.step:
+            raise CompileError(f"{type(optimizer).__name__} {_UNTRACEABLE}")
         for group in groups:
             _clipped_adam(group, {p: states[p] for p in group["params"]})
         return states

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pyro.optim.clipped_adam import ClippedAdam
 from torch import optim
 
 from tests.support.compiled import (  # noqa: F401  (fixtures work by name)
@@ -55,6 +56,12 @@ class KeepsItsParameters(optim.SGD):
                 p.mul_(0.9)
 
 
+class ClippedTwice(ClippedAdam):
+    def step(self, closure=None):
+        super().step(closure)
+        super().step()
+
+
 class WithALimit(optim.Adam):
     limit: float
 
@@ -85,6 +92,7 @@ def stepped(make, after=lambda optimizer: None):
         (CountsBesideItsClass, "sets the attribute 'taken' in its step"),
         (CountsInAList, "sets 'a list of length 1'"),
         (KeepsItsParameters, "elsewhere than in its param_groups"),
+        (ClippedTwice, "keeps its counts as Python numbers"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

@@ -3,11 +3,11 @@
 Takes programs, objective and optimizer; gives steps with the totals of each. ``steps`` decides when to compile, from
 what each ``known_step`` relies on. ``record`` runs a step on ``fakes`` of known ``layouts`` under a ``recorder``;
 ``store`` finds its ``code`` on disk. Otherwise ``capture`` makes a functional graph with its ``noise`` as an input,
-``writes``, ``graphs``, ``batch_scalars``, ``packing`` and ``flat_state`` shrink it, and ``inductor`` compiles it.
-``executable`` runs a ``course`` of steps on ``packed`` tensors, with noise from ``streams``. ``execution`` notes what a
-step ran, ``reach`` what that reads, ``guard`` watches it; ``refusals`` and ``unusable`` explain. ``gradients``,
-``optimizer`` and ``traced_update`` step parameters, ``start`` takes steps back. ``_torch`` holds all private names of
-torch, ``versions`` those tested. Imports objectives and below.
+``nodes``, ``writes``, ``graphs``, ``batch_scalars``, ``packing`` and ``flat_state`` shrink it, and ``inductor``
+compiles it. ``executable`` runs a ``course`` of steps on ``packed`` tensors, with noise from ``streams``. ``execution``
+notes what a step ran, ``reach`` what that reads, ``guard`` watches it; ``refusals`` and ``unusable`` explain.
+``gradients``, ``optimizer`` and ``traced_update`` step parameters, ``start`` takes steps back. ``_torch`` holds all
+private names of torch, ``versions`` those tested. Imports objectives and below.
 """
 
 from pyro_elbo.compile.course import Course

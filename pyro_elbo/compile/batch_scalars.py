@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_elbo.compile._torch import OpOverload, pytree, stable_topological_sort
-from pyro_elbo.compile.writes import memory_of, written_by
+from pyro_elbo.compile.nodes import is_random, memory_of, written_by
 
 aten = torch.ops.aten
 FEW = 4  # fewest lanes of a vector
@@ -76,10 +76,7 @@ def _simplify(graph: fx.Graph, node: fx.Node, written: set[int]) -> None:
 
 def _is_barrier(node: fx.Node) -> bool:
     """Return whether later nodes must stay after a node: it writes, or its draws have a place in the random stream."""
-    if not isinstance(node.target, OpOverload):
-        return False
-    draws = torch.Tag.nondeterministic_seeded in node.target.tags
-    return bool(written_by(node)) or (draws and any(x.all_input_nodes for x in node.all_input_nodes))
+    return bool(written_by(node)) or (is_random(node) and any(x.all_input_nodes for x in node.all_input_nodes))
 
 
 def _sum_chains(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -157,11 +154,9 @@ def _is_scalar(x: Any) -> bool:
 
 
 def _is_lanewise(node: fx.Node) -> bool:
-    if not _is_scalar(node) or not isinstance(node.target, OpOverload):
+    if not _is_scalar(node) or not isinstance(node.target, OpOverload) or is_random(node):
         return False
     if torch.Tag.pointwise not in node.target.tags and node.target not in _LANEWISE:
-        return False
-    if torch.Tag.nondeterministic_seeded in node.target.tags:
         return False
     values = [x.meta["val"] for x in node.all_input_nodes]
     floats = {x.dtype for x in values if x.dtype.is_floating_point}  # a scalar would not promote a vector

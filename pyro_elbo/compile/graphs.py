@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from pyro_elbo.compile._torch import OpOverload, fx_graph_cse, rand_ops
+from pyro_elbo.compile._torch import fx_graph_cse, rand_ops
+from pyro_elbo.compile.nodes import is_random
 
 aten = torch.ops.aten
 # Operators that copy for the sake of autograd or aliasing: a functional graph needs none of them.
@@ -39,7 +40,6 @@ def _same_kind(a: fx.Node, b: Any) -> bool:
 
 def remove_repetition(module: fx.GraphModule) -> None:
     """Remove common subexpressions."""
-    targets = {node.target for node in module.graph.nodes if isinstance(node.target, OpOverload)}
-    draws = {op for op in targets if torch.Tag.nondeterministic_seeded in op.tags}
-    if all(op.overloadpacket in rand_ops for op in draws):  # of others, two with equal arguments would become one
+    draws = filter(is_random, module.graph.nodes)
+    if all(n.target.overloadpacket in rand_ops for n in draws):  # of others, two with equal arguments would become one
         module.graph = fx_graph_cse(module.graph)

@@ -19,7 +19,6 @@ from pyro_elbo.compile._torch import (
     CppCompileError,
     InductorError,
     InvalidCxxCompiler,
-    OpOverload,
     TracingContext,
     compile_fx_inner,
     config,
@@ -30,6 +29,7 @@ from pyro_elbo.compile._torch import (
 )
 from pyro_elbo.compile.capture import Graph
 from pyro_elbo.compile.code import C_FUNCTIONS, WRITTEN_OUT, Code, entry_of
+from pyro_elbo.compile.nodes import is_random
 from pyro_elbo.errors import CompileError, first_sentence
 
 # torch's headers need C++20, and such compilers know every vector instruction; the test takes 7 seconds.
@@ -67,8 +67,7 @@ def compile_graph(graph: Graph, on_cpu: bool) -> Any:
 
 def _draws_within(graph: fx.Graph) -> bool:
     """Return whether torch's operators draw within a graph: those in place take no tensor on the stack (torch 2.13)."""
-    operators = [n.target for n in graph.nodes if isinstance(n.target, OpOverload) and n.target.namespace == "aten"]
-    return any(torch.Tag.nondeterministic_seeded in op.tags for op in operators)
+    return any(is_random(n) and n.target.namespace == "aten" for n in graph.nodes)
 
 
 def _not_compiled(error: Exception) -> CompileError:

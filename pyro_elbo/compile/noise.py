@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_elbo.compile._torch import OpOverload
+from pyro_elbo.compile.nodes import is_random
 
 aten = torch.ops.aten
 NoiseKind = Literal["normal", "uniform", "exponential"]
@@ -102,8 +103,7 @@ def can_follow_stream(graph: fx.Graph) -> bool:
     write_out_bernoulli(graph)
     write_out_categorical(graph)
     draw_in_memory_order(graph)
-    operators = [n for n in graph.nodes if isinstance(n.target, OpOverload)]
-    draws = [n for n in operators if torch.Tag.nondeterministic_seeded in n.target.tags]
+    draws = filter(is_random, graph.nodes)
     return all(_is_scan_draw(n) or (n.target in RANDOM and n.meta["val"].is_contiguous()) for n in draws)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import fx
 
+from pyro_elbo.compile.nodes import written_by
 from pyro_elbo.compile.record import record
-from pyro_elbo.compile.writes import write_out_writes, written_by
+from pyro_elbo.compile.writes import write_out_writes
 
 BUFFER = torch.arange(3.0)
 

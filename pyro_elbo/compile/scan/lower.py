@@ -17,6 +17,7 @@ from pyro_elbo.compile._torch import (
     config,
     disable_proxy_modes_tracing,
 )
+from pyro_elbo.compile.nodes import is_random
 from pyro_elbo.compile.noise import RANDOM, NoiseKind, fill_noise
 from pyro_elbo.compile.scan.chain_ops import CapturedChain, ChainCode, captured_messages
 from pyro_elbo.compile.scan.operators import DrawStream, Loop, register, register_draws
@@ -25,7 +26,6 @@ from pyro_elbo.compile.scan.partition import (
     better_inside,
     depending_on,
     drop_zeros,
-    is_random,
     recurrence,
 )
 from pyro_elbo.compile.scan.paths import receivers

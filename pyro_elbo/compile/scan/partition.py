@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_elbo.compile._torch import OpOverload
+from pyro_elbo.compile.nodes import is_random
 
 aten = torch.ops.aten
 
@@ -176,11 +176,6 @@ class StepValues:
 
 def _shape(node: fx.Node) -> Any:
     return getattr(node.meta.get("val"), "shape", None)
-
-
-def is_random(node: fx.Node) -> bool:
-    """Return whether a node draws random numbers."""
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _call(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from pyro_elbo.compile._torch import get_proxy_mode
-from pyro_elbo.compile.scan.partition import StepGraph, is_random
+from pyro_elbo.compile.nodes import is_random
+from pyro_elbo.compile.scan.partition import StepGraph
 
 aten = torch.ops.aten
 
